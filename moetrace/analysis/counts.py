@@ -390,7 +390,7 @@ def count_tokens(
         edges = np.searchsorted(group[by_group], np.arange(n_groups + 1))
         for chunk in _chunks(experts, order.rows[by_group], state, None, n_expert, 0):
             segments = _Segments.within(edges, chunk.start, chunk.stop)
-            np.add.at(out, segments.index, _histogram(chunk.experts, segments, n_expert, chunk.whole))
+            _add_at(out, segments.index, _histogram(chunk.experts, segments, n_expert, chunk.whole))
         return out
 
     return TokenCounts(
@@ -443,7 +443,7 @@ def _chunks(
     weights: npt.NDArray[np.float32] | None,
     n_expert: int,
     tail: int,
-    cells: int = 1 << 18,
+    cells: int = 1 << 17,
 ) -> Iterator[_Chunk]:
     """Walk over ``rows`` in pieces of about ``cells`` (row, layer) cells: small enough for the cache."""
     _, n_layers, k = experts.shape
@@ -526,6 +526,14 @@ def _member_words(
     return words
 
 
+def _add_at(table: Ints, where: Ints, values: Ints) -> None:
+    """``table[where] += values``, with repeated indices adding up."""
+    if np.unique(where).size == where.size:
+        table[where] += values
+    else:
+        np.add.at(table, where, values)
+
+
 class _Tables:
     """The sums of :func:`count_routing` while they grow."""
 
@@ -545,10 +553,10 @@ class _Tables:
         where = prompt_of[segments.index]
         n = chunk.stop - chunk.start
         first = np.ascontiguousarray(chunk.first[:, :n].T)
-        np.add.at(self.included, where, _histogram(chunk.experts, segments, self.n_expert, chunk.whole))
+        _add_at(self.included, where, _histogram(chunk.experts, segments, self.n_expert, chunk.whole))
         top1 = _histogram(first, segments, self.n_expert, chunk.whole)
-        np.add.at(self.top1, where, top1)
-        np.add.at(self.tokens, where, top1.sum(axis=2))
+        _add_at(self.top1, where, top1)
+        _add_at(self.tokens, where, top1.sum(axis=2))
         if self.max_lag:
             self._add_lags(chunk, order, prompt_of)
 
@@ -561,6 +569,12 @@ class _Tables:
         run_start, run_stop = order.run_starts[low:high], order.run_starts[low + 1 : high + 1]
         owner = prompt_of[np.searchsorted(order.request_starts, run_start, side="right") - 1]
         sums = np.uint16 if self.k * (chunk.stop - chunk.start) < 1 << 16 else np.uint32
+        # Fresh arrays of this size cost more in page faults than the arithmetic on them.
+        common, ones = np.empty_like(words[0]), np.empty(first.shape, dtype=np.uint8)
+        more, same = np.empty_like(ones), np.empty(first.shape, dtype=bool)
+        pairs, shared, alike = (
+            np.zeros((self.max_lag, run_start.size, self.n_layers), dtype=np.int64) for _ in range(3)
+        )
         for lag in range(1, self.max_lag + 1):
             a = np.maximum(run_start, chunk.start) - chunk.start
             b = np.minimum(run_stop - lag, chunk.stop) - chunk.start
@@ -568,29 +582,32 @@ class _Tables:
             if not some.any():
                 break
             a, b = a[some], b[some]
-            edges = np.stack((a, b), axis=1).reshape(-1)
             n = int(b[-1])
-            edges = edges[:-1]  # the last stretch ends where the arrays below end
+            # Starts and ends in turn; the last stretch ends where the arrays below end.
+            edges = np.stack((a, b), axis=1).reshape(-1)[:-1]
 
-            def total(values: npt.NDArray[Any], edges: Ints = edges) -> Ints:
+            def total(values: npt.NDArray[Any], edges: Ints = edges) -> npt.NDArray[Any]:
                 """Values (L, n) summed over each stretch: (stretches, L)."""
-                return np.add.reduceat(values, edges, axis=1, dtype=sums)[:, ::2].T.astype(np.int64)
+                return np.add.reduceat(values, edges, axis=1, dtype=sums)[:, ::2].T
 
-            shared = np.bitwise_count(words[0][:, :n] & words[0][:, lag : lag + n])
-            for word in words[1:]:
-                shared += np.bitwise_count(word[:, :n] & word[:, lag : lag + n])
-            same = first[:, :n] == first[:, lag : lag + n]
+            for i, word in enumerate(words):
+                np.bitwise_and(word[:, :n], word[:, lag : lag + n], out=common[:, :n])
+                np.bitwise_count(common[:, :n], out=more[:, :n] if i else ones[:, :n])
+                if i:
+                    ones[:, :n] += more[:, :n]
+            np.equal(first[:, :n], first[:, lag : lag + n], out=same[:, :n])
             if known is None:
-                pairs = np.broadcast_to((b - a)[:, None], (a.size, self.n_layers))
+                pairs[lag - 1, some] = (b - a)[:, None]
             else:
                 both = known[:, :n] & known[:, lag : lag + n]
-                pairs, same = total(both), same & both
-            where = owner[some]
-            np.add.at(self.lag_pairs[:, :, lag - 1], where, pairs)
-            np.add.at(self.lag_shared[:, :, lag - 1], where, total(shared))
-            np.add.at(self.lag_top1[:, :, lag - 1], where, total(same))
+                same[:, :n] &= both
+                pairs[lag - 1, some] = total(both)
+            shared[lag - 1, some] = total(ones[:, :n])
+            alike[lag - 1, some] = total(same[:, :n])
             if lag == 1:
                 self._add_steps(first, a, b)
+        for table, values in ((self.lag_pairs, pairs), (self.lag_shared, shared), (self.lag_top1, alike)):
+            _add_at(table, owner, values.transpose(1, 2, 0))
 
     def _add_steps(self, first: npt.NDArray[np.unsignedinteger], a: Ints, b: Ints) -> None:
         n, width = int(b[-1]), self.n_expert + 1
