@@ -1,11 +1,11 @@
 """Sufficient statistics of routing, gathered in one pass over the (memory-mapped) columns.
 
-Everything that :mod:`moetrace.analysis` says about domains, layers and time follows from the arrays held here, and
-they add: ``count_routing`` of two traces, summed, equals ``count_routing`` of the two traces together, exactly, as
-long as no request is cut in two between them.
+Everything that :mod:`moetrace.analysis` says about domains, layers and time follows from the arrays held
+here, and they add: ``count_routing`` of two traces, summed, equals ``count_routing`` of the two traces
+together, exactly, as long as no request is cut in two between them.
 
-Shapes: N rows (tokens) of a trace, R requests, P prompts, L layers, E experts of a layer, k experts per token,
-D lags, X token ids.
+Shapes: N rows (tokens) of a trace, R requests, P prompts, L layers, E experts of a layer, k experts per
+token, D lags, X token ids.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class ReadingOrder:
     requests, request_starts
         (R,) request numbers and (R + 1,) where each one's rows begin in ``rows``.
     run_starts
-        (Q + 1,) where each unbroken run begins in ``rows``: positions rise by one, in one request. A gap (a lost
-        row) or a context shift begins a new run; nothing is said about neighbours across it.
+        (Q + 1,) where each unbroken run begins in ``rows``: positions rise by one, in one request. A gap (a
+        lost row) or a context shift begins a new run; nothing is said about neighbours across it.
     """
 
     rows: Ints
@@ -66,8 +66,8 @@ def reading_order(
         (N,) bool: rows to look at (one phase, say); all if not given.
     shifted
         Request numbers whose positions were shifted on purpose (context shift). In every other request a row
-        whose position is taken again by a later row was a draft that the sampler rejected: it is not part of the
-        text and is left out.
+        whose position is taken again by a later row was a draft that the sampler rejected: it is not part of
+        the text and is left out.
     """
     request_, position_ = np.asarray(request), np.asarray(position)
     if request_.shape != position_.shape or request_.ndim != 1:
@@ -115,7 +115,7 @@ class RoutingCounts:
     top1
         (P, L, E) tokens whose first expert it was.
     transitions
-        (L, E, E) neighbours t, t+1 by first expert of t and of t+1.
+        (L, E, E) neighbours t, t+1 by first expert of t and of t+1; (L, 0, 0) after :meth:`of`.
     lag_pairs
         (P, L, D) pairs of tokens t, t+d for d = 1..D within unbroken runs of a request.
     lag_shared
@@ -156,6 +156,10 @@ class RoutingCounts:
                 raise UsageError(f"counts of different models do not add: {name} differ")
         if (self.n_expert, self.max_lag) != (other.n_expert, other.max_lag):
             raise UsageError("counts with different numbers of experts or lags do not add")
+        if self.transitions.shape != other.transitions.shape:
+            raise UsageError(
+                "counts of chosen prompts have no transitions", fix="add first, choose prompts after"
+            )
         prompts, labels, (mine, theirs) = _union((self.prompts, self.labels), (other.prompts, other.labels))
 
         def both(name: str) -> Ints:
@@ -175,15 +179,21 @@ class RoutingCounts:
         )
 
     def labelled(self) -> RoutingCounts:
-        """Only the prompts that have a domain. Transitions stay those of all prompts: they are not per prompt."""
-        return self.of(self.labels != "")
+        """Only the prompts that have a domain; itself if all have one."""
+        return self if (self.labels != "").all() else self.of(self.labels != "")
 
     def of(self, prompts: npt.ArrayLike) -> RoutingCounts:
-        """Only some prompts (a mask or indices over P). Transitions stay those of all prompts."""
+        """Only some prompts (a mask or indices over P), without ``transitions``: those are not kept per
+        prompt.
+        """
         index = np.asarray(prompts)
         chosen = {name: getattr(self, name)[index] for name in (*_PER_PROMPT, "prompts", "labels")}
-        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in chosen}
-        return RoutingCounts(**chosen, **kept)
+        return RoutingCounts(
+            layers=self.layers,
+            n_expert_used=self.n_expert_used,
+            transitions=np.zeros((self.layers.size, 0, 0), dtype=np.int64),
+            **chosen,
+        )
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """The fields as plain arrays, fit for ``np.savez``; views."""
@@ -223,8 +233,8 @@ def count_routing(
     Parameters
     ----------
     experts
-        (N, L, k) u1 or u2, may be memory-mapped: expert ids in the router's order. Ids of ``n_expert`` or more
-        (255, 65535) mean "none". Never copied as a whole.
+        (N, L, k) u1 or u2, may be memory-mapped: expert ids in the router's order. Ids of ``n_expert`` or
+        more (255, 65535) mean "none". Never copied as a whole.
     request, position, keep, shifted
         As for :func:`reading_order`.
     state
@@ -233,8 +243,8 @@ def count_routing(
         (N, L, k) f4: if given, the first expert is the one of largest weight; else the router's first. They
         differ where selection is biased or grouped (DeepSeek-V3, GLM-4.5).
     prompts, labels
-        Name and domain of each request, indexed by request number. Requests of one name are one prompt (the same
-        text asked twice is not two observations). By default each request is its own prompt, unlabelled.
+        Name and domain of each request, indexed by request number. Requests of one name are one prompt (the
+        same text asked twice is not two observations). By default each request is its own prompt, unlabelled.
     layers, n_expert_used
         (L,) layer numbers (default 0..L−1) and experts per token (default k).
     max_lag
@@ -280,9 +290,9 @@ class TokenCounts:
     tokens
         (X,) token ids, ascending.
     layer_class, occurrences
-        (L,) class of each layer, and per class a sparse matrix (P, X): how often the prompt has the token with
-        known routing. One class is the rule; llama.cpp's last layer is computed for output rows only and then
-        is a class of its own.
+        (L,) class of each layer, and per class a sparse matrix (P, X): how often the prompt has the token
+        with known routing. One class is the rule; llama.cpp's last layer is computed for output rows only and
+        then is a class of its own.
     token_included
         (X, L, E) i8: occurrences of the token that used the expert.
     prompt_included
@@ -304,8 +314,9 @@ class TokenCounts:
 
         Exact if both were made with ``tokens=None``, or with the same ``tokens``.
         """
-        if not np.array_equal(self.layers, other.layers) or self.token_included.shape[2] != (
-            other.token_included.shape[2]
+        if (
+            not np.array_equal(self.layers, other.layers)
+            or self.token_included.shape[2] != (other.token_included.shape[2])
         ):
             raise UsageError("counts of different models do not add: layers or experts differ")
         prompts, labels, rows = _union((self.prompts, self.labels), (other.prompts, other.labels))
@@ -422,7 +433,7 @@ def frequent_tokens(token: npt.ArrayLike, request: npt.ArrayLike, at_most: int) 
     return np.sort(ids[np.argsort(-count, kind="stable")[:at_most]]).astype(np.int64)
 
 
-# --- kernels -----------------------------------------------------------------------------------------------------
+# --- kernels
 
 
 @dataclass(frozen=True)
@@ -469,7 +480,7 @@ def _chunks(
 
 @dataclass(frozen=True)
 class _Segments:
-    """Pieces of numbered stretches that lie within a chunk: stretch (S,), start and stop (S,) in chunk rows."""
+    """Pieces of numbered stretches within a chunk: stretch (S,), start and stop (S,) in rows of the chunk."""
 
     index: Ints
     start: Ints
@@ -487,9 +498,7 @@ class _Segments:
         return cls(index[some], a[some], b[some])
 
 
-def _histogram(
-    ids: npt.NDArray[np.unsignedinteger], segments: _Segments, n_expert: int, whole: bool
-) -> Ints:
+def _histogram(ids: npt.NDArray[np.unsignedinteger], segments: _Segments, n_expert: int, whole: bool) -> Ints:
     """Ids (C, L, ...) counted by segment of rows and layer: (S, L, E). Segments adjoin and begin at row 0."""
     n, n_layers = int(segments.stop[-1]), ids.shape[1]
     x = ids[:n]
@@ -505,7 +514,7 @@ def _histogram(
     return counts.reshape(-1, n_layers, width)[:, :, :n_expert].astype(np.int64)
 
 
-def _member_words(
+def member_words(
     ids: npt.NDArray[np.unsignedinteger], n_expert: int
 ) -> list[npt.NDArray[np.unsignedinteger]]:
     """Which experts each cell uses, as bits: ids (C, L, k) → words of (L, C), 32 bits if they are enough."""
@@ -561,7 +570,7 @@ class _Tables:
             self._add_lags(chunk, order, prompt_of)
 
     def _add_lags(self, chunk: _Chunk, order: ReadingOrder, prompt_of: Ints) -> None:
-        words = _member_words(chunk.experts, self.n_expert)
+        words = member_words(chunk.experts, self.n_expert)
         first = chunk.first
         known = None if chunk.whole else first < self.n_expert
         low = int(np.searchsorted(order.run_starts, chunk.start, side="right")) - 1
@@ -660,13 +669,14 @@ def _one_label_each(
     if wrong.size:
         name = names[wrong[0]]
         raise UsageError(
-            f"prompt {name!r} has two domains: {domains[index][prompt_of][wrong[0]]!r} and {domains[wrong[0]]!r}",
+            f"prompt {name!r} has two domains: {domains[index[prompt_of[wrong[0]]]]}, {domains[wrong[0]]}",
             fix="name prompts apart, or label them alike",
         )
 
 
 def _union(
-    one: tuple[npt.NDArray[np.str_], npt.NDArray[np.str_]], two: tuple[npt.NDArray[np.str_], npt.NDArray[np.str_]]
+    one: tuple[npt.NDArray[np.str_], npt.NDArray[np.str_]],
+    two: tuple[npt.NDArray[np.str_], npt.NDArray[np.str_]],
 ) -> tuple[npt.NDArray[np.str_], npt.NDArray[np.str_], tuple[Ints, Ints]]:
     """Sorted union of two lists of prompts with their labels, and where each one's prompts went."""
     names, domains = np.concatenate((one[0], two[0])), np.concatenate((one[1], two[1]))

@@ -1,9 +1,9 @@
 """Do domains use different experts, how strongly, and which ones?
 
 Counts come per prompt, (P, L, E), with one label per prompt, as in
-:class:`moetrace.analysis.counts.RoutingCounts`. Tests move whole prompts between domains; intervals resample or
-leave out whole prompts. Domains weigh equally in every mean, so that no result depends on which of them was asked
-more often.
+:class:`moetrace.analysis.counts.RoutingCounts`. Tests move whole prompts between domains; intervals resample
+or leave out whole prompts. Domains weigh equally in every mean, so that no result depends on which of them
+was asked more often.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ NO_SHARED_WORDS = "cannot be tested: no token id is shared between prompts of di
 class DomainSeparation:
     """How far apart the domains of one table of counts (D, E) are.
 
-    ``chi2``, ``dof`` and ``p_value`` are Pearson's and take every pick for an independent observation: the p-value
-    says nothing about domains unless prompts do not matter (:func:`domain_test` is the sound one).
+    ``chi2``, ``dof`` and ``p_value`` are Pearson's and take every pick for an independent observation: the
+    p-value says nothing about domains unless prompts do not matter (:func:`domain_test` is the sound one).
     ``cramers_v_corrected`` is Bergsma's (2013). ``jsd_bits`` is the Jensen-Shannon divergence of the domains'
     distributions, equally weighted, in bits.
     """
@@ -99,13 +99,14 @@ def expert_frequency(
     labels
         (P,) domains.
 
-    Returns one row per (layer, domain, expert): ``count``; ``percent`` of the domain's picks in this layer (sums
-    to 100, as in the notebook); ``percent_of_tokens`` of the domain's tokens that used the expert (sums to 100·k;
-    OLMoE's domain specialisation N_iD/N_D, arXiv 2409.02060). NaN where the domain has no token in the layer.
+    Returns one row per (layer, domain, expert): ``count``; ``percent`` of the domain's picks in this layer
+    (sums to 100, as in the notebook); ``percent_of_tokens`` of the domain's tokens that used the expert (sums
+    to 100·k; OLMoE's domain specialisation N_iD/N_D, arXiv 2409.02060). NaN where the domain has no token in
+    the layer.
     """
     names, by_domain = domain_counts(counts, labels)
     _, by_tokens = domain_counts(tokens, labels)
-    d, n_layers, e = by_domain.shape
+    _, n_layers, e = by_domain.shape
     with np.errstate(invalid="ignore", divide="ignore"):
         of_tokens = 100.0 * by_domain / by_tokens[:, :, None].astype(np.float64)
     index = pd.MultiIndex.from_product(
@@ -135,11 +136,11 @@ class DomainTest:
         Smallest p-value that this number of prompts and permutations allows.
     table
         One row per layer: ``layer``; ``jsd_bits`` (plug-in), ``jsd_null_mean`` and ``jsd_null_q95`` (the same
-        with prompts exchanged between domains: what prompts alone produce), ``jsd_jackknife`` with ``jsd_low``,
-        ``jsd_high`` (bias-corrected, 95 %), ``cramers_v``, ``cramers_v_corrected`` (Bergsma),
-        ``cramers_v_jackknife`` with ``v_low``, ``v_high``; ``chi2``, ``dof`` and ``chi2_p`` (as published: not a
-        test of domains); ``p_value`` (permutation of whole prompts), ``q_value`` (Benjamini-Hochberg over
-        layers), ``p_family`` (max-T over layers).
+        with prompts exchanged between domains: what prompts alone produce), ``jsd_jackknife`` with
+        ``jsd_low``, ``jsd_high`` (bias-corrected, 95 %), ``cramers_v``, ``cramers_v_corrected`` (Bergsma),
+        ``cramers_v_jackknife`` with ``v_low``, ``v_high``; ``chi2``, ``dof`` and ``chi2_p`` (as published:
+        not a test of domains); ``p_value`` (permutation of whole prompts), ``q_value`` (Benjamini-Hochberg
+        over layers), ``p_family`` (max-T over layers).
     """
 
     verdict: str
@@ -176,18 +177,19 @@ def domain_test(
     labels
         (P,) domain of each prompt.
     statistic
-        "jsd": divergence of the pooled domains; "pseudo_f": PERMANOVA (Anderson 2001) on squared Jensen-Shannon
-        distances between prompts; "entropy": spread of the domains' entropies (Miller-Madow) around their mean.
+        "jsd": divergence of the pooled domains; "pseudo_f": PERMANOVA (Anderson 2001) on squared
+        Jensen-Shannon distances between prompts; "entropy": spread of the domains' entropies (Miller-Madow)
+        around their mean.
     strata
         (P,) optional groups (prompt template, length) within which prompts are exchanged.
 
-    Prompts are taken to be exchangeable between domains if domain does not matter: match their lengths, or give
-    length classes as strata.
+    Prompts are taken to be exchangeable between domains if domain does not matter: match their lengths, or
+    give length classes as strata.
     """
     c = _prompt_counts(counts)
     domains = Domains.of(labels)
     _same_prompts(c, domains)
-    chance_of = nulls.testability(domains, strata)
+    chance_of = nulls.feasibility(domains, strata)
     n_layers = c.shape[1]
     _, by_domain = domain_counts(c, labels)
     per_layer = by_domain.transpose(1, 0, 2)
@@ -335,8 +337,8 @@ def domain_lift(
     ``low`` and ``high`` (cluster bootstrap: each domain's prompts redrawn; expanded percentile interval,
     Hesterberg 2015), and ``p_family``: permutation p-value of |share − mean share|, prompts exchanged between
     domains, corrected by max-T over all experts and domains of the layer. An expert that nobody used has lift
-    NaN. With a single prompt in the domain the interval is NaN, and ``p_family`` is NaN where domains cannot be
-    tested (:func:`moetrace.analysis.nulls.testability`).
+    NaN. With a single prompt in the domain the interval is NaN, and ``p_family`` is NaN where domains cannot
+    be tested (:func:`moetrace.analysis.nulls.feasibility`).
     """
     c = _prompt_counts(counts)
     domains = Domains.of(labels)
@@ -345,7 +347,7 @@ def domain_lift(
     rng = np.random.default_rng(seed)
     weights = nulls.bootstrap_weights(domains, n_boot, rng)
     member = (domains.codes[None, :] == np.arange(d)[:, None]).astype(np.float64)
-    testable = nulls.testability(domains, strata).testable
+    testable = nulls.feasibility(domains, strata).testable
     codes = nulls.permuted_codes(domains, n_permutations, rng, strata) if testable else None
     low, high = np.full((2, n_layers, d, e), np.nan)
     p_family = np.full((n_layers, d, e), np.nan)
@@ -384,9 +386,9 @@ def specialists(lift: pd.DataFrame, *, alpha: float = 0.05, margin: float = 1.5)
     From :func:`domain_lift`, one row per (layer, expert): ``kind``, ``domain`` (the one of largest lift),
     ``lift``, ``low``, ``high``, ``p_family`` of that domain.
 
-    "specialist": significant in its domain (``p_family`` ≤ alpha, lift > 1); "generalist": every domain's interval
-    lies within [1/margin, margin]; "unused": nobody used it; "undecided": everything else. The notebook's quartile
-    cut instead always names a quarter of the experts either way.
+    "specialist": significant in its domain (``p_family`` ≤ alpha, lift > 1); "generalist": every domain's
+    interval lies within [1/margin, margin]; "unused": nobody used it; "undecided": everything else. The
+    notebook's quartile cut instead always names a quarter of the experts either way.
     """
     keys = ["layer", "expert"]
     best = lift.fillna({"lift": -1.0}).groupby(keys)["lift"].idxmax()
@@ -407,11 +409,12 @@ def specialists(lift: pd.DataFrame, *, alpha: float = 0.05, margin: float = 1.5)
 class MatchedSeparation:
     """Separation of domains at the same token ids.
 
-    ``table`` has one row per layer: ``layer``; ``jsd_bits`` of the domains as they are; ``jsd_matched_bits`` of
-    the domains after the token ids' own routing has been taken out; ``share_left``, the part of the squared
-    distance between domains that remains; ``p_value``, ``q_value``, ``p_family`` as in :class:`DomainTest`.
-    ``coverage`` is the share of picks that stand at token ids which occur in more than one prompt: only those can
-    tell domain from vocabulary. ``verdict`` is empty or says why nothing could be tested.
+    ``table`` has one row per layer: ``layer``; ``jsd_bits`` of the domains as they are (at these token ids);
+    ``jsd_matched_bits`` of the domains after the token ids' own routing has been taken out, and
+    ``jsd_matched_null_mean``, what prompts alone produce of it; ``p_value``, ``q_value``, ``p_family`` as in
+    :class:`DomainTest`, for the matched separation.
+    ``coverage`` is the share of picks that stand at token ids which occur in more than one prompt: only those
+    can tell domain from vocabulary. ``verdict`` is empty or says why nothing could be tested.
     """
 
     verdict: str
@@ -430,18 +433,19 @@ def matched_separation(
 ) -> MatchedSeparation:
     """Test whether domains differ beyond their vocabulary.
 
-    Model: the share of expert e at an occurrence of token id x in prompt i is μ(x, e) + u(i, e). Both are fitted
-    by least squares over all occurrences (an analysis of variance with token ids and prompts as factors), which
-    makes u the prompt's effect at matched token ids: token ids that occur in one prompt only, or in prompts of one
-    domain only, cannot pass for a difference between domains. The statistic is the weighted sum of squares of the
-    domains' mean u around the overall mean; prompts are exchanged between domains with their u. Weights are the
-    occurrences that tell prompts apart (the diagonal of the normal equations).
+    Model: the share of expert e at an occurrence of token id x in prompt i is μ(x, e) + u(i, e). Both are
+    fitted by least squares over all occurrences (an analysis of variance with token ids and prompts as
+    factors), which makes u the prompt's effect at matched token ids: token ids that occur in one prompt only,
+    or in prompts of one domain only, cannot pass for a difference between domains. The statistic is the
+    weighted sum of squares of the domains' mean u around the overall mean; prompts are exchanged between
+    domains with their u. Weights are the occurrences that tell prompts apart (the diagonal of the normal
+    equations).
     """
     domains = Domains.of(counts.labels)
     n_layers, e = counts.token_included.shape[1:]
-    verdict = nulls.testability(domains, strata)
+    verdict = nulls.feasibility(domains, strata)
     d = len(domains)
-    jsd, jsd_matched, left = np.full((3, n_layers), np.nan)
+    jsd, matched, matched_null = np.full((3, n_layers), np.nan)
     codes = (
         nulls.permuted_codes(domains, n_permutations, np.random.default_rng(seed), strata)
         if verdict.testable
@@ -463,11 +467,10 @@ def matched_separation(
             np.add.at(by_domain, domains.codes, c)
             raw = info.shares(by_domain)
             jsd[layer] = info.jsd_bits(raw)
-            member = (domains.codes[None, :] == np.arange(d)[:, None]) * effect.weight
-            mean = (member @ u) / member.sum(axis=1, keepdims=True)
-            centred = mean - mean.mean(axis=0)
-            left[layer] = (centred**2).sum() / max(((raw - raw.mean(axis=0)) ** 2).sum(), 1e-300)
-            jsd_matched[layer] = info.jsd_bits(info.shares(np.maximum(raw.mean(axis=0) + centred, 0.0)))
+            middle = raw.mean(axis=0)
+            every = _matched_jsd(u, effect.weight, codes, d, middle)
+            matched[layer] = every[0]
+            matched_null[layer] = every[1:].mean() if verdict.testable else np.nan
     p = q = family = np.full(n_layers, np.nan)
     if verdict.testable:
         p, family = nulls.permutation_p(null), nulls.max_t(null)
@@ -484,8 +487,8 @@ def matched_separation(
             {
                 "layer": counts.layers,
                 "jsd_bits": jsd,
-                "jsd_matched_bits": jsd_matched,
-                "share_left": left,
+                "jsd_matched_bits": matched,
+                "jsd_matched_null_mean": matched_null,
                 "p_value": p,
                 "q_value": q,
                 "p_family": family,
@@ -498,8 +501,8 @@ def matched_separation(
 class _PromptEffects:
     """Least-squares prompt effects beside token effects: solves Laplacian · u = residual sums.
 
-    ``members`` are the prompts that shared token ids connect; the effects of the others are not determined and
-    stay 0 with weight 0.
+    ``members`` are the prompts that shared token ids connect; the effects of the others are not determined
+    and stay 0 with weight 0.
     """
 
     occurrences: sparse.csr_array
@@ -512,10 +515,12 @@ class _PromptEffects:
         """None if the largest connected group of prompts lies within one domain."""
         n = occurrences.astype(np.float64)
         per_token = np.asarray(n.sum(axis=0)).reshape(-1)
-        scaled = n @ sparse.diags_array(np.divide(1.0, per_token, out=np.zeros_like(per_token), where=per_token > 0))
+        scaled = n @ sparse.diags_array(
+            np.divide(1.0, per_token, out=np.zeros_like(per_token), where=per_token > 0)
+        )
         common = np.asarray((scaled @ n.T).todense())
         laplacian = np.diag(np.asarray(n.sum(axis=1)).reshape(-1)) - common
-        _, group = connected_components(sparse.csr_array(common > 0), directed=False)
+        _, group = connected_components(common > 0, directed=False)
         members = np.flatnonzero(group == np.bincount(group).argmax())
         if np.unique(domains.codes[members]).size < len(domains):
             return None
@@ -548,11 +553,21 @@ def _weighted_between(u: Floats, weight: Floats, codes: Ints, n_domains: int) ->
     return np.asarray(between / (n_domains - 1) / np.maximum((total - between) / dof, 1e-300))
 
 
+def _matched_jsd(u: Floats, weight: Floats, codes: Ints, n_domains: int, middle: Floats) -> Floats:
+    """JSD (B,) of the distributions ``middle`` (E) + domain effects, for assignments (B, P)."""
+    mean = np.empty((codes.shape[0], n_domains, u.shape[1]))
+    for domain in range(n_domains):
+        member = (codes == domain) * weight
+        mean[:, domain] = (member @ u) / np.maximum(member.sum(axis=1, keepdims=True), 1e-300)
+    mean -= mean.mean(axis=1, keepdims=True)
+    return info.jsd_bits(info.shares(np.maximum(middle + mean, 0.0)))
+
+
 def _lift(sums: npt.ArrayLike) -> Floats:
     """Lift of domain sums (..., D, E) over the mean of domains; NaN where nobody used the expert."""
     share = info.shares(sums)
     mean = share.mean(axis=-2, keepdims=True)
-    return np.divide(share, mean, out=np.full_like(share, np.nan), where=mean > 0)
+    return np.asarray(np.divide(share, mean, out=np.full_like(share, np.nan), where=mean > 0))
 
 
 def _percentiles(drawn: Floats, tail: float) -> tuple[Floats, Floats]:

@@ -14,7 +14,7 @@ def shares(counts: npt.ArrayLike) -> Floats:
     """Counts (..., E) divided by their sum over the last axis; NaN where the sum is 0. A copy."""
     c = np.asarray(counts, dtype=np.float64)
     total = c.sum(axis=-1, keepdims=True)
-    return np.divide(c, total, out=np.full_like(c, np.nan), where=total > 0)
+    return np.asarray(np.divide(c, total, out=np.full_like(c, np.nan), where=total > 0))
 
 
 def entropy_bits(p: npt.ArrayLike) -> Floats:
@@ -48,8 +48,8 @@ def jsd_bits(p: npt.ArrayLike) -> Floats:
 def chi_square(counts: npt.ArrayLike) -> tuple[Floats, npt.NDArray[np.int64], Floats, Floats]:
     """Pearson's chi-square of tables (..., D, E): statistic, degrees of freedom, p-value, total; each (...).
 
-    Experts that nobody used and domains without a pick carry no expectation and are left out of the degrees of
-    freedom. The p-value takes every pick for an independent observation, which routing is not.
+    Experts that nobody used and domains without a pick carry no expectation and are left out of the degrees
+    of freedom. The p-value takes every pick for an independent observation, which routing is not.
     """
     c = np.asarray(counts, dtype=np.float64)
     rows, cols = c.sum(axis=-1, keepdims=True), c.sum(axis=-2, keepdims=True)

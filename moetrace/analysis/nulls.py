@@ -1,8 +1,8 @@
 """What chance does when prompts, not picks, are the independent things.
 
-Tokens of one prompt share its topic and style and follow each other, so they are not independent observations of
-their domain; prompts are. Every test here therefore moves whole prompts, and every interval resamples or deletes
-whole prompts.
+Tokens of one prompt share its topic and style and follow each other, so they are not independent observations
+of their domain; prompts are. Every test here therefore moves whole prompts, and every interval resamples or
+deletes whole prompts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ONE_ARRANGEMENT = "cannot be tested: within the strata there is no other way to 
 
 @dataclass(frozen=True)
 class Domains:
-    """Prompts with their domains: ``names`` (D) sorted, ``codes`` (P) into names, ``sizes`` (D) in prompts."""
+    """Prompts and their domains: ``names`` (D) sorted, ``codes`` (P) into names, ``sizes`` (D) in prompts."""
 
     names: tuple[str, ...]
     codes: Ints
@@ -53,7 +53,7 @@ class Domains:
 
 
 @dataclass(frozen=True)
-class Testability:
+class Feasibility:
     """Whether permuting prompts between domains can tell anything.
 
     ``min_p`` is the smallest p-value that the number of prompts allows: one over the number of ways to split
@@ -66,12 +66,12 @@ class Testability:
     min_p: float
 
 
-def testability(domains: Domains, strata: npt.ArrayLike | None = None) -> Testability:
+def feasibility(domains: Domains, strata: npt.ArrayLike | None = None) -> Feasibility:
     """Count the arrangements of whole prompts over domains, within strata (P) if given."""
     if len(domains) < 2:
-        return Testability(False, ONE_DOMAIN, 1.0)
+        return Feasibility(False, ONE_DOMAIN, 1.0)
     if (domains.sizes == 1).all():
-        return Testability(False, SAME_THING, 1.0)
+        return Feasibility(False, SAME_THING, 1.0)
     groups = _strata_codes(strata, domains.codes.size)
     table = np.zeros((int(groups.max()) + 1, len(domains)), dtype=np.int64)
     np.add.at(table, (groups, domains.codes), 1)
@@ -83,14 +83,16 @@ def testability(domains: Domains, strata: npt.ArrayLike | None = None) -> Testab
     for alike in Counter(tuple(int(n) for n in column) for column in table.T).values():
         ways //= factorial(alike)
     if ways <= 1:
-        return Testability(False, ONE_ARRANGEMENT, 1.0)
-    return Testability(True, "", 1.0 / ways)
+        return Feasibility(False, ONE_ARRANGEMENT, 1.0)
+    return Feasibility(True, "", 1.0 / ways)
 
 
 def permuted_codes(
     domains: Domains, n_permutations: int, rng: np.random.Generator, strata: npt.ArrayLike | None = None
 ) -> npt.NDArray[np.int64]:
-    """Domain codes (1 + n_permutations, P): row 0 as observed, the others with prompts exchanged within strata."""
+    """Domain codes (1 + n_permutations, P): row 0 as observed, the others with prompts exchanged within
+    strata.
+    """
     p = domains.codes.size
     groups = _strata_codes(strata, p)
     home = np.argsort(groups, kind="stable")
@@ -132,7 +134,8 @@ def permutation_p(null: npt.ArrayLike) -> Floats:
 
 
 def max_t(null: npt.ArrayLike) -> Floats:
-    """Family-wise p-values over the last axis of statistics (1 + B, ..., M): Westfall & Young's single-step max-T.
+    """Family-wise p-values over the last axis of statistics (1 + B, ..., M): Westfall & Young's single-step
+    max-T.
 
     Row 0 is observed. Each of the M is divided by its own mean and spread over all 1 + B arrangements (the
     observed one included, which keeps the test exact), so that rare and frequent experts compete alike; a
@@ -169,7 +172,10 @@ class Interval:
 
 
 def jackknife(
-    full: npt.ArrayLike, without: npt.ArrayLike, strata: npt.NDArray[np.int64] | None = None, level: float = 0.95
+    full: npt.ArrayLike,
+    without: npt.ArrayLike,
+    strata: npt.NDArray[np.int64] | None = None,
+    level: float = 0.95,
 ) -> Interval:
     """Delete-one-prompt jackknife (Tukey; stratified as in Rao & Wu 1985) with a t interval.
 
@@ -206,9 +212,7 @@ def jackknife(
     return Interval(theta - bias, error, theta - bias - reach, theta - bias + reach)
 
 
-def ratio_interval(
-    numerator: npt.ArrayLike, denominator: npt.ArrayLike, level: float = 0.95
-) -> Interval:
+def ratio_interval(numerator: npt.ArrayLike, denominator: npt.ArrayLike, level: float = 0.95) -> Interval:
     """Σ numerator / Σ denominator over prompts (P, ...), with the delete-one-prompt jackknife interval."""
     a, b = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
     top, bottom = a.sum(axis=0), b.sum(axis=0)
@@ -241,5 +245,7 @@ def _strata_codes(strata: npt.ArrayLike | None, n: int) -> npt.NDArray[np.int64]
         return np.zeros(n, dtype=np.int64)
     values = np.asarray(strata)
     if values.shape != (n,):
-        raise UsageError(f"strata have shape {values.shape}, prompts are {n}", fix="give one stratum per prompt")
+        raise UsageError(
+            f"strata have shape {values.shape}, prompts are {n}", fix="give one stratum per prompt"
+        )
     return np.unique(values, return_inverse=True)[1].astype(np.int64)

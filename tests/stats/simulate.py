@@ -1,8 +1,9 @@
-"""Routing made up so that the truth is known: prompts that differ, tokens that follow each other, words that route.
+"""Routing made up so that the truth is known: prompts that differ, tokens that follow each other, words that
+route.
 
-The logit of expert e in layer l at a token is: the layer's base + its domain's effect + its prompt's effect + its
-token id's effect + noise that remembers (an AR(1) process within the prompt). The k largest are used, largest
-first. Every effect is independent and normal, with the standard deviation given; 0 switches it off.
+The logit of expert e in layer l at a token is: the layer's base + its domain's effect + its prompt's effect +
+its token id's effect + noise that remembers (an AR(1) process within the prompt). The k largest are used,
+largest first. Every effect is independent and normal, with the standard deviation given; 0 switches it off.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from scipy.signal import lfilter
 
 @dataclass(frozen=True)
 class World:
-    """What stays the same from trace to trace: sizes, strengths, and the domains' and token ids' true effects."""
+    """What stays the same from trace to trace: sizes, strengths, and the domains' and token ids' true
+    effects.
+    """
 
     n_domains: int = 5
     n_prompts: int = 12  # of each domain
