@@ -14,12 +14,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import sparse
-from scipy.sparse.csgraph import connected_components
 
 from moetrace.analysis import information as info
 from moetrace.analysis import nulls
-from moetrace.analysis.counts import TokenCounts
 from moetrace.analysis.nulls import Domains, Floats, Ints
 from moetrace.errors import UsageError
 
@@ -27,7 +24,6 @@ Statistic = Literal["jsd", "pseudo_f", "entropy"]
 
 N_PERMUTATIONS = 999
 N_BOOT = 2000
-NO_SHARED_WORDS = "cannot be tested: no token id is shared between prompts of different domains"
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,7 @@ def expert_frequency(
     with np.errstate(invalid="ignore", divide="ignore"):
         of_tokens = 100.0 * by_domain / by_tokens[:, :, None].astype(np.float64)
     index = pd.MultiIndex.from_product(
-        [_layers(layers, n_layers), names, range(e)], names=["layer", "domain", "expert"]
+        [layer_numbers(layers, n_layers), names, range(e)], names=["layer", "domain", "expert"]
     )
     order = (1, 0, 2)
     return pd.DataFrame(
@@ -207,7 +203,7 @@ def domain_test(
         q = nulls.benjamini_hochberg(p)
     table = pd.DataFrame(
         {
-            "layer": _layers(layers, n_layers),
+            "layer": layer_numbers(layers, n_layers),
             "jsd_bits": info.jsd_bits(info.shares(per_layer)),
             "jsd_null_mean": jsd_null.mean(axis=0),
             "jsd_null_q95": np.quantile(jsd_null, 0.95, axis=0),
@@ -365,7 +361,7 @@ def domain_lift(
     _, by_domain = domain_counts(np.asarray(counts), labels)
     table = by_domain.transpose(1, 0, 2)
     index = pd.MultiIndex.from_product(
-        [_layers(layers, n_layers), domains.names, range(e)], names=["layer", "domain", "expert"]
+        [layer_numbers(layers, n_layers), domains.names, range(e)], names=["layer", "domain", "expert"]
     )
     return pd.DataFrame(
         {
@@ -405,164 +401,6 @@ def specialists(lift: pd.DataFrame, *, alpha: float = 0.05, margin: float = 1.5)
     return out.drop(columns="count").reset_index()
 
 
-@dataclass(frozen=True)
-class MatchedSeparation:
-    """Separation of domains at the same token ids.
-
-    ``table`` has one row per layer: ``layer``; ``jsd_bits`` of the domains as they are (at these token ids);
-    ``jsd_matched_bits`` of the domains after the token ids' own routing has been taken out, and
-    ``jsd_matched_null_mean``, what prompts alone produce of it; ``p_value``, ``q_value``, ``p_family`` as in
-    :class:`DomainTest`, for the matched separation.
-    ``coverage`` is the share of picks that stand at token ids which occur in more than one prompt: only those
-    can tell domain from vocabulary. ``verdict`` is empty or says why nothing could be tested.
-    """
-
-    verdict: str
-    min_p: float
-    coverage: float
-    n_permutations: int
-    table: pd.DataFrame
-
-
-def matched_separation(
-    counts: TokenCounts,
-    *,
-    n_permutations: int = N_PERMUTATIONS,
-    strata: npt.ArrayLike | None = None,
-    seed: int = 0,
-) -> MatchedSeparation:
-    """Test whether domains differ beyond their vocabulary.
-
-    Model: the share of expert e at an occurrence of token id x in prompt i is μ(x, e) + u(i, e). Both are
-    fitted by least squares over all occurrences (an analysis of variance with token ids and prompts as
-    factors), which makes u the prompt's effect at matched token ids: token ids that occur in one prompt only,
-    or in prompts of one domain only, cannot pass for a difference between domains. The statistic is the
-    weighted sum of squares of the domains' mean u around the overall mean; prompts are exchanged between
-    domains with their u. Weights are the occurrences that tell prompts apart (the diagonal of the normal
-    equations).
-    """
-    domains = Domains.of(counts.labels)
-    n_layers, e = counts.token_included.shape[1:]
-    verdict = nulls.feasibility(domains, strata)
-    d = len(domains)
-    jsd, matched, matched_null = np.full((3, n_layers), np.nan)
-    codes = (
-        nulls.permuted_codes(domains, n_permutations, np.random.default_rng(seed), strata)
-        if verdict.testable
-        else domains.codes[None, :]
-    )
-    null = np.full((codes.shape[0], n_layers), np.nan)
-    reason = verdict.reason
-    for which, occurrences in enumerate(counts.occurrences):
-        mine = np.flatnonzero(counts.layer_class == which)
-        effect = _PromptEffects.of(occurrences, domains)
-        if effect is None:
-            reason = reason or NO_SHARED_WORDS
-            continue
-        for layer in mine:
-            c = counts.prompt_included[:, layer].astype(np.float64)
-            u = effect.fit(c, counts.token_included[:, layer]) / counts.n_expert_used[layer]
-            null[:, layer] = _weighted_between(u, effect.weight, codes, d)
-            by_domain = np.zeros((d, e))
-            np.add.at(by_domain, domains.codes, c)
-            raw = info.shares(by_domain)
-            jsd[layer] = info.jsd_bits(raw)
-            middle = raw.mean(axis=0)
-            every = _matched_jsd(u, effect.weight, codes, d, middle)
-            matched[layer] = every[0]
-            matched_null[layer] = every[1:].mean() if verdict.testable else np.nan
-    p = q = family = np.full(n_layers, np.nan)
-    if verdict.testable:
-        p, family = nulls.permutation_p(null), nulls.max_t(null)
-        q = nulls.benjamini_hochberg(p)
-    shared = counts.occurrences[0]
-    often = np.asarray((shared > 0).sum(axis=0)).reshape(-1) > 1
-    total = float(shared.sum())
-    return MatchedSeparation(
-        verdict=reason,
-        min_p=max(verdict.min_p, 1 / (n_permutations + 1)),
-        coverage=float(shared[:, np.flatnonzero(often)].sum()) / total if total else float("nan"),
-        n_permutations=n_permutations if verdict.testable else 0,
-        table=pd.DataFrame(
-            {
-                "layer": counts.layers,
-                "jsd_bits": jsd,
-                "jsd_matched_bits": matched,
-                "jsd_matched_null_mean": matched_null,
-                "p_value": p,
-                "q_value": q,
-                "p_family": family,
-            }
-        ),
-    )
-
-
-@dataclass(frozen=True)
-class _PromptEffects:
-    """Least-squares prompt effects beside token effects: solves Laplacian · u = residual sums.
-
-    ``members`` are the prompts that shared token ids connect; the effects of the others are not determined
-    and stay 0 with weight 0.
-    """
-
-    occurrences: sparse.csr_array
-    inverse: Floats
-    members: Ints
-    weight: Floats
-
-    @classmethod
-    def of(cls, occurrences: sparse.csr_array, domains: Domains) -> _PromptEffects | None:
-        """None if the largest connected group of prompts lies within one domain."""
-        n = occurrences.astype(np.float64)
-        per_token = np.asarray(n.sum(axis=0)).reshape(-1)
-        scaled = n @ sparse.diags_array(
-            np.divide(1.0, per_token, out=np.zeros_like(per_token), where=per_token > 0)
-        )
-        common = np.asarray((scaled @ n.T).todense())
-        laplacian = np.diag(np.asarray(n.sum(axis=1)).reshape(-1)) - common
-        _, group = connected_components(common > 0, directed=False)
-        members = np.flatnonzero(group == np.bincount(group).argmax())
-        if np.unique(domains.codes[members]).size < len(domains):
-            return None
-        weight = np.zeros(n.shape[0])
-        weight[members] = np.diag(laplacian)[members]
-        inverse = np.linalg.pinv(laplacian[np.ix_(members, members)], hermitian=True)
-        return cls(occurrences, inverse, members, weight)
-
-    def fit(self, prompt_included: Floats, token_included: Ints) -> Floats:
-        """Effects (P, E) from counts of prompts (P, E) and token ids (X, E) of one layer."""
-        per_token = np.maximum(np.asarray(self.occurrences.sum(axis=0)).reshape(-1), 1)
-        residual = prompt_included - self.occurrences @ (token_included / per_token[:, None])
-        u = np.zeros_like(prompt_included)
-        u[self.members] = self.inverse @ residual[self.members]
-        return u
-
-
-def _weighted_between(u: Floats, weight: Floats, codes: Ints, n_domains: int) -> Floats:
-    """Weighted pseudo-F of vectors (P, E) for assignments (B, P): (B,)."""
-    total_weight = weight.sum()
-    centred = u - (weight @ u) / total_weight
-    total = float((weight[:, None] * centred**2).sum())
-    between = np.zeros(codes.shape[0])
-    for domain in range(n_domains):
-        member = (codes == domain) * weight
-        mass = member.sum(axis=1)
-        sums = member @ centred
-        between += np.divide((sums**2).sum(axis=1), mass, out=np.zeros_like(mass), where=mass > 0)
-    dof = max(int((weight > 0).sum()) - n_domains, 1)
-    return np.asarray(between / (n_domains - 1) / np.maximum((total - between) / dof, 1e-300))
-
-
-def _matched_jsd(u: Floats, weight: Floats, codes: Ints, n_domains: int, middle: Floats) -> Floats:
-    """JSD (B,) of the distributions ``middle`` (E) + domain effects, for assignments (B, P)."""
-    mean = np.empty((codes.shape[0], n_domains, u.shape[1]))
-    for domain in range(n_domains):
-        member = (codes == domain) * weight
-        mean[:, domain] = (member @ u) / np.maximum(member.sum(axis=1, keepdims=True), 1e-300)
-    mean -= mean.mean(axis=1, keepdims=True)
-    return info.jsd_bits(info.shares(np.maximum(middle + mean, 0.0)))
-
-
 def _lift(sums: npt.ArrayLike) -> Floats:
     """Lift of domain sums (..., D, E) over the mean of domains; NaN where nobody used the expert."""
     share = info.shares(sums)
@@ -594,5 +432,5 @@ def _same_prompts(counts: Floats, domains: Domains) -> None:
         )
 
 
-def _layers(layers: npt.ArrayLike | None, n_layers: int) -> Ints:
+def layer_numbers(layers: npt.ArrayLike | None, n_layers: int) -> Ints:
     return np.arange(n_layers) if layers is None else np.asarray(layers, dtype=np.int64)

@@ -201,7 +201,7 @@ def overview(a: Activations) -> Overview:
 
 @dataclass(frozen=True)
 class Frequency:
-    """Part 3: ``counts`` and ``percent`` (domains × experts that occur), ``top`` (five experts per domain)."""
+    """Part 3, "Domain Comparison". ``top``: domain, five experts (``nlargest``) and their summed percent."""
 
     counts: pd.DataFrame
     percent: pd.DataFrame
@@ -239,7 +239,7 @@ class ChiSquare:
 
 
 def chi_square(a: Activations, layer: int = 0, component: str = "ffn_down") -> ChiSquare:
-    """Part 4, chi-square test of independence (``scipy.stats.chi2_contingency``, Yates' correction at dof 1).
+    """Part 4, chi-square test of independence (``scipy.stats.chi2_contingency``, Yates at dof 1).
 
     Takes every pick for an independent observation and one prompt for a domain: with prompts that merely
     differ from each other it rejects almost always (docs/statistics.md).
