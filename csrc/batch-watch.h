@@ -55,7 +55,7 @@ struct row_identity {
 class batch_matcher {
   public:
     // The batch's tokens, to be filled in by the caller before begin().
-    std::vector<batch_entry>     std::vector<batch_entry> & entries() { return batch; }       entries()       { return batch; }
+    std::vector<batch_entry> &       entries()       { return batch; }
     const std::vector<batch_entry> & entries() const { return batch; }
     void begin();
 
