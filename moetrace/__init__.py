@@ -1,0 +1,3 @@
+"""moetrace: which experts does this Mixture-of-Experts model really use?"""
+
+__version__ = "0.1.0"
