@@ -61,7 +61,8 @@ def reading_order(
     request
         (N,) int: request number of each row; rows with a negative one are left out.
     position
-        (N,) int: position in the sequence when computed.
+        (N,) int: position in the sequence when computed; negative where it was not recorded: such rows follow
+        each other as stored, and none counts as rejected.
     keep
         (N,) bool: rows to look at (one phase, say); all if not given.
     shifted
@@ -77,11 +78,11 @@ def reading_order(
         rows = rows[np.argsort(request_[rows], kind="stable")]
     req, pos = request_[rows].astype(np.int64), position_[rows].astype(np.int64)
     if rows.size:
-        span = int(pos.max()) - int(pos.min()) + 2
+        span = int(pos.max()) - int(pos.min()) + 3
         # Requests ascend, so with this offset a later request's rows never undercut an earlier one's.
-        height = np.cumsum(np.diff(req, prepend=req[0]) != 0) * span + pos
+        height = np.cumsum(np.diff(req, prepend=req[0]) != 0) * span + np.where(pos < 0, pos.max() + 1, pos)
         lowest_after = np.append(np.minimum.accumulate(height[::-1])[::-1][1:], height.max() + 1)
-        rejected = lowest_after <= height
+        rejected = (lowest_after <= height) & (pos >= 0)
         if np.size(shifted):
             rejected &= ~np.isin(req, np.asarray(shifted))
         chosen = ~rejected
@@ -89,7 +90,8 @@ def reading_order(
             chosen &= np.asarray(keep, dtype=bool)[rows]
         rows, req, pos = rows[chosen], req[chosen], pos[chosen]
     new = np.flatnonzero(np.diff(req)) + 1
-    broken = np.flatnonzero((np.diff(req) != 0) | (np.diff(pos) != 1)) + 1
+    unrecorded = (pos[:-1] < 0) & (pos[1:] < 0)
+    broken = np.flatnonzero((np.diff(req) != 0) | ((np.diff(pos) != 1) & ~unrecorded)) + 1
     first = [0] if rows.size else []
     starts = np.concatenate((first, new, [rows.size])).astype(np.int64)
     runs = np.concatenate((first, broken, [rows.size])).astype(np.int64)

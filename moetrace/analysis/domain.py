@@ -207,14 +207,14 @@ def domain_test(
             "jsd_bits": info.jsd_bits(info.shares(per_layer)),
             "jsd_null_mean": jsd_null.mean(axis=0),
             "jsd_null_q95": np.quantile(jsd_null, 0.95, axis=0),
-            "jsd_jackknife": np.maximum(jsd.estimate, 0.0),
-            "jsd_low": np.maximum(jsd.low, 0.0),
-            "jsd_high": np.maximum(jsd.high, 0.0),
+            "jsd_jackknife": jsd.estimate,
+            "jsd_low": jsd.low,
+            "jsd_high": jsd.high,
             "cramers_v": plain,
             "cramers_v_corrected": corrected,
-            "cramers_v_jackknife": np.maximum(v.estimate, 0.0),
-            "v_low": np.maximum(v.low, 0.0),
-            "v_high": np.maximum(v.high, 0.0),
+            "cramers_v_jackknife": v.estimate,
+            "v_low": v.low,
+            "v_high": v.high,
             "chi2": chi2,
             "dof": dof,
             "chi2_p": chi2_p,
@@ -237,19 +237,25 @@ def domain_test(
 def jackknife_separation(
     counts: npt.ArrayLike, domains: Domains, level: float = 0.95
 ) -> tuple[nulls.Interval, nulls.Interval]:
-    """Bias-corrected JSD (bits) and Cramér's V of each layer (L,), with intervals over prompts."""
+    """Bias-corrected JSD (bits) and Cramér's V of each layer (L,), with intervals over prompts, not below 0.
+
+    V is corrected through its square, which is smooth where domains do not differ; its error is that of V².
+    """
     c = _prompt_counts(counts)
     full, without = delete_one_domains(c, domains)
-    jsd_of = info.jsd_bits(info.shares(full.transpose(1, 0, 2)))
-    v_of, _ = info.cramers_v(full.transpose(1, 0, 2))
-    jsd_rest, v_rest = np.empty((2, c.shape[0], c.shape[1]))
-    for i in range(c.shape[0]):
-        rest = without(i).transpose(1, 0, 2)
-        jsd_rest[i] = info.jsd_bits(info.shares(rest))
-        v_rest[i], _ = info.cramers_v(rest)
+
+    def both(sums: Floats) -> Floats:
+        tables = sums.transpose(1, 0, 2)
+        return np.stack((info.jsd_bits(info.shares(tables)), info.cramers_v(tables)[0] ** 2))
+
+    knife = nulls.jackknife(
+        both(full), np.stack([both(without(i)) for i in range(len(c))]), domains.codes, level
+    )
+    parts = (np.maximum(part, 0.0) for part in (knife.estimate, knife.low, knife.high))
+    (jsd, v2), (jsd_low, v2_low), (jsd_high, v2_high) = parts
     return (
-        nulls.jackknife(jsd_of, jsd_rest, domains.codes, level),
-        nulls.jackknife(v_of, v_rest, domains.codes, level),
+        nulls.Interval(jsd, knife.error[0], jsd_low, jsd_high),
+        nulls.Interval(np.sqrt(v2), knife.error[1], np.sqrt(v2_low), np.sqrt(v2_high)),
     )
 
 

@@ -26,41 +26,47 @@ from moetrace.analysis.counts import (
     frequent_tokens,
     reading_order,
 )
-from moetrace.errors import ChannelMissingError, UsageError
+from moetrace.errors import ChannelMissingError, MoetraceError, UsageError
 
-Phase = Literal["prefill", "decode", "both"]
-_PHASES = {"prefill": 0, "decode": 1}
+Phase = Literal["prefill", "decode", "unknown", "all"]
+_PHASES = {"prefill": 0, "decode": 1, "unknown": 2}
 
 # Token counts of all ids may take this much memory; beyond it the most frequent ids are kept.
 _TOKEN_BYTES = 512 << 20
 
 
 class RoutedRows(Protocol):
-    """What the analyses need of a trace; shapes and dtypes as in docs/format.md, table ``rows``."""
+    """What the analyses need of a trace; shapes and dtypes as in docs/format.md, table ``rows``.
+
+    Channels beyond ``experts`` (``weights``, ``scores``, ``logits``, ``gate_input``) are asked for where they
+    are of use; a trace without one raises ChannelMissingError.
+    """
 
     @property
-    def experts(self) -> npt.NDArray[np.unsignedinteger]: ...
+    def experts(self) -> npt.NDArray[Any]: ...
     @property
     def state(self) -> npt.NDArray[np.uint8]: ...
     @property
-    def token(self) -> npt.NDArray[np.int32]: ...
+    def token_ids(self) -> npt.NDArray[np.int32]: ...
     @property
-    def position(self) -> npt.NDArray[np.int32]: ...
+    def positions(self) -> npt.NDArray[np.int32]: ...
     @property
     def request(self) -> npt.NDArray[np.int64]: ...
     @property
     def phase(self) -> npt.NDArray[np.uint8]: ...
     @property
     def requests(self) -> pd.DataFrame:
-        """One row per request, in order; ``label``, ``id`` and ``n_shifts`` where known."""
+        """One row per request, the index its number; ``label``, ``id`` and ``n_shifts`` where known."""
         ...
 
     @property
-    def layers(self) -> Sequence[int]: ...
+    def layers(self) -> npt.NDArray[np.int64]: ...
     @property
-    def n_expert(self) -> Sequence[int]: ...
+    def n_expert(self) -> npt.NDArray[np.int64]: ...
     @property
-    def n_expert_used(self) -> Sequence[int]: ...
+    def n_expert_used(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def consumers(self) -> list[list[str]]: ...
 
 
 def from_trace(
@@ -76,8 +82,8 @@ def from_trace(
     Parameters
     ----------
     phase
-        Which rows to look at. "both" pools prefill and decode, which route differently: ask for it only on
-        purpose.
+        Which rows to look at. "all" pools phases, which route differently: ask for it only on purpose.
+        Imported traces may not know the phase: theirs is "unknown".
     top1
         What "first expert" means: the one of largest mixing weight ("weight", where the trace has weights),
         or the first in the router's order ("router"). They differ where selection is biased or grouped.
@@ -93,7 +99,7 @@ def from_trace(
 
 
 class Analysis:
-    """Analyses of the chosen rows; counts are made at first use and kept. Results are described where linked."""
+    """Analyses of the chosen rows; counts are made at first use and kept."""
 
     def __init__(
         self,
@@ -126,12 +132,12 @@ class Analysis:
         """:class:`moetrace.analysis.counts.RoutingCounts` of the chosen rows, one streaming pass."""
         parts = []
         for trace, name in zip(self._traces, self._names, strict=True):
-            weights = getattr(trace, "weights", None) if self._top1 == "weight" else None
+            weights = _channel(trace, "weights") if self._top1 == "weight" else None
             parts.append(
                 count_routing(
                     trace.experts,
                     trace.request,
-                    trace.position,
+                    trace.positions,
                     weights=weights,
                     max_lag=self._max_lag,
                     progress=self._progress,
@@ -148,15 +154,17 @@ class Analysis:
         """
         each = 8 * len(self._traces[0].layers) * max(self._traces[0].n_expert)
         at_most = max(1, _TOKEN_BYTES // each)
-        every = [t.token[self._keep(t) & self._labelled(t)] for t in self._traces]
+        every = [t.token_ids[self._keep(t) & self._labelled(t)] for t in self._traces]
         tokens = None
         if sum(np.unique(part).size for part in every) > at_most:
             owner = [t.request[self._keep(t) & self._labelled(t)] for t in self._traces]
-            step = np.cumsum([0] + [len(t.requests) for t in self._traces[:-1]])
+            step = np.cumsum([0] + [_width(t) for t in self._traces[:-1]])
             owners = np.concatenate([o + s for o, s in zip(owner, step, strict=True)])
             tokens = frequent_tokens(np.concatenate(every), owners, at_most)
         parts = [
-            count_tokens(t.experts, t.token, t.request, t.position, tokens=tokens, **self._shared(t, n, True))
+            count_tokens(
+                t.experts, t.token_ids, t.request, t.positions, tokens=tokens, **self._shared(t, n, True)
+            )
             for t, n in zip(self._traces, self._names, strict=True)
         ]
         return reduce(add, parts)
@@ -190,9 +198,11 @@ class Analysis:
     def deep_dive(self, layer: int | None = None) -> layers.DeepDive:
         """:func:`moetrace.analysis.layers.deep_dive`."""
         c = self._domains
-        return layers.deep_dive(
-            c.included, c.labels, layers=c.layers, layer=layer, consumers=self._consumers()
-        )
+        try:
+            consumers = tuple(self._traces[0].consumers[0])
+        except MoetraceError:
+            consumers = ()
+        return layers.deep_dive(c.included, c.labels, layers=c.layers, layer=layer, consumers=consumers)
 
     def domain_entropy(self) -> pd.DataFrame:
         """:func:`moetrace.analysis.layers.domain_entropy`."""
@@ -213,7 +223,7 @@ class Analysis:
         given = self._shared(trace, self._names[0])
         for unused in ("prompts", "labels", "n_expert_used"):
             given.pop(unused)
-        return temporal.shuffle_test(trace.experts, trace.request, trace.position, **given, **options)
+        return temporal.shuffle_test(trace.experts, trace.request, trace.positions, **given, **options)
 
     def transitions(self, layer: int) -> temporal.Transitions:
         """:func:`moetrace.analysis.temporal.transitions`."""
@@ -225,14 +235,8 @@ class Analysis:
         Raises ChannelMissingError if the trace has no gate inputs.
         """
         trace = self._single("gate distances")
-        values = getattr(trace, "gate_input", None)
-        if values is None:
-            raise ChannelMissingError(
-                "the trace has no gate inputs",
-                why="gate distances compare what the routers read",
-                fix="capture again with --capture experts,gate_input",
-            )
-        rows = reading_order(trace.request, trace.position, self._keep(trace), self._shifted(trace)).rows
+        values = trace.gate_input  # type: ignore[attr-defined]  # raises ChannelMissingError by itself
+        rows = reading_order(trace.request, trace.positions, self._keep(trace), self._shifted(trace)).rows
         out = gate.gate_distances(values, rows, state=trace.state, layers=trace.layers)
         names = np.array(self._prompts(trace, self._names[0]), dtype=np.str_)
         return out.assign(prompt=names[trace.request[out["row"].to_numpy(dtype=np.int64)]])
@@ -252,18 +256,18 @@ class Analysis:
         mine, theirs = self._single("a comparison"), other._single("a comparison")
         rows, keys = [], []
         for one, trace in ((self, mine), (other, theirs)):
-            r = reading_order(trace.request, trace.position, one._keep(trace), one._shifted(trace)).rows
+            r = reading_order(trace.request, trace.positions, one._keep(trace), one._shifted(trace)).rows
             names = np.array(one._prompts(trace, one._names[0]), dtype=np.str_)
             rows.append(r)
             columns = {
                 "prompt": names[trace.request[r]],
-                "position": trace.position[r],
-                "token": trace.token[r],
+                "position": trace.positions[r],
+                "token": trace.token_ids[r],
             }
             keys.append(pd.DataFrame(columns))
         a, b, report = compare.align(keys[0], keys[1])
-        scores = getattr(theirs, "scores", None)
-        scores = getattr(theirs, "logits", None) if scores is None else scores
+        scores = _channel(theirs, "scores")
+        scores = _channel(theirs, "logits") if scores is None else scores
         metrics = compare.agreement(
             _present(mine, rows[0][a]),
             _present(theirs, rows[1][b]),
@@ -288,10 +292,10 @@ class Analysis:
         """
         trace = self._single("the published analyses")
         keep = self._keep(trace) & self._labelled(trace)
-        rows = reading_order(trace.request, trace.position, keep, self._shifted(trace)).rows
+        rows = reading_order(trace.request, trace.positions, keep, self._shifted(trace)).rows
         labels = np.array(self._labels(trace), dtype=np.str_)[trace.request[rows]]
         token_id = pd.Series(labels).groupby(labels).cumcount().to_numpy()
-        consumers = tuple(c.removesuffix("_exps") for c in self._consumers()) or published.COMPONENTS
+        consumers = trace.consumers[0] or published.COMPONENTS
         return published.Activations.from_rows(
             trace.experts,
             labels,
@@ -315,10 +319,8 @@ class Analysis:
 
     def _keep(self, trace: RoutedRows) -> npt.NDArray[np.bool_]:
         phase = np.asarray(trace.phase)
-        chosen = (
-            phase == _PHASES[self.phase] if self.phase != "both" else np.isin(phase, list(_PHASES.values()))
-        )
-        return np.asarray(chosen & (np.asarray(trace.request) >= 0))
+        there = np.asarray(trace.request) >= 0
+        return np.asarray(there if self.phase == "all" else there & (phase == _PHASES[self.phase]))
 
     def _labelled(self, trace: RoutedRows) -> npt.NDArray[np.bool_]:
         known = np.array([bool(label) for label in self._labels(trace)] + [False])
@@ -338,20 +340,17 @@ class Analysis:
         }
 
     def _prompts(self, trace: RoutedRows, name: str) -> list[str]:
-        ids = _texts(trace.requests, "id")
+        ids = _texts(trace, "id")
         return [given or f"{name}#{number:06d}" for number, given in enumerate(ids)]
 
     def _labels(self, trace: RoutedRows) -> list[str]:
-        return _texts(trace.requests, "label")
+        return _texts(trace, "label")
 
     def _shifted(self, trace: RoutedRows) -> npt.NDArray[np.int64]:
-        if "n_shifts" not in trace.requests:
+        requests = trace.requests
+        if "n_shifts" not in requests:
             return np.empty(0, dtype=np.int64)
-        return np.flatnonzero(trace.requests["n_shifts"].to_numpy() > 0)
-
-    def _consumers(self) -> tuple[str, ...]:
-        consumers = getattr(self._traces[0], "consumers", None) or ()
-        return tuple(consumers[0]) if consumers and not isinstance(consumers[0], str) else tuple(consumers)
+        return requests.index[requests["n_shifts"] > 0].to_numpy(dtype=np.int64)
 
     def _single(self, what: str) -> RoutedRows:
         if len(self._traces) != 1:
@@ -361,10 +360,26 @@ class Analysis:
         return self._traces[0]
 
 
-def _texts(requests: pd.DataFrame, column: str) -> list[str]:
-    if column not in requests:
-        return [""] * len(requests)
-    return ["" if pd.isna(value) else str(value) for value in requests[column]]
+def _width(trace: RoutedRows) -> int:
+    """One more than the largest request number."""
+    return int(trace.requests.index.max()) + 1 if len(trace.requests) else 0
+
+
+def _texts(trace: RoutedRows, column: str) -> list[str]:
+    """A text column of the requests, indexed by request number; "" where nothing is known."""
+    out = [""] * _width(trace)
+    if column in trace.requests:
+        for number, value in trace.requests[column].items():
+            out[int(str(number))] = "" if pd.isna(value) else str(value)
+    return out
+
+
+def _channel(trace: RoutedRows, name: str) -> npt.NDArray[Any] | None:
+    try:
+        column: npt.NDArray[Any] = getattr(trace, name)
+        return column
+    except (AttributeError, ChannelMissingError):
+        return None
 
 
 def _present(trace: RoutedRows, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.unsignedinteger]:

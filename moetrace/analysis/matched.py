@@ -191,7 +191,7 @@ class _PromptEffects:
         return np.asarray(np.sqrt(prompts + tokens * noise))
 
     def explained(self, white: Floats, spread: Floats, order: Ints) -> Floats:
-        """Sum of squares that domains explain over the rest, for coordinates in each of ``order`` (B, M − 1)."""
+        """Sum of squares that domains explain over the rest, for each ``order`` (B, M − 1) of coordinates."""
         basis, _ = np.linalg.qr((self.vectors.T @ self.design) / spread[:, None])
         basis = basis[:, : self.design.shape[1] - 1]
         total = (white**2).sum()

@@ -252,7 +252,7 @@ def chi_square(a: Activations, layer: int = 0, component: str = "ffn_down") -> C
 
 @dataclass(frozen=True)
 class Classification:
-    """Part 5. ``variation`` per expert; ``preferred``: ``expert_id``, ``domain``, ``percent`` per specialist."""
+    """Part 5. ``variation`` per expert; ``preferred``: expert_id, domain, percent of each specialist."""
 
     variation: pd.Series[float]
     specialists: list[int]
