@@ -11,7 +11,11 @@ token, D lags, X token ids.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import reduce
+from itertools import pairwise
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -228,6 +232,7 @@ def count_routing(
     n_expert_used: npt.ArrayLike | None = None,
     shifted: npt.ArrayLike = (),
     max_lag: int = MAX_LAG,
+    threads: int = 1,
     progress: Progress | None = None,
 ) -> RoutingCounts:
     """Count everything in one streaming pass.
@@ -251,8 +256,11 @@ def count_routing(
         (L,) layer numbers (default 0..L−1) and experts per token (default k).
     max_lag
         D; 0 skips neighbours altogether (no lags, no transitions).
+    threads
+        Requests are divided among so many threads. Each has tables of its own, so memory for counts grows
+        likewise.
     progress
-        Called with (rows done, rows to do) after each chunk.
+        Called with (rows done, rows to do) after each chunk, by whichever thread did it.
 
     Returns counts in memory of about P·L·(16E + 24D) + 8·L·E² bytes.
     """
@@ -261,13 +269,27 @@ def count_routing(
     names, domains = _names(order.requests, prompts, labels)
     who, index, prompt_of = np.unique(names, return_index=True, return_inverse=True)
     _one_label_each(names, domains, who, index, prompt_of)
-    tables = _Tables(who.size, n_layers, n_expert, k, max_lag)
-    done = 0
-    for chunk in _chunks(experts, order.rows, state, weights, n_expert, max_lag):
-        tables.add(chunk, order, prompt_of)
-        done = chunk.stop
-        if progress:
-            progress(done, order.rows.size)
+    lock, done = Lock(), 0
+
+    def count(part: ReadingOrder, prompt: Ints) -> dict[str, Ints]:
+        nonlocal done
+        tables = _Tables(who.size, n_layers, n_expert, k, max_lag)
+        for chunk in _chunks(experts, part.rows, state, weights, n_expert, max_lag):
+            tables.add(chunk, part, prompt)
+            with lock:
+                done += chunk.stop - chunk.start
+                if progress:
+                    progress(done, order.rows.size)
+        return tables.finish()
+
+    parts = list(_shares(order, prompt_of, threads))
+    if len(parts) == 1:
+        tables = count(*parts[0])
+    else:
+        with ThreadPoolExecutor(len(parts)) as pool:
+            tables = reduce(
+                lambda a, b: {name: a[name] + b[name] for name in a}, pool.map(lambda p: count(*p), parts)
+            )
     return RoutingCounts(
         prompts=who.astype(np.str_),
         labels=domains[index].astype(np.str_),
@@ -277,7 +299,7 @@ def count_routing(
             if n_expert_used is None
             else np.asarray(n_expert_used, dtype=np.int64)
         ),
-        **tables.finish(),
+        **tables,
     )
 
 
@@ -436,6 +458,27 @@ def frequent_tokens(token: npt.ArrayLike, request: npt.ArrayLike, at_most: int) 
 
 
 # --- kernels
+
+
+def _shares(order: ReadingOrder, prompt_of: Ints, n: int) -> Iterator[tuple[ReadingOrder, Ints]]:
+    """Cut an order at requests into at most ``n`` parts of about equal rows, with their requests' prompts."""
+    total = order.rows.size
+    wanted = np.arange(1, max(n, 1)) * total // max(n, 1)
+    cuts = np.unique(
+        np.concatenate(([0], np.searchsorted(order.request_starts, wanted), [order.requests.size]))
+    )
+    for a, b in pairwise(cuts) if cuts.size > 1 else [(0, 0)]:
+        start, stop = order.request_starts[a], order.request_starts[b]
+        low, high = np.searchsorted(order.run_starts, (start, stop))
+        yield (
+            ReadingOrder(
+                order.rows[start:stop],
+                order.requests[a:b],
+                order.request_starts[a : b + 1] - start,
+                order.run_starts[low : high + 1] - start,
+            ),
+            prompt_of[a:b],
+        )
 
 
 @dataclass(frozen=True)

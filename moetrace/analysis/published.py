@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -138,22 +139,36 @@ class Activations:
             first,
         )
 
-    def counts(self, layer: int, component: str) -> tuple[tuple[str, ...], Ints, Ints]:
-        """What ``pivot_table(aggfunc="size", fill_value=0)`` gives: domains, experts and counts (D, E) that
-        occur.
+    def counts(self, layer: int, component: str) -> pd.DataFrame:
+        """What ``pivot_table(aggfunc="size", fill_value=0)`` gives: domains × experts, those that occur.
 
         Unused experts, and domains without entries, are dropped: columns differ between layers (a fault:
-        tables of different layers are not comparable). Raises UsageError if the layer or component has no
-        entry.
+        tables of different layers are not comparable). Not a copy: the same frame each time. Raises
+        UsageError if the layer or component has no entry.
         """
         if layer not in self.layers or component not in self.components:
             raise UsageError(
                 f"no activations in layer {layer}, component {component}",
                 fix=f"layers {self.layers[0]}..{self.layers[-1]}, components {', '.join(self.components)}",
             )
-        full = self.table[self.components.index(component), self.layers.index(layer)]
-        rows, cols = np.flatnonzero(full.any(axis=1)), np.flatnonzero(full.any(axis=0))
-        return tuple(self.domains[i] for i in rows), cols, full[np.ix_(rows, cols)]
+        key = (self.layers.index(layer), self.components.index(component))
+        if key not in self._pivots:
+            full = self.table[key[1], key[0]]
+            rows, cols = full.any(axis=1), full.any(axis=0)
+            self._pivots[key] = pd.DataFrame(
+                full[rows][:, cols],
+                index=self._domain_index if rows.all() else self._domain_index[rows],
+                columns=pd.Index(np.flatnonzero(cols), name="expert_id"),
+            )
+        return self._pivots[key]
+
+    @cached_property
+    def _pivots(self) -> dict[tuple[int, int], pd.DataFrame]:
+        return {}
+
+    @cached_property
+    def _domain_index(self) -> pd.Index[str]:
+        return pd.Index(self.domains, name="domain")
 
 
 @dataclass(frozen=True)
@@ -181,7 +196,7 @@ def _at(where: np.intp, per_layer: pd.Series[int]) -> tuple[int, int]:
 def overview(a: Activations) -> Overview:
     """Part 2, "Basic Statistics". Counts every decision once per component (a fault: three times)."""
     used = np.flatnonzero(a.table.any(axis=(0, 1, 2)))
-    per_domain = pd.Series(a.table.sum(axis=(0, 1, 3)), index=pd.Index(a.domains, name="domain"))
+    per_domain = pd.Series(a.table.sum(axis=(0, 1, 3)), index=a._domain_index)
     per_layer = pd.Series(a.table.sum(axis=(0, 2, 3)), index=pd.Index(a.layers, name="layer_id"))
     return Overview(
         activations=int(a.table.sum()),
@@ -210,21 +225,15 @@ class Frequency:
 
 def frequency(a: Activations, layer: int = 0, component: str = "ffn_down") -> Frequency:
     """Part 3, "Domain Comparison". ``top``: ``domain``, ``experts`` (``nlargest(5)``), their ``percent``."""
-    domains, experts, c = a.counts(layer, component)
-    share = 100 * (c / c.sum(axis=1, keepdims=True))
-    index, columns = pd.Index(domains, name="domain"), pd.Index(experts, name="expert_id")
+    table = a.counts(layer, component)
+    percent = _percent(table)
+    share, experts = percent.to_numpy(), table.columns.to_numpy()
     rank = np.argsort(-share, axis=1, kind="stable")[:, :5]
-    return Frequency(
-        pd.DataFrame(c, index=index, columns=columns),
-        pd.DataFrame(share, index=index, columns=columns),
-        pd.DataFrame(
-            {
-                "domain": domains,
-                "experts": [experts[r].tolist() for r in rank],
-                "percent": [float(s[r].sum()) for s, r in zip(share, rank, strict=True)],
-            }
-        ),
-    )
+    top = [
+        (name, experts[r].tolist(), float(s[r].sum()))
+        for name, s, r in zip(table.index, share, rank, strict=True)
+    ]
+    return Frequency(table, percent, pd.DataFrame(top, columns=["domain", "experts", "percent"]))
 
 
 @dataclass(frozen=True)
@@ -244,8 +253,7 @@ def chi_square(a: Activations, layer: int = 0, component: str = "ffn_down") -> C
     Takes every pick for an independent observation and one prompt for a domain: with prompts that merely
     differ from each other it rejects almost always (docs/statistics.md).
     """
-    _, _, c = a.counts(layer, component)
-    chi2, p, dof, expected = _contingency(c)
+    chi2, p, dof, expected = _contingency(a.counts(layer, component).to_numpy())
     verdict = "highly significant" if p < 0.001 else "significant" if p < 0.05 else "not significant"
     return ChiSquare(chi2, p, dof, expected, verdict)
 
@@ -267,24 +275,26 @@ def classification(a: Activations, layer: int = 0, component: str = "ffn_down") 
     vary most. ``percent`` is the expert's share of the domain's picks, although the notebook calls it a share
     of the expert's usage.
     """
-    domains, experts, c = a.counts(layer, component)
+    table = a.counts(layer, component)
+    c, experts = table.to_numpy(), table.columns.to_numpy()
     by_expert = np.ascontiguousarray(c.T.astype(np.float64))
     variation = np.sqrt(_variance(by_expert)) / (by_expert.mean(axis=1) + 1e-10)
-    high, low = np.quantile(variation, (0.75, 0.25)) if not np.isnan(variation).any() else (np.nan, np.nan)
+    high, low = np.quantile(variation, (0.75, 0.25)) if len(c) > 1 else (np.nan, np.nan)
     special = np.flatnonzero(variation > high)
-    favourite = c.argmax(axis=0)
+    favourite = c.argmax(axis=0)[special]
     share = c / c.sum(axis=1, keepdims=True) * 100
+    preferred = pd.DataFrame(
+        {
+            "expert_id": experts[special],
+            "domain": table.index[favourite],
+            "percent": share[favourite, special],
+        }
+    )
     return Classification(
-        pd.Series(variation, index=pd.Index(experts, name="expert_id")),
+        pd.Series(variation, index=table.columns),
         experts[special].tolist(),
         experts[variation < low].tolist(),
-        pd.DataFrame(
-            {
-                "expert_id": experts[special],
-                "domain": [domains[favourite[e]] for e in special],
-                "percent": [float(share[favourite[e], e]) for e in special],
-            }
-        ),
+        preferred,
     )
 
 
@@ -298,21 +308,34 @@ def layer_separation(
     layers.
     """
     numbers = [n for n in (a.layers if layers is None else layers) if n in a.layers]
-    rows = []
-    for number in numbers:
-        if not a.table[a.components.index(component), a.layers.index(number)].any():
-            continue
-        _, _, c = a.counts(number, component)
-        chi2, p, _, _ = _contingency(c)
-        share = np.ascontiguousarray((c / c.sum(axis=1, keepdims=True)).T)
-        rows.append((number, chi2, p, float(_variance(share).mean()), p < 0.001))
-    columns = ["layer_id", "chi2", "p_value", "avg_variance", "significant"]
-    return pd.DataFrame(rows, columns=columns)
+    tables = a.table[a.components.index(component), [a.layers.index(n) for n in numbers]].astype(np.float64)
+    some = np.asarray(tables.any(axis=(1, 2)))
+    tables, numbers = tables[some], [n for n, there in zip(numbers, some.tolist(), strict=True) if there]
+    rows = tables.sum(axis=2, keepdims=True)
+    cols = tables.sum(axis=1, keepdims=True)
+    expected = rows * cols / rows.sum(axis=1, keepdims=True)
+    n_rows, n_cols = (rows > 0).sum(axis=(1, 2)), (cols > 0).sum(axis=(1, 2))
+    dof = (n_rows - 1) * (n_cols - 1)
+    gap = expected - tables
+    # Yates' correction, as scipy applies it at one degree of freedom.
+    gap = np.where((dof == 1)[:, None, None], gap - np.clip(gap, -0.5, 0.5), gap)
+    chi2 = np.divide(gap**2, expected, out=np.zeros_like(gap), where=expected > 0).sum(axis=(1, 2))
+    chi2[dof == 0] = 0.0
+    p = np.where(dof > 0, chdtrc(np.maximum(dof, 1), chi2), 1.0)
+    share = np.divide(tables, rows, out=np.full_like(tables, np.nan), where=rows > 0)
+    mean = np.nansum(share, axis=1, keepdims=True) / n_rows[:, None, None]
+    square = np.nansum((share - mean) ** 2, axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        spread = square.sum(axis=1) / (n_rows - 1) / n_cols
+    return pd.DataFrame(
+        {"layer_id": numbers, "chi2": chi2, "p_value": p, "avg_variance": spread, "significant": p < 0.001}
+    )
 
 
 def most_specific(separation: pd.DataFrame, n: int = 5) -> list[int]:
     """Part 6: the layers of largest chi-square (``nlargest``), from :func:`layer_separation`."""
-    return [int(i) for i in separation.nlargest(n, "chi2")["layer_id"]]
+    order = np.argsort(-separation["chi2"].to_numpy(), kind="stable")[:n]
+    return [int(i) for i in separation["layer_id"].to_numpy()[order]]
 
 
 def deep_dive(a: Activations, layer: int | None = None) -> dict[str, pd.DataFrame]:
@@ -321,18 +344,18 @@ def deep_dive(a: Activations, layer: int | None = None) -> dict[str, pd.DataFram
     By default the most domain-specific layer. The three are the same table: one decision serves all three.
     """
     number = most_specific(layer_separation(a), 1)[0] if layer is None else layer
-    wanted = [c for c in ("ffn_down", "ffn_gate", "ffn_up") if c in a.components]
-    return {c: frequency(a, number, c).percent for c in wanted}
+    components = [c for c in ("ffn_down", "ffn_gate", "ffn_up") if c in a.components]
+    return {str(c): _percent(a.counts(number, c)) for c in components}
 
 
 def entropy(a: Activations, layer: int = 0, component: str = "ffn_down") -> pd.Series[float]:
     """Part 8: plug-in Shannon entropy per domain, in bits. Biased downwards by about (m − 1)/(2N ln 2)."""
-    domains, _, c = a.counts(layer, component)
+    table = a.counts(layer, component)
     values = []
-    for row in c:
+    for row in table.to_numpy():
         p = row[row > 0] / row.sum()
         values.append(float(-(p * np.log(p)).sum() / np.log(2)))
-    return pd.Series(values, index=pd.Index(domains, name="domain"))
+    return pd.Series(values, index=table.index)
 
 
 @dataclass(frozen=True)
@@ -580,6 +603,11 @@ def _most_common(ids: Ints) -> pd.DataFrame:
     return pd.DataFrame(
         {"expert_id": experts[rank], "count": count[rank], "percent": count[rank] / max(flat.size, 1) * 100}
     )
+
+
+def _percent(table: pd.DataFrame) -> pd.DataFrame:
+    c = table.to_numpy()
+    return pd.DataFrame(c / c.sum(axis=1, keepdims=True) * 100, index=table.index, columns=table.columns)
 
 
 def _variance(values: Floats) -> Floats:

@@ -1,7 +1,8 @@
-"""The published notebook and scripts, written down again with pandas alone: what ``published`` is held against.
+"""The published notebook and scripts, written down again with pandas alone: what ``published`` is held
+against.
 
-Kept apart from the package on purpose: it filters, pivots and loops as the notebook does, and takes its statistics
-from scipy and pandas.
+Kept apart from the package on purpose: it filters, pivots and loops as the notebook does, and takes its
+statistics from scipy and pandas.
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ SIZES = [(32, 4), (8, 2), (33, 3), (64, 8), (65, 5), (100, 1), (255, 4), (256, 8
 
 
 def same(a: RoutingCounts, b: RoutingCounts) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(a.to_arrays().values(), b.to_arrays().values(), strict=True))
+    return all(
+        np.array_equal(x, y) for x, y in zip(a.to_arrays().values(), b.to_arrays().values(), strict=True)
+    )
 
 
 def same_tokens(a: TokenCounts, b: TokenCounts) -> bool:
@@ -72,6 +74,15 @@ def test_chunk_borders_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(counting, "_chunks", small)
     assert same(whole, routing(rows))
+
+
+@pytest.mark.parametrize("threads", [2, 3, 50])
+def test_threads_do_not_show(threads: int) -> None:
+    rows = random_rows(1, n=900, n_requests=9)
+    done = []
+    found = routing(rows, threads=threads, progress=lambda n, total: done.append((n, total)))
+    assert same(found, routing(rows))
+    assert done[-1] == ((rows["request"] >= 0).sum(),) * 2
 
 
 def test_memory_mapped_columns_are_read_in_place(tmp_path: Path) -> None:

@@ -38,19 +38,27 @@ def prompts(seed: int, n_prompts: int = 4, n_domains: int = 3, n_layers: int = 2
 
 @pytest.mark.parametrize(
     ("layer", "jsd", "v", "arxiv", "github", "c4"),
-    [(0, 0.167, 0.256, 97.7, 62.6, 37.7), (7, 0.401, 0.380, 78.5, 77.0, 33.2), (15, 0.501, 0.416, 93.7, 56.4, 31.2)],
+    [
+        (0, 0.167, 0.256, 97.7, 62.6, 37.7),
+        (7, 0.401, 0.380, 78.5, 77.0, 33.2),
+        (15, 0.501, 0.416, 93.7, 56.4, 31.2),
+    ],
 )
 def test_olmoe_counts_give_the_published_numbers(
     layer: int, jsd: float, v: float, arxiv: float, github: float, c4: float
 ) -> None:
-    """Three digits; layer 7's divergence is 0.400499, published as .401, so one unit of the third digit counts."""
+    """Three digits; layer 7's divergence is 0.400499, published as .401, so one unit of the third digit
+    counts.
+    """
     table = pd.read_csv(shared_data("olmoe_domain_expert_counts.csv")).query("layer_id == @layer")
     counts = table.pivot(index="domain", columns="expert_id", values="count")
     found = domain_separation(counts.to_numpy())
     assert found.jsd_bits == pytest.approx(jsd, abs=0.0006)
     assert found.cramers_v == pytest.approx(v, abs=0.0005)
     names = counts.index.to_list()
-    frequency = expert_frequency(counts.to_numpy()[:, None, :], counts.sum(axis=1).to_numpy()[:, None] // 8, names)
+    frequency = expert_frequency(
+        counts.to_numpy()[:, None, :], counts.sum(axis=1).to_numpy()[:, None] // 8, names
+    )
     most = frequency.groupby("domain")["percent_of_tokens"].max()
     assert most[["arxiv", "github", "c4"]].round(1).tolist() == [arxiv, github, c4]
     assert frequency.groupby("domain")["percent"].sum().to_numpy() == pytest.approx(100)
@@ -261,7 +269,7 @@ def test_lift_averages_one_over_domains_and_keeps_all_experts() -> None:
 def test_misuse_is_explained() -> None:
     counts, labels = prompts(6)
     with pytest.raises(UsageError, match="no domain"):
-        domain_test(counts, [""] + list(labels[1:]))
+        domain_test(counts, ["", *labels[1:]])
     with pytest.raises(UsageError, match="labels"):
         domain_test(counts, labels[:-1])
     with pytest.raises(UsageError, match="at least one pick"):

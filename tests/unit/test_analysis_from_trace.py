@@ -68,7 +68,9 @@ class FakeTrace:
 
 def test_phases_are_kept_apart() -> None:
     trace = FakeTrace()
-    tokens = {p: from_trace(trace, phase=p).counts.tokens[:, 0].tolist() for p in ("prefill", "decode", "all")}
+    tokens = {
+        p: from_trace(trace, phase=p).counts.tokens[:, 0].tolist() for p in ("prefill", "decode", "all")
+    }
     assert tokens == {"prefill": [10] * 8, "decode": [40] * 8, "all": [50] * 8}
     assert from_trace(trace).phase == "decode"
     trace.phase[:] = 0

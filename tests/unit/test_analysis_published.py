@@ -16,8 +16,8 @@ from moetrace.errors import UsageError
 DOMAINS = ["domain-1-code", "domain-2-math", "domain-3-creative", "domain-4-factual", "domain-5-mixed"]
 
 
-def seeds_size(seed: int = 0, n_tokens: int = 101, n_layers: int = 24) -> pd.DataFrame:
-    """The seeds' 145,440 rows, made up: 5 domains × 101 rows (token 0 twice) × 24 layers × 3 components × 4."""
+def published_size(seed: int = 0, n_tokens: int = 101, n_layers: int = 24) -> pd.DataFrame:
+    """145,440 rows as published: 5 domains × 101 tokens (0 twice) × 24 layers × 3 components × 4."""
     rng = np.random.default_rng(seed)
     frames = []
     for domain in DOMAINS:
@@ -44,7 +44,7 @@ def from_frame(df: pd.DataFrame) -> published.Activations:
 
 
 def real_trace() -> pd.DataFrame:
-    """One real file under two names, the second with its experts renumbered, so that there are two domains."""
+    """One real file under two names, the second with experts renumbered, so that there are two domains."""
     df = notebook.load(shared_data("tensor_trace_token-00000.json"), "domain-1-code", 0)
     other = df.assign(domain="domain-2-math", expert_id=(df["expert_id"] * 7 + df["layer_id"]) % 32)
     return pd.concat((df, other), ignore_index=True)
@@ -55,9 +55,9 @@ def pair(request: pytest.FixtureRequest) -> tuple[published.Activations, pd.Data
     if request.param == "real":
         df = real_trace()
     elif request.param == "few":  # unused experts, and experts of one domain only
-        df = seeds_size(1, n_tokens=9)
+        df = published_size(1, n_tokens=9)
     else:
-        df = seeds_size()
+        df = published_size()
     return from_frame(df), df
 
 
@@ -117,15 +117,15 @@ def test_all_parts_of_the_notebook(pair: tuple[published.Activations, pd.DataFra
     assert lag.baseline == 1 / 32
 
 
-def test_simulated_table_has_the_seeds_size() -> None:
-    df = seeds_size()
+def test_simulated_table_has_the_published_size() -> None:
+    df = published_size()
     assert len(df) == 145_440
     assert published.overview(from_frame(df)).mean_per_layer == 6060
 
 
 def test_early_and_late_layers_are_averages_of_part_six() -> None:
-    a = from_frame(seeds_size())
-    told = notebook.separation(seeds_size(), range(24)).set_index("layer_id")
+    a = from_frame(published_size())
+    told = notebook.separation(published_size(), range(24)).set_index("layer_id")
     found = published.early_late(a).set_index("group")
     for group, layers in (("early", range(6)), ("late", range(18, 24))):
         part = told.loc[list(layers)]
@@ -135,7 +135,7 @@ def test_early_and_late_layers_are_averages_of_part_six() -> None:
 
 
 def test_transition_matrix_is_pandas_crosstab() -> None:
-    df = seeds_size()
+    df = published_size()
     sequence = notebook.first_experts(df, DOMAINS[2], 5)
     told = pd.crosstab(sequence[:-1], sequence[1:], normalize="index")
     found = published.transition_matrix(from_frame(df), DOMAINS[2], 5)
@@ -144,8 +144,8 @@ def test_transition_matrix_is_pandas_crosstab() -> None:
 
 
 def test_rows_and_long_columns_give_the_same() -> None:
-    """GIVEN rows as a trace has them WHEN each stands for three components THEN it is the notebook's table."""
-    df = seeds_size()
+    """GIVEN a trace's rows WHEN each stands for three components THEN it is the notebook's table."""
+    df = published_size()
     once = df[df["component"] == "ffn_gate"]
     experts = once["expert_id"].to_numpy().reshape(5 * 101, 24, 4).astype(np.uint8)
     domain, token = (once[c].to_numpy().reshape(505, -1)[:, 0] for c in ("domain", "token_id"))
@@ -172,7 +172,12 @@ def test_the_real_file_is_a_warm_up_and_is_counted_all_the_same() -> None:
 
 def test_two_experts_and_two_domains_get_yates_correction() -> None:
     a = published.Activations.from_columns(
-        ["a"] * 6 + ["b"] * 5, range(11), [0] * 11, ["ffn_down"] * 11, [0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 1], [0] * 11
+        ["a"] * 6 + ["b"] * 5,
+        range(11),
+        [0] * 11,
+        ["ffn_down"] * 11,
+        [0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 1],
+        [0] * 11,
     )
     chi2, p, _, _ = notebook.chi2_contingency([[4, 2], [1, 4]])
     found = published.chi_square(a)
@@ -214,7 +219,9 @@ def test_gate_input_script() -> None:
         if t == 0:
             vectors[step][n] = v
     for row in found.steps.itertuples():
-        told = notebook.distance_script(vectors[row.step - 1][row.layer], vectors[row.step - 1][row.next_layer])
+        told = notebook.distance_script(
+            vectors[row.step - 1][row.layer], vectors[row.step - 1][row.next_layer]
+        )
         for metric in ("cosine_similarity", "euclidean", "l2_normalized", "pearson_corr", "mean_abs_diff"):
             assert getattr(row, metric) == pytest.approx(told[metric], rel=1e-10)
     for row in found.aggregate.itertuples():
@@ -242,7 +249,7 @@ def test_compare_gate_experts_script(noise: float) -> None:
 
 
 def test_unknown_names_are_explained() -> None:
-    a = from_frame(seeds_size(n_tokens=3))
+    a = from_frame(published_size(n_tokens=3))
     with pytest.raises(UsageError, match="no activations"):
         published.lag1(a, "domain-9")
     with pytest.raises(UsageError, match="layer 99"):

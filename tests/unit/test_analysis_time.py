@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise, permutations
 from typing import Any
 
 import notebook
@@ -49,14 +50,12 @@ def counted(rows: dict[str, Any], **more: Any) -> RoutingCounts:
 
 def test_shuffle_baseline_is_the_mean_over_all_orders() -> None:
     """GIVEN a request of five tokens THEN Σ c(c−1)/(n(n−1)) is the mean over all 120 orders."""
-    from itertools import permutations
-
     experts = np.array([[1, 2], [1, 3], [2, 1], [4, 5], [1, 2]], dtype=np.uint8)[:, None, :]
     top1, overlap = [], []
     for order in permutations(range(5)):
         e = experts[list(order), 0]
         top1.append(np.mean(e[:-1, 0] == e[1:, 0]))
-        overlap.append(np.mean([len(set(a) & set(b)) / 2 for a, b in zip(e[:-1], e[1:], strict=True)]))
+        overlap.append(np.mean([len(set(a) & set(b)) / 2 for a, b in pairwise(e)]))
     found = persistence(count_routing(experts, np.zeros(5, int), np.arange(5), n_expert=8, max_lag=3))
     for lag in range(3):
         assert found["top1_shuffle"][lag] == pytest.approx(np.mean(top1))
@@ -114,7 +113,9 @@ def test_transitions_are_pandas_crosstab_and_expected_is_a_shuffle_s_mean() -> N
     rows = whole(4, n_expert=6, k=2)
     found = transitions(counted(rows), 1)
     frames = [
-        pd.crosstab(rows["experts"][rows["request"] == r, 1, 0][:-1], rows["experts"][rows["request"] == r, 1, 0][1:])
+        pd.crosstab(
+            rows["experts"][rows["request"] == r, 1, 0][:-1], rows["experts"][rows["request"] == r, 1, 0][1:]
+        )
         for r in range(4)
     ]
     told = sum(f.reindex(index=range(6), columns=range(6), fill_value=0) for f in frames)
