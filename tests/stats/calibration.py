@@ -38,7 +38,7 @@ TESTS = {
     "domain_test p_family": "smallest of the layers' max-T p-values",
     "domain_test q_value": "smallest of the layers' Benjamini-Hochberg q-values",
     "domain_lift p_family": "smallest max-T p-value of a layer's experts and domains",
-    "jsd at unequal words": "not a test of domains beyond words: domain_test where domains only use other words",
+    "jsd at unequal words": "domain_test where domains differ in nothing but their words",
     "matched_separation": "the same worlds, at matched token ids",
     "shuffle_test overlap": "order of tokens, lags 1, 2 and 4, sets",
     "shuffle_test top1": "order of tokens, lags 1, 2 and 4, first experts",
@@ -117,7 +117,7 @@ FULL = (
 )
 SMALL = (
     (null_domains, World(n_domains=3, n_prompts=8, n_layers=2, n_expert=16), 1.0),
-    (null_words, World(n_domains=3, n_prompts=8, n_layers=2, n_expert=16, own_words=0.5, token_sd=0.7), 1.0),
+    (null_words, World(n_domains=3, n_prompts=8, n_layers=2, n_expert=16, own_words=0.8, token_sd=1.0), 1.0),
     (null_order, World(n_domains=2, n_prompts=2, n_layers=2, memory=0.0, length=(80, 160)), 1.0),
 )
 Plan = tuple[tuple[Callable[[World, int, int], PValues], World, float], ...]
@@ -198,9 +198,9 @@ def planted(
 def page(runs: int, null: pd.DataFrame, weak: pd.DataFrame, strong: pd.DataFrame) -> str:
     """The two tables in Markdown."""
     lines = [
-        f"Null worlds, {runs} runs (half as many for words and order), 199 permutations, share of p ≤ 0.05:",
+        f"Null worlds, {runs} runs (half as many for words and order), 199 permutations:",
         "",
-        "| test | what it is | p-values | rejected | 95 % interval |",
+        "| test | what it is | p-values | p ≤ 0.05 | 95 % interval |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
     for row in null.itertuples():
@@ -211,7 +211,7 @@ def page(runs: int, null: pd.DataFrame, weak: pd.DataFrame, strong: pd.DataFrame
     both = weak.merge(strong, on="figure", suffixes=("_weak", "_strong"))
     lines += [
         "",
-        f"Planted domain effects (sd of the domain's logit 0.15 and 0.4; prompts 0.5), {max(runs // 5, 1)} runs:",
+        f"Planted domain effects (sd of the domain's logit; prompts have 0.5), {max(runs // 5, 1)} runs:",
         "",
         "| figure | sd 0.15 | sd 0.4 |",
         "| --- | ---: | ---: |",
