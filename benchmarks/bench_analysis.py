@@ -52,12 +52,14 @@ def measured(work: Callable[[], Any], repeat: int = 1) -> dict[str, float]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     best = float("inf")
-    for _ in range(repeat):
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-    stop.set()
-    watcher.join()
+    try:
+        for _ in range(repeat):
+            start = time.perf_counter()
+            work()
+            best = min(best, time.perf_counter() - start)
+    finally:
+        stop.set()
+        watcher.join()
     return {"seconds": best, "peak": max(peak, anonymous() - base)}
 
 
@@ -73,16 +75,17 @@ def generate(path: Path, rows: int) -> None:
             block = np.argsort(-logits, axis=2)[:, :, :K].astype(np.uint8)
         out[start : start + n] = block[rng.permutation(step)[:n]]
     out.flush()
+    np.save(path.with_name("request.npy"), np.arange(rows) // PROMPT)
+    np.save(path.with_name("position.npy"), (np.arange(rows) % PROMPT).astype(np.int32))
 
 
-def columns(rows: int) -> dict[str, Any]:
+def columns(file: Path) -> dict[str, Any]:
     """Request, position and domain of generated rows: prompts of 1000 tokens, 5 domains in turn."""
-    request = np.arange(rows) // PROMPT
-    n = int(request[-1]) + 1
+    request = np.load(file.with_name("request.npy"), mmap_mode="r")
     return {
         "request": request,
-        "position": (np.arange(rows) % PROMPT).astype(np.int32),
-        "labels": [DOMAINS[i % 5] for i in range(n)],
+        "position": np.load(file.with_name("position.npy"), mmap_mode="r"),
+        "labels": [DOMAINS[i % 5] for i in range(int(request[-1]) + 1)],
     }
 
 
@@ -178,21 +181,21 @@ def job_sound(rows: int, **_: Any) -> dict[str, float]:
     return measured(work)
 
 
-def job_counts(rows: int, file: str, threads: int, limit_gb: float, **_: Any) -> dict[str, float]:
+def job_counts(file: str, threads: int, limit_gb: float, **_: Any) -> dict[str, float]:
     from moetrace.analysis import count_routing
 
     experts = np.load(file, mmap_mode="r")
-    given = columns(rows)
+    given = columns(Path(file))
     if limit_gb:
         resource.setrlimit(resource.RLIMIT_DATA, (int(limit_gb * 2**30),) * 2)
     return measured(lambda: count_routing(experts, n_expert=EXPERTS, threads=threads, **given))
 
 
-def job_domain(rows: int, file: str, threads: int, **_: Any) -> dict[str, float]:
+def job_domain(file: str, threads: int, **_: Any) -> dict[str, float]:
     """Everything about domains after counting: tests, lift, entropy, persistence."""
     import moetrace.analysis as m
 
-    given = columns(rows)
+    given = columns(Path(file))
     c = m.count_routing(np.load(file, mmap_mode="r"), n_expert=EXPERTS, threads=threads, **given)
 
     def work() -> None:
@@ -281,9 +284,9 @@ def main() -> None:
                     size // 3,
                     against,
                 )
-            counted = run("counts", rows=rows, file=file, threads=args.threads, limit_gb=args.limit_gb)
+            counted = run("counts", file=file, threads=args.threads, limit_gb=args.limit_gb)
             line("all counts (per prompt, transitions, lags 1-32)", size, counted, size, against)
-            after = run("domain", rows=rows, file=file, threads=args.threads)
+            after = run("domain", file=file, threads=args.threads)
             line("then: domain test (999), persistence, entropy, load", size, after, None, None)
             Path(file).unlink()
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from functools import reduce
 from itertools import pairwise
 from threading import Lock
 from typing import Any
@@ -74,32 +73,47 @@ def reading_order(
         whose position is taken again by a later row was a draft that the sampler rejected: it is not part of
         the text and is left out.
     """
-    request_, position_ = np.asarray(request), np.asarray(position)
-    if request_.shape != position_.shape or request_.ndim != 1:
-        raise UsageError(f"request {request_.shape} and position {position_.shape} differ in shape")
-    rows = np.flatnonzero(request_ >= 0)
-    if rows.size and (np.diff(request_[rows]) < 0).any():
-        rows = rows[np.argsort(request_[rows], kind="stable")]
-    req, pos = request_[rows].astype(np.int64), position_[rows].astype(np.int64)
-    if rows.size:
-        span = int(pos.max()) - int(pos.min()) + 3
-        # Requests ascend, so with this offset a later request's rows never undercut an earlier one's.
-        height = np.cumsum(np.diff(req, prepend=req[0]) != 0) * span + np.where(pos < 0, pos.max() + 1, pos)
-        lowest_after = np.append(np.minimum.accumulate(height[::-1])[::-1][1:], height.max() + 1)
-        rejected = (lowest_after <= height) & (pos >= 0)
-        if np.size(shifted):
-            rejected &= ~np.isin(req, np.asarray(shifted))
-        chosen = ~rejected
-        if keep is not None:
-            chosen &= np.asarray(keep, dtype=bool)[rows]
+    req, pos = np.asarray(request), np.asarray(position)
+    if req.shape != pos.shape or req.ndim != 1:
+        raise UsageError(f"request {req.shape} and position {pos.shape} differ in shape")
+    # Columns are long: what need not be copied is not.
+    rows = np.flatnonzero(req >= 0)
+    if rows.size and (np.diff(req[rows]) < 0).any():
+        rows = rows[np.argsort(req[rows], kind="stable")]
+    if rows.size < req.size or (rows[1:] < rows[:-1]).any():
+        req, pos = req[rows], pos[rows]
+    chosen = ~_rejected(req, pos, np.asarray(shifted))
+    if keep is not None:
+        chosen &= np.asarray(keep, dtype=bool)[rows]
+    if not chosen.all():
         rows, req, pos = rows[chosen], req[chosen], pos[chosen]
-    new = np.flatnonzero(np.diff(req)) + 1
+    other = req[1:] != req[:-1]
     unrecorded = (pos[:-1] < 0) & (pos[1:] < 0)
-    broken = np.flatnonzero((np.diff(req) != 0) | ((np.diff(pos) != 1) & ~unrecorded)) + 1
+    broken = other | ~((pos[1:] - pos[:-1] == 1) | unrecorded)
     first = [0] if rows.size else []
-    starts = np.concatenate((first, new, [rows.size])).astype(np.int64)
-    runs = np.concatenate((first, broken, [rows.size])).astype(np.int64)
-    return ReadingOrder(rows.astype(np.int64), req[starts[:-1]], starts, runs)
+    starts, runs = (
+        np.concatenate((first, np.flatnonzero(new) + 1, [rows.size])).astype(np.int64)
+        for new in (other, broken)
+    )
+    return ReadingOrder(rows, req[starts[:-1]].astype(np.int64), starts, runs)
+
+
+def _rejected(
+    req: npt.NDArray[Any], pos: npt.NDArray[Any], shifted: npt.NDArray[Any]
+) -> npt.NDArray[np.bool_]:
+    """Rows, sorted by request, whose position a later row of the same request takes again."""
+    out = np.zeros(req.shape, dtype=bool)
+    falls = np.flatnonzero((pos[1:] <= pos[:-1]) & (pos[1:] >= 0) & (req[1:] == req[:-1]))
+    back = np.setdiff1d(req[falls], shifted)
+    if back.size:
+        mine = np.flatnonzero(np.isin(req, back))
+        r, p = req[mine].astype(np.int64), pos[mine].astype(np.int64)
+        # Requests ascend, so with this offset a later request's rows never undercut an earlier one's.
+        span = int(p.max()) - int(p.min()) + 3
+        height = np.cumsum(np.diff(r, prepend=r[0]) != 0) * span + np.where(p < 0, p.max() + 1, p)
+        lowest_after = np.append(np.minimum.accumulate(height[::-1])[::-1][1:], height.max() + 1)
+        out[mine] = (lowest_after <= height) & (p >= 0)
+    return out
 
 
 @dataclass(frozen=True)
@@ -269,27 +283,24 @@ def count_routing(
     names, domains = _names(order.requests, prompts, labels)
     who, index, prompt_of = np.unique(names, return_index=True, return_inverse=True)
     _one_label_each(names, domains, who, index, prompt_of)
+    tables = _Tables(who.size, n_layers, n_expert, k, max_lag)
     lock, done = Lock(), 0
 
-    def count(part: ReadingOrder, prompt: Ints) -> dict[str, Ints]:
+    def count(part: ReadingOrder, prompt: Ints) -> None:
         nonlocal done
-        tables = _Tables(who.size, n_layers, n_expert, k, max_lag)
         for chunk in _chunks(experts, part.rows, state, weights, n_expert, max_lag):
             tables.add(chunk, part, prompt)
             with lock:
                 done += chunk.stop - chunk.start
                 if progress:
                     progress(done, order.rows.size)
-        return tables.finish()
 
     parts = list(_shares(order, prompt_of, threads))
     if len(parts) == 1:
-        tables = count(*parts[0])
+        count(*parts[0])
     else:
         with ThreadPoolExecutor(len(parts)) as pool:
-            tables = reduce(
-                lambda a, b: {name: a[name] + b[name] for name in a}, pool.map(lambda p: count(*p), parts)
-            )
+            list(pool.map(count, *zip(*parts, strict=True)))
     return RoutingCounts(
         prompts=who.astype(np.str_),
         labels=domains[index].astype(np.str_),
@@ -299,7 +310,7 @@ def count_routing(
             if n_expert_used is None
             else np.asarray(n_expert_used, dtype=np.int64)
         ),
-        **tables,
+        **tables.finish(),
     )
 
 
@@ -589,7 +600,7 @@ def _add_at(table: Ints, where: Ints, values: Ints) -> None:
 
 
 class _Tables:
-    """The sums of :func:`count_routing` while they grow."""
+    """The sums of :func:`count_routing` while they grow. Threads compute apart and add in turn."""
 
     def __init__(self, n_prompts: int, n_layers: int, n_expert: int, k: int, max_lag: int) -> None:
         self.n_layers, self.n_expert, self.k, self.max_lag = n_layers, n_expert, k, max_lag
@@ -599,6 +610,7 @@ class _Tables:
         lags = (n_prompts, n_layers, max_lag)
         self.lag_pairs, self.lag_shared, self.lag_top1 = (np.zeros(lags, dtype=np.int64) for _ in range(3))
         self.transitions = np.zeros(n_layers * (n_expert + 1) ** 2, dtype=np.int64)
+        self._lock = Lock()
         self._steps: list[npt.NDArray[np.int32]] = []
         self._n_steps = 0
 
@@ -607,10 +619,12 @@ class _Tables:
         where = prompt_of[segments.index]
         n = chunk.stop - chunk.start
         first = np.ascontiguousarray(chunk.first[:, :n].T)
-        _add_at(self.included, where, _histogram(chunk.experts, segments, self.n_expert, chunk.whole))
+        included = _histogram(chunk.experts, segments, self.n_expert, chunk.whole)
         top1 = _histogram(first, segments, self.n_expert, chunk.whole)
-        _add_at(self.top1, where, top1)
-        _add_at(self.tokens, where, top1.sum(axis=2))
+        with self._lock:
+            _add_at(self.included, where, included)
+            _add_at(self.top1, where, top1)
+            _add_at(self.tokens, where, top1.sum(axis=2))
         if self.max_lag:
             self._add_lags(chunk, order, prompt_of)
 
@@ -660,8 +674,9 @@ class _Tables:
             alike[lag - 1, some] = total(same[:, :n])
             if lag == 1:
                 self._add_steps(first, a, b)
-        for table, values in ((self.lag_pairs, pairs), (self.lag_shared, shared), (self.lag_top1, alike)):
-            _add_at(table, owner, values.transpose(1, 2, 0))
+        with self._lock:
+            for table, values in ((self.lag_pairs, pairs), (self.lag_shared, shared), (self.lag_top1, alike)):
+                _add_at(table, owner, values.transpose(1, 2, 0))
 
     def _add_steps(self, first: npt.NDArray[np.unsignedinteger], a: Ints, b: Ints) -> None:
         n, width = int(b[-1]), self.n_expert + 1
@@ -672,11 +687,13 @@ class _Tables:
         x = np.minimum(first[:, : n + 1], self.n_expert).astype(np.int32)
         layer = np.arange(self.n_layers, dtype=np.int32)[:, None] * np.int32(width * width)
         keys = x[:, :n] * np.int32(width) + x[:, 1 : n + 1] + layer
-        self._steps.append(keys[:, mask].reshape(-1) if not mask.all() else keys.reshape(-1))
-        self._n_steps += self._steps[-1].size
-        # One bincount touches the whole table: gather as many steps as it has cells first.
-        if self._n_steps > max(self.transitions.size, 1 << 20):
-            self._flush()
+        steps = keys[:, mask].reshape(-1) if not mask.all() else keys.reshape(-1)
+        with self._lock:
+            self._steps.append(steps)
+            self._n_steps += steps.size
+            # One bincount touches the whole table: gather as many steps as it has cells first.
+            if self._n_steps > max(self.transitions.size, 1 << 20):
+                self._flush()
 
     def _flush(self) -> None:
         if self._steps:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import factorial
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
+from scipy.special import gammaln
 
 from moetrace.errors import UsageError
 
@@ -75,16 +75,12 @@ def feasibility(domains: Domains, strata: npt.ArrayLike | None = None) -> Feasib
     groups = _strata_codes(strata, domains.codes.size)
     table = np.zeros((int(groups.max()) + 1, len(domains)), dtype=np.int64)
     np.add.at(table, (groups, domains.codes), 1)
-    ways = 1
-    for row in table:
-        ways *= factorial(int(row.sum()))
-        for size in row:
-            ways //= factorial(int(size))
-    for alike in Counter(tuple(int(n) for n in column) for column in table.T).values():
-        ways //= factorial(alike)
-    if ways <= 1:
+    ways = gammaln(table.sum(axis=1) + 1).sum() - gammaln(table + 1).sum()
+    for alike in Counter(tuple(column) for column in table.T.tolist()).values():
+        ways -= gammaln(alike + 1)
+    if ways < 0.5:  # the logarithm of 1, where that of 2 is 0.69
         return Feasibility(False, ONE_ARRANGEMENT, 1.0)
-    return Feasibility(True, "", 1.0 / ways)
+    return Feasibility(True, "", float(np.exp(-ways)))
 
 
 def permuted_codes(
@@ -112,7 +108,7 @@ def pooled(
     """
     c = np.asarray(counts, dtype=np.float64)
     flat = c.reshape(c.shape[0], -1)
-    step = max(1, int(max_bytes // max(1, 8 * n_domains * flat.shape[1])))
+    step = max(1, int(max_bytes // max(1, 8 * n_domains * max(flat.shape))))
     for start in range(0, codes.shape[0], step):
         part = codes[start : start + step]
         member = (part[:, None, :] == np.arange(n_domains)[None, :, None]).astype(np.float64)

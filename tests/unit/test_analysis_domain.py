@@ -171,6 +171,13 @@ def test_smallest_p_value_within_strata() -> None:
     assert len(np.unique(codes, axis=0)) > 10
 
 
+def test_thousands_of_prompts_are_no_trouble() -> None:
+    labels = np.repeat(list("ab"), 2000)
+    assert nulls.feasibility(nulls.Domains.of(labels)).min_p == 0
+    counts = np.random.default_rng(0).integers(0, 9, (4000, 1, 6)) + 1
+    assert domain_test(counts, labels, n_permutations=19).min_p == 1 / 20
+
+
 def test_permutation_p_is_exact_for_few_prompts() -> None:
     """GIVEN 2 domains × 3 prompts, completely apart THEN p tends to 2/20, the two arrangements as extreme."""
     counts = np.array([[9, 1], [90, 10], [9, 1], [1, 9], [1, 9], [10, 90]])
