@@ -290,7 +290,8 @@ class RequestAssigner:
             return  # names no position
         if code == EventCode.LAUNCH:
             self._end(state, keep_waiting=not state.emptied)
-            state.missing = event.missing
+            if event.sequence >= 0:
+                state.missing = event.missing
         elif code in (EventCode.CLEAR, EventCode.SEQ_KEEP) or (
             code == EventCode.SEQ_RM and p0 == 0 and p1 == _END
         ):
