@@ -462,7 +462,7 @@ def _map(runs: list[_Run], p0: int, p1: int, moved: Callable[[int], int | None])
 
 
 def allot_again(request: NDArray[Any]) -> Callable[[], int]:
-    """Allot the numbers of a stored column ``request`` again, for :func:`replay`; then the ones after them."""
+    """Allot a stored column ``request``'s numbers again, for :func:`replay`; then the ones after them."""
     stored = _first_seen(request)
     last = -1
 

@@ -178,7 +178,7 @@ class Trace(Rows):
         return result
 
     def _request_columns(self) -> Columns:
-        """Give this context's requests: those that ended from their table, the running ones from their rows."""
+        """Give this context's requests: the ended ones from their table, the running ones from rows."""
         number = self.store.context_names.index(self.name)
         table = self.store.requests
         mine = np.flatnonzero(table["context"] == number)
@@ -214,7 +214,7 @@ class Trace(Rows):
 
     @property
     def events(self) -> pd.DataFrame:
-        """What happened to sequences between rows: serial, time_ns, event (its name), sequence, p0, p1, arg."""
+        """What happened to sequences between rows: serial, time_ns, event, sequence, p0, p1, arg."""
         import pandas as pd
 
         table = self.store_context.events
@@ -237,7 +237,7 @@ class Trace(Rows):
 
     @property
     def counters(self) -> dict[str, int]:
-        """The host's counters by name: from context.json, or from the live ring; empty if neither is there."""
+        """The host's counters by name, from context.json or the live ring; empty if neither is there."""
         stored = self.facts.get("counters")
         if isinstance(stored, dict):
             return {str(name): value for name, value in stored.items() if type(value) is int}
@@ -248,7 +248,7 @@ class Trace(Rows):
 
     @cached_property
     def vocabulary(self) -> list[bytes] | None:
-        """The text of each token id, as bytes; None if neither the trace nor its model file is there to tell."""
+        """The text of each token id, as bytes; None if neither the trace nor a model file tells."""
         stored = read_vocabulary(self.path)
         model = self.meta.get("model_path")
         if stored is None and isinstance(model, str) and Path(model).is_file():
@@ -274,7 +274,7 @@ class Trace(Rows):
     # -- life ----------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Look again: rows that a live trace has sealed meanwhile appear. Views given out keep their length."""
+        """Look again: rows sealed meanwhile appear. Views given out keep their length."""
         self.store = TraceStore(self.path)
         self.store_context = self.store.context(self.name)
         for name in ("requests", "loss", "_labels", "vocabulary", "_texts"):
@@ -328,8 +328,8 @@ class Trace(Rows):
     def __repr__(self) -> str:
         used, experts = self.n_expert_used.max(), self.n_expert.max()
         return (
-            f"<Trace {self.path}: {len(self):,} tokens × {len(self.layers)} layers × top-{used} of {experts}, "
-            f"{self.meta.get('state')}>"
+            f"<Trace {self.path}: {len(self):,} tokens × {len(self.layers)} layers × "
+            f"top-{used} of {experts}, {self.meta.get('state')}>"
         )
 
     def _repr_html_(self) -> str:
