@@ -82,6 +82,30 @@ def ring_is_ready(path: str | os.PathLike[str]) -> bool:
     return bool(np.frombuffer(data, RING_HEADER)[0]["ready"] == 1)
 
 
+def _peek(path: Path) -> np.void | None:
+    try:
+        with path.open("rb") as f:
+            data = f.read(RING_HEADER.itemsize)
+    except OSError:
+        return None
+    if len(data) < RING_HEADER.itemsize or not data.startswith(RING_MAGIC):
+        return None
+    header: np.void = np.frombuffer(data, RING_HEADER)[0]
+    return header
+
+
+def peek_counters(path: Path) -> list[int] | None:
+    """Give the counters in a ring's header without mapping it, or None if there is no such ring."""
+    header = _peek(path)
+    return None if header is None else [int(n) for n in header["counters"]]
+
+
+def peek_reader(path: Path) -> int | None:
+    """Give the process number of a ring's reader (0: none), or None if there is no such ring."""
+    header = _peek(path)
+    return None if header is None else int(header["reader_pid"])
+
+
 def process_alive(pid: int) -> bool:
     """Say whether a process of this number runs (its name is not looked at)."""
     if pid <= 0:

@@ -109,7 +109,7 @@ def ring_bytes(
     h["data_offset"] = -(-(int(h["meta_offset"]) + len(text)) // 64) * 64
     h["capacity"], h["stride"], h["on_full"] = capacity, stride, on_full
     h["file_size"] = int(h["data_offset"]) + capacity * stride
-    h["epoch_ns"], h["host_pid"], h["ready"] = 1_700_000_000_000_000_000, 4711, 1
+    h["epoch_ns"], h["host_pid"], h["ready"] = 1_700_000_000_000_000_000, 2**22 + 7, 1  # no such process
     data = bytearray(int(h["file_size"]))
     data[:640] = header.tobytes()
     data[640 : 640 + table.nbytes] = table.tobytes()
