@@ -19,7 +19,7 @@ from moetrace.host import llama
 from moetrace.host.drain import Drain
 from moetrace.host.options import CaptureOptions
 from moetrace.host.prompts import Prompt, read_prompts
-from moetrace.trace.trace import Trace
+from moetrace.trace.trace import Trace, open_trace
 from moetrace.trace.writer import TraceWriter
 
 
@@ -272,7 +272,7 @@ def capture(
             )
     finally:
         trace.close()
-    return Trace(folder)
+    return open_trace(folder)
 
 
 def _context_size(prompts: Sequence[Prompt], n_predict: int, n_parallel: int) -> int:

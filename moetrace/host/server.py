@@ -19,7 +19,7 @@ from moetrace.host.client import ServerClient
 from moetrace.host.drain import Drain
 from moetrace.host.options import CaptureOptions
 from moetrace.host.runtime import find_tool, loaded_libraries, preload_environment
-from moetrace.trace.trace import Trace
+from moetrace.trace.trace import Trace, open_trace
 from moetrace.trace.writer import TraceWriter
 
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -160,7 +160,7 @@ class TracedServer:
     def trace(self) -> Trace:
         """The trace as it stands: everything computed before this call, opened anew each time."""
         self._process.drain.flush()
-        return Trace(self._process.trace.path)
+        return open_trace(self._process.trace.path)
 
     def label(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Append label lines (docs/format.md, labels.jsonl)."""
