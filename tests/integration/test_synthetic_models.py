@@ -16,6 +16,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from scipy.special import expit, softmax
 
 from moetrace.synthetic import ARCHITECTURES, QUANTIZATIONS, Architecture, Gating
 
@@ -52,7 +53,7 @@ def selection_scores(arch: Architecture, logits: np.ndarray, bias: np.ndarray | 
     """What top-k should select on, computed in numpy: (tokens, n_expert)."""
     scores = logits.astype(np.float64)
     if arch.gating is Gating.SIGMOID and not arch.weights_before_experts:
-        scores = 1 / (1 + np.exp(-scores))
+        scores = expit(scores)
     if bias is not None:
         scores = scores + bias
     if arch.n_expert_groups:
@@ -62,6 +63,18 @@ def selection_scores(arch: Architecture, logits: np.ndarray, bias: np.ndarray | 
         np.put_along_axis(kept, rank[:, : arch.n_group_used], True, axis=-1)
         scores = np.where(kept[..., None], groups, -np.inf).reshape(scores.shape)
     return scores
+
+
+def mixing_weights(arch: Architecture, logits: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """What should mix the chosen experts, computed in numpy: (tokens, n_expert_used)."""
+    logits = logits.astype(np.float64)
+    if arch.gating is Gating.SOFTMAX_WEIGHT:
+        return softmax(np.take_along_axis(logits, chosen, axis=1), axis=1)
+    probabilities = expit(logits) if arch.gating is Gating.SIGMOID else softmax(logits, axis=1)
+    weights = np.take_along_axis(probabilities, chosen, axis=1)
+    if arch.normalise_weights:
+        weights = weights / weights.sum(axis=1, keepdims=True)
+    return weights * arch.weights_scale
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -100,7 +113,7 @@ def test_model_routes_and_generates(name, runtime, model_file, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name, arch in ARCHITECTURES.items() if arch.n_expert])
-def test_experts_are_selected_as_the_architecture_says(name, runtime, model_file, tmp_path):
+def test_experts_are_selected_and_mixed_as_the_architecture_says(name, runtime, model_file, tmp_path):
     arch, path = ARCHITECTURES[name], model_file(name)
     seen = run(path, tmp_path, n_generate=0)
     stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
@@ -114,6 +127,8 @@ def test_experts_are_selected_as_the_architecture_says(name, runtime, model_file
         clear = gap < -1e-6  # the order of near-ties is rounding
         assert clear.mean() > 0.9
         assert np.array_equal(chosen[clear], expected[clear])
+        weights = mixing_weights(arch, logits, chosen)
+        np.testing.assert_allclose(seen[f"weights_{layer}"], weights, rtol=1e-4, atol=1e-6)
         unbiased = np.argsort(-selection_scores(plain, logits, None), axis=-1)[:, : arch.n_expert_used]
         differ += sum(set(a) != set(b) for a, b in zip(chosen.tolist(), unbiased.tolist(), strict=True))
     # a bias or a mask that changed nothing would test nothing
