@@ -389,7 +389,11 @@ class Ring:
         before = [part["stamp"].copy() for part in parts]
         # the acquire load and the release store keep the copies between the two looks at the stamps
         self._native.load_acquire(self._buffer, _offset("head"))
-        copies = [part.copy() for part in parts]
+        records = np.empty(head - start, self.dtype)  # not concatenate: it would pack the fields
+        end = 0
+        for part in parts:
+            records[end : end + len(part)] = part
+            end += len(part)
         self.beat()
         self._native.load_acquire(self._buffer, _offset("head"))
         after = [part["stamp"].copy() for part in parts]
@@ -397,7 +401,7 @@ class Ring:
             return np.empty(0, self.dtype), head - tail
         want = np.arange(start + 1, head + 1, dtype=np.uint64)
         whole = (np.concatenate(before) == want) & (np.concatenate(after) == want)
-        records = np.concatenate(copies)[whole]
+        records = records[whole]
         return records, head - tail - len(records)
 
     def release(self, n: int) -> None:

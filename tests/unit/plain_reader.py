@@ -1,4 +1,4 @@
-"""A reader of traces and rings from docs/format.md alone: numpy and the standard library, nothing of moetrace."""
+"""A reader of traces and rings from docs/format.md alone: numpy, the standard library, nothing of moetrace."""
 
 import ast
 import json
@@ -96,11 +96,11 @@ def read_trace(path):
     }
 
 
-HEAD = np.dtype(
-    [("stamp", "<u8"), ("serial", "<u8"), ("time_ns", "<i8"), ("step", "<u4"), ("batch", "<u4")]
-    + [("token", "<i4"), ("position", "<i4"), ("sequence", "<i4"), ("kind", "<u2"), ("n_sequences", "<u2")]
-    + [("flags", "<u4"), ("row", "<u4"), ("arg0", "<i4"), ("arg1", "<i4")]
+HEAD_NAMES = (
+    ["stamp", "serial", "time_ns", "step", "batch", "token", "position", "sequence", "kind", "n_sequences", "flags", "row", "arg0", "arg1"]
 )
+HEAD_TYPES = ["<u8", "<u8", "<i8", "<u4", "<u4", "<i4", "<i4", "<i4", "<u2", "<u2", "<u4", "<u4", "<i4", "<i4"]
+HEAD = np.dtype(list(zip(HEAD_NAMES, HEAD_TYPES, strict=True)))
 
 
 def read_ring(path):
