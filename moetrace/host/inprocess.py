@@ -19,6 +19,7 @@ from moetrace.host import llama
 from moetrace.host.drain import Drain
 from moetrace.host.options import CaptureOptions
 from moetrace.host.prompts import Prompt, read_prompts
+from moetrace.trace.labels import append_labels
 from moetrace.trace.trace import Trace, open_trace
 from moetrace.trace.writer import TraceWriter
 
@@ -239,7 +240,7 @@ def capture(
 
     def on_done(line: dict[str, Any]) -> None:
         nonlocal done
-        trace.add_labels([line])
+        append_labels(trace.path, [line])
         done += 1
         if on_progress is not None:
             on_progress(done, len(items))

@@ -19,6 +19,7 @@ from moetrace.host.client import ServerClient
 from moetrace.host.drain import Drain
 from moetrace.host.options import CaptureOptions
 from moetrace.host.runtime import find_tool, loaded_libraries, preload_environment
+from moetrace.trace.labels import append_labels
 from moetrace.trace.trace import Trace, open_trace
 from moetrace.trace.writer import TraceWriter
 
@@ -164,7 +165,7 @@ class TracedServer:
 
     def label(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Append label lines (docs/format.md, labels.jsonl)."""
-        self._process.trace.add_labels(lines)
+        append_labels(self._process.trace.path, lines)
 
     def wait_ready(self, timeout: float) -> None:
         """Wait until the model is loaded.
