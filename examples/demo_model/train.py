@@ -120,11 +120,9 @@ class Block(nn.Module):
         order = chosen.flatten().argsort(stable=True)
         token = order // c.n_expert_used
         sizes = torch.bincount(chosen.flatten(), minlength=c.n_expert).tolist()
-        parts = []
-        for e, xs in enumerate(x[token].split(sizes)):
-            if len(xs):
-                h = F.silu(xs @ self.ffn_gate_exps[e].T) * (xs @ self.ffn_up_exps[e].T)
-                parts.append(h @ self.ffn_down_exps[e].T)
+        experts = zip(self.ffn_gate_exps.unbind(), self.ffn_up_exps.unbind(), self.ffn_down_exps.unbind(), strict=True)
+        parts = [(F.silu(xs @ gate.T) * (xs @ up.T)) @ down.T
+                 for xs, (gate, up, down) in zip(x[token].split(sizes), experts, strict=True)]
         y = torch.cat(parts) * weights.flatten()[order, None]
         return torch.zeros_like(x).index_add(0, token, y), logits, chosen
 
@@ -221,7 +219,7 @@ def train(model: Model, ids: NDArray[np.int64], args: argparse.Namespace) -> Non
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
-        if step % 10 == 0 or step == steps - 1:
+        if step % 20 == 0 or step == steps - 1:
             spent = time.monotonic() - start
             print(f"step {step:5d}/{steps}  nll {nll.item():.3f}  balance {balance.item():.3f}  z {z.item():.2f}  "
                   f"{(step + 1) * args.batch * (ids.shape[1] - 1) / spent:.0f} tokens/s  {spent:.0f} s", flush=True)
@@ -400,7 +398,7 @@ llama.cpp rounds activations to F16 as well, and logits differ by {shipped.mean:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("-o", "--out", type=Path, required=True, help="folder to write demo.gguf and README.md to")
-    p.add_argument("--steps", type=int, default=1300)
+    p.add_argument("--steps", type=int, default=900)
     p.add_argument("--batch", type=int, default=8, help="sequences of 512 tokens per step")
     p.add_argument("--lr", type=float, default=4e-3)
     p.add_argument("--balance", type=float, default=0.01)
