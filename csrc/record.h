@@ -42,6 +42,7 @@ enum record_flag : uint32_t {
     ROW_INTERVENED         = 1u << 3, // an intervention changed this token's routing
     ROW_SEQUENCE_UNCERTAIN = 1u << 4, // two sequences fit this row equally well
     ROW_UNIDENTIFIED       = 1u << 5, // no batch entry fits this row: sequence is -1
+    ROW_TRIAL              = 1u << 6, // a batch that llama.cpp runs for itself (warm-up, memory trial): no request
 };
 
 // record_head.token of an event
