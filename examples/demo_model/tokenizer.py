@@ -6,6 +6,7 @@ order, so that llama.cpp gives the same ids from the same table.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -45,13 +46,16 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], n_vocab: int) -> Tokenizer:
         """Learn merges from ``texts`` until there are ``n_vocab`` tokens. Digits are never merged."""
         counts = Counter(piece for text in texts for piece in SPLIT.findall(text))
-        words = [([ALPHABET[b] for b in piece.encode()], n) for piece, n in sorted(counts.items())
-                 if not any(c.isdigit() for c in piece)]
+        words = [
+            ([ALPHABET[b] for b in piece.encode()], n)
+            for piece, n in sorted(counts.items())
+            if not any(c.isdigit() for c in piece)
+        ]
         merges: list[tuple[str, str]] = []
         known = {*SPECIALS, *ALPHABET.values()}
         pairs: Counter[tuple[str, str]] = Counter()
         for parts, n in words:
-            for pair in zip(parts, parts[1:], strict=False):
+            for pair in itertools.pairwise(parts):
                 pairs[pair] += n
         while len(known) < n_vocab:
             best = max(pairs, key=lambda p: (pairs[p], p))
@@ -61,14 +65,14 @@ class Tokenizer:
             for parts, n in words:
                 if merged not in "".join(parts):
                     continue
-                for pair in zip(parts, parts[1:], strict=False):
+                for pair in itertools.pairwise(parts):
                     pairs[pair] -= n
                 i = 0
                 while i < len(parts) - 1:
                     if (parts[i], parts[i + 1]) == best:
-                        parts[i:i + 2] = [merged]
+                        parts[i : i + 2] = [merged]
                     i += 1
-                for pair in zip(parts, parts[1:], strict=False):
+                for pair in itertools.pairwise(parts):
                     pairs[pair] += n
         return cls(merges)
 
@@ -77,11 +81,13 @@ class Tokenizer:
         if text not in self.cache:
             parts = [ALPHABET[b] for b in text.encode()]
             while len(parts) > 1:
-                rank, i = min((self.ranks.get(p, len(self.ranks)), i)
-                              for i, p in enumerate(zip(parts, parts[1:], strict=False)))
+                rank, i = min(
+                    (self.ranks.get(p, len(self.ranks)), i)
+                    for i, p in enumerate(itertools.pairwise(parts))
+                )
                 if rank == len(self.ranks):
                     break
-                parts[i:i + 2] = [parts[i] + parts[i + 1]]
+                parts[i : i + 2] = [parts[i] + parts[i + 1]]
             self.cache[text] = [self.ids[p] for p in parts]
         return self.cache[text]
 
@@ -92,4 +98,6 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``; special tokens are left out."""
         back = {c: b for b, c in ALPHABET.items()}
-        return bytes(back[c] for i in ids if i >= len(SPECIALS) for c in self.tokens[i]).decode(errors="replace")
+        return bytes(back[c] for i in ids if i >= len(SPECIALS) for c in self.tokens[i]).decode(
+            errors="replace"
+        )

@@ -3,10 +3,11 @@
     python -m venv env && env/bin/pip install torch==2.13.0 gguf llama-cpp-python==0.3.36
     env/bin/python examples/demo_model/train.py -o moetrace/data
 
-takes about 20 minutes on two CPU cores. The text comes from ``corpus.py`` (grammars of five domains, written for
-this project) and the tokenizer from ``tokenizer.py``; nothing is downloaded. It writes ``demo.gguf`` (F16),
-``heldout-text.jsonl`` (corpus text that was not trained on) and ``README.md`` with the figures measured, after
-checking that llama.cpp computes the same tokens and logits as the PyTorch model.
+takes about 20 minutes on two free CPU cores. The text comes from ``corpus.py`` (grammars of five domains,
+written for this project) and the tokenizer from ``tokenizer.py``; nothing is downloaded. It writes
+``demo.gguf`` (F16), ``prompts/heldout-text.jsonl`` (corpus text that was not trained on) and ``README.md`` with
+the figures measured, after checking that llama.cpp computes the same tokens and logits as the PyTorch model.
+Where other programs use the cores too, OMP_WAIT_POLICY=passive keeps PyTorch's threads from spinning.
 
 The seed fixes corpus, tokenizer, initial weights and order. Floating-point sums differ between machines, so a
 second run gives an equally good model, not the same bytes.
@@ -26,7 +27,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from corpus import DOMAINS, Document, documents
 from numpy.typing import NDArray
 from tokenizer import BOS, END, SPECIALS, Tokenizer
@@ -43,8 +44,8 @@ CHAT_TEMPLATE = (
 
 DESCRIPTION = (
     "Demonstration model of moetrace: trained from scratch on about {tokens} million tokens of synthetic text "
-    "(small grammars for Python-like code, school mathematics, short stories, facts of geography and science, and "
-    "mixtures of these, all written for moetrace). It continues such text and knows nothing else."
+    "(small grammars for Python-like code, school mathematics, short stories, facts of geography and science, "
+    "and mixtures of these, all written for moetrace). It continues such text and knows nothing else."
 )
 
 
@@ -120,9 +121,13 @@ class Block(nn.Module):
         order = chosen.flatten().argsort(stable=True)
         token = order // c.n_expert_used
         sizes = torch.bincount(chosen.flatten(), minlength=c.n_expert).tolist()
-        experts = zip(self.ffn_gate_exps.unbind(), self.ffn_up_exps.unbind(), self.ffn_down_exps.unbind(), strict=True)
-        parts = [(F.silu(xs @ gate.T) * (xs @ up.T)) @ down.T
-                 for xs, (gate, up, down) in zip(x[token].split(sizes), experts, strict=True)]
+        experts = zip(
+            self.ffn_gate_exps.unbind(), self.ffn_up_exps.unbind(), self.ffn_down_exps.unbind(), strict=True
+        )
+        parts = [
+            (F.silu(xs @ gate.T) * (xs @ up.T)) @ down.T
+            for xs, (gate, up, down) in zip(x[token].split(sizes), experts, strict=True)
+        ]
         y = torch.cat(parts) * weights.flatten()[order, None]
         return torch.zeros_like(x).index_add(0, token, y), logits, chosen
 
@@ -201,8 +206,12 @@ def train(model: Model, ids: NDArray[np.int64], args: argparse.Namespace) -> Non
     """One pass over ``ids``: AdamW, warm-up, linear decay to zero."""
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
-    opt = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
-                            lr=args.lr, betas=(0.9, 0.95), fused=True)
+    opt = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
+        lr=args.lr,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
     rows = torch.from_numpy(ids)
     steps = len(rows) // args.batch
     start = time.monotonic()
@@ -210,7 +219,7 @@ def train(model: Model, ids: NDArray[np.int64], args: argparse.Namespace) -> Non
         rate = min((step + 1) / (0.03 * steps), (steps - step) / (0.97 * steps))
         for group in opt.param_groups:
             group["lr"] = args.lr * rate
-        batch = rows[step * args.batch:(step + 1) * args.batch]
+        batch = rows[step * args.batch : (step + 1) * args.batch]
         logits, routers, choices = model(batch[:, :-1])
         nll = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         balance, z = router_losses(routers, choices, model.c)
@@ -221,8 +230,11 @@ def train(model: Model, ids: NDArray[np.int64], args: argparse.Namespace) -> Non
         opt.step()
         if step % 20 == 0 or step == steps - 1:
             spent = time.monotonic() - start
-            print(f"step {step:5d}/{steps}  nll {nll.item():.3f}  balance {balance.item():.3f}  z {z.item():.2f}  "
-                  f"{(step + 1) * args.batch * (ids.shape[1] - 1) / spent:.0f} tokens/s  {spent:.0f} s", flush=True)
+            print(
+                f"step {step:5d}/{steps}  nll {nll.item():.3f}  balance {balance.item():.3f}  "
+                f"{(step + 1) * args.batch * (ids.shape[1] - 1) / spent:.0f} tokens/s  {spent:.0f} s",
+                flush=True,
+            )
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -237,7 +249,7 @@ def measure(model: Model, docs: list[Document], tok: Tokenizer) -> tuple[dict[st
     nll = dict.fromkeys(DOMAINS, 0.0)
     n = dict.fromkeys(DOMAINS, 0)
     for i, doc in enumerate(docs):
-        ids = torch.tensor([encode(doc, tok)[:c.n_ctx]])
+        ids = torch.tensor([encode(doc, tok)[: c.n_ctx]])
         logits, _, choices = model(ids)
         nll[doc.domain] += F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").item()
         n[doc.domain] += ids.shape[1] - 1
@@ -257,7 +269,7 @@ def cramers_v(table: NDArray[np.float64]) -> float:
 
 
 def separation(docs: list[Document], counts: NDArray[np.int64], seed: int = 0) -> list[tuple[float, float]]:
-    """Per layer: V between domains, and the 95th percentile of V when whole documents change domain at random."""
+    """Per layer: V between domains, and its 95th percentile when whole documents change domain at random."""
     rng = np.random.default_rng(seed)
     domain = np.array([DOMAINS.index(d.domain) for d in docs])
     onehot = np.eye(len(DOMAINS))
@@ -265,8 +277,10 @@ def separation(docs: list[Document], counts: NDArray[np.int64], seed: int = 0) -
     def v(labels: NDArray[np.int64], layer: int) -> float:
         return cramers_v(onehot[labels].T @ counts[:, layer])
 
-    return [(v(domain, layer), float(np.quantile([v(rng.permutation(domain), layer) for _ in range(200)], 0.95)))
-            for layer in range(counts.shape[1])]
+    return [
+        (v(domain, layer), float(np.quantile([v(rng.permutation(domain), layer) for _ in range(200)], 0.95)))
+        for layer in range(counts.shape[1])
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -295,7 +309,9 @@ def write_gguf(path: Path, model: Model, tok: Tokenizer, description: str, dtype
     w.add_tokenizer_model("gpt2")
     w.add_tokenizer_pre("gpt-2")
     w.add_token_list(tok.tokens)
-    w.add_token_types([gguf.TokenType.CONTROL if t in SPECIALS else gguf.TokenType.NORMAL for t in tok.tokens])
+    w.add_token_types(
+        [gguf.TokenType.CONTROL if t in SPECIALS else gguf.TokenType.NORMAL for t in tok.tokens]
+    )
     w.add_token_merges([f"{a} {b}" for a, b in tok.merges])
     w.add_bos_token_id(BOS)
     w.add_eos_token_id(END)
@@ -315,7 +331,7 @@ class Agreement:
     """How far llama.cpp's logits are from PyTorch's."""
 
     largest: float
-    """over texts in which no routing decision is a near tie (fourth and fifth router logit at least 1e-4 apart)"""
+    """over texts in which no routing decision is a near tie (4th and 5th router logit at least 1e-4 apart)"""
     mean: float
     """over all texts"""
     n_clear: int
@@ -330,13 +346,22 @@ def check(path: Path, model: Model, tok: Tokenizer, docs: Iterable[Document]) ->
     import llama_cpp
 
     c = model.c
-    llm = llama_cpp.Llama(str(path), n_ctx=c.n_ctx, n_batch=c.n_ctx, logits_all=True, verbose=False, n_threads=2,
-                          type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, flash_attn=False)
+    llm = llama_cpp.Llama(
+        str(path),
+        n_ctx=c.n_ctx,
+        n_batch=c.n_ctx,
+        logits_all=True,
+        verbose=False,
+        n_threads=2,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+        flash_attn=False,
+    )
     largest, means, n_clear = 0.0, [], 0
     for doc in docs:
         text = "\n".join(text for _, text in doc.turns)
-        ids = [BOS, *tok.encode(text)][:c.n_ctx]
-        theirs = llm.tokenize(text.encode(), add_bos=True, special=False)[:c.n_ctx]
+        ids = [BOS, *tok.encode(text)][: c.n_ctx]
+        theirs = llm.tokenize(text.encode(), add_bos=True, special=False)[: c.n_ctx]
         if theirs != ids:
             raise SystemExit(f"llama.cpp reads {text!r} as other tokens: {theirs} instead of {ids}")
         llm.reset()
@@ -344,7 +369,7 @@ def check(path: Path, model: Model, tok: Tokenizer, docs: Iterable[Document]) ->
         with torch.no_grad():
             logits, routers, _ = model(torch.tensor([ids]))
         top = torch.stack(routers).topk(c.n_expert_used + 1).values
-        difference = np.abs(llm.scores[:len(ids)] - logits[0].numpy())
+        difference = np.abs(llm.scores[: len(ids)] - logits[0].numpy())
         means.append(float(difference.mean()))
         if (top[..., -2] - top[..., -1]).min() > 1e-4:
             n_clear += 1
@@ -361,22 +386,23 @@ def sample(path: Path, prompts: Iterable[str]) -> list[str]:
 
 README = """# Data that comes with moetrace
 
-- `prompts/domains.jsonl`: 12 prompts in each of the domains code, math, creative, factual and mixed, matched in
-  length; `prompts/heldout.jsonl`: 12 more of each, kept for evaluation. Written for moetrace.
-- `prompts/heldout-text.jsonl`: {n_texts} texts of each domain from the corpus of the demo model that it was not
-  trained on.
+- `prompts/domains.jsonl`: 12 prompts in each of the domains code, math, creative, factual and mixed, matched
+  in length; `prompts/heldout.jsonl`: 12 more of each, kept for evaluation. Written for moetrace.
+- `prompts/heldout-text.jsonl`: {n_texts} texts of each domain from the corpus of the demo model that it was
+  not trained on.
 - `demo.gguf`: the demo model.
 
 ## The demo model
 
 {description}
 
-It is an OLMoE of {n_params:.2f} million parameters: {c.n_layer} layers, {c.n_expert} experts of width {c.n_ff_exp} in \
-each, {c.n_expert_used} of them per token, embedding {c.n_embd}, {c.n_head} heads, context {c.n_ctx}, {c.n_vocab} tokens \
-of its own byte-level BPE; F16, {megabytes:.2f} MB. Trained in one pass of {steps} steps of {batch} x {n_ctx} tokens \
-(AdamW, load-balancing loss {balance} over the batch, router z-loss {z}) in {minutes:.0f} minutes on two CPU cores by \
-`examples/demo_model/train.py`, which wrote this page and measured the following on {n_heldout} held-out texts of \
-each domain.
+It is an OLMoE of {n_params:.2f} million parameters: {c.n_layer} layers of {c.n_expert} experts of width \
+{c.n_ff_exp}, {c.n_expert_used} experts per token, embedding {c.n_embd}, {c.n_head} heads, context {c.n_ctx}, \
+{c.n_vocab} tokens of its own byte-level BPE; F16, {megabytes:.2f} MB.
+
+`examples/demo_model/train.py` trained it in one pass of {steps} steps of {batch} x {n_ctx} tokens (AdamW, \
+load-balancing loss {balance} over the batch, router z-loss {z}), {minutes:.0f} minutes of CPU time, and wrote \
+this page with what it measured on {n_heldout} held-out texts of each domain:
 
 | domain | NLL per token (nats) |
 | --- | --- |
@@ -389,9 +415,9 @@ experts below a tenth of the mean load |
 
 V is the bias-corrected Cramér's V of the table domain x expert, all tokens of a text counted.
 
-llama.cpp computes what PyTorch computes: with F32 weights their logits differ by at most {same.largest:.1e} on the \
-{same.n_clear} of {same.n_texts} held-out texts in which no routing decision is a near tie. With the F16 weights shipped \
-llama.cpp rounds activations to F16 as well, and logits differ by {shipped.mean:.1e} on average.
+llama.cpp computes what PyTorch computes: with F32 weights their logits differ by at most {same.largest:.1e} \
+on the {same.n_clear} of {same.n_texts} held-out texts in which no routing decision is a near tie. With the F16 \
+weights shipped, llama.cpp rounds activations to F16 as well, and logits differ by {shipped.mean:.1e} on average.
 """
 
 
@@ -410,7 +436,6 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     c = Config()
-    start = time.monotonic()
     tok = Tokenizer.train((text for doc in documents(args.seed, 10_000) for _, text in doc.turns), c.n_vocab)
 
     need = args.steps * args.batch * (c.n_ctx + 1)
@@ -423,13 +448,16 @@ def main() -> None:
             break
     rows = np.array(stream[:need], np.int64).reshape(-1, c.n_ctx + 1)
     rows = rows[np.random.default_rng(args.seed).permutation(len(rows))]
-    print(f"{len(trained)} different documents, {need / 1e6:.2f} million tokens, {time.monotonic() - start:.0f} s", flush=True)
+    print(
+        f"{len(trained)} different documents, {need / 1e6:.2f} million tokens",
+        flush=True,
+    )
 
     model = Model(c)
     n_params = sum(p.numel() for p in model.parameters())
     print(f"{n_params / 1e6:.2f} million parameters", flush=True)
     train(model, rows, args)
-    minutes = (time.monotonic() - start) / 60
+    minutes = time.process_time() / 60
 
     args.out.mkdir(parents=True, exist_ok=True)
     description = DESCRIPTION.format(tokens=round(need / 1e6))
@@ -457,19 +485,54 @@ def main() -> None:
     with (args.out / "prompts" / "heldout-text.jsonl").open("w") as out:
         for i, doc in enumerate(texts):
             text = "\n\n".join(text for _, text in doc.turns)
-            print(json.dumps({"id": f"text-{doc.domain}-{i % N_TEXTS + 1:02d}", "label": doc.domain, "prompt": text}), file=out)
+            print(
+                json.dumps(
+                    {"id": f"text-{doc.domain}-{i % N_TEXTS + 1:02d}", "label": doc.domain, "prompt": text}
+                ),
+                file=out,
+            )
 
-    (args.out / "README.md").write_text(README.format(
-        n_texts=N_TEXTS, description=description, n_params=n_params / 1e6, c=c, megabytes=path.stat().st_size / 1e6,
-        steps=args.steps, batch=args.batch, n_ctx=c.n_ctx, balance=args.balance, z=args.z, minutes=minutes,
-        n_heldout=len(docs) // len(DOMAINS), nll="\n".join(f"| {d} | {nll[d]:.3f} |" for d in DOMAINS),
-        layers="\n".join(f"| {i} | {v:.3f} | {null:.3f} | {load[i].max() / mean[i]:.2f} | "
-                         f"{int((load[i] < mean[i] / 10).sum())} |" for i, (v, null) in enumerate(apart)),
-        same=same, shipped=shipped))
+    (args.out / "README.md").write_text(
+        README.format(
+            n_texts=N_TEXTS,
+            description=description,
+            n_params=n_params / 1e6,
+            c=c,
+            megabytes=path.stat().st_size / 1e6,
+            steps=args.steps,
+            batch=args.batch,
+            n_ctx=c.n_ctx,
+            balance=args.balance,
+            z=args.z,
+            minutes=minutes,
+            n_heldout=len(docs) // len(DOMAINS),
+            nll="\n".join(f"| {d} | {nll[d]:.3f} |" for d in DOMAINS),
+            layers="\n".join(
+                f"| {i} | {v:.3f} | {null:.3f} | {load[i].max() / mean[i]:.2f} | "
+                f"{int((load[i] < mean[i] / 10).sum())} |"
+                for i, (v, null) in enumerate(apart)
+            ),
+            same=same,
+            shipped=shipped,
+        )
+    )
     print((args.out / "README.md").read_text())
     for prompt, text in zip(
-        ("def total_of(", "Solve 3x + 4 = 19 for x.\n", "Once upon a time,", "What is the capital of France?\n"),
-        sample(path, ("def total_of(", "Solve 3x + 4 = 19 for x.\n", "Once upon a time,", "What is the capital of France?\n")),
+        (
+            "def total_of(",
+            "Solve 3x + 4 = 19 for x.\n",
+            "Once upon a time,",
+            "What is the capital of France?\n",
+        ),
+        sample(
+            path,
+            (
+                "def total_of(",
+                "Solve 3x + 4 = 19 for x.\n",
+                "Once upon a time,",
+                "What is the capital of France?\n",
+            ),
+        ),
         strict=True,
     ):
         print(f"--- {prompt}{text}")

@@ -22,8 +22,8 @@ def prompts(name: str = "domains") -> Path:
     ----------
     name
         ``domains``: 12 prompts in each of code, math, creative, factual and mixed, matched in length.
-        ``heldout``: 12 others of each, for evaluation. ``heldout-text``: 12 texts of each from the corpus of the
-        demo model that it was not trained on, for the likelihood that it gives them.
+        ``heldout``: 12 others of each, for evaluation. ``heldout-text``: 12 texts of each from the corpus of
+        the demo model that it was not trained on, for the likelihood that it gives them.
 
     Raises
     ------

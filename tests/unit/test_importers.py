@@ -1,4 +1,5 @@
-"""Readers of foreign recordings, without a trace: what they read, what they refuse, and in how much memory."""
+"""Readers of foreign recordings, without a trace: what they read, what they refuse, and in how much
+memory."""
 
 import json
 import os
@@ -73,7 +74,10 @@ def read_json(source, **options):
 def test_token_json_drops_the_warm_up(domains):
     pieces, tally = read_json(domains)
     assert [p.label for p in pieces] == ["code", "code", "math", "math"]
-    assert stacked(pieces, "experts")[:2].tolist() == [[[5, 18, 9, 31], [1, 2, 3, 4]], [[4, 3, 2, 1], [7, 6, 5, 0]]]
+    assert stacked(pieces, "experts")[:2].tolist() == [
+        [[5, 18, 9, 31], [1, 2, 3, 4]],
+        [[4, 3, 2, 1], [7, 6, 5, 0]],
+    ]
     assert tally.rows_all_experts == 2
     assert (stacked(pieces, "phase") == 1).all()
     assert (stacked(pieces, "time_ns") == 5).all()
@@ -90,7 +94,11 @@ def test_token_json_as_published_is_what_the_notebook_loads(domains):
             if not path.exists():
                 continue
             for e in json.loads(path.read_text())["entries"]:
-                if e["operation_type"] == "MUL_MAT_ID" and e["expert_ids"] and "ffn_moe_down" in e["dst_name"]:
+                if (
+                    e["operation_type"] == "MUL_MAT_ID"
+                    and e["expert_ids"]
+                    and "ffn_moe_down" in e["dst_name"]
+                ):
                     expected.append((domain, e["layer_id"], *e["expert_ids"][:4]))
     pieces, tally = read_json(domains, as_published=True)
     got = [
@@ -152,7 +160,9 @@ def test_token_json_malformed(tmp_path, change, field):
 
 def test_token_json_components_must_agree(tmp_path):
     token_file(tmp_path, "code", 0, [entry(0, "gate", [1, 2, 3, 4]), entry(0, "up", [1, 2, 4, 3])])
-    with pytest.raises(InputError, match=r"entries\[1\].expert_ids: differ from those of another component of layer 0"):
+    with pytest.raises(
+        InputError, match=r"entries\[1\].expert_ids: differ from those of another component of layer 0"
+    ):
         read_json(tmp_path)
 
 
@@ -184,10 +194,20 @@ def read_experts(path, k=None, **options):
 
 def test_expert_log(tmp_path):
     path = write(
-        tmp_path / "story.log", "layer_id,expert_ids", "3,52 40", "3,32 115", "4,1 2", "4,3 4", "3,9 8", "4,7 6"
+        tmp_path / "story.log",
+        "layer_id,expert_ids",
+        "3,52 40",
+        "3,32 115",
+        "4,1 2",
+        "4,3 4",
+        "3,9 8",
+        "4,7 6",
     )
     pieces, tally = read_experts(path)
-    assert [p.experts.tolist() for p in pieces] == [[[[52, 40], [1, 2]], [[32, 115], [3, 4]]], [[[9, 8], [7, 6]]]]
+    assert [p.experts.tolist() for p in pieces] == [
+        [[[52, 40], [1, 2]], [[32, 115], [3, 4]]],
+        [[[9, 8], [7, 6]]],
+    ]
     assert [p.row.tolist() for p in pieces] == [[0, 1], [0]]
     assert {p.label for p in pieces} == {"story"}
     assert pieces[0].layers.tolist() == [3, 4]
@@ -196,7 +216,9 @@ def test_expert_log(tmp_path):
 
 
 def test_expert_log_last_layer_of_a_prompt_is_not_guessed(tmp_path):
-    path = write(tmp_path / "x.log", "layer_id,expert_ids", "0,1 2", "0,3 4", "0,5 6", "1,7 8", "0,1 2", "1,3 4")
+    path = write(
+        tmp_path / "x.log", "layer_id,expert_ids", "0,1 2", "0,3 4", "0,5 6", "1,7 8", "0,1 2", "1,3 4"
+    )
     pieces, tally = read_experts(path)
     assert pieces[0].state.tolist() == [[PRESENT, LOST]] * 3
     assert tally.records_unplaced == 1
@@ -225,7 +247,17 @@ def test_expert_log_of_one_layer_is_a_row_per_line(tmp_path):
 
 
 def test_expert_log_cut_off(tmp_path):
-    path = write(tmp_path / "x.log", "layer_id,expert_ids", "0,1 2", "0,3 4", "1,1 2", "1,3 4", "0,5 6", "0,7 8", "1,0 1")
+    path = write(
+        tmp_path / "x.log",
+        "layer_id,expert_ids",
+        "0,1 2",
+        "0,3 4",
+        "1,1 2",
+        "1,3 4",
+        "0,5 6",
+        "0,7 8",
+        "1,0 1",
+    )
     pieces, tally = read_experts(path)
     assert pieces[-1].state.tolist() == [[PRESENT, LOST]] * 2
     assert tally.records_unplaced == 1
@@ -253,14 +285,16 @@ def test_expert_log_malformed(tmp_path, line, message):
 
 def test_expert_log_uneven_layers(tmp_path):
     path = write(tmp_path / "x.log", "0,1 2", "0,3 4", "1,1 2", "2,1 2", "2,3 4", "0,1 2", "1,1 2", "2,1 2")
-    with pytest.raises(InputError, match="x.log:3: layer_id: layer 1 has 1 rows in an ubatch where another layer has 2"):
+    with pytest.raises(
+        InputError, match=r"x\.log:3: layer_id: layer 1 has 1 rows in an ubatch where another layer has 2"
+    ):
         read_experts(path)
 
 
 def test_not_text(tmp_path):
     path = tmp_path / "x.log"
     path.write_bytes(b"0,1 2\n\xff\xfe\n")
-    with pytest.raises(InputError, match="x.log:2: line: is not UTF-8"):
+    with pytest.raises(InputError, match=r"x\.log:2: line: is not UTF-8"):
         read_experts(path)
 
 
@@ -285,13 +319,23 @@ def test_gate_log(tmp_path):
     pieces, tally = read_gates(path)
     assert pieces[0].gate_input[0, 0].tolist() == [0.5, -1, np.float32(2e-3)]
     assert pieces[0].gate_input[1].tolist() == [[1, 2, 3], [7, 8, 9]]
-    assert [p.row.tolist() for p in pieces] == [[0, 1], [0]]  # a prompt's rows are told from a generated token's
+    assert [p.row.tolist() for p in pieces] == [
+        [0, 1],
+        [0],
+    ]  # a prompt's rows are told from a generated token's
     assert pieces[0].experts is None
     assert tally.lines_left_out == 0
 
 
 def test_mixed_log_is_read_by_kind(tmp_path):
-    path = write(tmp_path / "x.log", "layer_id,expert_ids", "3,1 2", "gate_input,3,0,1 2", "4,0 2", "gate_input,4,0,3 4")
+    path = write(
+        tmp_path / "x.log",
+        "layer_id,expert_ids",
+        "3,1 2",
+        "gate_input,3,0,1 2",
+        "4,0 2",
+        "gate_input,4,0,3 4",
+    )
     experts, tally = read_experts(path)
     assert experts[0].experts.tolist() == [[[1, 2], [0, 2]]]
     assert tally.lines_left_out == 2
@@ -327,7 +371,9 @@ def olmoe_line(experts, **more):
     """experts: (token, layer, k), turned as the format has it: [token][k][layer]."""
     n = len(experts)
     exp_ids = np.array(experts).transpose(0, 2, 1).tolist()
-    return json.dumps({"input_ids": list(range(n)), "predicted_token_ids": list(range(1, n + 1)), "exp_ids": exp_ids} | more)
+    return json.dumps(
+        {"input_ids": list(range(n)), "predicted_token_ids": list(range(1, n + 1)), "exp_ids": exp_ids} | more
+    )
 
 
 def read_olmoe(source, **options):
@@ -365,11 +411,17 @@ def test_olmoe_folder(tmp_path):
         ('{"input_ids": [-1], "exp_ids": [[[1]]]}', "input_ids: a number is not within"),
         ('{"input_ids": ["a"], "exp_ids": [[[1]]]}', "input_ids: is no list of whole numbers"),
         ('{"input_ids": [1], "exp_ids": [[[1], [1]]]}', "exp_ids: names one expert twice"),
-        ('{"input_ids": [1], "exp_ids": [[[1]]], "predicted_token_ids": []}', "predicted_token_ids: has 0 tokens"),
+        (
+            '{"input_ids": [1], "exp_ids": [[[1]]], "predicted_token_ids": []}',
+            "predicted_token_ids: has 0 tokens",
+        ),
         ('{"input_ids": [1], "exp_ids": [[[1]]], "label": 3}', "label: is no text"),
         ("[1]", "line: is no JSON object"),
         ('{"input_ids": [1,', "column 18"),
-        ('{"input_ids": [1], "exp_ids": [[[1, 2], [3, 4]]]}', r"exp_ids: has k, layers = \(2, 2\) where others have \(2, 1\)"),
+        (
+            '{"input_ids": [1], "exp_ids": [[[1, 2], [3, 4]]]}',
+            r"exp_ids: has k, layers = \(2, 2\) where others have \(2, 1\)",
+        ),
     ],
 )
 def test_olmoe_malformed(tmp_path, line, message):
@@ -382,7 +434,9 @@ def test_olmoe_malformed(tmp_path, line, message):
 
 
 def test_counts(tmp_path):
-    path = write(tmp_path / "c.csv", "layer_id,domain,expert_id,count", "7,b,2,5", "7,a,0,1", "9,b,0,3", "9,a,1,4")
+    path = write(
+        tmp_path / "c.csv", "layer_id,domain,expert_id,count", "7,b,2,5", "7,a,0,1", "9,b,0,3", "9,a,1,4"
+    )
     table = counts.read_counts(path)
     assert table.domains == ("b", "a")
     assert table.layers.tolist() == [7, 9]
@@ -409,7 +463,7 @@ def test_counts_malformed(tmp_path, line, message):
 
 
 def test_counts_header_and_holes(tmp_path):
-    with pytest.raises(InputError, match="c.csv:1: expert_id: is missing from the header"):
+    with pytest.raises(InputError, match=r"c\.csv:1: expert_id: is missing from the header"):
         counts.read_counts(write(tmp_path / "c.csv", "domain,layer_id,count", "a,1,3"))
     path = write(tmp_path / "d.csv", "domain,layer_id,expert_id,count", "a,1,0,3", "a,2,0,3", "b,1,0,3")
     with pytest.raises(InputError, match="b has no counts for layer 2"):

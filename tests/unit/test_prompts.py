@@ -1,5 +1,6 @@
 """The prompt sets that are shipped: their form, and that length does not tell the domain."""
 
+import itertools
 import json
 import re
 from collections import Counter, defaultdict
@@ -51,7 +52,8 @@ def bpe_lengths(prompts):
         for word in split.findall(text):
             parts = [letter[b] for b in word.encode()]
             while True:
-                known = [(ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in ranks]
+                pairs = enumerate(itertools.pairwise(parts))
+                known = [(ranks[pair], i) for i, pair in pairs if pair in ranks]
                 if not known:
                     break
                 _, i = min(known)

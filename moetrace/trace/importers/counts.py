@@ -30,8 +30,8 @@ class CountTable:
     layers
         (L,) int64 layer numbers, ascending.
     counts
-        (D, L, E) int64. An expert that the table does not list for a domain and layer that it does list was never
-        chosen there: 0.
+        (D, L, E) int64. An expert that the table does not list, for a domain and layer that it does list, was
+        never chosen there: 0.
     """
 
     domains: tuple[str, ...]
@@ -50,8 +50,8 @@ def read_counts(path: Path, n_expert: int | None = None) -> CountTable:
     Raises
     ------
     InputError
-        Naming file, line and field: a column is missing, a number is none, a cell comes twice, an expert id is not
-        below ``n_expert``; or a domain lacks a layer that another has.
+        Naming file, line and field: a column is missing, a number is none, a cell comes twice, an expert id
+        is not below ``n_expert``; or a domain lacks a layer that another has.
     """
     cells: dict[tuple[str, int], dict[int, int]] = {}
     order: list[int] = []
@@ -77,15 +77,21 @@ def read_counts(path: Path, n_expert: int | None = None) -> CountTable:
             raise malformed(path, line, "expert_id", f"{domain}, layer {layer}, expert {expert} came before")
         cell[expert] = count
     if not cells:
-        raise InputError(f"{path} holds no counts", fix=f"give a CSV file with the columns {', '.join(COLUMNS)}")
+        raise InputError(
+            f"{path} holds no counts", fix=f"give a CSV file with the columns {', '.join(COLUMNS)}"
+        )
     domains = tuple(dict.fromkeys(domain for domain, _ in cells))
     layers = sorted({layer for _, layer in cells})
-    counts = np.zeros((len(domains), len(layers), n_expert or max(max(cell) for cell in cells.values()) + 1), np.int64)
+    counts = np.zeros(
+        (len(domains), len(layers), n_expert or max(max(cell) for cell in cells.values()) + 1), np.int64
+    )
     for d, domain in enumerate(domains):
         for i, layer in enumerate(layers):
             found = cells.get((domain, layer))
             if found is None:
-                raise InputError(f"{path}: layer_id: {domain} has no counts for layer {layer}, another domain has",
-                                 fix="complete the table, or leave that layer out")
+                raise InputError(
+                    f"{path}: layer_id: {domain} has no counts for layer {layer}, another domain has",
+                    fix="complete the table, or leave that layer out",
+                )
             counts[d, i, list(found)] = list(found.values())
     return CountTable(domains, np.array(layers, np.int64), counts)

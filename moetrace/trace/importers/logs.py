@@ -3,11 +3,11 @@
 ``layer_id,expert_ids`` has a header, then one line per layer and token, ids separated by spaces.
 ``gate_input,layer_id,token_id,value value ...`` has no header; ``token_id`` is the row within the ubatch.
 
-Neither log says where an ubatch ends, which sequence a row belongs to, or whether it is prefill. Within an ubatch
-the layers ascend and each layer lists all rows, so a layer that falls back begins the next one. The last layer is
-computed for output rows only: where it lists fewer rows than the others, the log does not say which. Those records
-are counted and their cells marked lost, unless the data are wanted as published; then they are given to the last
-rows, which is right when only the end of a prompt asks for logits, and is a guess.
+Neither log says where an ubatch ends, which sequence a row belongs to, or whether it is prefill. Within an
+ubatch the layers ascend and each layer lists all rows, so a layer that falls back begins the next one. The
+last layer is computed for output rows only: where it lists fewer rows than the others, the log does not say
+which. Those records are counted and their cells marked lost, unless the data are wanted as published; then
+they are given to the last rows, which is right when only the end of a prompt asks for logits, and is a guess.
 """
 
 from __future__ import annotations
@@ -102,8 +102,9 @@ def expert_pieces(
 ) -> Iterator[Piece]:
     """One piece per ubatch, all of one request.
 
-    Lines with more than k ids are rows of llama.cpp's warm-up, which runs all experts, if they name every expert
-    from 0 up; they are left out and counted (as published: kept, cut to k). Any other number of ids is an error.
+    Lines with more than k ids are rows of llama.cpp's warm-up, which runs all experts, if they name every
+    expert from 0 up; they are left out and counted (as published: kept, cut to k). Any other number of ids is
+    an error.
     """
     k = shape.n_expert_used
 
@@ -139,7 +140,9 @@ def gate_records(path: Path, tally: Tally) -> Iterator[tuple[int, int, int, Floa
         if parts[0] != GATE:
             tally.lines_left_out += 1
             if text.strip() != EXPERT_HEADER and not parts[0].strip().isdigit():
-                raise malformed(path, line, GATE, f"a line begins with `{GATE},` and not with {parts[0][:40]!r}")
+                raise malformed(
+                    path, line, GATE, f"a line begins with `{GATE},` and not with {parts[0][:40]!r}"
+                )
             continue
         if len(parts) < 4:
             missing = ("layer_id", "token_id", "values")[len(parts) - 1]
@@ -163,9 +166,13 @@ def gate_shape(path: Path) -> Shape:
         layers.add(layer)
         width = width or len(values)
         if len(values) != width:
-            raise malformed(path, line, "values", f"has {len(values)} numbers where the lines before have {width}")
+            raise malformed(
+                path, line, "values", f"has {len(values)} numbers where the lines before have {width}"
+            )
     if not layers:
-        raise InputError(f"{path} holds no gate inputs", fix=f"give a log of `{GATE},layer_id,token_id,values` lines")
+        raise InputError(
+            f"{path} holds no gate inputs", fix=f"give a log of `{GATE},layer_id,token_id,values` lines"
+        )
     return Shape(tuple(sorted(layers)), 0, 0, width)
 
 
@@ -206,8 +213,13 @@ def _ubatches(
             current = _Ubatch()
         current.add(layer, line, record)
         if len(current.records[layer]) > MAX_UBATCH:
-            raise malformed(path, line, "layer_id", f"layer {layer} has more than {MAX_UBATCH} rows in one ubatch",
-                            "is the log sorted by layer? Give it in the order written")
+            raise malformed(
+                path,
+                line,
+                "layer_id",
+                f"layer {layer} has more than {MAX_UBATCH} rows in one ubatch",
+                "is the log sorted by layer? Give it in the order written",
+            )
     if current.records:
         yield current, True
 
@@ -231,19 +243,37 @@ def _placed(
         elif at_end and layer == ubatch.layer:  # the log was cut off within this layer
             rows = slice(0, m)
         else:
-            raise malformed(path, ubatch.begins[layer], "layer_id",
-                            f"layer {layer} has {m} rows in an ubatch where another layer has {n}")
+            raise malformed(
+                path,
+                ubatch.begins[layer],
+                "layer_id",
+                f"layer {layer} has {m} rows in an ubatch where another layer has {n}",
+            )
         state[rows, i] = PRESENT
         table.append((i, rows, np.stack(records)))
     return n, table, state
 
 
 def _piece(
-    path: Path, label: str, shape: Shape, state: NDArray[np.uint8], experts: Ints | None, gate_input: Floats | None
+    path: Path,
+    label: str,
+    shape: Shape,
+    state: NDArray[np.uint8],
+    experts: Ints | None,
+    gate_input: Floats | None,
 ) -> Piece:
     n = len(state)
     return Piece(
-        path.stem, label or path.stem, np.array(shape.layers, np.int64), state, experts, gate_input,
-        token=int_array(n, -1), position=int_array(n, -1), predicted=None, time_ns=int_array(n, -1),
-        phase=np.full(n, PHASE_UNKNOWN, np.uint8), row=np.arange(n, dtype=np.int64),
+        path.stem,
+        label or path.stem,
+        np.array(shape.layers, np.int64),
+        state,
+        experts,
+        gate_input,
+        token=int_array(n, -1),
+        position=int_array(n, -1),
+        predicted=None,
+        time_ns=int_array(n, -1),
+        phase=np.full(n, PHASE_UNKNOWN, np.uint8),
+        row=np.arange(n, dtype=np.int64),
     )

@@ -1,4 +1,5 @@
-"""What every importer shares: pieces of a recording, careful reading of text, and errors that name the place."""
+"""What every importer shares: pieces of a recording, careful reading of text, and errors that name the
+place."""
 
 from __future__ import annotations
 
@@ -74,7 +75,7 @@ class Tally:
     rows_all_experts: int = 0
     """rows of passes that ran every expert (llama.cpp's warm-up)"""
     records_unplaced: int = 0
-    """records of the last layer that belong to some row of the ubatch, but the source does not say to which"""
+    """records of the last layer of which the source does not say to which row of the ubatch they belong"""
     lines_left_out: int = 0
     """lines of the other kind in a log that mixes two"""
 
@@ -109,15 +110,21 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
             while data := file.readline(MAX_LINE + 1):
                 number += 1
                 if len(data) > MAX_LINE:
-                    raise malformed(path, number, "line", "is longer than 64 MiB", "give a text log, one record a line")
+                    raise malformed(
+                        path, number, "line", "is longer than 64 MiB", "give a text log, one record a line"
+                    )
                 try:
                     text = data.decode("utf-8").rstrip("\r\n")
                 except UnicodeDecodeError as e:
-                    raise malformed(path, number, "line", f"is not UTF-8 text ({e.reason} at byte {e.start})") from None
+                    raise malformed(
+                        path, number, "line", f"is not UTF-8 text ({e.reason} at byte {e.start})"
+                    ) from None
                 if text.strip():
                     yield number, text
     except OSError as e:
-        raise InputError(f"cannot read {path}", why=e.strerror or str(e), fix="give the path of a readable file") from e
+        raise InputError(
+            f"cannot read {path}", why=e.strerror or str(e), fix="give the path of a readable file"
+        ) from e
 
 
 def integer(path: Path, line: int | None, field: str, text: str, below: int) -> int:

@@ -1,13 +1,13 @@
 """One JSON file per token: ``DOMAIN/traces/token-NNNNN.json``, the format of the seed notebook.
 
-A file lists every operation of the graph in order. Expert ids stand in the ``MUL_MAT_ID`` entries, the same three
-times per layer (``ffn_moe_gate``, ``ffn_moe_up``, ``ffn_moe_down`` in ``dst_name``): they are one decision and are
-read once.
+A file lists every operation of the graph in order. Expert ids stand in the ``MUL_MAT_ID`` entries, the same
+three times per layer (``ffn_moe_gate``, ``ffn_moe_up``, ``ffn_moe_down`` in ``dst_name``): they are one
+decision and are read once.
 
-**The warm-up trap.** The first file of a run also holds llama.cpp's warm-up, which runs *all* experts. The recorder
-kept the first 16 ids of such a row, and ``expert_ids[:4]`` of it, as the notebook takes it, looks like routing but
-is not. A pass with an entry of more than k ids is therefore left out and counted, unless the data are wanted as
-published.
+**The warm-up trap.** The first file of a run also holds llama.cpp's warm-up, which runs *all* experts. The
+recorder kept the first 16 ids of such a row, and ``expert_ids[:4]`` of it, as the notebook takes it, looks
+like routing but is not. A pass with an entry of more than k ids is therefore left out and counted, unless the
+data are wanted as published.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import numpy as np
 from moetrace.errors import InputError
 from moetrace.trace.importers.source import (
     DECODE,
+    LOST,
     MAX_EXPERTS,
     MAX_LAYERS,
     PHASE_UNKNOWN,
     PREFILL,
     PRESENT,
-    LOST,
     Piece,
     Shape,
     Tally,
@@ -57,8 +57,9 @@ class Pass:
 
 
 def find(source: Path) -> list[tuple[str, list[tuple[int, Path]]]]:
-    """Domain and (token number, file) of each run under ``source``, which may be the folder of all domains, one
-    domain's folder, a ``traces`` folder or one file. Empty if there is none.
+    """Domain and (token number, file) of each run under ``source``; empty if there is none.
+
+    ``source`` may be the folder of all domains, one domain's folder, a ``traces`` folder or one file.
     """
     if source.is_file():
         match = NAME.fullmatch(source.name)
@@ -110,10 +111,17 @@ def passes(path: Path, k: int) -> Iterator[Pass]:
         if not is_int(layer, 0, MAX_LAYERS):
             raise malformed(path, None, f"entries[{i}].layer_id", f"{layer!r} is no layer")
         if not isinstance(name, str) or not name.startswith(COMPONENTS):
-            raise malformed(path, None, f"entries[{i}].dst_name", f"{name!r} is none of {', '.join(COMPONENTS)}")
+            raise malformed(
+                path, None, f"entries[{i}].dst_name", f"{name!r} is none of {', '.join(COMPONENTS)}"
+            )
         if len(ids) < k:
-            raise malformed(path, None, f"entries[{i}].expert_ids", f"has {len(ids)} ids where {k} are used",
-                            "give the number of experts per token with --n-expert-used")
+            raise malformed(
+                path,
+                None,
+                f"entries[{i}].expert_ids",
+                f"has {len(ids)} ids where {k} are used",
+                "give the number of experts per token with --n-expert-used",
+            )
         component = next(c for c in COMPONENTS if name.startswith(c))
         if (layer, component) in seen:  # the layer comes again: another pass
             yield _pass(experts, first, k)
@@ -121,8 +129,12 @@ def passes(path: Path, k: int) -> Iterator[Pass]:
         seen.add((layer, component))
         first = first or entry
         if experts.setdefault(layer, ids) != ids:
-            raise malformed(path, None, f"entries[{i}].expert_ids",
-                            f"differ from those of another component of layer {layer}: one token has one routing")
+            raise malformed(
+                path,
+                None,
+                f"entries[{i}].expert_ids",
+                f"differ from those of another component of layer {layer}: one token has one routing",
+            )
     if experts:
         yield _pass(experts, first, k)
 
@@ -176,9 +188,18 @@ def pieces(source: Path, shape: Shape, tally: Tally, *, as_published: bool = Fal
                     experts[0, index[layer]] = ids[:k]
                     state[0, index[layer]] = PRESENT
                 yield Piece(
-                    domain, domain, layers, state, experts, None,
-                    token=int_array(1, -1), position=int_array(1, -1), predicted=None,
-                    time_ns=int_array(1, one.time_ns), phase=np.full(1, one.phase, np.uint8), row=int_array(1, 0),
+                    domain,
+                    domain,
+                    layers,
+                    state,
+                    experts,
+                    None,
+                    token=int_array(1, -1),
+                    position=int_array(1, -1),
+                    predicted=None,
+                    time_ns=int_array(1, one.time_ns),
+                    phase=np.full(1, one.phase, np.uint8),
+                    row=int_array(1, 0),
                     skipped=skipped,
                 )
                 skipped = 0
