@@ -1,5 +1,6 @@
+# A grammar reads best with each rule on its line.
 # ruff: noqa: E501
-# fmt: off  (a grammar reads best with each rule on its line)
+# fmt: off
 """The text that the demo model learns from: small grammars in five domains, written for this project.
 
 ``documents(seed, n)`` yields ``Document`` objects in a fixed order for a fixed seed. Nothing is read from

@@ -5,8 +5,8 @@
 
 takes about 20 minutes on two free CPU cores. The text comes from ``corpus.py`` (grammars of five domains,
 written for this project) and the tokenizer from ``tokenizer.py``; nothing is downloaded. It writes
-``demo.gguf`` (F16), ``prompts/heldout-text.jsonl`` (corpus text that was not trained on) and ``README.md`` with
-the figures measured, after checking that llama.cpp computes the same tokens and logits as the PyTorch model.
+``demo.gguf`` (F16), ``prompts/heldout-text.jsonl`` (corpus text that was not trained on) and ``README.md``
+with the figures measured, after checking that llama.cpp computes the same tokens and logits as the PyTorch model.
 Where other programs use the cores too, OMP_WAIT_POLICY=passive keeps PyTorch's threads from spinning.
 
 The seed fixes corpus, tokenizer, initial weights and order. Floating-point sums differ between machines, so a
@@ -43,9 +43,9 @@ CHAT_TEMPLATE = (
 """llama.cpp adds BOS (``tokenizer.ggml.add_bos_token``), so the template does not."""
 
 DESCRIPTION = (
-    "Demonstration model of moetrace: trained from scratch on about {tokens} million tokens of synthetic text "
-    "(small grammars for Python-like code, school mathematics, short stories, facts of geography and science, "
-    "and mixtures of these, all written for moetrace). It continues such text and knows nothing else."
+    "Demonstration model of moetrace: trained from scratch on about {tokens} million tokens of synthetic "
+    "text (small grammars for Python-like code, school mathematics, short stories, facts of geography and "
+    "science, and mixtures of these, all written for moetrace). It continues such text and knows nothing else."
 )
 
 
@@ -397,12 +397,12 @@ README = """# Data that comes with moetrace
 {description}
 
 It is an OLMoE of {n_params:.2f} million parameters: {c.n_layer} layers of {c.n_expert} experts of width \
-{c.n_ff_exp}, {c.n_expert_used} experts per token, embedding {c.n_embd}, {c.n_head} heads, context {c.n_ctx}, \
-{c.n_vocab} tokens of its own byte-level BPE; F16, {megabytes:.2f} MB.
+{c.n_ff_exp}, {c.n_expert_used} experts per token, embedding {c.n_embd}, {c.n_head} heads, context \
+{c.n_ctx}, {c.n_vocab} tokens of its own byte-level BPE; F16, {megabytes:.2f} MB.
 
 `examples/demo_model/train.py` trained it in one pass of {steps} steps of {batch} x {n_ctx} tokens (AdamW, \
-load-balancing loss {balance} over the batch, router z-loss {z}), {minutes:.0f} minutes of CPU time, and wrote \
-this page with what it measured on {n_heldout} held-out texts of each domain:
+load-balancing loss {balance} over the batch, router z-loss {z}), {minutes:.0f} minutes of CPU time, and \
+wrote this page with what it measured on {n_heldout} held-out texts of each domain:
 
 | domain | NLL per token (nats) |
 | --- | --- |
@@ -416,8 +416,9 @@ experts below a tenth of the mean load |
 V is the bias-corrected Cramér's V of the table domain x expert, all tokens of a text counted.
 
 llama.cpp computes what PyTorch computes: with F32 weights their logits differ by at most {same.largest:.1e} \
-on the {same.n_clear} of {same.n_texts} held-out texts in which no routing decision is a near tie. With the F16 \
-weights shipped, llama.cpp rounds activations to F16 as well, and logits differ by {shipped.mean:.1e} on average.
+on the {same.n_clear} of {same.n_texts} held-out texts in which no routing decision is a near tie. With the \
+F16 weights shipped, llama.cpp rounds activations to F16 as well, and logits differ by {shipped.mean:.1e} on \
+average.
 """
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,13 +43,14 @@ MAX_UBATCH = 1 << 16
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
+Record = NDArray[Any]  # Ints or Floats
 
 
 @dataclass
 class _Ubatch:
     """Records of one ubatch by layer, in order."""
 
-    records: dict[int, list[NDArray[np.int64] | NDArray[np.float32]]] = field(default_factory=dict)
+    records: dict[int, list[Record]] = field(default_factory=dict)
     begins: dict[int, int] = field(default_factory=dict)
     """layer -> line of its first record"""
 
@@ -56,7 +58,7 @@ class _Ubatch:
     def layer(self) -> int:
         return next(reversed(self.records), -1)
 
-    def add(self, layer: int, line: int, record: NDArray[np.int64] | NDArray[np.float32]) -> None:
+    def add(self, layer: int, line: int, record: Record) -> None:
         self.begins.setdefault(layer, line)
         self.records.setdefault(layer, []).append(record)
 
@@ -226,7 +228,7 @@ def _ubatches(
 
 def _placed(
     path: Path, shape: Shape, ubatch: _Ubatch, at_end: bool, tally: Tally, as_published: bool
-) -> tuple[int, list[tuple[int, slice, NDArray[np.int64] | NDArray[np.float32]]], NDArray[np.uint8]]:
+) -> tuple[int, list[tuple[int, slice, Record]], NDArray[np.uint8]]:
     """Which rows each layer's records belong to: n, (layer index, rows, records) and the state (n, L)."""
     n = max(len(r) for r in ubatch.records.values())
     state = np.full((n, len(shape.layers)), LOST, np.uint8)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,7 +138,7 @@ def integer(path: Path, line: int | None, field: str, text: str, below: int) -> 
     return value
 
 
-def is_int(value: Any, low: int, below: int) -> bool:
+def is_int(value: Any, low: int, below: int) -> TypeGuard[int]:
     """Whether a JSON value is a whole number in [low, below); true and false are not."""
     return type(value) is int and low <= value < below
 
