@@ -256,7 +256,7 @@ class Damage:
 class Table(Mapping[str, NDArray[Any]]):
     """A table read-only: a mapping from column names to memory-mapped arrays.
 
-    ``table["experts"]`` is a read-only ``np.memmap`` view of the file, opened when first asked for and cut to
+    ``table["experts"]`` is a read-only view of the mapped file, opened when first asked for and cut to
     what the ledger says. Opening a table reads headers and the ledger, never a column.
 
     Parameters
@@ -330,11 +330,12 @@ class Table(Mapping[str, NDArray[Any]]):
             else:
                 path = column_path(self.path, name)
                 try:
-                    array = np.memmap(path, header.dtype, "r", offset=header.size, shape=shape)
+                    mapped = np.memmap(path, header.dtype, "r", offset=header.size, shape=shape)
                 except (OSError, ValueError) as e:
                     raise TraceError(
                         f"cannot map {path}", why=str(e), fix="run `moetrace verify` on the trace"
                     ) from e
+                array = mapped.view(np.ndarray)  # an ordinary array; its base keeps the map
             array.flags.writeable = False
             self._maps[name] = array
         return self._maps[name]
@@ -348,6 +349,10 @@ class Table(Mapping[str, NDArray[Any]]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._headers
+
+    def close(self) -> None:
+        """Let go of the maps; arrays given out keep theirs."""
+        self._maps.clear()
 
     def verify(self) -> Iterator[Damage]:
         """Read every byte and compare it with the ledger's checksums; yields what is wrong."""

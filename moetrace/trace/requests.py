@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -61,6 +61,7 @@ REQUEST_TABLE: ColumnSpec = {
 ROW_INPUTS = ("serial", "time_ns", "batch", "position", "sequence", "flags")
 EVENT_INPUTS = ("serial", "code", "sequence", "p0", "p1", "arg")
 
+CHUNK = 1 << 18  # rows looked at together
 _END = 1 << 40  # beyond every position
 
 #: rows of one request that still stand: [first position, last position, rows at each position]
@@ -290,7 +291,8 @@ class RequestAssigner:
             return  # names no position
         if code == EventCode.LAUNCH:
             self._end(state, keep_waiting=not state.emptied)
-            state.missing = event.missing
+            if event.sequence >= 0:
+                state.missing = event.missing
         elif code in (EventCode.CLEAR, EventCode.SEQ_KEEP) or (
             code == EventCode.SEQ_RM and p0 == 0 and p1 == _END
         ):
@@ -457,3 +459,55 @@ def _map(runs: list[_Run], p0: int, p1: int, moved: Callable[[int], int | None])
         if last >= p1:
             result.append([max(first, p1), last, n])
     return result
+
+
+def allot_again(request: NDArray[Any]) -> Callable[[], int]:
+    """Allot the numbers of a stored column ``request`` again, for :func:`replay`; then the ones after them."""
+    stored = _first_seen(request)
+    last = -1
+
+    def allot() -> int:
+        nonlocal last
+        number = next(stored, None)
+        if number is None:
+            number = last + 1
+        last = max(last, number)
+        return number
+
+    return allot
+
+
+def _first_seen(request: NDArray[Any]) -> Iterator[int]:
+    """Give the numbers in the order of their first rows."""
+    seen: set[int] = set()
+    for start in range(0, len(request), CHUNK):
+        values, first = np.unique(request[start : start + CHUNK], return_index=True)
+        for number in values[np.argsort(first)].tolist():
+            if number >= 0 and number not in seen:
+                seen.add(number)
+                yield number
+
+
+def replay(
+    assigner: RequestAssigner, rows: Mapping[str, NDArray[Any]], events: Mapping[str, NDArray[Any]]
+) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.uint8]]]:
+    """Feed a whole table of rows and its events to an assigner, a piece at a time.
+
+    Yields the first row of each piece, and what :meth:`RequestAssigner.feed` gave for it.
+    """
+    n, n_events = len(rows["serial"]), len(events["serial"])
+    start = fed = 0
+    while start < n or fed < n_events:
+        stop = min(start + CHUNK, n)
+        upto = n_events
+        if stop < n:
+            upto = int(np.searchsorted(events["serial"], rows["serial"][stop - 1], side="right"))
+            upto = max(upto, fed)
+        yield (
+            start,
+            *assigner.feed(
+                {name: rows[name][start:stop] for name in ROW_INPUTS},
+                {name: events[name][fed:upto] for name in EVENT_INPUTS},
+            ),
+        )
+        start, fed = stop, upto

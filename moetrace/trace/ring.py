@@ -82,6 +82,18 @@ def ring_is_ready(path: str | os.PathLike[str]) -> bool:
     return bool(np.frombuffer(data, RING_HEADER)[0]["ready"] == 1)
 
 
+def peek_counters(path: Path) -> list[int] | None:
+    """Give the counters in a ring's header without mapping it, or None if there is no such ring."""
+    try:
+        with path.open("rb") as f:
+            data = f.read(RING_HEADER.itemsize)
+    except OSError:
+        return None
+    if len(data) < RING_HEADER.itemsize or not data.startswith(RING_MAGIC):
+        return None
+    return [int(n) for n in np.frombuffer(data, RING_HEADER)[0]["counters"]]
+
+
 def process_alive(pid: int) -> bool:
     """Say whether a process of this number runs (its name is not looked at)."""
     if pid <= 0:

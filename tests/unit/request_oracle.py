@@ -73,7 +73,8 @@ class Oracle:
                 continue
             if code == 8:
                 self.end(seq, not seq.emptied)
-                seq.missing = e["serial"] - self.seen
+                if s >= 0:
+                    seq.missing = e["serial"] - self.seen
             elif code in (4, 6) or (code == 1 and p0 == 0 and p1 == END):
                 seq.waiting += len(seq.positions)
                 seq.positions, seq.top, seq.cut, seq.emptied = [], -1, True, True
