@@ -82,8 +82,7 @@ class Tokenizer:
             parts = [ALPHABET[b] for b in text.encode()]
             while len(parts) > 1:
                 rank, i = min(
-                    (self.ranks.get(p, len(self.ranks)), i)
-                    for i, p in enumerate(itertools.pairwise(parts))
+                    (self.ranks.get(p, len(self.ranks)), i) for i, p in enumerate(itertools.pairwise(parts))
                 )
                 if rank == len(self.ranks):
                     break

@@ -223,7 +223,9 @@ def _read(
     tally = Tally()
     if kind == "token-json":
         if not token_json.find(source):
-            raise InputError(f"{source} has no token-NNNNN.json", fix="give the folder that holds the domains")
+            raise InputError(
+                f"{source} has no token-NNNNN.json", fix="give the folder that holds the domains"
+            )
         shape = token_json.shape(source, n_expert_used or TOKEN_JSON_USED)
         return shape, token_json.pieces(source, shape, tally, as_published=as_published), tally
     if kind == "olmoe":
