@@ -1,6 +1,7 @@
 """Recordings of other programs, read as traces.
 
-:func:`open_source` (``moetrace.open``) reads a trace or any of these, :func:`import_trace` writes one as a trace:
+:func:`open_source` (``moetrace.open``) reads a trace or any of these; :func:`import_trace` makes a trace of
+one:
 
 ============== =====================================================================================
 ``token-json`` folders ``DOMAIN/traces/token-NNNNN.json``, one file per token (:mod:`.token_json`)

@@ -26,6 +26,7 @@ from moetrace.trace.labels import append_labels
 from moetrace.trace.record import Counter
 from moetrace.trace.requests import REQUEST_TABLE
 from moetrace.trace.rows import EVENT_COLUMNS, Layout
+from moetrace.trace.storage import disk_error
 from moetrace.trace.store import CONTEXT_NAME, FORMAT, META_NAME, VERSION, TraceStore
 from moetrace.trace.trace import Trace, open_trace
 
@@ -105,7 +106,8 @@ def detect(source: Path) -> str:
 def open_source(path: str | PathLike[str], context: str | int | None = None) -> Trace | CountTable:
     """Open a trace, or read a foreign recording as one.
 
-    A recording is imported into a temporary trace that goes when the object does; ``moetrace import`` keeps it.
+    A recording is imported into a temporary trace that goes when the object does; ``moetrace import`` keeps
+    it.
 
     Parameters
     ----------
@@ -170,7 +172,7 @@ def import_trace(
     n_expert_used
         Experts per token, for ``token-json`` (default 4) and ``expert-log`` (default: the fewest on a line).
     label
-        Domain of the requests of a log or of OLMoE's lines; by default their own or the file's name.
+        Domain of the requests of a log or of OLMoE's lines; by default their own, or the file's name.
     as_published
         Keep what published analyses counted: warm-up rows cut to k, and the last layer's records of a prompt
         given to its last rows. ``import`` in the trace's meta.json tells.
@@ -202,6 +204,10 @@ def import_trace(
             fix=f"give --n-expert {shape.n_expert_seen} or more",
         )
     facts = _Facts(kind, source_, shape, n_expert, as_published, predicted=kind == "olmoe")
+    try:
+        out_.mkdir(parents=True)
+    except OSError as e:
+        raise disk_error(out_, e) from e
     try:
         n_rows, n_requests = _write(out_, facts, pieces, tally, progress)
         if n_rows == 0:
