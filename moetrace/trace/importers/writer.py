@@ -167,8 +167,8 @@ def import_trace(
     format
         One of ``FORMATS`` but ``counts``; by default :func:`detect` finds it.
     n_expert
-        Experts of each layer. By default the highest id seen + 1, and ``missing`` says so: an expert beyond it
-        that was never chosen is not counted as never chosen.
+        Experts of each layer. By default the highest id seen + 1, and ``missing`` says so: an expert beyond
+        it that was never chosen is then unseen, not unused.
     n_expert_used
         Experts per token, for ``token-json`` (default 4) and ``expert-log`` (default: the fewest on a line).
     label
