@@ -22,7 +22,7 @@ _LEFT_OUT = {
 class ImportCommand:
     """Turn a recording of another program into a trace.
 
-    Reads per-token JSON folders (DOMAIN/traces/token-NNNNN.json), `layer_id,expert_ids` and `gate_input` logs,
+    Reads per-token JSON (DOMAIN/traces/token-NNNNN.json), `layer_id,expert_ids` and `gate_input` logs,
     and OLMoE's JSON lines. What the source does not say is marked missing.
     """
 

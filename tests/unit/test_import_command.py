@@ -59,7 +59,7 @@ def test_force_replaces_a_trace_and_nothing_else(log, tmp_path):
         run(log, "-o", out)
     run(log, "-o", out, "--force", "--n-expert", 9)
     assert moetrace.open(out).n_expert.tolist() == [9, 9]
-    broken = write(tmp_path / "y.log", "0,1 x")
+    broken = write(tmp_path / "y.log", "0,1 2", "0,1 x")
     with pytest.raises(MoetraceError, match="is no whole number"):
         run(broken, "-o", out, "--force")
     assert len(moetrace.open(out)) == 3  # the old trace is still there

@@ -99,7 +99,7 @@ def detect(source: Path) -> str:
     raise InputError(
         f"{source} is neither a trace nor a recording that moetrace reads",
         why=f"it is none of {', '.join(FORMATS)}",
-        fix="name the format with --format; docs/format.md says what each looks like",
+        fix="name the format with --format; docs/import.md says what each looks like",
     )
 
 
