@@ -6,7 +6,7 @@
 takes about 20 minutes on two free CPU cores. The text comes from ``corpus.py`` (grammars of five domains,
 written for this project) and the tokenizer from ``tokenizer.py``; nothing is downloaded. It writes
 ``demo.gguf`` (F16), ``prompts/heldout-text.jsonl`` (corpus text that was not trained on) and ``README.md``
-with the figures measured, after checking that llama.cpp computes the same tokens and logits as the PyTorch model.
+with the figures measured, after checking that llama.cpp computes the same tokens and logits as PyTorch.
 Where other programs use the cores too, OMP_WAIT_POLICY=passive keeps PyTorch's threads from spinning.
 
 The seed fixes corpus, tokenizer, initial weights and order. Floating-point sums differ between machines, so a
@@ -45,7 +45,8 @@ CHAT_TEMPLATE = (
 DESCRIPTION = (
     "Demonstration model of moetrace: trained from scratch on about {tokens} million tokens of synthetic "
     "text (small grammars for Python-like code, school mathematics, short stories, facts of geography and "
-    "science, and mixtures of these, all written for moetrace). It continues such text and knows nothing else."
+    "science, and mixtures of these, all written for moetrace). It continues such text, and knows nothing "
+    "else."
 )
 
 

@@ -12,6 +12,7 @@ they are given to the last rows, which is right when only the end of a prompt as
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ from moetrace.trace.importers.source import (
 
 EXPERT_HEADER = "layer_id,expert_ids"
 GATE = "gate_input"
+RECORD = re.compile(r"[0-9]{1,9},[0-9]{1,9}(?: [0-9]{1,9})*")
 MAX_UBATCH = 1 << 16
 """rows; llama.cpp's default is 512"""
 
@@ -74,6 +76,12 @@ def expert_records(path: Path, tally: Tally) -> Iterator[tuple[int, int, Ints]]:
         if text.startswith(f"{GATE},"):
             tally.lines_left_out += 1
             continue
+        if RECORD.fullmatch(text):  # as it should be; what follows finds out what is wrong
+            first, _, rest = text.partition(",")
+            words = [int(word) for word in rest.split(" ")]
+            if int(first) < MAX_LAYERS and max(words) < MAX_EXPERTS and len(set(words)) == len(words):
+                yield line, int(first), np.array(words, np.int64)
+                continue
         first, comma, rest = text.partition(",")
         if not comma:
             raise malformed(path, line, "expert_ids", "is missing: a line is `layer_id,expert_ids`")

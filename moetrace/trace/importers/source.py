@@ -48,7 +48,7 @@ class Piece:
     phase
         (n,) uint8: 0 prefill, 1 decode, 2 unknown.
     row
-        (n,) int64 index within the ubatch; a new ubatch begins where it does not rise.
+        (n,) int64 index within the ubatch, from 0: a new ubatch begins where it does not rise.
     skipped
         Rows missing before this piece: the source numbers its tokens and left some out.
     """
@@ -66,6 +66,32 @@ class Piece:
     phase: NDArray[np.uint8]
     row: NDArray[np.int64]
     skipped: int = 0
+
+
+def merged(pieces: Iterator[Piece], n_bytes: int) -> Iterator[Piece]:
+    """The same rows in fewer pieces: those of one request, without a gap, of about ``n_bytes`` together."""
+    group: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if group and (size >= n_bytes or piece.skipped or piece.request != group[0].request):
+            yield _joined(group)
+            group, size = [], 0
+        group.append(piece)
+        size += sum(a.nbytes for a in vars(piece).values() if isinstance(a, np.ndarray))
+    if group:
+        yield _joined(group)
+
+
+def _joined(group: list[Piece]) -> Piece:
+    if len(group) == 1:
+        return group[0]
+    first = vars(group[0])
+    columns = {
+        name: np.concatenate([vars(piece)[name] for piece in group])
+        for name, value in first.items()
+        if isinstance(value, np.ndarray) and name != "layers"
+    }
+    return Piece(**(first | columns))
 
 
 @dataclass

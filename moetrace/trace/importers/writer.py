@@ -20,7 +20,7 @@ from moetrace.errors import InputError, UsageError
 from moetrace.trace.columns import TableWriter
 from moetrace.trace.importers import logs, olmoe, token_json
 from moetrace.trace.importers.counts import COLUMNS, CountTable, read_counts
-from moetrace.trace.importers.source import DECODE, PREFILL, Piece, Shape, Tally, lines
+from moetrace.trace.importers.source import DECODE, PREFILL, Piece, Shape, Tally, lines, merged
 from moetrace.trace.jsonfile import write_json
 from moetrace.trace.labels import append_labels
 from moetrace.trace.record import Counter
@@ -350,7 +350,7 @@ def _write(
         row_bytes = sum(
             np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in layout.row_columns.values()
         )
-        for piece in pieces:
+        for piece in merged(pieces, BLOCK_BYTES // 8):
             n = len(piece.state)
             if current is None or piece.request != current.name:
                 if current is not None:
