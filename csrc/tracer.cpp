@@ -506,7 +506,8 @@ void heads_fill(context_trace & c, const int32_t * tokens, const int32_t * posit
         head->step        = c.n_steps;
         head->batch       = c.n_batches;
         head->token       = tokens ? tokens[row] : -1;
-        head->position    = positions ? positions[row] : -1;
+        // a recurrent model has no position input; the batch had one
+        head->position    = positions ? positions[row] : who.position == batch_entry::UNKNOWN ? -1 : who.position;
         head->sequence    = who.found ? who.sequence : -1;
         head->kind        = RECORD_ROW;
         head->n_sequences = who.n_sequences;
@@ -606,7 +607,7 @@ bool ubatch_begin(tracer_state & T, sched_trace & s, graph_trace & g) {
         if (c.in_batch) {
             c.matcher.match(tokens, positions, n, c.identities);
         } else {
-            c.identities.assign(n, {});
+            c.identities.assign(n, row_identity());
         }
         const int64_t n_out = g.moe.out_ids ? T.abi.ne(g.moe.out_ids)[0] : 0;
         const int32_t * out_ids = g.moe.out_ids && n_out < n ? input_read(T.abi, g.moe.out_ids, n_out, c.out_ids) : nullptr;

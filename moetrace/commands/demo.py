@@ -85,7 +85,7 @@ def show(trace: Trace, *, n_top: int = 4) -> None:
     if not labels:
         raise MoetraceError("no request of the trace has a label", fix="see the messages above")
     print(f"\nMost used experts, in % of a domain's tokens (top-{max(trace.n_expert_used)} routing)\n")
-    print(f"{'domain':<10}{'tokens':>8}  " + "".join(f"{f'layer {layer}':<28}" for layer in layers))
+    print(f"{'domain':<10}{'tokens':>8}  " + "".join(f"{f'layer {layer}':<40}" for layer in layers))
     for label in labels:
         cells = []
         for layer in layers:
@@ -93,6 +93,6 @@ def show(trace: Trace, *, n_top: int = 4) -> None:
             experts = np.asarray(chosen.experts)[np.asarray(chosen.state) == 1]
             share = np.bincount(experts.ravel(), minlength=max(trace.n_expert)) / max(len(experts), 1)
             top = np.argsort(-share, kind="stable")[:n_top]
-            cells.append("  ".join(f"{e:>2}:{100 * share[e]:>2.0f}%" for e in top))
-        print(f"{label:<10}{len(trace.sel(label=label)):>8,}  " + "".join(f"{cell:<28}" for cell in cells))
+            cells.append("  ".join(f"{e:>3} {100 * share[e]:>3.0f}%" for e in top))
+        print(f"{label:<10}{len(trace.sel(label=label)):>8,}  " + "".join(f"{cell:<40}" for cell in cells))
     print()

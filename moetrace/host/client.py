@@ -124,6 +124,8 @@ class Answer:
             "to_ns": self.to_ns,
             "id": self.prompt.id,
             "label": self.prompt.label,
+            "prompt": self.prompt.text,
+            "n_generated": len(self.tokens),
             **self.prompt.extra,
         }
 

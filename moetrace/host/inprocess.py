@@ -153,6 +153,8 @@ def _label_line(job: _Job) -> dict[str, Any]:
         "to_ns": time.monotonic_ns(),
         "id": job.prompt.id,
         "label": job.prompt.label,
+        "prompt": job.prompt.text,
+        "n_generated": len(job.generated),
         **job.prompt.extra,
     }
 

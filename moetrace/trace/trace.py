@@ -150,7 +150,8 @@ class Trace(Rows):
         """One row per request of this context; the index is its number.
 
         Columns: ``id``, ``label`` and ``prompt`` as the client gave them (None where it did not), ``slot``,
-        ``n_prompt`` (cached and computed; NA where the cached ones are unknown), ``n_cached``, ``n_prefill``,
+        ``n_prompt`` (cached and computed; NA where the cached ones are unknown), ``n_generated`` (as the client
+        counted; NA where it did not: the last token is never decoded), ``n_cached``, ``n_prefill``,
         ``n_decode``, ``n_lost``, ``n_rejected``, ``n_shifts``, ``first_serial``, ``last_serial``,
         ``start_ns``, ``end_ns`` and ``running``; then whatever else the client said. docs/format.md explains
         them. A new frame, not a view.
@@ -169,6 +170,8 @@ class Trace(Rows):
             result[name] = pd.Series([s.get(name) for s in said], index=frame.index, dtype=object)
         result["slot"] = frame["sequence"]
         result["n_prompt"] = cached + frame["n_prefill"]
+        generated = [n if type(n := s.get("n_generated")) is int else None for s in said]
+        result["n_generated"] = pd.array(generated, dtype="Int64")
         result["n_cached"] = cached
         names = ["n_prefill", "n_decode", "n_lost", "n_rejected", "n_shifts"]
         for name in [*names, "first_serial", "last_serial", "start_ns", "end_ns", "running"]:
