@@ -106,7 +106,7 @@ class Oracle:
     def row(self, r: dict[str, int]) -> tuple[int, int]:
         missing = r["serial"] - self.seen
         self.seen += 1
-        if r["sequence"] < 0:
+        if r["sequence"] < 0 or r["flags"] & 64:
             return -1, 2
         seq = self.seqs.setdefault(r["sequence"], Seq(r["sequence"]))
         p, output = r["position"], bool(r["flags"] & 1)

@@ -120,7 +120,9 @@ def test_requests_join_labels(golden: moetrace.Trace) -> None:
     assert requests["id"].tolist()[:2] == ["code-00", "math-00"]
     assert requests["label"].isna().tolist() == [False, False, True]
     assert requests["slot"].tolist() == [0, 1, 0]
-    assert requests["n_prompt"].tolist() == [6, 6, 6]
+    assert requests["n_prefill"].tolist() == [6, 5, 6]
+    assert requests["n_prompt"].isna().tolist() == [True, True, False]  # rows of the first two were lost
+    assert requests["n_prompt"][2] == 6
     assert requests["n_lost"].tolist() == [1, 1, 0]
 
 

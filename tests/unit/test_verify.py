@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -13,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from plain_reader import read_trace
-from rings import make_layout, put
+from rings import make_layout, put, reseal
 from traces import Context, server_records, small_trace, write_trace
 
 import moetrace
@@ -169,20 +170,16 @@ def check_cuts(path: Path, cuts: list[tuple[Path, int]]) -> None:
     for file, size in cuts:
         whole = file.read_bytes()
         os.truncate(file, size)
-        try:
+        with contextlib.suppress(MoetraceError):
             trace = moetrace.open(path)
             n = len(trace)
             assert n <= len(plain["serial"])
             assert trace.experts.tobytes() == plain["experts"][:n].tobytes()
             assert len(trace.activations()) == int((trace.experts != 255).sum())
             _ = trace.requests, trace.events, trace.loss
-        except MoetraceError as e:
-            assert e.what
         if size or file.name not in ("labels.jsonl", "vocabulary.json"):
-            try:
+            with contextlib.suppress(TraceError):
                 assert verify(path).exit_code in (3, 4), f"{file.relative_to(path)} cut to {size}"
-            except TraceError:
-                pass
         file.write_bytes(whole)
 
 
@@ -323,7 +320,7 @@ def test_a_trace_being_recorded_is_left_alone(tmp_path: Path) -> None:
     assert verify(path).live
     put(data, "reader_pid", 0)
     put(data, "host_pid", os.getppid())
-    ring.write_bytes(data)
+    ring.write_bytes(reseal(data))
     with pytest.raises(MoetraceError, match="still runs"):
         recover(path)
 

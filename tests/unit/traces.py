@@ -99,7 +99,7 @@ def write_trace(
     path.mkdir(parents=True)
     names = [f"ctx{i}" for i in range(len(contexts))]
     meta = {
-        "format": "moetrace-trace", "version": [1, 0], "created_ns": 1_700_000_000 * 10**9, "moetrace": "0.1.0",
+        "format": "moetrace-trace", "version": [1, 0], "created_ns": 17 * 10**17, "moetrace": "0.1.0",
         "command": ["llama-server", "-m", "toy.gguf"], "host": "here", "state": "live", "exit_code": None,
         "contexts": names, "model_path": None,
     }  # fmt: skip
