@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from plain_reader import read_trace
 from rings import make_layout, put, reseal
-from traces import Context, server_records, small_trace, write_trace
+from traces import Context, server_records, small_trace, tiny_trace, write_trace
 
 import moetrace
 from moetrace.errors import MoetraceError, TraceError
@@ -141,11 +141,10 @@ def check_flips(path: Path, picks: list[tuple[Path, int]]) -> None:
         except TraceError:
             found = 4
         assert found in (3, 4), f"bit {bit} of {file.relative_to(path)}"
-        try:
-            trace = moetrace.open(path)
-            _ = trace.requests, trace.events, trace.loss, trace.experts.sum()
-        except MoetraceError:
-            pass
+        if bit % 8 == bit // 8 % 8:  # opening takes longer; one bit of each byte will do
+            with contextlib.suppress(MoetraceError):
+                trace = moetrace.open(path)
+                _ = trace.requests, trace.events, trace.loss, trace.experts.sum()
         file.write_bytes(whole)
 
 
@@ -160,7 +159,7 @@ def test_some_flipped_bits(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_every_flipped_bit(tmp_path: Path) -> None:
-    path = small_trace(tmp_path / "t", vocabulary=[b"a", b"\xff"])
+    path = tiny_trace(tmp_path / "t")
     check_flips(path, [(file, bit) for file in files(path) for bit in range(8 * file.stat().st_size)])
 
 
@@ -194,7 +193,7 @@ def test_some_cuts(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_every_cut(tmp_path: Path) -> None:
-    path = small_trace(tmp_path / "t", labels=None)
+    path = tiny_trace(tmp_path / "t")
     check_cuts(path, [(file, size) for file in files(path) for size in range(file.stat().st_size - 1)])
 
 

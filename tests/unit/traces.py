@@ -158,6 +158,15 @@ def write_trace(
     return path
 
 
+def tiny_trace(path: Path) -> Path:
+    """Write a trace of 12 KB: one request, one block, only experts; small enough to damage everywhere."""
+    layout = make_layout(channels=("experts",))
+    context = Context(layout, server_records(layout, np.random.default_rng(1), n_requests=1))
+    return write_trace(
+        path, [context], block=64, labels=[{"request": 0, "label": "x"}], vocabulary=[b"a", b"\xff"]
+    )
+
+
 def small_trace(path: Path, **options: Any) -> Path:
     """Write a trace of one context, three requests on two slots, nothing lost."""
     layout = make_layout()
