@@ -66,9 +66,7 @@ class TracedProcess:
         except OSError as e:
             self.drain.stop()
             self.trace.close(state="closed")
-            raise RuntimeMissingError(
-                f"cannot start {program}", why=str(e), fix="check the program's path"
-            ) from e
+            raise RuntimeMissingError(f"cannot start {program}", why=str(e), fix="check the program's path") from e
 
     def wait(self) -> int:
         """Wait for the program; signals that reach us are passed on. Gives its exit code, 128 + n for signal n."""
