@@ -1,7 +1,8 @@
 """Which experts does this Mixture-of-Experts model really use, and what does that mean?
 
-``moetrace.open`` reads a trace; ``moetrace.capture`` and ``moetrace.serve`` record one. Everything is loaded
-when first used, so that importing moetrace costs next to nothing.
+``moetrace.open`` reads a trace, or another program's recording as one; ``moetrace.capture`` and
+``moetrace.serve`` record one. Everything is loaded when first used, so that importing moetrace costs next to
+nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from moetrace.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from moetrace.trace.importers import open_source as open  # noqa: A004
     from moetrace.trace.trace import Trace
-    from moetrace.trace.trace import open_trace as open  # noqa: A004
 
     capture: Callable[..., Any]
     serve: Callable[..., Any]
@@ -45,7 +46,7 @@ __all__ = [
 
 _LAZY = {
     "Trace": ("moetrace.trace.trace", "Trace"),
-    "open": ("moetrace.trace.trace", "open_trace"),
+    "open": ("moetrace.trace.importers", "open_source"),
     "capture": ("moetrace.host.inprocess", "capture"),
     "serve": ("moetrace.host.server", "serve"),
 }

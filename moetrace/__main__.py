@@ -15,7 +15,21 @@ from moetrace.commands.options import Command, red
 from moetrace.errors import MoetraceError, UsageError
 
 #: subcommand -> the class in moetrace/commands/SUBCOMMAND.py, in the order of the help
-COMMANDS = {"info": "Info", "verify": "Verify", "recover": "Recover", "dump": "Dump", "export": "Export"}
+COMMANDS = {
+    "run": "Run",
+    "drive": "Drive",
+    "capture": "Capture",
+    "demo": "Demo",
+    "start": "Start",
+    "stop": "Stop",
+    "status": "Status",
+    "info": "Info",
+    "verify": "Verify",
+    "recover": "Recover",
+    "dump": "Dump",
+    "export": "Export",
+    "doctor": "Doctor",
+}
 
 
 def load(name: str) -> Command:

@@ -19,7 +19,8 @@ from moetrace.host import llama
 from moetrace.host.drain import Drain
 from moetrace.host.options import CaptureOptions
 from moetrace.host.prompts import Prompt, read_prompts
-from moetrace.trace.trace import Trace
+from moetrace.trace.labels import append_labels
+from moetrace.trace.trace import Trace, open_trace
 from moetrace.trace.writer import TraceWriter
 
 
@@ -239,7 +240,7 @@ def capture(
 
     def on_done(line: dict[str, Any]) -> None:
         nonlocal done
-        trace.add_labels([line])
+        append_labels(trace.path, [line])
         done += 1
         if on_progress is not None:
             on_progress(done, len(items))
@@ -272,7 +273,7 @@ def capture(
             )
     finally:
         trace.close()
-    return Trace(folder)
+    return open_trace(folder)
 
 
 def _context_size(prompts: Sequence[Prompt], n_predict: int, n_parallel: int) -> int:

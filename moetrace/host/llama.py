@@ -155,7 +155,7 @@ class Llama:
         self._decode.argtypes = [api.llama_context_p_ctypes, api.llama_batch]
         self._decode.restype = ctypes.c_int32
         self._seq_rm = getattr(tracer(), "llama_memory_seq_rm")  # noqa: B009
-        self._seq_rm.argtypes = [api.llama_memory_t, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32]
+        self._seq_rm.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32]
         self._seq_rm.restype = ctypes.c_bool
         self._free.argtypes = [api.llama_context_p_ctypes]
         self._free.restype = None

@@ -19,7 +19,8 @@ from moetrace.host.client import ServerClient
 from moetrace.host.drain import Drain
 from moetrace.host.options import CaptureOptions
 from moetrace.host.runtime import find_tool, loaded_libraries, preload_environment
-from moetrace.trace.trace import Trace
+from moetrace.trace.labels import append_labels
+from moetrace.trace.trace import Trace, open_trace
 from moetrace.trace.writer import TraceWriter
 
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -160,11 +161,11 @@ class TracedServer:
     def trace(self) -> Trace:
         """The trace as it stands: everything computed before this call, opened anew each time."""
         self._process.drain.flush()
-        return Trace(self._process.trace.path)
+        return open_trace(self._process.trace.path)
 
     def label(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Append label lines (docs/format.md, labels.jsonl)."""
-        self._process.trace.add_labels(lines)
+        append_labels(self._process.trace.path, lines)
 
     def wait_ready(self, timeout: float) -> None:
         """Wait until the model is loaded.

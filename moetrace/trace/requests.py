@@ -13,8 +13,7 @@ The rules, per (context, sequence):
   tail was removed or its position fell back (no shift explains it), and its position is not beyond the last
   one or a row that is no output follows an output.
 - Prefill lasts until the end of the batch that holds the request's first output row; what follows is decode.
-- Rows without a sequence, and those that llama.cpp computed for itself (TRIAL), belong to no request and have
-  no phase.
+- Rows without a sequence, and batches that llama.cpp decodes for itself, belong to no request and have no phase.
 """
 
 from __future__ import annotations
@@ -176,8 +175,9 @@ class RequestAssigner:
         """
         n = len(rows["serial"])
         serial = np.asarray(rows["serial"]).astype(np.int64)
+        # what llama.cpp decodes for itself belongs to no request
         trial = (np.asarray(rows["flags"]) & RowFlag.TRIAL) != 0
-        sequence = np.where(trial, -1, np.asarray(rows["sequence"]))
+        sequence = np.where(trial, -1, rows["sequence"])
         columns = {name: np.asarray(rows[name]) for name in ROW_INPUTS}
         missing = serial - np.arange(self._n_rows, self._n_rows + n)
         happened = self._happened(events, serial)

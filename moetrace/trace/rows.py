@@ -85,8 +85,9 @@ class Layout:
             return tuple(value)
 
         layers = ints("layers", 0, MAX_LAYERS)
-        n_expert = ints("n_expert", 1, MAX_EXPERTS)
-        n_used = ints("n_expert_used", 1, MAX_EXPERTS)
+        least = 0 if context.get("collector") == "import" else 1  # an import may not know
+        n_expert = ints("n_expert", least, MAX_EXPERTS)
+        n_used = ints("n_expert_used", least, MAX_EXPERTS)
         if not 1 <= len(layers) <= MAX_LAYERS or not len(layers) == len(n_expert) == len(n_used):
             raise _bad("layers, n_expert and n_expert_used differ in length, or are empty")
         if list(layers) != sorted(set(layers)):

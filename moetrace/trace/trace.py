@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrace.errors import MoetraceError, TraceError, UsageError
-from moetrace.trace.labels import read_labels
+from moetrace.trace.labels import read_labels, resolve_labels
 from moetrace.trace.loss import Loss, count_loss
 from moetrace.trace.record import Counter, EventCode
 from moetrace.trace.requests import REQUEST_TABLE, Phase, RequestAssigner, allot_again, replay
@@ -201,7 +201,7 @@ class Trace(Rows):
 
     @cached_property
     def _labels(self) -> dict[int, dict[str, Any]]:
-        return read_labels(self.path)[0]
+        return resolve_labels(read_labels(self.path)[0], self._request_columns())
 
     def label_codes(self, request: NDArray[np.int64]) -> tuple[NDArray[np.int32], list[str]]:
         """Give the label of each of these request numbers: codes (n,), int32, -1 for none; and the labels."""

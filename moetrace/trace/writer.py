@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import platform
 import shutil
@@ -161,7 +160,6 @@ class TraceWriter:
             "n_expert": list(layout.n_expert),
             "n_expert_used": list(layout.n_expert_used),
             "fields": [{"name": f.name, "dtype": f.dtype, "shape": list(f.shape)} for f in layout.fields],
-            "counters": {},
             "epoch_ns": epoch_ns,
             "status": "",
         }
@@ -171,14 +169,6 @@ class TraceWriter:
         self._meta["contexts"].append(name)
         self._write_meta()
         return context
-
-    def add_labels(self, labels: Sequence[Mapping[str, Any]]) -> None:
-        """Append lines to labels.jsonl; each names its ``request``."""
-        try:
-            with (self.path / "labels.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(dict(line), ensure_ascii=False) + "\n" for line in labels)
-        except OSError as e:
-            raise disk_error(self.path / "labels.jsonl", e) from e
 
     def set_model_path(self, model_path: str) -> None:
         """Record which file the model was read from."""
