@@ -13,7 +13,8 @@ The rules, per (context, sequence):
   tail was removed or its position fell back (no shift explains it), and its position is not beyond the last
   one or a row that is no output follows an output.
 - Prefill lasts until the end of the batch that holds the request's first output row; what follows is decode.
-- Rows without a sequence, and batches that llama.cpp decodes for itself, belong to no request and have no phase.
+- Rows without a sequence, and batches that llama.cpp decodes for itself, belong to no request and have no
+  phase.
 """
 
 from __future__ import annotations

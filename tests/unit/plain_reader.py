@@ -101,7 +101,9 @@ HEAD_NAMES = [
     "stamp", "serial", "time_ns", "step", "batch", "token", "position", "sequence", "kind", "n_sequences",
     "flags", "row", "arg0", "arg1",
 ]
-HEAD_TYPES = ["<u8", "<u8", "<i8", "<u4", "<u4", "<i4", "<i4", "<i4", "<u2", "<u2", "<u4", "<u4", "<i4", "<i4"]
+HEAD_TYPES = [
+    "<u8", "<u8", "<i8", "<u4", "<u4", "<i4", "<i4", "<i4", "<u2", "<u2", "<u4", "<u4", "<i4", "<i4",
+]
 # fmt: on
 HEAD = np.dtype(list(zip(HEAD_NAMES, HEAD_TYPES, strict=True)))
 
