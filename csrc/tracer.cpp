@@ -365,7 +365,7 @@ bool is_trial(const tracer_state & T, const context_trace & c) {
 
 void batch_begin(tracer_state & T, context_trace & c, bool known, bool encode) {
     c.in_batch = known;
-    c.encode   = encode;
+    c.encode   = encode || (T.facts.get_memory && c.model && !c.memory); // no memory: an encoder
     c.trial    = known && is_trial(T, c);
     c.cleared  = false;
     if (known) {

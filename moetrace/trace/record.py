@@ -18,6 +18,7 @@ from moetrace.errors import TraceError
 RING_MAGIC = b"MOETRING"
 RING_VERSION_MAJOR = 1
 RING_VERSION_MINOR = 0
+ATTENTION_STRIDE_MIN = 4096
 
 
 class OnFull(IntEnum):

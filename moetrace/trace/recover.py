@@ -214,9 +214,15 @@ def _recover_context(
         TableWriter.resume(context.events.path, fsync=fsync) as event_writer,
         TableWriter.resume(context.rows.path, fsync=fsync) as row_writer,
     ):
-        for _ in replay(assigner, context.rows, context.events):
+        # events beyond the last sealed row belong before rows that are still in the ring
+        before = int(np.searchsorted(context.events["serial"], max(last, 0), side="right")) if sealed else 0
+        past = {name: column[:before] for name, column in context.events.items()}
+        waiting = {name: column[before:] for name, column in context.events.items()}
+        for _ in replay(assigner, context.rows, past):
             pass
-        rows["request"], rows["phase"] = assigner.feed(rows, events)
+        rows["request"], rows["phase"] = assigner.feed(
+            rows, {name: np.concatenate([waiting[name], events[name]]) for name in events}
+        )
         event_writer.append(events)
         event_writer.seal()
         row_writer.append({name: rows[name] for name in row_writer.columns})

@@ -13,7 +13,9 @@ The rules, per (context, sequence):
   tail was removed or its position fell back (no shift explains it), and its position is not beyond the last
   one or a row that is no output follows an output.
 - Prefill lasts until the end of the batch that holds the request's first output row; what follows is decode.
-- Rows without a sequence, and batches that llama.cpp decodes for itself, belong to no request and have no phase.
+  A request that begins with an output row on positions copied from another sequence has no prefill.
+- Rows without a sequence, and batches that llama.cpp decodes for itself, belong to no request and have no
+  phase.
 """
 
 from __future__ import annotations
@@ -369,6 +371,9 @@ class RequestAssigner:
             state.request = _Request(
                 state.number, int(data.serial[a]), int(data.time_ns[a]), n_cached=-1 if unknown else first
             )
+            if state.copied and first > 0 and data.output[a]:
+                # its prompt was computed in another sequence, and it begins with what was sampled there
+                state.request.first_output_batch = int(data.batch[a]) - 1
             self._begun.append(state.request)
         else:
             assert state.request is not None

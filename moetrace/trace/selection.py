@@ -350,6 +350,10 @@ class Rows:
             weight = np.full(len(i), np.nan, np.float32)
         return i, layer, rank, experts[i, layer, rank], weight
 
+    def _labels_of(self, request: NDArray[np.int64]) -> Any:
+        codes, labels = self._trace.label_codes(request)
+        return _categorical(codes, labels)
+
     def _activations(self, index: NDArray[np.intp], ordinal: Any, components: bool) -> pd.DataFrame:
         import pandas as pd
 
@@ -372,7 +376,7 @@ class Rows:
         request = rows["request"][index]
         return pd.DataFrame(
             {
-                "domain": self._trace.label_of(request)[i],
+                "domain": self._labels_of(request[i]),
                 "token_id": np.asarray(ordinal, np.int64)[i],
                 "layer_id": self.layers[layer],
                 "component": _categorical(code, names),
@@ -394,7 +398,7 @@ class Rows:
         return pd.DataFrame(
             {
                 "request": request[i],
-                "label": self._trace.label_of(request)[i],
+                "label": self._labels_of(request[i]),
                 "token": rows["token"][index][i],
                 "position": rows["position"][index][i],
                 "phase": _categorical(rows["phase"][index][i], _PHASES),
@@ -561,4 +565,4 @@ def _within(rows: Index, start: int, stop: int, n: int) -> NDArray[np.intp]:
 def _categorical(codes: NDArray[Any], names: Sequence[str]) -> Any:
     import pandas as pd
 
-    return pd.Categorical.from_codes(codes.astype(np.int8), categories=list(names))  # type: ignore[call-overload]
+    return pd.Categorical.from_codes(codes.astype(np.int32), categories=list(names))  # type: ignore[call-overload]

@@ -57,8 +57,8 @@ class Trace(Rows):
     :meth:`close` ends it, views that are still held stay good.
     """
 
-    def __init__(self, store: TraceStore, context: str | int | None = None) -> None:
-        self.store = store
+    def __init__(self, store: TraceStore | str | os.PathLike[str], context: str | int | None = None) -> None:
+        self.store = store = store if isinstance(store, TraceStore) else TraceStore(store)
         self._trace = self
         self._rows = slice(None)
         self._layer_index = slice(None)
@@ -150,8 +150,8 @@ class Trace(Rows):
         """One row per request of this context; the index is its number.
 
         Columns: ``id``, ``label`` and ``prompt`` as the client gave them (None where it did not), ``slot``,
-        ``n_prompt`` (cached and computed; NA where the cached ones are unknown), ``n_generated`` (as the client
-        counted; NA where it did not: the last token is never decoded), ``n_cached``, ``n_prefill``,
+        ``n_prompt`` (cached and computed; NA where either is not known), ``n_generated`` (as the client counted;
+        NA where it did not: the last token is never decoded), ``n_cached``, ``n_prefill``,
         ``n_decode``, ``n_lost``, ``n_rejected``, ``n_shifts``, ``first_serial``, ``last_serial``,
         ``start_ns``, ``end_ns`` and ``running``; then whatever else the client said. docs/format.md explains
         them. A new frame, not a view.
@@ -169,7 +169,7 @@ class Trace(Rows):
         for name in ("id", "label", "prompt"):
             result[name] = pd.Series([s.get(name) for s in said], index=frame.index, dtype=object)
         result["slot"] = frame["sequence"]
-        result["n_prompt"] = cached + frame["n_prefill"]
+        result["n_prompt"] = (cached + frame["n_prefill"]).mask(frame["n_lost"] > 0)
         generated = [n if type(n := s.get("n_generated")) is int else None for s in said]
         result["n_generated"] = pd.array(generated, dtype="Int64")
         result["n_cached"] = cached
@@ -206,14 +206,17 @@ class Trace(Rows):
     def _labels(self) -> dict[int, dict[str, Any]]:
         return resolve_labels(read_labels(self.path)[0], self._request_columns())
 
-    def label_of(self, request: NDArray[np.int64]) -> NDArray[np.object_]:
-        """Give the label of each of these request numbers, (n,), object; None where there is none."""
-        known = {number: said.get("label") for number, said in self._labels.items() if number >= 0}
-        labels = np.full(max(known, default=-1) + 2, None, object)
-        for number, label in known.items():
-            labels[number] = label
+    def label_codes(self, request: NDArray[np.int64]) -> tuple[NDArray[np.int32], list[str]]:
+        """Give the label of each of these request numbers: codes (n,), int32, -1 for none; and the labels."""
+        said = {n: str(keys["label"]) for n, keys in self._labels.items() if keys.get("label") is not None}
+        labels = sorted(set(said.values()))
+        code_of = {label: code for code, label in enumerate(labels)}
+        numbers = np.array(sorted(said), np.int64)
+        codes = np.array([*(code_of[said[n]] for n in numbers.tolist()), -1], np.int32)
         asked = np.asarray(request)
-        return labels[np.where((asked >= 0) & (asked < len(labels)), asked, len(labels) - 1)]
+        at = np.searchsorted(numbers, asked)
+        known = np.append(numbers, -1)[at] == asked
+        return np.where(known & (asked >= 0), codes[at], np.int32(-1)), labels
 
     @property
     def events(self) -> pd.DataFrame:
@@ -242,7 +245,7 @@ class Trace(Rows):
     def counters(self) -> dict[str, int]:
         """The host's counters by name, from context.json or the live ring; empty if neither is there."""
         stored = self.facts.get("counters")
-        if isinstance(stored, dict):
+        if isinstance(stored, dict) and stored:
             return {str(name): value for name, value in stored.items() if type(value) is int}
         live = peek_counters(self.store_context.ring)
         return {} if live is None else {c.name.lower(): n for c, n in zip(Counter, live, strict=False)}

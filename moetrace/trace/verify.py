@@ -186,12 +186,13 @@ def _piece(piece: dict[str, NDArray[Any]], layout: Layout) -> Iterator[tuple[str
     present = state == State.PRESENT
     strange = np.any(state > max(State), axis=1)
     yield "state", "a state is none of 0, 1, 2", strange
-    phase, request, sequence = piece["phase"], piece["request"], piece["sequence"]
+    phase, request = piece["phase"], piece["request"]
+    owned = (piece["sequence"] >= 0) & ((piece["flags"] & RowFlag.TRIAL) == 0)
     yield "phase", "a phase is none of 0, 1, 2", phase > max(Phase)
     yield (
         "request",
         "a row of a sequence has no request, or one without has one",
-        (request >= 0) != ((sequence >= 0) & ((piece["flags"] & RowFlag.TRIAL) == 0)),
+        (request >= 0) != owned,
     )
     yield "phase", "phase and request contradict each other", (phase == Phase.UNKNOWN) != (request < 0)
     used = np.array(layout.n_expert_used)

@@ -1,4 +1,4 @@
-"""A reader of traces and rings from docs/format.md alone: numpy, the standard library, nothing of moetrace."""
+"""A reader of traces and rings from docs/format.md alone: numpy and the standard library only."""
 
 import ast
 import json
@@ -96,10 +96,15 @@ def read_trace(path):
     }
 
 
-HEAD_NAMES = (
-    ["stamp", "serial", "time_ns", "step", "batch", "token", "position", "sequence", "kind", "n_sequences", "flags", "row", "arg0", "arg1"]
-)
-HEAD_TYPES = ["<u8", "<u8", "<i8", "<u4", "<u4", "<i4", "<i4", "<i4", "<u2", "<u2", "<u4", "<u4", "<i4", "<i4"]
+# fmt: off
+HEAD_NAMES = [
+    "stamp", "serial", "time_ns", "step", "batch", "token", "position", "sequence", "kind", "n_sequences",
+    "flags", "row", "arg0", "arg1",
+]
+HEAD_TYPES = [
+    "<u8", "<u8", "<i8", "<u4", "<u4", "<i4", "<i4", "<i4", "<u2", "<u2", "<u4", "<u4", "<i4", "<i4",
+]
+# fmt: on
 HEAD = np.dtype(list(zip(HEAD_NAMES, HEAD_TYPES, strict=True)))
 
 

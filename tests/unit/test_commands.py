@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -45,7 +46,10 @@ def test_every_command_has_help_and_variables(name: str, capsys: Capture) -> Non
         main([name, "--help"])
     assert e.value.code == 0
     out = capsys.readouterr().out
-    options = {word.strip("[],") for word in out.split() if word.strip("[],").startswith("--")} - {"--help"}
+    parser = argparse.ArgumentParser()
+    load(name).prepare_parser(parser)
+    options = {option for action in parser._actions for option in action.option_strings if option[:2] == "--"}
+    options.discard("--help")
     for option in options:
         assert f"MOETRACE_{option[2:].upper().replace('-', '_')}" in out, option
     assert (load(name).__doc__ or "").split("\n")[0] in out

@@ -27,6 +27,7 @@ from moetrace.trace.record import (
 )
 
 RECORD_H = Path(__file__).parents[2] / "csrc" / "record.h"
+CONSTANTS = ("RING_VERSION_MAJOR", "RING_VERSION_MINOR", "ATTENTION_STRIDE_MIN")
 STRUCTS = {"record_head": RECORD_HEAD, "ring_field": RING_FIELD, "ring_header": RING_HEADER}
 ENUMS = {
     "ring_on_full": ("RING_", OnFull),
@@ -68,7 +69,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
             lines.append(f'p("{struct}.{name}.size", sizeof(moetrace::{struct}::{name}));')
     for enum in ENUMS:
         lines += [f'p("{name}", moetrace::{name});' for name in values(enum)]
-    lines += [f'p("{n}", moetrace::{n});' for n in ("RING_VERSION_MAJOR", "RING_VERSION_MINOR")]
+    lines += [f'p("{n}", moetrace::{n});' for n in CONSTANTS]
     lines.append('for (char c : moetrace::RING_MAGIC) p("RING_MAGIC", c);')
     folder = tmp_path_factory.mktemp("record")
     source = folder / "facts.cpp"
@@ -106,7 +107,10 @@ def test_every_value_of_every_enum(compiled: dict[str, int]) -> None:
         assert mine == theirs
 
 
-def test_version_and_magic(compiled: dict[str, int]) -> None:
+def test_constants_and_magic(compiled: dict[str, int]) -> None:
+    written = re.findall(r"^constexpr \w+\s+(\w+)", RECORD_H.read_text(), re.M)
+    assert set(written) == {*CONSTANTS, "RING_MAGIC"}
+    assert compiled["ATTENTION_STRIDE_MIN"] == record.ATTENTION_STRIDE_MIN
     assert compiled["RING_VERSION_MAJOR"] == record.RING_VERSION_MAJOR
     assert compiled["RING_VERSION_MINOR"] == record.RING_VERSION_MINOR
     assert compiled["magic"].to_bytes(8, "little") == record.RING_MAGIC

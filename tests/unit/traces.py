@@ -99,7 +99,7 @@ def write_trace(
     path.mkdir(parents=True)
     names = [f"ctx{i}" for i in range(len(contexts))]
     meta = {
-        "format": "moetrace-trace", "version": [1, 0], "created_ns": 1_700_000_000 * 10**9, "moetrace": "0.1.0",
+        "format": "moetrace-trace", "version": [1, 0], "created_ns": 17 * 10**17, "moetrace": "0.1.0",
         "command": ["llama-server", "-m", "toy.gguf"], "host": "here", "state": "live", "exit_code": None,
         "contexts": names, "model_path": None,
     }  # fmt: skip
@@ -156,6 +156,15 @@ def write_trace(
     if close:
         TraceStore(path).close_as("closed", exit_code=0)
     return path
+
+
+def tiny_trace(path: Path) -> Path:
+    """Write a trace of 12 KB: one request, one block, only experts; small enough to damage everywhere."""
+    layout = make_layout(channels=("experts",))
+    context = Context(layout, server_records(layout, np.random.default_rng(1), n_requests=1))
+    return write_trace(
+        path, [context], block=64, labels=[{"request": 0, "label": "x"}], vocabulary=[b"a", b"\xff"]
+    )
 
 
 def small_trace(path: Path, **options: Any) -> Path:
