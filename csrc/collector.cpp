@@ -144,10 +144,10 @@ void row_layout::make(const model_shape & shape, const config & cfg) {
         add("tensor." + name, "<f4", { (uint32_t) width }, off_tensors.back());
     }
 
-    stride = ring_fields_layout(fields);
-    if (stride != 0 && (cfg.channels & CHANNEL_ATTENTION)) {
-        stride = std::max(stride, ATTENTION_STRIDE_MIN);
+    if (cfg.channels & CHANNEL_ATTENTION) {
+        add("attention", "<f4", { ATTENTION_PIECE }, off_attention);
     }
+    stride = ring_fields_layout(fields);
     for (size_t i = 0; i < fields.size(); i++) {
         *offsets[i] = fields[i].offset;
     }

@@ -46,7 +46,8 @@ struct row_layout {
     int      n_embd   = 0;
     uint32_t id_bytes = 1;
     uint32_t stride   = 0;
-    uint32_t off_state = 0, off_experts = 0, off_weights = 0, off_logits = 0, off_scores = 0, off_gate_input = 0;
+    uint32_t off_state = 0, off_experts = 0, off_weights = 0, off_logits = 0, off_scores = 0, off_gate_input = 0,
+             off_attention = 0; // a field of attention records only
     std::vector<uint32_t> off_tensors;
     std::vector<uint8_t>  blank; // a record in which nothing was computed
 

@@ -458,7 +458,6 @@ void context_open(tracer_state & T, context_trace & c, const model_shape & shape
     params.fields   = c.layout.fields;
     params.meta     = context_meta(T, c, context_role(T, c));
     params.bytes    = T.cfg.ring_bytes;
-    params.stride   = c.layout.stride;
     params.on_full  = T.cfg.on_full;
     params.block_ns = T.cfg.block_ns;
     params.paused   = T.cfg.paused;
@@ -646,8 +645,7 @@ void attention_push(tracer_state & T, context_trace & c, const attention_source 
     const char * mask = tensor_bytes(T.abi, source.mask, mask_bytes);
     const auto & idxs = c.cell_idxs[(size_t) source.group];
     record_head * head = (record_head *) c.event_record.data();
-    float * payload = (float *) (head + 1);
-    const uint32_t room = (c.layout.stride - (uint32_t) sizeof(record_head))/4;
+    float * payload = (float *) (c.event_record.data() + c.layout.off_attention);
     for (uint32_t row = 0; row < c.block.n_rows; row++) {
         attention_row & a = c.attention;
         if (!attention_read(T.abi, source, probs, mask, row, row < idxs.size() ? idxs[row] : -1, c.cells, a)) {
@@ -655,7 +653,7 @@ void attention_push(tracer_state & T, context_trace & c, const attention_source 
             continue;
         }
         const uint32_t n = (uint32_t) a.values.size();
-        for (uint32_t at = 0; at < n; at += room) {
+        for (uint32_t at = 0; at < n; at += ATTENTION_PIECE) {
             const record_head * of_row = c.block.head(row);
             head->serial      = c.serial + row;
             head->time_ns     = of_row->time_ns;
@@ -668,7 +666,7 @@ void attention_push(tracer_state & T, context_trace & c, const attention_source 
             head->n_sequences = (uint16_t) a.n_head;
             head->flags       = 0;
             head->row         = at;
-            head->arg0        = (int32_t) std::min(room, n - at);
+            head->arg0        = (int32_t) std::min(ATTENTION_PIECE, n - at);
             head->arg1        = 0;
             memcpy(payload, a.values.data() + at, (size_t) head->arg0*4);
             if (!c.ring.push(head)) {

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moetrace.errors import MoetraceError, TraceError
+from moetrace.trace.attention import AttentionAssembler
 from moetrace.trace.columns import Table, TableWriter
 from moetrace.trace.jsonfile import read_json, write_json
 from moetrace.trace.ledger import (
@@ -206,7 +208,8 @@ def _recover_context(
 
     known = set(np.unique(context.rows["request"]).tolist())
     assigner = RequestAssigner(index, number)
-    rows, events, torn, counters, note = _left_in_ring(context)
+    left = _left_in_ring(context)
+    rows, events, torn, counters, note = left.rows, left.events, left.torn, left.counters, left.note
     events = {name: column[_overlap(context.events, events) :] for name, column in events.items()}
     new = rows["serial"].astype(np.int64) > last
     rows = {name: column[new] for name, column in rows.items()}
@@ -225,6 +228,7 @@ def _recover_context(
         )
         event_writer.append(events)
         event_writer.seal()
+        _recover_attention(context, left.records, fsync=fsync)
         row_writer.append({name: rows[name] for name in row_writer.columns})
         row_writer.seal()
     recovered = len(rows["serial"])
@@ -239,13 +243,24 @@ def _recover_context(
     return RecoveredContext(context.name, sealed, recovered, torn, lost, note), assigner.finish(), next_number
 
 
-def _left_in_ring(context: ContextStore) -> tuple[Columns, Columns, int, dict[str, int] | None, str]:
-    """Give the rows and events left, how many records were torn, the counters, and what went wrong."""
+@dataclass(frozen=True)
+class _Left:
+    """What a ring still holds."""
+
+    rows: Columns
+    events: Columns
+    records: NDArray[np.void] | None = None
+    torn: int = 0
+    counters: dict[str, int] | None = None
+    note: str = ""
+
+
+def _left_in_ring(context: ContextStore) -> _Left:
     spec = context.layout.row_columns
     rows: Columns = {name: np.empty((0, *shape), dtype) for name, (dtype, shape) in spec.items()}
     events: Columns = {name: np.empty(0, dtype) for name, (dtype, _) in EVENT_COLUMNS.items()}
     if not context.ring.exists():
-        return rows, events, 0, None, ""
+        return _Left(rows, events)
     try:
         with Ring(context.ring, claim=True) as ring:
             if ring.host_alive and not ring.closed:
@@ -256,21 +271,44 @@ def _left_in_ring(context: ContextStore) -> tuple[Columns, Columns, int, dict[st
                 )
             layout = Layout.from_context(ring.meta, ring.fields)
             if layout.row_columns != context.layout.row_columns:
-                return rows, events, 0, None, "its ring has another layout, and was left alone"
+                return _Left(rows, events, note="its ring has another layout, and was left alone")
             records, gone = ring.snapshot()
             overwritten = max(0, ring.head - ring.capacity - ring.tail)
             counters = ring.counters
             if ring.on_full == OnFull.OVERWRITE:  # then the reader's count is the one that holds
                 counters["rows_overwritten"] = counters["events_overwritten"] = -1
-            return (
+            return _Left(
                 rows_from_records(records, layout),
                 events_from_records(records),
+                records,
                 gone - overwritten,
                 counters,
-                "",
             )
     except TraceError as e:
-        return rows, events, 0, None, f"its ring cannot be read, and was left alone: {e.why or e.what}"
+        return _Left(rows, events, note=f"its ring cannot be read, and was left alone: {e.why or e.what}")
+
+
+def _recover_attention(context: ContextStore, records: NDArray[np.void] | None, *, fsync: bool) -> None:
+    """Append the attention rows that are in the ring and not yet in the tables."""
+    if records is None or not (context.path / "attention").is_dir():
+        return
+    with (
+        TableWriter.resume(context.path / "attention", fsync=fsync) as index_writer,
+        TableWriter.resume(context.path / "attention_values", fsync=fsync) as value_writer,
+    ):
+        index, values = AttentionAssembler().feed(records)
+        stored = Table(context.path / "attention")
+        known = set(zip(stored["serial"].tolist(), stored["layer"].tolist(), strict=True))
+        fresh = np.array([key not in known for key in zip(index["serial"].tolist(), index["layer"].tolist(), strict=True)], bool)
+        sizes = index["n_heads"].astype(np.int64) * index["n_keys"]
+        values = {"value": values["value"][np.repeat(fresh, sizes)]}
+        index = {name: column[fresh] for name, column in index.items()}
+        ends = np.cumsum(sizes[fresh])
+        index["offset"] = (value_writer.sealed + ends - sizes[fresh]).astype("<u8")
+        value_writer.append(values)
+        value_writer.seal()
+        index_writer.append(index)
+        index_writer.seal()
 
 
 def _overlap(table: Table, events: Columns) -> int:

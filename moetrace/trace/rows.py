@@ -45,6 +45,9 @@ _EVENT_SOURCES = {"code": "token", "p0": "position", "p1": "arg0", "arg": "arg1"
 #: payload columns with a layer axis, filled where a layer is not present
 LAYER_COLUMNS = ("experts", "weights", "logits", "scores", "gate_input")
 
+#: a field of the ring that only attention records use; it is no column
+ATTENTION_FIELD = "attention"
+
 MAX_LAYERS = 1 << 16
 MAX_EXPERTS = 1 << 16
 
@@ -99,7 +102,7 @@ class Layout:
             if not isinstance(raw, list):
                 raise _bad("it lists no fields")
             fields = [_field(f) for f in raw]
-        layout = cls(layers, n_expert, n_used, tuple(fields))
+        layout = cls(layers, n_expert, n_used, tuple(f for f in fields if f.name != ATTENTION_FIELD))
         layout._check()
         return layout
 

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrace.errors import MoetraceError, TraceError, UsageError
+from moetrace.trace.attention import Attention
+from moetrace.trace.columns import Table
 from moetrace.trace.labels import read_labels, resolve_labels
 from moetrace.trace.loss import Loss, count_loss
 from moetrace.trace.record import Counter, EventCode
@@ -124,6 +126,7 @@ class Trace(Rows):
     def channels(self) -> list[str]:
         """What was captured, as ``--capture`` names it."""
         names = [field.name for field in self.layout.fields if field.name != "state"]
+        names += ["attention"] * (self.store_context.path / "attention").is_dir()
         return [f"tensor:{name[7:]}" if name.startswith("tensor.") else name for name in names]
 
     @property
@@ -250,6 +253,23 @@ class Trace(Rows):
         live = peek_counters(self.store_context.ring)
         return {} if live is None else {c.name.lower(): n for c, n in zip(Counter, live, strict=False)}
 
+    # -- attention -----------------------------------------------------------------------------------
+
+    @cached_property
+    def attention(self) -> Attention:
+        """The attention rows, by (serial, layer); an index is built in memory, the values stay mapped.
+
+        Raises
+        ------
+        ChannelMissingError
+            If attention was not captured.
+        """
+        folder = self.store_context.path
+        if not (folder / "attention").is_dir():
+            raise self._no_channel("attention")
+        index, values = Table(folder / "attention"), Table(folder / "attention_values")
+        return Attention({name: np.asarray(index[name]) for name in index}, values["value"])
+
     # -- text ----------------------------------------------------------------------------------------
 
     @cached_property
@@ -283,7 +303,7 @@ class Trace(Rows):
         """Look again: rows sealed meanwhile appear. Views given out keep their length."""
         self.store = TraceStore(self.path)
         self.store_context = self.store.context(self.name)
-        for name in ("requests", "loss", "_labels", "vocabulary", "_texts"):
+        for name in ("requests", "loss", "attention", "_labels", "vocabulary", "_texts"):
             self.__dict__.pop(name, None)
 
     def close(self) -> None:

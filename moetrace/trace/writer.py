@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrace.errors import MoetraceError, TraceError
+from moetrace.trace.attention import ATTENTION_TABLE, VALUES_TABLE, AttentionAssembler
 from moetrace.trace.columns import TableWriter
 from moetrace.trace.jsonfile import read_json, write_json
 from moetrace.trace.requests import REQUEST_TABLE, RequestAssigner
@@ -40,6 +41,13 @@ class ContextWriter:
         self._assigner = RequestAssigner(index, trace.allot_request)
         self.rows = TableWriter.create(path / "rows", layout.row_columns, fsync=trace.fsync)
         self.events = TableWriter.create(path / "events", EVENT_COLUMNS, fsync=trace.fsync)
+        self.tables = {"events": self.events}
+        self._assembler: AttentionAssembler | None = None
+        if "attention" in meta.get("channels", ()):
+            self._assembler = AttentionAssembler()
+            for name, columns in (("attention_values", VALUES_TABLE), ("attention", ATTENTION_TABLE)):
+                self.tables[name] = TableWriter.create(path / name, columns, fsync=trace.fsync)
+        self.tables["rows"] = self.rows  # last: what belongs to a row is sealed before it
 
     def append(self, records: NDArray[np.void]) -> int:
         """Append ring records; gives the number of rows among them.
@@ -49,6 +57,10 @@ class ContextWriter:
         records
             Structured array (n,) of the ring's dtype; copied.
         """
+        if self._assembler is not None:
+            index, values = self._assembler.feed(records)
+            self.tables["attention_values"].append(values)
+            self.tables["attention"].append(index)
         return self.append_columns(rows_from_records(records, self.layout), events_from_records(records))
 
     def append_columns(self, rows: Columns, events: Columns) -> int:
@@ -61,8 +73,7 @@ class ContextWriter:
 
     def seal(self) -> int:
         """Seal what was appended; gives the number of rows sealed."""
-        self.events.seal()  # before the rows: an event belongs to the row that follows it
-        return self.rows.seal()
+        return [table.seal() for table in self.tables.values()][-1]
 
     def close(self, counters: Mapping[str, int], status: str = "") -> None:
         """End all requests, seal, and write what is known at the end."""
@@ -71,8 +82,8 @@ class ContextWriter:
         self._trace.seal_requests()
         self.meta.update(counters=dict(counters), status=status)
         write_json(self.path / "context.json", self.meta, fsync=self._trace.fsync)
-        self.rows.close()
-        self.events.close()
+        for table in self.tables.values():
+            table.close()
 
 
 class TraceWriter:
@@ -188,8 +199,7 @@ class TraceWriter:
         self.seal_requests()
         tables = {"requests": self.requests}
         for context in self.contexts:
-            tables[f"{context.path.name}/rows"] = context.rows
-            tables[f"{context.path.name}/events"] = context.events
+            tables |= {f"{context.path.name}/{name}": table for name, table in context.tables.items()}
         self._meta["tables"] = {
             name: {"rows": len(table), "crc": table.ledger_crc} for name, table in tables.items()
         }
