@@ -30,9 +30,8 @@ class MoetraceError(Exception):
         super().__init__(what)
 
     def __str__(self) -> str:
-        return "\n".join(
-            line for line in (self.what, self.why and f"  why: {self.why}", self.fix and f"  fix: {self.fix}") if line
-        )
+        lines = (self.what, self.why and f"  why: {self.why}", self.fix and f"  fix: {self.fix}")
+        return "\n".join(line for line in lines if line)
 
 
 class UsageError(MoetraceError):

@@ -1,0 +1,113 @@
+// From the tensors of one graph to rows of records: the layout of a record, and the copying.
+
+#pragma once
+
+#include "config.h"
+#include "moe-plan.h"
+#include "record.h"
+#include "ring.h"
+
+#include <map>
+#include <string>
+#include <vector>
+
+namespace moetrace {
+
+bool is_wanted_tensor(const config & cfg, const char * name);
+
+// What the graphs of one context have shown so far; the record's layout is made from it.
+struct model_shape {
+    struct layer_shape {
+        int     n_expert = 0;
+        int     k        = 0;
+        int     n_embd   = 0; // of the gate input
+        uint8_t matrices = 0;
+        bool    has[6]   = {}; // by channel bit: experts, weights, logits, scores, gate_input, attention
+    };
+    std::map<int, layer_shape>     layers;
+    std::map<std::string, int64_t> tensors; // named tensor -> values per token; -1: not one row per token
+
+    // Takes in a graph. Returns false if its layers route another number of experts than seen before:
+    // llama.cpp's warm-up.
+    bool learn(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & moe, const config & cfg);
+};
+
+// Where each captured value of a token goes within its record.
+struct row_layout {
+    std::vector<ring_field> fields;
+    std::vector<int>        layers;   // llama.cpp's layer numbers, ascending
+    std::vector<int>        n_expert; // per layer
+    std::vector<int>        k;        // per layer
+    std::vector<uint8_t>    matrices; // per layer
+    std::vector<std::string> tensors; // names, in the order of their fields
+    std::vector<std::string> refused; // named tensors that have no row per token
+    int      k_max    = 0;
+    int      e_max    = 0;
+    int      n_embd   = 0;
+    uint32_t id_bytes = 1;
+    uint32_t stride   = 0;
+    uint32_t off_state = 0, off_experts = 0, off_weights = 0, off_logits = 0, off_scores = 0, off_gate_input = 0;
+    std::vector<uint32_t> off_tensors;
+    std::vector<uint8_t>  blank; // a record in which nothing was computed
+
+    void make(const model_shape & shape, const config & cfg);
+    int  layer_index(int layer) const; // -1 if not recorded
+};
+
+// One tensor whose rows are copied into one field.
+struct row_source {
+    ggml_tensor * t       = nullptr;
+    ggml_tensor * ask     = nullptr; // node after which it may be read while the graph runs
+    bool          is_ids  = false;
+    int           index   = -1;      // of the layer; -1 for a named tensor
+    uint32_t      offset  = 0;       // within the record
+    uint32_t      width   = 0;       // values per row
+    int           row_dim = 1;       // which dimension counts rows
+    int64_t       n_rows  = 0;
+    size_t        scratch = 0;       // offset in the readback buffer, if not in host memory
+};
+
+// Everything to read from one graph.
+struct graph_sources {
+    std::vector<row_source> sources; // of one ask node: neighbours
+    std::vector<std::pair<const ggml_tensor *, uint32_t>> asks; // sorted by address: node -> first source
+    std::vector<int>        not_understood; // layer indices whose routing cannot be read
+    size_t scratch_bytes = 0;
+
+    void make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & moe, const row_layout & layout, const config & cfg);
+    // index of the first source to read at this node, or -1
+    int  find(const ggml_tensor * node) const;
+};
+
+// Calls use(node) for every node that a tensor pattern of the configuration names.
+template <typename F>
+void tensors_for_each(ggml_abi & abi, ggml_cgraph * graph, const config & cfg, F && use) {
+    const int n_nodes = abi.graph_n_nodes(graph);
+    for (int i = 0; i < n_nodes; i++) {
+        ggml_tensor * node = abi.graph_node(graph, i);
+        if (is_wanted_tensor(cfg, abi.name(node))) {
+            use(node);
+        }
+    }
+}
+
+// The rows of one ubatch while they are put together.
+struct row_block {
+    std::vector<uint8_t> bytes;
+    uint32_t n_rows = 0;
+    uint32_t stride = 0;
+
+    // n blank records; false if there is no memory for them
+    bool reset(const row_layout & layout, uint32_t n);
+    uint8_t *     record(uint32_t row)       { return bytes.data() + (size_t) row*stride; }
+    record_head * head(uint32_t row)         { return (record_head *) record(row); }
+};
+
+// Copies a source's rows into the block. `base` holds the tensor's bytes (its strides apply). `out_ids` maps a
+// tensor of fewer rows to the ubatch; without it such rows are marked lost.
+void rows_copy(const ggml_abi & abi, const row_source & source, const char * base, const row_layout & layout,
+    const int32_t * out_ids, int64_t n_out_ids, row_block & block);
+
+void rows_mark_lost(const row_layout & layout, int index, row_block & block);
+
+} // namespace moetrace

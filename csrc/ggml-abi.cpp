@@ -1,0 +1,467 @@
+#include "ggml-abi.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <dlfcn.h>
+#include <vector>
+
+#ifdef __APPLE__
+#include <mach-o/dyld.h>
+#else
+#include <link.h>
+#endif
+
+namespace moetrace {
+
+//
+// symbols
+//
+
+static const void * own_base() {
+    static const void * base = [] {
+        Dl_info info;
+        return dladdr((void *) &symbol_find, &info) ? info.dli_fbase : nullptr;
+    }();
+    return base;
+}
+
+static bool is_own(void * address) {
+    Dl_info info;
+    return dladdr(address, &info) && info.dli_fbase == own_base();
+}
+
+static void * symbol_in(const char * path, const char * name) {
+    void * handle = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
+    if (!handle) {
+        return nullptr;
+    }
+    void * address = dlsym(handle, name);
+    dlclose(handle); // NOLOAD: the object stays loaded
+    return address && !is_own(address) ? address : nullptr;
+}
+
+#ifdef __APPLE__
+static void * symbol_search(const char * name) {
+    for (uint32_t i = 0; i < _dyld_image_count(); i++) {
+        if (void * address = symbol_in(_dyld_get_image_name(i), name)) {
+            return address;
+        }
+    }
+    return nullptr;
+}
+#else
+static void * symbol_search(const char * name) {
+    // collect first: dlopen under the iteration's lock could deadlock
+    std::vector<std::string> paths;
+    dl_iterate_phdr([](dl_phdr_info * info, size_t, void * out) {
+        if (info->dlpi_name && *info->dlpi_name) {
+            ((std::vector<std::string> *) out)->push_back(info->dlpi_name);
+        }
+        return 0;
+    }, &paths);
+    for (const auto & path : paths) {
+        if (void * address = symbol_in(path.c_str(), name)) {
+            return address;
+        }
+    }
+    return nullptr;
+}
+#endif
+
+void * symbol_find(const char * name) {
+    // a preloaded library sees the real one as the next; one loaded by Python does not
+    void * address = dlsym(RTLD_NEXT, name);
+    return address && !is_own(address) ? address : symbol_search(name);
+}
+
+template <typename F>
+static bool function_find(F *& out, const char * name) {
+    out = (F *) symbol_find(name);
+    return out != nullptr;
+}
+
+bool ggml_abi::functions_find(std::string & error) {
+    const char * missing = nullptr;
+    const auto need = [&](auto *& out, const char * name) {
+        if (!function_find(out, name) && !missing) {
+            missing = name;
+        }
+    };
+    need(graph_n_nodes,            "ggml_graph_n_nodes");
+    need(graph_node,               "ggml_graph_node");
+    need(graph_get_tensor,         "ggml_graph_get_tensor");
+    need(set_output,               "ggml_set_output");
+    need(tensor_get,               "ggml_backend_tensor_get");
+    need(tensor_set,               "ggml_backend_tensor_set");
+    need(tensor_get_async,         "ggml_backend_tensor_get_async");
+    need(buffer_is_host,           "ggml_backend_buffer_is_host");
+    need(sched_synchronize,        "ggml_backend_sched_synchronize");
+    need(sched_get_tensor_backend, "ggml_backend_sched_get_tensor_backend");
+    need(sched_get_n_backends,     "ggml_backend_sched_get_n_backends");
+    need(sched_get_backend,        "ggml_backend_sched_get_backend");
+    need(backend_name,             "ggml_backend_name");
+    need(op_name,                  "ggml_op_name");
+    if (missing) {
+        error = std::string("ggml has no function ") + missing;
+        return false;
+    }
+    return true;
+}
+
+//
+// layout
+//
+
+namespace {
+
+struct init_params { // ggml_init_params, unchanged since it exists
+    size_t mem_size;
+    void * mem_buffer;
+    bool   no_alloc;
+};
+
+// builders of the probe graph
+struct probe_functions {
+    ggml_context * (*init)(init_params) = nullptr;
+    void           (*free)(ggml_context *) = nullptr;
+    size_t         (*tensor_overhead)() = nullptr;
+    ggml_tensor *  (*new_tensor_4d)(ggml_context *, int32_t, int64_t, int64_t, int64_t, int64_t) = nullptr;
+    ggml_tensor *  (*view_1d)(ggml_context *, ggml_tensor *, int64_t, size_t) = nullptr;
+    ggml_tensor *  (*mul_mat_id)(ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *) = nullptr;
+    ggml_tensor *  (*mul_mat)(ggml_context *, ggml_tensor *, ggml_tensor *) = nullptr;
+    ggml_tensor *  (*add)(ggml_context *, ggml_tensor *, ggml_tensor *) = nullptr;
+    ggml_tensor *  (*get_rows)(ggml_context *, ggml_tensor *, ggml_tensor *) = nullptr;
+    ggml_tensor *  (*soft_max)(ggml_context *, ggml_tensor *) = nullptr;
+    ggml_tensor *  (*set_name)(ggml_tensor *, const char *) = nullptr;
+    const char *   (*get_name)(const ggml_tensor *) = nullptr;
+    const char *   (*op_desc)(const ggml_tensor *) = nullptr;
+    const char *   (*type_name)(int32_t) = nullptr;
+    void           (*set_input)(ggml_tensor *) = nullptr;
+    ggml_backend_buffer * (*buffer_from_ptr)(void *, size_t) = nullptr;
+    void           (*buffer_free)(ggml_backend_buffer *) = nullptr;
+    void *         (*get_data)(const ggml_tensor *) = nullptr;
+    int            (*tensor_alloc)(ggml_backend_buffer *, ggml_tensor *, void *) = nullptr;
+};
+
+// a tensor's bytes as words of type T at every offset aligned for T
+template <typename T>
+struct words {
+    const ggml_tensor * t;
+    size_t size;
+    T at(size_t offset) const {
+        T value;
+        memcpy(&value, (const char *) t + offset, sizeof(T));
+        return value;
+    }
+    template <typename F> std::vector<size_t> where(F match, size_t span = sizeof(T)) const {
+        std::vector<size_t> found;
+        for (size_t offset = 0; offset + span <= size; offset += sizeof(T)) {
+            if (match(offset)) {
+                found.push_back(offset);
+            }
+        }
+        return found;
+    }
+};
+
+std::vector<size_t> intersect(const std::vector<size_t> & a, const std::vector<size_t> & b) {
+    std::vector<size_t> both;
+    std::set_intersection(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(both));
+    return both;
+}
+
+template <typename T>
+std::vector<size_t> run_find(const ggml_tensor * t, size_t size, const std::vector<T> & run) {
+    const words<T> w { t, size };
+    return w.where([&](size_t offset) {
+        for (size_t i = 0; i < run.size(); i++) {
+            if (w.at(offset + i*sizeof(T)) != run[i]) {
+                return false;
+            }
+        }
+        return true;
+    }, run.size()*sizeof(T));
+}
+
+bool unique(const std::vector<size_t> & found, size_t & out) {
+    if (found.size() != 1) {
+        return false;
+    }
+    out = found[0];
+    return true;
+}
+
+} // namespace
+
+bool ggml_abi::layout_discover(std::string & error) {
+    probe_functions f;
+    const char * missing = nullptr;
+    const auto need = [&](auto *& out, const char * name) {
+        if (!function_find(out, name) && !missing) {
+            missing = name;
+        }
+    };
+    need(f.init,            "ggml_init");
+    need(f.free,            "ggml_free");
+    need(f.tensor_overhead, "ggml_tensor_overhead");
+    need(f.new_tensor_4d,   "ggml_new_tensor_4d");
+    need(f.view_1d,         "ggml_view_1d");
+    need(f.mul_mat_id,      "ggml_mul_mat_id");
+    need(f.mul_mat,         "ggml_mul_mat");
+    need(f.add,             "ggml_add");
+    need(f.get_rows,        "ggml_get_rows");
+    need(f.soft_max,        "ggml_soft_max");
+    need(f.set_name,        "ggml_set_name");
+    need(f.get_name,        "ggml_get_name");
+    need(f.op_desc,         "ggml_op_desc");
+    need(f.type_name,       "ggml_type_name");
+    need(f.set_input,       "ggml_set_input");
+    need(f.get_data,        "ggml_get_data");
+    need(f.buffer_from_ptr, "ggml_backend_cpu_buffer_from_ptr");
+    need(f.buffer_free,     "ggml_backend_buffer_free");
+    need(f.tensor_alloc,    "ggml_backend_tensor_alloc");
+    if (missing) {
+        error = std::string("ggml has no function ") + missing;
+        return false;
+    }
+    for (const auto & [number, name] : { std::pair<int32_t, const char *> { TYPE_F32, "f32" },
+            { TYPE_F16, "f16" }, { TYPE_I32, "i32" }, { TYPE_I64, "i64" } }) {
+        if (strcmp(f.type_name(number), name) != 0) {
+            error = std::string("type number ") + std::to_string(number) + " is not " + name;
+            return false;
+        }
+    }
+
+    constexpr size_t OBJECT_SIZE = 32; // ggml_object, part of ggml_tensor_overhead
+    const size_t overhead = f.tensor_overhead();
+    if (overhead < 200 || overhead > 4096) {
+        error = "a tensor takes " + std::to_string(overhead) + " bytes";
+        return false;
+    }
+    tensor_size = overhead - OBJECT_SIZE;
+
+    // zeroed, so that looking one struct too far reads zeros
+    std::vector<uint64_t> arena(overhead*32/8 + 4096, 0);
+    ggml_context * ctx = f.init({ overhead*32, arena.data(), true });
+    if (!ctx) {
+        error = "ggml_init failed";
+        return false;
+    }
+    struct guard {
+        probe_functions & f;
+        ggml_context * ctx;
+        ggml_backend_buffer * buffer = nullptr;
+        ~guard() {
+            if (buffer) {
+                f.buffer_free(buffer);
+            }
+            f.free(ctx);
+        }
+    } owned { f, ctx };
+
+    const char * what = nullptr; // the field that was not found
+    const auto fail = [&](const char * name) {
+        what = name;
+        error = std::string("the layout of ggml_tensor is not recognised: no field '") + name + "'";
+        return false;
+    };
+
+    ggml_tensor * a   = f.new_tensor_4d(ctx, TYPE_F32, 3, 5, 7, 11);
+    ggml_tensor * b   = f.new_tensor_4d(ctx, TYPE_F16, 13, 17, 2, 19);
+    ggml_tensor * ids = f.new_tensor_4d(ctx, TYPE_I32, 2, 3, 1, 1);
+    ggml_tensor * exps = f.new_tensor_4d(ctx, TYPE_F32, 8, 4, 6, 1);
+    ggml_tensor * x    = f.new_tensor_4d(ctx, TYPE_F32, 8, 1, 3, 1);
+    if (!a || !b || !ids || !exps || !x) {
+        error = "ggml could not make the probe tensors";
+        return false;
+    }
+    const size_t size = tensor_size;
+
+    // shape and strides
+    if (!unique(intersect(run_find<int64_t>(a, size, { 3, 5, 7, 11 }), run_find<int64_t>(b, size, { 13, 17, 2, 19 })), off_ne)) {
+        return fail("ne");
+    }
+    if (!unique(intersect(run_find<size_t>(a, size, { 4, 12, 60, 420 }), run_find<size_t>(b, size, { 2, 26, 442, 884 })), off_nb)) {
+        return fail("nb");
+    }
+    // type: the first word that follows all of three types
+    {
+        const auto type_at = [&](const ggml_tensor * t, int32_t type) { return run_find<int32_t>(t, size, { type }); };
+        const auto found = intersect(intersect(type_at(a, TYPE_F32), type_at(b, TYPE_F16)), type_at(ids, TYPE_I32));
+        if (!unique(found, off_type)) {
+            return fail("type");
+        }
+    }
+    // name
+    f.set_name(a, "moetrace-probe");
+    off_name = (size_t) (f.get_name(a) - (const char *) a);
+    if (off_name + 15 > size || strcmp((const char *) a + off_name, "moetrace-probe") != 0) {
+        return fail("name");
+    }
+
+    // operations: every node differs, every leaf is zero
+    ggml_tensor * routed = f.mul_mat_id(ctx, exps, x, ids);
+    ggml_tensor * sum    = f.add(ctx, a, a);
+    ggml_tensor * prob   = f.soft_max(ctx, a);
+    ggml_tensor * view   = f.view_1d(ctx, a, 2, 12);
+    ggml_tensor * nested = f.view_1d(ctx, view, 1, 4);
+    ggml_tensor * rows   = f.get_rows(ctx, a, f.new_tensor_4d(ctx, TYPE_I32, 4, 7, 11, 1));
+    {
+        const std::array<std::pair<ggml_tensor *, const char *>, 5> nodes {{
+            { routed, "MUL_MAT_ID" }, { sum, "ADD" }, { prob, "SOFT_MAX" }, { view, "VIEW" }, { rows, "GET_ROWS" },
+        }};
+        const words<int32_t> leaf { a, size };
+        const auto candidates = leaf.where([&](size_t offset) {
+            std::vector<int32_t> seen { 0 };
+            if (leaf.at(offset) != 0) {
+                return false;
+            }
+            for (const auto & node : nodes) {
+                const int32_t value = words<int32_t> { node.first, size }.at(offset);
+                if (value <= 0 || value > 255 || std::find(seen.begin(), seen.end(), value) != seen.end()) {
+                    return false;
+                }
+                seen.push_back(value);
+            }
+            return true;
+        });
+        if (!unique(candidates, off_op)) {
+            return fail("op");
+        }
+        for (const auto & node : nodes) {
+            if (strcmp(op_name(op_number(node.first)), node.second) != 0) {
+                return fail("op");
+            }
+        }
+    }
+    // sources
+    if (!unique(run_find<const ggml_tensor *>(routed, size, { exps, x, ids }), off_src) || src(sum, 0) != a || src(sum, 1) != a) {
+        return fail("src");
+    }
+    // views: the root beside the source
+    {
+        auto found = run_find<const ggml_tensor *>(view, size, { a });
+        found.erase(std::remove(found.begin(), found.end(), off_src), found.end());
+        if (!unique(found, off_view_src) || view_src(nested) != a || view_src(sum) != nullptr) {
+            return fail("view_src");
+        }
+        const auto offsets = intersect(run_find<size_t>(view, size, { 12 }), run_find<size_t>(nested, size, { 16 }));
+        if (!unique(offsets, off_view_offs)) {
+            return fail("view_offs");
+        }
+    }
+    // flags: the word that marking changes
+    {
+        std::vector<char> before((const char *) b, (const char *) b + size);
+        set_output(b);
+        size_t changed = size;
+        int n_changed = 0;
+        for (size_t offset = 0; offset + 4 <= size; offset += 4) {
+            if (memcmp(before.data() + offset, (const char *) b + offset, 4) != 0) {
+                changed = offset;
+                n_changed++;
+            }
+        }
+        if (n_changed != 1) {
+            return fail("flags");
+        }
+        off_flags = changed;
+        const int32_t with_output = field<int32_t>(b, off_flags);
+        f.set_input(b);
+        if (field<int32_t>(b, off_flags) == with_output || (field<int32_t>(b, off_flags) & with_output) != with_output) {
+            return fail("flags");
+        }
+    }
+    // data and buffer: place a tensor and look
+    {
+        alignas(64) static thread_local char memory[4096 + 64];
+        char * base = memory + (64 - ((uintptr_t) memory & 63));
+        owned.buffer = f.buffer_from_ptr(base, 2048);
+        ggml_tensor * placed = f.new_tensor_4d(ctx, TYPE_F32, 4, 4, 1, 1);
+        if (!owned.buffer || !placed) {
+            return fail("buffer");
+        }
+        f.tensor_alloc(owned.buffer, placed, base + 128);
+        const auto at_data   = run_find<const void *>(placed, size, { base + 128 });
+        const auto at_buffer = run_find<const void *>(placed, size, { (const void *) owned.buffer });
+        if (!unique(at_data, off_data) || f.get_data(placed) != base + 128) {
+            return fail("data");
+        }
+        if (!unique(at_buffer, off_buffer) || !buffer_is_host(buffer(placed))) {
+            return fail("buffer");
+        }
+        // a second look at everything on a node: reading through the offsets must agree with ggml
+        float values[16];
+        for (int i = 0; i < 16; i++) {
+            values[i] = (float) i;
+        }
+        tensor_set(placed, values, 0, sizeof(values));
+        if (((const float *) data(placed))[13] != 13.0f || ne(placed)[1] != 4 || nb(placed)[1] != 16 || type(placed) != TYPE_F32) {
+            return fail("data");
+        }
+    }
+    (void) what;
+    return true;
+}
+
+bool ggml_abi::attach(std::string & error) {
+    if (attached) {
+        return true;
+    }
+    std::fill(std::begin(kinds), std::end(kinds), OP_UNKNOWN);
+    const char * (*ggml_version)() = nullptr;
+    const char * (*ggml_commit)() = nullptr;
+    version = function_find(ggml_version, "ggml_version") ? ggml_version() : "of unknown version";
+    if (function_find(ggml_commit, "ggml_commit")) {
+        version += std::string(" (") + ggml_commit() + ")";
+    }
+    attached = functions_find(error) && layout_discover(error);
+    if (!attached) {
+        error += "; ggml " + version;
+    }
+    return attached;
+}
+
+op_kind ggml_abi::op(const ggml_tensor * t) {
+    static constexpr struct { const char * name; op_kind kind; } NAMES[] = {
+        { "NONE", OP_NONE }, { "MUL_MAT", OP_MUL_MAT }, { "MUL_MAT_ID", OP_MUL_MAT_ID }, { "ADD", OP_ADD },
+        { "ADD_ID", OP_ADD_ID }, { "MUL", OP_MUL }, { "DIV", OP_DIV }, { "SCALE", OP_SCALE },
+        { "SOFT_MAX", OP_SOFT_MAX }, { "GET_ROWS", OP_GET_ROWS }, { "SET_ROWS", OP_SET_ROWS },
+        { "ARGSORT", OP_ARGSORT }, { "TOP_K", OP_TOP_K }, { "VIEW", OP_VIEW }, { "RESHAPE", OP_RESHAPE },
+        { "PERMUTE", OP_PERMUTE }, { "TRANSPOSE", OP_TRANSPOSE }, { "CONT", OP_CONT }, { "CPY", OP_CPY },
+        { "CLAMP", OP_CLAMP }, { "UNARY", OP_UNARY },
+    };
+    const int32_t number = op_number(t);
+    if (number < 0 || number > 255) {
+        return OP_OTHER;
+    }
+    if (kinds[number] == OP_UNKNOWN) {
+        kinds[number] = OP_OTHER;
+        const char * name = op_name(number);
+        for (const auto & entry : NAMES) {
+            if (strcmp(name, entry.name) == 0) {
+                kinds[number] = entry.kind;
+            }
+        }
+    }
+    return kinds[number];
+}
+
+bool ggml_abi::is_host(const ggml_tensor * t) const {
+    const ggml_tensor * owner = view_src(t) ? view_src(t) : t;
+    return buffer(owner) && buffer_is_host(buffer(owner)) && data(t);
+}
+
+size_t ggml_abi::span(const ggml_tensor * t) const {
+    size_t bytes = type(t) == TYPE_F16 ? 2 : type(t) == TYPE_I64 ? 8 : 4;
+    for (int d = 0; d < 4; d++) {
+        if (ne(t)[d] <= 0) {
+            return 0;
+        }
+        bytes += (size_t) (ne(t)[d] - 1)*nb(t)[d];
+    }
+    return bytes;
+}
+
+} // namespace moetrace

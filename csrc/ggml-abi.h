@@ -1,0 +1,103 @@
+// The loaded ggml and llama.cpp, reached without their headers: functions by name, struct fields by
+// offsets that are discovered on a graph of known values and verified on a second one.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+struct ggml_tensor;
+struct ggml_cgraph;
+struct ggml_context;
+struct ggml_backend;
+struct ggml_backend_sched;
+struct ggml_backend_buffer;
+struct llama_context;
+struct llama_model;
+
+namespace moetrace {
+
+// The address of an exported function in the process, this library's own exports left out.
+// Slow; keep the result. nullptr if nobody defines it.
+void * symbol_find(const char * name);
+
+using eval_callback = bool (*)(ggml_tensor * t, bool ask, void * user_data);
+
+// operations that the tracer tells apart; compared by name, since their numbers change between releases
+enum op_kind : uint8_t {
+    OP_OTHER, OP_NONE, OP_MUL_MAT, OP_MUL_MAT_ID, OP_ADD, OP_ADD_ID, OP_MUL, OP_DIV, OP_SCALE, OP_SOFT_MAX,
+    OP_GET_ROWS, OP_SET_ROWS, OP_ARGSORT, OP_TOP_K, OP_VIEW, OP_RESHAPE, OP_PERMUTE, OP_TRANSPOSE, OP_CONT, OP_CPY,
+    OP_CLAMP, OP_UNARY, OP_UNKNOWN = 255,
+};
+
+enum tensor_type : int32_t { // numbers of the GGUF file format: they do not change
+    TYPE_F32 = 0,
+    TYPE_F16 = 1,
+    TYPE_I32 = 26,
+    TYPE_I64 = 27,
+};
+
+struct ggml_abi {
+    // Finds the functions and the layout. Returns false and says why in `error`; never aborts.
+    bool attach(std::string & error);
+    bool attached = false;
+    std::string version; // of the loaded ggml, as far as it tells
+
+    // --- fields of ggml_tensor
+    int32_t         type(const ggml_tensor * t)     const { return field<int32_t>(t, off_type); }
+    const int64_t * ne(const ggml_tensor * t)       const { return &field<const int64_t>(t, off_ne); }
+    const size_t *  nb(const ggml_tensor * t)       const { return &field<const size_t>(t, off_nb); }
+    int32_t         op_number(const ggml_tensor * t) const { return field<int32_t>(t, off_op); }
+    ggml_tensor *   src(const ggml_tensor * t, int i) const { return (&field<ggml_tensor * const>(t, off_src))[i]; }
+    ggml_tensor *   view_src(const ggml_tensor * t) const { return field<ggml_tensor *>(t, off_view_src); }
+    size_t          view_offs(const ggml_tensor * t) const { return field<size_t>(t, off_view_offs); }
+    void *          data(const ggml_tensor * t)     const { return field<void *>(t, off_data); }
+    ggml_backend_buffer * buffer(const ggml_tensor * t) const { return field<ggml_backend_buffer *>(t, off_buffer); }
+    const char *    name(const ggml_tensor * t)     const { return (const char *) t + off_name; }
+    op_kind         op(const ggml_tensor * t);
+
+    ggml_tensor * root(ggml_tensor * t) const { // what owns the memory of a view
+        while (view_src(t)) {
+            t = view_src(t);
+        }
+        return t;
+    }
+
+    // Whether the tensor's bytes are in host memory (then `data` may be read directly).
+    bool is_host(const ggml_tensor * t) const;
+
+    // bytes from the first to the last element, strides included
+    size_t span(const ggml_tensor * t) const;
+
+    // --- functions
+    int           (*graph_n_nodes)(ggml_cgraph *) = nullptr;
+    ggml_tensor * (*graph_node)(ggml_cgraph *, int) = nullptr;
+    ggml_tensor * (*graph_get_tensor)(const ggml_cgraph *, const char *) = nullptr;
+    void          (*set_output)(ggml_tensor *) = nullptr;
+    void          (*tensor_get)(const ggml_tensor *, void *, size_t, size_t) = nullptr;
+    void          (*tensor_set)(ggml_tensor *, const void *, size_t, size_t) = nullptr;
+    void          (*tensor_get_async)(ggml_backend *, const ggml_tensor *, void *, size_t, size_t) = nullptr;
+    bool          (*buffer_is_host)(ggml_backend_buffer *) = nullptr;
+    void          (*sched_synchronize)(ggml_backend_sched *) = nullptr;
+    ggml_backend* (*sched_get_tensor_backend)(ggml_backend_sched *, ggml_tensor *) = nullptr;
+    int           (*sched_get_n_backends)(ggml_backend_sched *) = nullptr;
+    ggml_backend* (*sched_get_backend)(ggml_backend_sched *, int) = nullptr;
+    const char *  (*backend_name)(ggml_backend *) = nullptr;
+    const char *  (*op_name)(int32_t) = nullptr;
+
+    // offsets, for the probe's report
+    size_t off_type = 0, off_buffer = 0, off_ne = 0, off_nb = 0, off_op = 0, off_flags = 0, off_src = 0,
+           off_view_src = 0, off_view_offs = 0, off_data = 0, off_name = 0, tensor_size = 0;
+
+  private:
+    template <typename T> static T & field(const ggml_tensor * t, size_t offset) {
+        return *(T *) ((char *) t + offset);
+    }
+    bool functions_find(std::string & error);
+    bool layout_discover(std::string & error);
+
+    op_kind kinds[256];
+};
+
+} // namespace moetrace

@@ -1,0 +1,48 @@
+// Which tensors of a graph route tokens to experts.
+
+#pragma once
+
+#include "ggml-abi.h"
+
+#include <string>
+#include <vector>
+
+namespace moetrace {
+
+enum expert_matrix : uint8_t { // which expert matrices consumed a layer's ids
+    MATRIX_GATE    = 1u << 0,
+    MATRIX_UP      = 1u << 1,
+    MATRIX_DOWN    = 1u << 2,
+    MATRIX_GATE_UP = 1u << 3,
+};
+
+// The router of one layer, as the graph spells it. Tensors that an architecture lacks are nullptr.
+struct moe_layer {
+    int           layer      = -1;
+    ggml_tensor * ids        = nullptr; // [k, n_rows] i32, often a strided view of an argsort
+    ggml_tensor * weights    = nullptr; // [1, k, n_rows] or [k, n_rows], as multiplied with the experts
+    ggml_tensor * logits     = nullptr; // [n_expert, n_rows], the router's linear output with its bias
+    ggml_tensor * scores     = nullptr; // [n_expert, n_rows], what top-k selected on
+    ggml_tensor * gate_input = nullptr; // [n_embd, n_rows], what the router read
+    int           n_expert   = 0;
+    int           k          = 0;
+    int64_t       n_rows     = 0;
+    uint8_t       matrices   = 0; // expert_matrix
+};
+
+struct moe_graph {
+    std::vector<moe_layer> layers; // ascending
+    ggml_tensor * inp_tokens = nullptr; // [n_tokens] i32
+    ggml_tensor * inp_pos    = nullptr; // [n_tokens * positions per token] i32
+    ggml_tensor * out_ids    = nullptr; // [n_outputs] i32: rows that the last layer keeps
+    int64_t       n_tokens   = 0;
+    const char *  trouble    = nullptr; // set if the graph routes in a way that is not understood
+};
+
+// Walks the graph. Call it before the scheduler splits the graph: splitting replaces sources by copies.
+moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph);
+
+// Layer number and tensor of "blk.N.TENSOR"; false for any other name.
+bool layer_name_parse(const char * name, int & layer, const char ** tensor);
+
+} // namespace moetrace

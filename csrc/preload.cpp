@@ -1,0 +1,252 @@
+// The functions of libggml-base and libllama that are taken over, each forwarding to the real one; and the
+// library's own few C functions.
+
+#include "hook.h"
+#include "tracer.h"
+
+#include <climits>
+#include <cstdio>
+#include <cstring>
+
+using namespace moetrace;
+
+using llama_seq_id = int32_t;
+using llama_token  = int32_t;
+using llama_pos    = int32_t;
+
+struct llama_batch_ext;
+struct llama_sampler;
+struct llama_embd { // by value in the API
+    const float * data;
+    size_t n_rows;
+    size_t n_embd;
+};
+using llama_memory_t = void *;
+
+//
+// the scheduler: every graph
+//
+
+MOETRACE_HOOK(void, ggml_backend_sched_set_eval_callback, (ggml_backend_sched * sched, eval_callback callback, void * user_data)) {
+    sched_on_callback(sched, callback, user_data);
+    real_ggml_backend_sched_set_eval_callback()(sched, callback, user_data);
+}
+
+MOETRACE_HOOK(bool, ggml_backend_sched_reserve, (ggml_backend_sched * sched, ggml_cgraph * graph)) {
+    sched_on_reserve(sched, graph);
+    return real_ggml_backend_sched_reserve()(sched, graph);
+}
+
+MOETRACE_HOOK(void, ggml_backend_sched_reserve_size, (ggml_backend_sched * sched, ggml_cgraph * graph, size_t * sizes)) {
+    sched_on_reserve(sched, graph);
+    real_ggml_backend_sched_reserve_size()(sched, graph, sizes);
+}
+
+MOETRACE_HOOK(bool, ggml_backend_sched_alloc_graph, (ggml_backend_sched * sched, ggml_cgraph * graph)) {
+    sched_on_alloc(sched, graph);
+    return real_ggml_backend_sched_alloc_graph()(sched, graph);
+}
+
+MOETRACE_HOOK(int, ggml_backend_sched_graph_compute_async, (ggml_backend_sched * sched, ggml_cgraph * graph)) {
+    return sched_on_compute(sched, graph, real_ggml_backend_sched_graph_compute_async(),
+        real_ggml_backend_sched_set_eval_callback());
+}
+
+MOETRACE_HOOK(void, ggml_backend_sched_free, (ggml_backend_sched * sched)) {
+    sched_on_free(sched);
+    real_ggml_backend_sched_free()(sched);
+}
+
+//
+// contexts and batches: whose tokens
+//
+
+MOETRACE_HOOK(int32_t, llama_decode, (llama_context * ctx, batch_view batch)) {
+    batch_scope scope(ctx, batch, false);
+    return real_llama_decode()(ctx, batch);
+}
+
+MOETRACE_HOOK(int32_t, llama_encode, (llama_context * ctx, batch_view batch)) {
+    batch_scope scope(ctx, batch, true);
+    return real_llama_encode()(ctx, batch);
+}
+
+MOETRACE_HOOK(int32_t, llama_process, (llama_context * ctx, int type, llama_batch_ext * batch)) {
+    batch_scope scope(ctx, batch, type == 0); // LLAMA_PROCESS_TYPE_ENCODE
+    return real_llama_process()(ctx, type, batch);
+}
+
+MOETRACE_HOOK(void, llama_free, (llama_context * ctx)) {
+    context_on_free(ctx);
+    real_llama_free()(ctx);
+}
+
+MOETRACE_HOOK(void, llama_set_warmup, (llama_context * ctx, bool warmup)) {
+    context_on_warmup(ctx, warmup);
+    real_llama_set_warmup()(ctx, warmup);
+}
+
+MOETRACE_HOOK(int32_t, llama_batch_ext_add, (llama_batch_ext * batch, llama_seq_id seq_id)) {
+    return batch_on_add(batch, real_llama_batch_ext_add()(batch, seq_id), seq_id, -1);
+}
+
+MOETRACE_HOOK(int32_t, llama_batch_ext_add_token, (llama_batch_ext * batch, llama_seq_id seq_id, llama_token id)) {
+    return batch_on_add(batch, real_llama_batch_ext_add_token()(batch, seq_id, id), seq_id, id);
+}
+
+MOETRACE_HOOK(int32_t, llama_batch_ext_add_embd, (llama_batch_ext * batch, llama_seq_id seq_id, llama_embd embd)) {
+    return batch_on_add(batch, real_llama_batch_ext_add_embd()(batch, seq_id, embd), seq_id, -1);
+}
+
+MOETRACE_HOOK(bool, llama_batch_ext_add_seq, (llama_batch_ext * batch, int32_t idx, llama_seq_id seq_id)) {
+    const bool ok = real_llama_batch_ext_add_seq()(batch, idx, seq_id);
+    if (ok) {
+        batch_on_add_sequence(batch, idx);
+    }
+    return ok;
+}
+
+MOETRACE_HOOK(bool, llama_batch_ext_set_pos, (llama_batch_ext * batch, int32_t idx, const llama_pos * pos)) {
+    const bool ok = real_llama_batch_ext_set_pos()(batch, idx, pos);
+    if (ok) {
+        batch_on_position(batch, idx, *pos);
+    }
+    return ok;
+}
+
+MOETRACE_HOOK(void, llama_batch_ext_clear, (llama_batch_ext * batch)) {
+    batch_on_clear(batch);
+    real_llama_batch_ext_clear()(batch);
+}
+
+MOETRACE_HOOK(void, llama_batch_ext_free, (llama_batch_ext * batch)) {
+    batch_on_free(batch);
+    real_llama_batch_ext_free()(batch);
+}
+
+//
+// what happens to sequences between batches
+//
+
+// llama-server calls this for a slot when it starts a task and when it ends one
+MOETRACE_HOOK(bool, llama_set_sampler, (llama_context * ctx, llama_seq_id seq_id, llama_sampler * sampler)) {
+    context_on_event(ctx, EVENT_LAUNCH, seq_id, 0, 0, 0);
+    return real_llama_set_sampler()(ctx, seq_id, sampler);
+}
+
+// The memory functions went by three families of names; `on` is how an event is reported for each.
+#define MOETRACE_MEMORY_HOOKS(prefix, owner_t, on)                                                              \
+    MOETRACE_HOOK(bool, prefix##_seq_rm, (owner_t owner, llama_seq_id seq_id, llama_pos p0, llama_pos p1)) {    \
+        const bool ok = real_##prefix##_seq_rm()(owner, seq_id, p0, p1);                                        \
+        if (ok) {                                                                                               \
+            on(owner, EVENT_SEQ_RM, seq_id, p0, p1, 0);                                                         \
+        }                                                                                                       \
+        return ok;                                                                                              \
+    }                                                                                                           \
+    MOETRACE_HOOK(void, prefix##_seq_add, (owner_t owner, llama_seq_id seq_id, llama_pos p0, llama_pos p1,      \
+            llama_pos delta)) {                                                                                 \
+        on(owner, EVENT_SEQ_ADD, seq_id, p0, p1, delta);                                                        \
+        real_##prefix##_seq_add()(owner, seq_id, p0, p1, delta);                                                \
+    }                                                                                                           \
+    MOETRACE_HOOK(void, prefix##_seq_cp, (owner_t owner, llama_seq_id src, llama_seq_id dst, llama_pos p0,      \
+            llama_pos p1)) {                                                                                    \
+        on(owner, EVENT_SEQ_CP, src, p0, p1, dst);                                                              \
+        real_##prefix##_seq_cp()(owner, src, dst, p0, p1);                                                      \
+    }                                                                                                           \
+    MOETRACE_HOOK(void, prefix##_seq_keep, (owner_t owner, llama_seq_id seq_id)) {                              \
+        on(owner, EVENT_SEQ_KEEP, seq_id, 0, -1, 0);                                                            \
+        real_##prefix##_seq_keep()(owner, seq_id);                                                              \
+    }                                                                                                           \
+    MOETRACE_HOOK(void, prefix##_seq_div, (owner_t owner, llama_seq_id seq_id, llama_pos p0, llama_pos p1,      \
+            int divisor)) {                                                                                     \
+        on(owner, EVENT_SEQ_DIV, seq_id, p0, p1, divisor);                                                      \
+        real_##prefix##_seq_div()(owner, seq_id, p0, p1, divisor);                                              \
+    }
+
+MOETRACE_MEMORY_HOOKS(llama_memory,   llama_memory_t,  memory_on_event)
+MOETRACE_MEMORY_HOOKS(llama_kv_self,  llama_context *, context_on_event)
+MOETRACE_MEMORY_HOOKS(llama_kv_cache, llama_context *, context_on_event)
+
+MOETRACE_HOOK(void, llama_memory_clear, (llama_memory_t memory, bool data)) {
+    memory_on_event(memory, EVENT_CLEAR, -1, 0, -1, 0);
+    real_llama_memory_clear()(memory, data);
+}
+
+MOETRACE_HOOK(void, llama_kv_self_clear, (llama_context * ctx)) {
+    context_on_event(ctx, EVENT_CLEAR, -1, 0, -1, 0);
+    real_llama_kv_self_clear()(ctx);
+}
+
+MOETRACE_HOOK(void, llama_kv_cache_clear, (llama_context * ctx)) {
+    context_on_event(ctx, EVENT_CLEAR, -1, 0, -1, 0);
+    real_llama_kv_cache_clear()(ctx);
+}
+
+static size_t restored(llama_context * ctx, llama_seq_id sequence, size_t bytes) {
+    if (bytes > 0) {
+        context_on_event(ctx, EVENT_RESTORE, sequence, 0, bytes < INT_MAX ? (int32_t) bytes : INT_MAX, 0);
+    }
+    return bytes;
+}
+
+MOETRACE_HOOK(size_t, llama_state_seq_set_data, (llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq_id)) {
+    return restored(ctx, seq_id, real_llama_state_seq_set_data()(ctx, src, size, seq_id));
+}
+
+MOETRACE_HOOK(size_t, llama_state_seq_set_data_ext, (llama_context * ctx, const uint8_t * src, size_t size,
+        llama_seq_id seq_id, uint32_t flags)) {
+    return restored(ctx, seq_id, real_llama_state_seq_set_data_ext()(ctx, src, size, seq_id, flags));
+}
+
+MOETRACE_HOOK(size_t, llama_state_seq_load_file, (llama_context * ctx, const char * path, llama_seq_id seq_id,
+        llama_token * tokens, size_t capacity, size_t * n_tokens)) {
+    return restored(ctx, seq_id, real_llama_state_seq_load_file()(ctx, path, seq_id, tokens, capacity, n_tokens));
+}
+
+MOETRACE_HOOK(size_t, llama_state_set_data, (llama_context * ctx, const uint8_t * src, size_t size)) {
+    return restored(ctx, -1, real_llama_state_set_data()(ctx, src, size));
+}
+
+MOETRACE_HOOK(bool, llama_state_load_file, (llama_context * ctx, const char * path, llama_token * tokens,
+        size_t capacity, size_t * n_tokens)) {
+    const bool ok = real_llama_state_load_file()(ctx, path, tokens, capacity, n_tokens);
+    restored(ctx, -1, ok ? 1 : 0);
+    return ok;
+}
+
+//
+// our own functions
+//
+
+#define MOETRACE_API extern "C" __attribute__((visibility("default")))
+
+// Starts tracing as the "key=value" lines say (csrc/config.h); an empty text means the environment. 0: ok;
+// otherwise `error` (of `size` bytes) says why. Call it while no graph is being computed.
+MOETRACE_API int moetrace_start(const char * text, char * error, size_t size) {
+    std::string why;
+    const bool ok = tracer_start(text, why);
+    if (!ok && error && size) {
+        snprintf(error, size, "%s", why.c_str());
+    }
+    return ok ? 0 : 1;
+}
+
+MOETRACE_API void moetrace_stop() {
+    tracer_stop();
+}
+
+// What can be traced in this process, as JSON. Returns the length it would need.
+MOETRACE_API size_t moetrace_probe(char * out, size_t size) {
+    const std::string text = tracer_probe();
+    if (out && size) {
+        snprintf(out, size, "%s", text.c_str());
+    }
+    return text.size();
+}
+
+__attribute__((constructor)) static void preload_init() {
+    std::string error;
+    if (!tracer_start("", error)) {
+        fprintf(stderr, "moetrace: not tracing: %s\n", error.c_str());
+    }
+}

@@ -1,0 +1,1 @@
+"""Reading and storing traces: ring, columns, the Trace object, verification, recovery, export."""

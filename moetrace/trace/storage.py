@@ -1,0 +1,50 @@
+"""Writing to disks that may be full, slow or broken."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from moetrace.errors import MoetraceError
+
+
+def disk_error(path: Path, error: OSError) -> MoetraceError:
+    """Turn an OSError of a write into an error that names the disk and the fix."""
+    where = path if path.exists() else path.parent
+    try:
+        stat = os.statvfs(where)
+        free = f"{stat.f_bavail * stat.f_frsize / 2**20:.0f} MiB free on its file system"
+    except OSError:
+        free = "its file system does not answer"
+    fixes = {
+        errno.ENOSPC: "free some space there, or write the trace to another disk with -o",
+        errno.EDQUOT: "your disk quota is used up: free some space, or write to another disk with -o",
+        errno.EROFS: "that file system is read-only: write to another disk with -o",
+        errno.EACCES: "you may not write there: choose another place with -o",
+        errno.EPERM: "you may not write there: choose another place with -o",
+        errno.EEXIST: "it exists already: choose another name, or give --force",
+        errno.EIO: "the disk reports an error: check it (dmesg), and write to another one with -o",
+    }
+    return MoetraceError(
+        f"cannot write {path}",
+        why=f"{error.strerror or error} ({free})",
+        fix=fixes.get(error.errno or 0, "write the trace to another disk with -o"),
+    )
+
+
+def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of ``data`` at ``offset``; short writes are continued.
+
+    Raises
+    ------
+    OSError
+        As ``os.pwrite``; also ENOSPC if nothing more can be written.
+    """
+    view = memoryview(data).cast("B")
+    while view:
+        n = os.pwrite(fd, view, offset)
+        if n <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        view = view[n:]
+        offset += n
