@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -19,6 +21,9 @@ import pytest
 from scipy.special import expit, softmax
 
 from moetrace.synthetic import ARCHITECTURES, QUANTIZATIONS, Architecture, Gating
+
+if TYPE_CHECKING:
+    from conftest import Runtime
 
 pytestmark = pytest.mark.runtime
 
@@ -145,33 +150,14 @@ def test_quantised_experts_change_the_routing_little(quantization, runtime, mode
     assert agree > 0.8  # chance is 1/8
 
 
-@pytest.mark.parametrize("name", [name for name, arch in ARCHITECTURES.items() if not arch.encoder])
-def test_completion_tool_continues_a_prompt(name, runtime, model_file):
-    prompt = "Why is the sky blue?"
-    options = ["-n", "16", "-c", "256", "-t", "1", "--temp", "0"]
-    result = subprocess.run(
-        [runtime.tool("llama-completion"), "-m", model_file(name), *options, "-no-cnv", "-p", prompt],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert len(result.stdout.strip()) > len(prompt) + 16
-
-
-def test_server_applies_the_chat_template(runtime, model_file):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    command = [runtime.tool("llama-server"), "-m", model_file("gpt-oss"), "-c", "512", "-t", "1", "-np", "1"]
-    server = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while not is_ready(address):
-            assert server.poll() is None, "llama-server ended"
-            assert time.monotonic() < deadline, "llama-server is not ready after a minute"
-            time.sleep(0.05)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_server_serves_it(name, runtime, model_file):
+    encoder = ARCHITECTURES[name].encoder
+    with serve(runtime, model_file(name), *["--embedding"] * encoder) as address:
+        if encoder:
+            embedded = post(f"{address}/v1/embeddings", {"input": "Is it raining?"})
+            assert len(embedded["data"][0]["embedding"]) == ARCHITECTURES[name].n_embd
+            return
         messages = [{"role": "user", "content": "Is it raining?"}]
         applied = post(f"{address}/apply-template", {"messages": messages})
         expected = "<|im_start|>user\nIs it raining?<|im_end|>\n<|im_start|>assistant\n"
@@ -179,6 +165,26 @@ def test_server_applies_the_chat_template(runtime, model_file):
         answer = post(f"{address}/v1/chat/completions", {"messages": messages, "max_tokens": 16})
         assert answer["choices"][0]["finish_reason"] == "length"
         assert answer["choices"][0]["message"]["content"]
+        assert answer["usage"]["completion_tokens"] == 16
+
+
+@contextmanager
+def serve(runtime: Runtime, model: Path, *options: str) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [runtime.tool("llama-server"), "-m", model, "-c", "512", "-t", "1", "-np", "1", *options]
+    server = subprocess.Popen(
+        [*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not is_ready(address):
+            assert server.poll() is None, "llama-server ended"
+            assert time.monotonic() < deadline, "llama-server is not ready after a minute"
+            time.sleep(0.02)
+        yield address
     finally:
         server.terminate()
         server.wait(timeout=30)
