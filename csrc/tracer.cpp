@@ -92,6 +92,8 @@ struct sched_trace {
     bool             user_aborted  = false; // the host's callback stopped the graph
     bool             user_asked    = false;
     bool             chained       = false; // our callback is installed
+    uint64_t         prepare_ns    = 0;     // spent on reading graphs since the last ubatch
+    uint64_t         setup_ns      = 0;     // spent on opening the ring: once
     model_shape      shape;
     std::vector<std::unique_ptr<graph_trace>> graphs;
 
@@ -139,6 +141,7 @@ struct context_trace {
     uint32_t            n_steps   = 0;
     uint64_t            serial    = 0;
     std::vector<row_identity> identities;
+    output_rows         outputs;
     std::vector<int32_t> tokens, positions, out_ids; // inputs that were not in host memory
 
     // the graph that is being computed
@@ -494,7 +497,18 @@ const int32_t * input_read(const ggml_abi & abi, const ggml_tensor * t, int64_t 
     return buffer.data();
 }
 
-void heads_fill(context_trace & c, const int32_t * tokens, const int32_t * positions, const int32_t * out_ids, int64_t n_out_ids) {
+// which rows of the ubatch are outputs; no ids if the graph does not say, and then all are
+output_rows outputs_read(tracer_state & T, context_trace & c, const graph_trace & g) {
+    static const int32_t none = 0;
+    if (!g.moe.out_ids) {
+        return {};
+    }
+    const int64_t n = T.abi.ne(g.moe.out_ids)[0];
+    const int32_t * ids = n == 0 ? &none : input_read(T.abi, g.moe.out_ids, n, c.out_ids);
+    return { ids, n };
+}
+
+void heads_fill(context_trace & c, const int32_t * tokens, const int32_t * positions) {
     const int64_t now = (int64_t) clock_ns();
     const uint32_t n = c.block.n_rows;
     uint64_t n_unidentified = 0;
@@ -512,12 +526,13 @@ void heads_fill(context_trace & c, const int32_t * tokens, const int32_t * posit
         head->n_sequences = who.n_sequences;
         head->row         = row;
         head->flags       = (who.uncertain ? ROW_SEQUENCE_UNCERTAIN : 0u) | (who.found ? 0u : ROW_UNIDENTIFIED) |
-            (c.encode ? ROW_ENCODE : 0u) | (c.trial ? ROW_TRIAL : 0u) | (out_ids ? 0u : ROW_OUTPUT);
+            (c.encode ? ROW_ENCODE : 0u) | (c.trial ? ROW_TRIAL : 0u) | (c.outputs.ids ? 0u : ROW_OUTPUT);
         n_unidentified += !who.found;
     }
-    for (int64_t i = 0; out_ids && i < n_out_ids; i++) {
-        if (out_ids[i] >= 0 && out_ids[i] < (int32_t) n) {
-            c.block.head((uint32_t) out_ids[i])->flags |= ROW_OUTPUT;
+    for (int64_t i = 0; c.outputs.ids && i < c.outputs.n; i++) {
+        const int32_t row = c.outputs.ids[i];
+        if (row >= 0 && row < (int32_t) n) {
+            c.block.head((uint32_t) row)->flags |= ROW_OUTPUT;
         }
     }
     c.count(COUNT_ROWS_UNIDENTIFIED, n_unidentified);
@@ -569,7 +584,9 @@ bool ubatch_begin(tracer_state & T, sched_trace & s, graph_trace & g) {
         return false;
     }
     if (c.state == context_state::waiting) {
+        const uint64_t start = clock_ns();
         context_open(T, c, s.shape);
+        s.setup_ns = clock_ns() - start;
     }
     if (c.state != context_state::recording) {
         return false;
@@ -608,10 +625,8 @@ bool ubatch_begin(tracer_state & T, sched_trace & s, graph_trace & g) {
         } else {
             c.identities.assign(n, row_identity());
         }
-        const int64_t n_out = g.moe.out_ids ? T.abi.ne(g.moe.out_ids)[0] : 0;
-        const int32_t * out_ids = g.moe.out_ids && n_out < n ? input_read(T.abi, g.moe.out_ids, n_out, c.out_ids) : nullptr;
-        static const int32_t none = 0;
-        heads_fill(c, tokens, positions, n_out == 0 && g.moe.out_ids ? &none : out_ids, n_out);
+        c.outputs = outputs_read(T, c, g);
+        heads_fill(c, tokens, positions);
         // a vector input leaves stale numbers in the token input
         for (uint32_t row = 0; row < n; row++) {
             if (c.identities[row].vector) {
@@ -676,54 +691,48 @@ void attention_push(tracer_state & T, context_trace & c, const attention_source 
     }
 }
 
-void source_read(tracer_state & T, context_trace & c, const graph_trace & g, const row_source & source, bool in_readback) {
-    const ggml_abi & abi = T.abi;
-    const char * base;
-    if (in_readback) {
-        base = (const char *) c.readback.data() + source.scratch;
-    } else if (abi.is_host(source.t)) {
-        base = (const char *) abi.data(source.t);
-    } else {
-        const size_t bytes = abi.span(source.t);
-        if (bytes) {
-            abi.tensor_get(source.t, c.readback.data() + source.scratch, 0, bytes);
+// one source, while the graph stands still
+void source_read(tracer_state & T, context_trace & c, const row_source & source) {
+    const char * base = source.base;
+    if (!base) {
+        if (const size_t bytes = T.abi.span(source.t)) {
+            T.abi.tensor_get(source.t, c.readback.data() + source.scratch, 0, bytes);
         }
         base = (const char *) c.readback.data() + source.scratch;
     }
-    const int64_t n_out = g.moe.out_ids ? abi.ne(g.moe.out_ids)[0] : 0;
-    const int32_t * out_ids = input_read(abi, g.moe.out_ids, n_out, c.out_ids);
-    static const int32_t none = 0;
-    rows_copy(abi, source, base, c.layout, n_out == 0 && g.moe.out_ids ? &none : out_ids, n_out, c.block);
+    rows_copy(T.abi, source, base, c.layout, c.outputs, c.block);
 }
 
 // the tap: everything is computed and still there
 void ubatch_read_all(tracer_state & T, sched_trace & s, const graph_trace & g) {
     context_trace & c = *s.context;
     const ggml_abi & abi = T.abi;
-    bool on_device = false;
-    for (const auto & source : g.sources.sources) {
-        if (abi.is_host(source.t)) {
-            continue;
+    const auto & sources = g.sources.sources;
+    if (g.sources.scratch_bytes) {
+        const uint64_t start = clock_ns();
+        for (const auto & source : sources) {
+            const size_t bytes = source.base ? 0 : abi.span(source.t);
+            if (bytes == 0) {
+                continue;
+            }
+            if (ggml_backend * backend = abi.sched_get_tensor_backend(s.sched, abi.root(source.t))) {
+                abi.tensor_get_async(backend, source.t, c.readback.data() + source.scratch, 0, bytes);
+            } else {
+                abi.tensor_get(source.t, c.readback.data() + source.scratch, 0, bytes);
+            }
         }
-        ggml_backend * backend = abi.sched_get_tensor_backend(s.sched, abi.root(source.t));
-        const size_t bytes = abi.span(source.t);
-        if (bytes == 0) {
-            continue;
-        }
-        if (backend) {
-            abi.tensor_get_async(backend, source.t, c.readback.data() + source.scratch, 0, bytes);
-        } else {
-            abi.tensor_get(source.t, c.readback.data() + source.scratch, 0, bytes);
-        }
-        on_device = true;
-    }
-    const uint64_t start = on_device ? clock_ns() : 0;
-    abi.sched_synchronize(s.sched);
-    if (on_device) {
+        abi.sched_synchronize(s.sched);
         c.count(COUNT_SYNC_NS, clock_ns() - start);
+    } else {
+        abi.sched_synchronize(s.sched);
+        // every layer's result lies somewhere else and was written long ago: fetch them all at once
+        for (const auto & source : sources) {
+            __builtin_prefetch(source.base);
+        }
     }
-    for (const auto & source : g.sources.sources) {
-        source_read(T, c, g, source, !abi.is_host(source.t));
+    for (const auto & source : sources) {
+        const char * base = source.base ? source.base : (const char *) c.readback.data() + source.scratch;
+        rows_copy(abi, source, base, c.layout, c.outputs, c.block);
     }
 }
 
@@ -755,7 +764,7 @@ bool callback_trampoline(ggml_tensor * t, bool ask, void * user_data) {
             tracer_state & T = tracer();
             const auto & sources = c.running->sources.sources;
             for (size_t i = (size_t) first; first >= 0 && i < sources.size() && sources[i].ask == t; i++) {
-                source_read(T, c, *c.running, sources[i], false);
+                source_read(T, c, sources[i]);
             }
             if (attention) {
                 attention_push(T, c, *attention);
@@ -809,12 +818,13 @@ void graph_prepare(sched_t sched, ggml_cgraph * graph, bool computed) {
     if (!T.active || !ensure_attached(T)) {
         return;
     }
+    const uint64_t start = clock_ns();
     sched_trace & s = sched_get(T, sched);
     moe_graph moe = moe_graph_read(T.abi, graph);
     outputs_flag(T, moe, graph);
     const bool known = s.shape.learn(T.abi, graph, moe, T.cfg);
     if (!computed) {
-        return;
+        return; // measured once, before anything is served
     }
     graph_trace * g = s.find(graph);
     if (!g) {
@@ -828,6 +838,7 @@ void graph_prepare(sched_t sched, ggml_cgraph * graph, bool computed) {
     }
     g->moe      = std::move(moe);
     g->bound_to = nullptr;
+    s.prepare_ns += clock_ns() - start;
 }
 
 } // namespace
@@ -973,8 +984,9 @@ int sched_on_compute(sched_t sched, ggml_cgraph * graph, compute_fn compute, set
         c.running = nullptr;
     });
     if (recorded) {
-        own_ns += clock_ns() - after + c.hook_ns;
+        own_ns += clock_ns() - after + c.hook_ns + s->prepare_ns - s->setup_ns;
         c.count(COUNT_HOOK_NS, own_ns - (c.ring.waited() - waited));
+        s->prepare_ns = s->setup_ns = 0;
     }
     return status;
 }
