@@ -87,6 +87,8 @@ def read_labels(trace: Path) -> tuple[list[LabelLine], list[str]]:
                     damage.append(f"{where}: neither `request` nor `sequence`, `from_ns` and `to_ns`")
                 else:
                     lines.append(line)
+                    if "crc" not in obj:  # counts, but one flipped bit can take a line's checksum away
+                        damage.append(f"{where}: has no checksum; it was written by hand, or is damaged")
     except FileNotFoundError:
         pass
     except OSError as e:

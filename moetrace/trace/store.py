@@ -12,7 +12,8 @@ from typing import Any
 from moetrace.errors import TraceError
 from moetrace.trace.columns import Table
 from moetrace.trace.jsonfile import read_json, write_json
-from moetrace.trace.rows import EVENT_COLUMNS, Layout
+from moetrace.trace.requests import REQUEST_TABLE
+from moetrace.trace.rows import EVENT_COLUMNS, ColumnSpec, Layout
 
 FORMAT = "moetrace-trace"
 VERSION = (1, 0)
@@ -87,14 +88,8 @@ class TraceStore:
             facts = read_json(path / CONTEXT_NAME)
             layout = Layout.from_context(facts)
             rows, events = Table(path / "rows"), Table(path / "events")
-            for table, spec in ((rows, layout.row_columns), (events, EVENT_COLUMNS)):
-                if table.spec != spec:
-                    odd = sorted(dict(table.spec.items() ^ spec.items()))
-                    raise TraceError(
-                        f"{table.path} does not fit {path / CONTEXT_NAME}",
-                        why=f"columns that are missing, unknown or of another shape: {', '.join(odd)}",
-                        fix="run `moetrace verify` on the trace",
-                    )
+            _check_columns(rows, layout.row_columns)
+            _check_columns(events, EVENT_COLUMNS)
             self._contexts[name] = ContextStore(path, name, facts, layout, rows, events)
         return self._contexts[name]
 
@@ -106,7 +101,9 @@ class TraceStore:
     @cached_property
     def requests(self) -> Table:
         """The table of ended requests."""
-        return Table(self.path / "requests")
+        table = Table(self.path / "requests")
+        _check_columns(table, REQUEST_TABLE)
+        return table
 
     @property
     def live(self) -> bool:
@@ -155,6 +152,17 @@ def read_vocabulary(trace: Path) -> list[bytes] | None:
         return [token.encode("utf-8", "surrogateescape") for token in tokens]
     except UnicodeEncodeError as e:
         raise TraceError(f"{path} cannot be read", why=str(e)) from None
+
+
+def _check_columns(table: Table, spec: ColumnSpec) -> None:
+    """Refuse a table that lacks a column, or has it in another shape; a newer minor version may add some."""
+    odd = [name for name, column in spec.items() if table.spec.get(name) != column]
+    if odd:
+        raise TraceError(
+            f"{table.path} is not as the trace describes it",
+            why=f"columns that are missing or of another shape: {', '.join(odd)}",
+            fix="run `moetrace verify` on the trace",
+        )
 
 
 def _is_plain(name: str) -> bool:

