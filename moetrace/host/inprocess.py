@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from moetrace.errors import MoetraceError
 from moetrace.host import llama
 from moetrace.host.drain import Drain
+from moetrace.host.model import store_vocabulary
 from moetrace.host.options import CaptureOptions
 from moetrace.host.prompts import Prompt, read_prompts
 from moetrace.trace.labels import append_labels
@@ -273,6 +274,7 @@ def capture(
                 why="it is a dense model, or the tracer does not understand this llama.cpp",
                 fix="use a Mixture-of-Experts model; `moetrace doctor` checks llama.cpp",
             )
+        store_vocabulary(folder, str(model))
     finally:
         trace.close()
     return open_trace(folder)

@@ -18,6 +18,7 @@ from moetrace.errors import MoetraceError, RuntimeMissingError
 from moetrace.host.client import ServerClient
 from moetrace.host.drain import Drain
 from moetrace.host.options import CaptureOptions
+from moetrace.host.model import store_vocabulary
 from moetrace.host.runtime import find_tool, loaded_libraries, preload_environment
 from moetrace.trace.labels import append_labels
 from moetrace.trace.trace import Trace, open_trace
@@ -58,7 +59,8 @@ class TracedProcess:
         program = find_tool(command[0])
         self.command = [str(program), *command[1:]]
         environment = preload_environment(os.environ)
-        self.trace = TraceWriter(output, command=command, model_path=model_argument(command), force=force)
+        self._model_path = model_argument(command)
+        self.trace = TraceWriter(output, command=command, model_path=self._model_path, force=force)
         environment.update(options.environment(self.trace.path))
         self.drain = Drain(self.trace)
         self.drain.start()
@@ -90,6 +92,7 @@ class TracedProcess:
         """
         try:
             self.drain.stop()
+            store_vocabulary(self.trace.path, self._model_path)
         except MoetraceError:
             with contextlib.suppress(MoetraceError):
                 self.trace.close(exit_code=exit_code, state="live")

@@ -21,10 +21,7 @@ from moetrace.trace.jsonfile import read_json, write_json
 from moetrace.trace.requests import REQUEST_TABLE, RequestAssigner
 from moetrace.trace.rows import EVENT_COLUMNS, Columns, Layout, events_from_records, rows_from_records
 from moetrace.trace.storage import disk_error
-
-FORMAT_NAME = "moetrace-trace"
-FORMAT_VERSION = (1, 0)
-
+from moetrace.trace.store import FORMAT, META_NAME, VERSION
 
 class ContextWriter:
     """The tables of one llama context.
@@ -47,7 +44,7 @@ class ContextWriter:
             self._assembler = AttentionAssembler()
             for name, columns in (("attention_values", VALUES_TABLE), ("attention", ATTENTION_TABLE)):
                 self.tables[name] = TableWriter.create(path / name, columns, fsync=trace.fsync)
-        self.tables["rows"] = self.rows  # last: what belongs to a row is sealed before it
+        self.tables["rows"] = self.rows
 
     def append(self, records: NDArray[np.void]) -> int:
         """Append ring records; gives the number of rows among them.
@@ -73,6 +70,7 @@ class ContextWriter:
 
     def seal(self) -> int:
         """Seal what was appended; gives the number of rows sealed."""
+        # rows last: events and attention that come before a row are sealed when it is
         return [table.seal() for table in self.tables.values()][-1]
 
     def close(self, counters: Mapping[str, int], status: str = "") -> None:
@@ -124,8 +122,8 @@ class TraceWriter:
         self.contexts: list[ContextWriter] = []
         self._request_numbers = itertools.count()
         self._meta: dict[str, Any] = {
-            "format": FORMAT_NAME,
-            "version": list(FORMAT_VERSION),
+            "format": FORMAT,
+            "version": list(VERSION),
             "created_ns": time.time_ns(),
             "moetrace": __version__,
             "command": list(command),
@@ -208,13 +206,13 @@ class TraceWriter:
         self.requests.close()
 
     def _write_meta(self) -> None:
-        write_json(self.path / "meta.json", self._meta, fsync=self.fsync)
+        write_json(self.path / META_NAME, self._meta, fsync=self.fsync)
 
 
 def is_trace(path: Path) -> bool:
     """Whether the folder looks like a trace of ours, whole or not."""
     try:
-        return read_json(path / "meta.json", check=False).get("format") == FORMAT_NAME
+        return read_json(path / META_NAME, check=False).get("format") == FORMAT
     except TraceError:
         return False
 
