@@ -59,7 +59,17 @@ class Runs:
 def run_once(variant: str, model: Path, folder: Path, args: argparse.Namespace, runs: Runs) -> None:
     """Run llama-bench once and take its numbers down."""
     options = VARIANTS[variant]
-    command = [str(find_tool("llama-bench")), "-m", str(model), "-t", str(args.threads), "-o", "json", "-r", "1"]
+    command = [
+        str(find_tool("llama-bench")),
+        "-m",
+        str(model),
+        "-t",
+        str(args.threads),
+        "-o",
+        "json",
+        "-r",
+        "1",
+    ]
     command += ["-p", str(args.prefill), "-n", str(args.decode)]
     out = folder / "out.json"
     if options is None:
@@ -131,7 +141,9 @@ def table(measured: dict[str, Runs]) -> list[str]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--prefill", type=int, default=256)

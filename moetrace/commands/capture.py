@@ -30,7 +30,9 @@ class Capture:
         add_option(parser, "-b", "--batch-size", type=int, default=2048, metavar="N", help="logical batch")
         add_option(parser, "-ub", "--ubatch-size", type=int, default=512, metavar="N", help="physical batch")
         add_option(parser, "-t", "--threads", type=int, metavar="N", help="threads")
-        add_option(parser, "-ngl", "--gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPU")
+        add_option(
+            parser, "-ngl", "--gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPU"
+        )
         add_option(parser, "--temp", type=float, default=0.0, metavar="T", help="temperature; 0 is greedy")
         add_option(parser, "-s", "--seed", type=int, default=0, metavar="N", help="seed of the sampling")
         add_option(

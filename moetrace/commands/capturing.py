@@ -33,8 +33,12 @@ def add_capture_options(parser: argparse.ArgumentParser) -> None:
         default="block",
         help="when the trace cannot be written fast enough: wait, lose the newest rows, or the oldest",
     )
-    add_option(group, "--ring-size", metavar="SIZE", default="16MiB", help="memory of the ring of each context")
-    add_option(group, "--block-ms", metavar="N", type=int, default=10_000, help="longest wait of --on-full block")
+    add_option(
+        group, "--ring-size", metavar="SIZE", default="16MiB", help="memory of the ring of each context"
+    )
+    add_option(
+        group, "--block-ms", metavar="N", type=int, default=10_000, help="longest wait of --on-full block"
+    )
 
 
 def capture_options(args: argparse.Namespace, *, paused: bool = False) -> CaptureOptions:

@@ -17,7 +17,11 @@ _NEEDED = (
 )
 _USEFUL = {
     ("llama_process", "llama_decode"): "tokens have no sequence",
-    ("llama_memory_seq_rm", "llama_kv_self_seq_rm", "llama_kv_cache_seq_rm"): "requests are told apart by position only",
+    (
+        "llama_memory_seq_rm",
+        "llama_kv_self_seq_rm",
+        "llama_kv_cache_seq_rm",
+    ): "requests are told apart by position only",
     ("llama_set_sampler",): "requests that continue each other in a slot may be taken for one",
 }
 
@@ -25,7 +29,7 @@ _USEFUL = {
 class Doctor:
     """Say whether a llama.cpp program can be traced, before any model is loaded.
 
-      moetrace doctor -- llama-server
+    moetrace doctor -- llama-server
     """
 
     passthrough = True

@@ -33,11 +33,17 @@ class Drive:
         """Add the options."""
         add_option(parser, "-f", "--file", required=True, metavar="FILE", help="prompts, JSON lines")
         add_option(parser, "--url", default="http://127.0.0.1:8080", help="the server")
-        add_option(parser, "--trace", metavar="T.moet", help="the trace that moetrace run writes; gets the labels")
-        add_option(parser, "-np", "--parallel", type=int, metavar="N", help="prompts at once; default: all slots")
+        add_option(
+            parser, "--trace", metavar="T.moet", help="the trace that moetrace run writes; gets the labels"
+        )
+        add_option(
+            parser, "-np", "--parallel", type=int, metavar="N", help="prompts at once; default: all slots"
+        )
         add_option(parser, "-n", "--n-predict", type=int, default=128, metavar="N", help="tokens to generate")
         add_option(parser, "--api-key", metavar="KEY", help="of llama-server --api-key")
-        add_option(parser, "--timeout", type=float, default=600.0, metavar="S", help="seconds to wait for an answer")
+        add_option(
+            parser, "--timeout", type=float, default=600.0, metavar="S", help="seconds to wait for an answer"
+        )
         add_option(parser, "-q", "--quiet", action="store_true", help="do not print the answers")
 
     def run(self, args: argparse.Namespace) -> int:

@@ -27,7 +27,9 @@ class Run:
         """Add the options."""
         add_option(parser, "-o", "--output", metavar="T.moet", help="the trace to write")
         add_option(parser, "--force", action="store_true", help="replace the trace if it exists")
-        add_option(parser, "--paused", action="store_true", help="begin without recording; see moetrace start")
+        add_option(
+            parser, "--paused", action="store_true", help="begin without recording; see moetrace start"
+        )
         add_option(parser, "-q", "--quiet", action="store_true", help="print nothing but errors and loss")
         add_capture_options(parser)
 

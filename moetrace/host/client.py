@@ -171,7 +171,9 @@ def drive(
             if i is None:
                 return
             try:
-                answers[i] = answer = _ask(client, prompts[i], slot, n_predict, settings or {"temperature": 0.0})
+                answers[i] = answer = _ask(
+                    client, prompts[i], slot, n_predict, settings or {"temperature": 0.0}
+                )
             except BaseException:
                 failed.set()
                 raise

@@ -151,7 +151,9 @@ class Drain:
         except MoetraceError as e:
             self.error = e
         except Exception as e:  # a bug in the drain must be loud, and must not end the host's run
-            self.error = MoetraceError(f"draining failed: {type(e).__name__}: {e}", fix="`moetrace recover` the trace")
+            self.error = MoetraceError(
+                f"draining failed: {type(e).__name__}: {e}", fix="`moetrace recover` the trace"
+            )
         if self.error is not None and self._on_error is not None:
             self._on_error(self.error)
 

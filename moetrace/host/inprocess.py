@@ -126,7 +126,9 @@ class Generator:
         for job in sorted(running.values(), key=lambda job: job.n_left > 0):
             if job.n_left == 0:
                 outputs.append((len(entries), job))
-                entries.append((job.generated[-1], len(job.tokens) + len(job.generated) - 1, job.sequence, True))
+                entries.append(
+                    (job.generated[-1], len(job.tokens) + len(job.generated) - 1, job.sequence, True)
+                )
                 continue
             for _ in range(min(job.n_left, self._model.n_batch - len(entries))):
                 last = job.n_left == 1
@@ -237,7 +239,9 @@ def capture(
     if not Path(model).is_file():
         raise MoetraceError(f"there is no model {os.fspath(model)}", fix="check the path")
     llama.tracer()  # before anything imports llama_cpp
-    folder = Path(output) if output is not None else Path(tempfile.mkdtemp(prefix="moetrace-")) / "capture.moet"
+    folder = (
+        Path(output) if output is not None else Path(tempfile.mkdtemp(prefix="moetrace-")) / "capture.moet"
+    )
     trace = TraceWriter(folder, command=["moetrace", "capture"], model_path=str(model), force=force)
     done = 0
 

@@ -75,7 +75,9 @@ def _llama_cpp() -> Any:
             fix="install the pinned runtime with `llama.cpp/install.sh`",
         ) from e
     except (OSError, RuntimeError) as e:
-        raise RuntimeMissingError("llama-cpp-python cannot load llama.cpp", why=str(e), fix="reinstall it") from e
+        raise RuntimeMissingError(
+            "llama-cpp-python cannot load llama.cpp", why=str(e), fix="reinstall it"
+        ) from e
     return api
 
 
@@ -143,7 +145,9 @@ class Llama:
         if not self._ctx:
             self.close()
             raise MoetraceError(
-                "llama.cpp cannot make a context", why="too little memory, or impossible sizes", fix="lower -c"
+                "llama.cpp cannot make a context",
+                why="too little memory, or impossible sizes",
+                fix="lower -c",
             )
         self._vocab = api.llama_model_get_vocab(self._model)
         self._batch = api.llama_batch_init(n_batch, 0, 1)

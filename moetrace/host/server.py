@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -17,8 +18,8 @@ from typing import IO, Any
 from moetrace.errors import MoetraceError, RuntimeMissingError
 from moetrace.host.client import ServerClient
 from moetrace.host.drain import Drain
-from moetrace.host.options import CaptureOptions
 from moetrace.host.model import store_vocabulary
+from moetrace.host.options import CaptureOptions
 from moetrace.host.runtime import find_tool, loaded_libraries, preload_environment
 from moetrace.trace.labels import append_labels
 from moetrace.trace.trace import Trace, open_trace
@@ -69,7 +70,9 @@ class TracedProcess:
         except OSError as e:
             self.drain.stop()
             self.trace.close(state="closed")
-            raise RuntimeMissingError(f"cannot start {program}", why=str(e), fix="check the program's path") from e
+            raise RuntimeMissingError(
+                f"cannot start {program}", why=str(e), fix="check the program's path"
+            ) from e
 
     def wait(self) -> int:
         """Wait for the program; signals that reach us are passed on. Gives its exit code, 128 + n for signal n."""
@@ -134,7 +137,7 @@ class TracedProcess:
 
 def model_argument(command: Sequence[str]) -> str | None:
     """Give the model file that llama.cpp's arguments name, if they do."""
-    for flag, value in zip(command, command[1:], strict=False):
+    for flag, value in itertools.pairwise(command):
         if flag in ("-m", "--model"):
             return value
     for argument in command:

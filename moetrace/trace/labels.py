@@ -126,7 +126,10 @@ def resolve_labels(lines: Iterable[LabelLine], requests: Columns) -> dict[int, d
             labels.setdefault(line.request, {}).update(line.keys)
         elif line.sequence in by_sequence:
             starts, numbers = by_sequence[line.sequence]
-            first, last = np.searchsorted(starts, line.from_ns), np.searchsorted(starts, line.to_ns, side="right")
+            first, last = (
+                np.searchsorted(starts, line.from_ns),
+                np.searchsorted(starts, line.to_ns, side="right"),
+            )
             for number in numbers[first:last].tolist():
                 labels.setdefault(number, {}).update(line.keys)
     return labels

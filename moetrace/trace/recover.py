@@ -299,7 +299,10 @@ def _recover_attention(context: ContextStore, records: NDArray[np.void] | None, 
         index, values = AttentionAssembler().feed(records)
         stored = Table(context.path / "attention")
         known = set(zip(stored["serial"].tolist(), stored["layer"].tolist(), strict=True))
-        fresh = np.array([key not in known for key in zip(index["serial"].tolist(), index["layer"].tolist(), strict=True)], bool)
+        fresh = np.array(
+            [key not in known for key in zip(index["serial"].tolist(), index["layer"].tolist(), strict=True)],
+            bool,
+        )
         sizes = index["n_heads"].astype(np.int64) * index["n_keys"]
         values = {"value": values["value"][np.repeat(fresh, sizes)]}
         index = {name: column[fresh] for name, column in index.items()}

@@ -23,6 +23,7 @@ from moetrace.trace.rows import EVENT_COLUMNS, Columns, Layout, events_from_reco
 from moetrace.trace.storage import disk_error
 from moetrace.trace.store import FORMAT, META_NAME, VERSION
 
+
 class ContextWriter:
     """The tables of one llama context.
 
@@ -30,7 +31,9 @@ class ContextWriter:
     Nothing counts until :meth:`seal`.
     """
 
-    def __init__(self, path: Path, index: int, layout: Layout, meta: Mapping[str, Any], trace: TraceWriter) -> None:
+    def __init__(
+        self, path: Path, index: int, layout: Layout, meta: Mapping[str, Any], trace: TraceWriter
+    ) -> None:
         self.path = path
         self.layout = layout
         self.meta = dict(meta)
@@ -225,10 +228,13 @@ def _make_room(path: Path, *, force: bool) -> None:
         return
     if path.is_symlink() or not is_trace(path):
         raise MoetraceError(
-            f"{path} exists and is not a moetrace trace", fix="choose another name with -o; it is never overwritten"
+            f"{path} exists and is not a moetrace trace",
+            fix="choose another name with -o; it is never overwritten",
         )
     if not force:
-        raise MoetraceError(f"the trace {path} exists", fix="choose another name with -o, or replace it with --force")
+        raise MoetraceError(
+            f"the trace {path} exists", fix="choose another name with -o, or replace it with --force"
+        )
     try:
         shutil.rmtree(path)
     except OSError as e:

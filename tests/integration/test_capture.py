@@ -52,7 +52,9 @@ def router_traces(runtime, model_file, tmp_path_factory):
                 else:
                     options, items = ["-np", "3", "-ub", "64"], prompts
                 path = folder / f"{name}-{collector}.moet"
-                capture(model_file(name), path, items, "--collector", collector, "--capture", ROUTER, *options)
+                capture(
+                    model_file(name), path, items, "--collector", collector, "--capture", ROUTER, *options
+                )
             made[name] = (folder / f"{name}-tap.moet", folder / f"{name}-callback.moet")
         return made[name]
 
@@ -157,7 +159,9 @@ def test_chosen_layers_only(runtime, model_file, tmp_path):
     assert list(trace.layers) == [1, 3]
     whole = tmp_path / "whole.moet"
     capture(model_file("gpt-oss"), whole, [{"prompt": TEXT}])
-    np.testing.assert_array_equal(np.asarray(trace.experts), np.asarray(moetrace.open(whole).experts)[:, [1, 3]])
+    np.testing.assert_array_equal(
+        np.asarray(trace.experts), np.asarray(moetrace.open(whole).experts)[:, [1, 3]]
+    )
 
 
 def test_named_tensors(runtime, model_file, tmp_path):
@@ -177,7 +181,9 @@ def test_named_tensors(runtime, model_file, tmp_path):
     assert np.isnan(last[~is_output]).all()
     # an RMS norm has a mean square of one: these are that tensor's values, not some others'
     norm = np.asarray(trace.column("tensor.attn_norm-1"))
-    weight = {t.name: t.data for t in gguf.GGUFReader(model_file("qwen3moe")).tensors}["blk.1.attn_norm.weight"]
+    weight = {t.name: t.data for t in gguf.GGUFReader(model_file("qwen3moe")).tensors}[
+        "blk.1.attn_norm.weight"
+    ]
     expected = out / np.sqrt(np.mean(out.astype(np.float64) ** 2, axis=1, keepdims=True) + 1e-6) * weight
     np.testing.assert_allclose(norm, expected, rtol=1e-3, atol=1e-4)
     assert error
@@ -190,7 +196,9 @@ def test_quantised_experts(quantization, runtime, model_file, tmp_path):
     traces = []
     for collector in ("tap", "callback"):
         path = tmp_path / f"{collector}.moet"
-        capture(model, path, [{"prompt": TEXT, "n_predict": 4}], "--collector", collector, "--capture", ROUTER)
+        capture(
+            model, path, [{"prompt": TEXT, "n_predict": 4}], "--collector", collector, "--capture", ROUTER
+        )
         traces.append(moetrace.open(path))
     for column in set(traces[0].column_names) - {"time_ns"}:
         assert traces[0].column(column).tobytes() == traces[1].column(column).tobytes()

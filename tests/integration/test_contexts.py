@@ -142,7 +142,11 @@ def test_a_conversation_in_one_slot(serving, tmp_path):
         for turn in range(4):
             prompt = Prompt(id=str(turn), tokens=tuple(tokens), n_predict=6)
             answers += drive(server.client, [prompt], settings=GREEDY)
-            tokens = [*tokens, *answers[-1].tokens, *server.client.tokenize(f" turn {turn}", add_special=False)]
+            tokens = [
+                *tokens,
+                *answers[-1].tokens,
+                *server.client.tokenize(f" turn {turn}", add_special=False),
+            ]
         server.label([answer.label_line() for answer in answers])
     trace = moetrace.open(tmp_path / "t.moet")
     check_identity(trace, answers)

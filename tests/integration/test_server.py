@@ -18,7 +18,7 @@ import moetrace
 from moetrace.host.client import Answer, ServerClient, drive
 from moetrace.host.prompts import Prompt
 from moetrace.host.server import free_port
-from moetrace.trace.record import RowFlag, State
+from moetrace.trace.record import RowFlag
 from moetrace.trace.verify import verify
 
 pytestmark = pytest.mark.runtime
@@ -34,7 +34,9 @@ def prompts_of_mixed_length(n: int, seed: int = 0) -> list[Prompt]:
         text = "The same beginning. " * (i % 3) + TEXT[start : start + length]
         if i % 4 == 3:
             text = "Exactly the same prompt in several slots at once."
-        prompts.append(Prompt(id=f"p{i}", text=text, label="abc"[i % 3], n_predict=int(random.integers(1, 20))))
+        prompts.append(
+            Prompt(id=f"p{i}", text=text, label="abc"[i % 3], n_predict=int(random.integers(1, 20)))
+        )
     return prompts
 
 
@@ -73,7 +75,11 @@ def test_every_row_belongs_to_its_request(name, cache, collector, runtime, model
     arguments = ["-np", "4", "-c", "8192", "-ub", "32", "-t", "1", cache]
     path = tmp_path / "t.moet"
     with moetrace.serve(
-        model_file(name), output=path, arguments=arguments, collector=collector, program=str(runtime.tool("llama-server"))
+        model_file(name),
+        output=path,
+        arguments=arguments,
+        collector=collector,
+        program=str(runtime.tool("llama-server")),
     ) as server:
         answers = drive(server.client, prompts)
         server.label([answer.label_line() for answer in answers])
@@ -180,14 +186,30 @@ def test_pausing_and_resuming_a_live_server(runtime, model_file, tmp_path):
     n_paused = sum(len(a.prompt_tokens) - a.cached + len(a.tokens) - 1 for a in answers)
     assert trace.counters["rows_paused"] >= n_paused  # and llama.cpp's own trial batches
     assert verify(path).exit_code == 0
-    ended = subprocess.run([sys.executable, "-m", "moetrace", "status", path], capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-m", "moetrace", "status", path], capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 1
     assert "fix:" in ended.stderr
 
 
-def start_run(runtime, model: Path, path: Path, *options: str) -> tuple[subprocess.Popen[bytes], ServerClient]:
+def start_run(
+    runtime, model: Path, path: Path, *options: str
+) -> tuple[subprocess.Popen[bytes], ServerClient]:
     port = free_port()
-    server = [runtime.tool("llama-server"), "-m", model, "--port", str(port), "-np", "2", "-c", "2048", "-t", "1"]
+    server = [
+        runtime.tool("llama-server"),
+        "-m",
+        model,
+        "--port",
+        str(port),
+        "-np",
+        "2",
+        "-c",
+        "2048",
+        "-t",
+        "1",
+    ]
     command = [sys.executable, "-m", "moetrace", "run", "-o", path, *options, "--", *server]
     with path.with_suffix(".err").open("wb") as error:
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=error, start_new_session=True)
@@ -244,7 +266,9 @@ def test_killing_moetrace_leaves_the_server_serving(runtime, model_file, tmp_pat
     finally:
         os.kill(server, signal.SIGTERM)
     deadline = time.monotonic() + 30
-    while Path(f"/proc/{server}/status").exists() and "zombie" not in Path(f"/proc/{server}/status").read_text():
+    while (
+        Path(f"/proc/{server}/status").exists() and "zombie" not in Path(f"/proc/{server}/status").read_text()
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     recover = subprocess.run(

@@ -39,14 +39,18 @@ def text_file(tmp_path):
 
 
 @pytest.mark.parametrize("collector", ["tap", "callback"])
-@pytest.mark.parametrize("name", ["gpt-oss", "qwen3moe", "olmoe", "deepseek2-v3", "deepseek2-v2-fused", "qwen3moe-300"])
+@pytest.mark.parametrize(
+    "name", ["gpt-oss", "qwen3moe", "olmoe", "deepseek2-v3", "deepseek2-v2-fused", "qwen3moe-300"]
+)
 def test_counts_equal_those_of_imatrix(name, collector, runtime, model_file, text_file, tmp_path):
     """imatrix installs a callback of its own, which must go on working, and counts every expert's rows."""
     path, out = tmp_path / "t.moet", tmp_path / "out.gguf"
     arguments = ["-m", model_file(name), "-f", text_file, "-o", out, "-c", "256", "-t", "1", "--no-ppl"]
     traced(path, runtime.tool("llama-imatrix"), *arguments, collector=collector)
     stored = {tensor.name: np.asarray(tensor.data) for tensor in gguf.GGUFReader(out).tensors}
-    counts = {name.removesuffix(".counts"): c.ravel() for name, c in stored.items() if name.endswith(".counts")}
+    counts = {
+        name.removesuffix(".counts"): c.ravel() for name, c in stored.items() if name.endswith(".counts")
+    }
     experts_counted = {name: c for name, c in counts.items() if "_exps" in name}
     trace = moetrace.open(path)
     ours = np.asarray(trace.experts)
@@ -74,7 +78,9 @@ def test_perplexity(runtime, model_file, text_file, tmp_path):
     command = [runtime.tool("llama-perplexity"), *arguments]
     plain = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     result = traced(tmp_path / "t.moet", *command)
-    final = [line for line in plain.stderr.splitlines() + plain.stdout.splitlines() if "Final estimate" in line]
+    final = [
+        line for line in plain.stderr.splitlines() + plain.stdout.splitlines() if "Final estimate" in line
+    ]
     assert final
     assert final[0].split("Final")[1] in result.stderr + result.stdout
     trace = moetrace.open(tmp_path / "t.moet")
