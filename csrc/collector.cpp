@@ -144,6 +144,9 @@ void row_layout::make(const model_shape & shape, const config & cfg) {
         add("tensor." + name, "<f4", { (uint32_t) width }, off_tensors.back());
     }
 
+    if (cfg.channels & CHANNEL_ATTENTION) {
+        add("attention", "<f4", { ATTENTION_PIECE }, off_attention);
+    }
     stride = ring_fields_layout(fields);
     for (size_t i = 0; i < fields.size(); i++) {
         *offsets[i] = fields[i].offset;
@@ -174,6 +177,19 @@ int row_layout::layer_index(int layer) const {
 // graph_sources
 //
 
+static bool is_row_contiguous(const ggml_abi & abi, const row_source & source) {
+    const int64_t * ne = abi.ne(source.t);
+    const size_t *  nb = abi.nb(source.t);
+    size_t expected = 4;
+    for (int d = 0; d < source.row_dim && d < 4; d++) {
+        if (ne[d] != 1 && nb[d] != expected) {
+            return false;
+        }
+        expected *= (size_t) ne[d];
+    }
+    return true;
+}
+
 void graph_sources::make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & moe, const row_layout & layout, const config & cfg) {
     *this = {};
     const uint32_t K = (uint32_t) layout.k_max;
@@ -191,14 +207,14 @@ void graph_sources::make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & 
                 return;
             }
             row_source source;
-            source.t       = t;
-            source.ask     = ask;
-            source.is_ids  = is_ids;
-            source.index   = index;
-            source.offset  = field + i*row_width*value_bytes;
-            source.width   = (uint32_t) width;
-            source.row_dim = row_dim;
-            source.n_rows  = abi.ne(t)[row_dim];
+            source.t        = t;
+            source.ask      = ask;
+            source.is_ids   = is_ids;
+            source.index    = index;
+            source.n_expert = layer.n_expert;
+            source.offset   = field + i*row_width*value_bytes;
+            source.width    = (uint32_t) width;
+            source.row_dim  = row_dim;
             sources.push_back(source);
         };
         const bool fits = layer.k <= layout.k[i] && layer.n_expert <= layout.n_expert[i];
@@ -235,7 +251,6 @@ void graph_sources::make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & 
             source.ask    = node;
             source.offset = layout.off_tensors[index];
             source.width  = (uint32_t) width;
-            source.n_rows = source.row_dim > 3 ? 1 : abi.ne(node)[source.row_dim];
             sources.push_back(source);
         });
     }
@@ -244,8 +259,19 @@ void graph_sources::make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & 
         return std::less<const ggml_tensor *>()(a.ask, b.ask);
     });
     for (uint32_t s = 0; s < sources.size(); s++) {
-        sources[s].scratch = scratch_bytes;
-        scratch_bytes += (abi.span(sources[s].t) + 63) & ~(size_t) 63;
+        row_source & source = sources[s];
+        const int64_t * ne = abi.ne(source.t);
+        const size_t *  nb = abi.nb(source.t);
+        source.n_rows   = source.row_dim > 3 ? 1 : ne[source.row_dim];
+        source.step     = source.row_dim > 3 ? 0 : nb[source.row_dim];
+        source.element  = (uint32_t) (ne[0] == 1 && source.row_dim > 1 ? nb[1] : nb[0]);
+        source.is_plain = abi.type(source.t) == TYPE_F32 && is_row_contiguous(abi, source);
+        if (abi.is_host(source.t)) {
+            source.base = (const char *) abi.data(source.t);
+        } else {
+            source.scratch = scratch_bytes;
+            scratch_bytes += (abi.span(source.t) + 63) & ~(size_t) 63;
+        }
         if (asks.empty() || asks.back().first != sources[s].ask) {
             asks.emplace_back(sources[s].ask, s);
         }
@@ -306,7 +332,7 @@ static bool ids_copy(const char * src, size_t step, uint32_t k, int n_expert, T 
     return true;
 }
 
-// copies the values of one row, whatever the strides below the row dimension
+// copies the values of one row, whatever its type and its strides below the row dimension
 static void floats_copy(const ggml_abi & abi, const row_source & source, const char * src, float * dst) {
     const int64_t * ne = abi.ne(source.t);
     const size_t *  nb = abi.nb(source.t);
@@ -315,14 +341,8 @@ static void floats_copy(const ggml_abi & abi, const row_source & source, const c
     const int64_t n2 = source.row_dim > 2 ? ne[2] : 1;
     for (int64_t i2 = 0; i2 < n2; i2++) {
         for (int64_t i1 = 0; i1 < n1; i1++) {
-            const char * run = src + (size_t) i2*nb[2] + (size_t) i1*nb[1];
-            if (type == TYPE_F32 && (nb[0] == 4 || ne[0] == 1)) {
-                memcpy(dst, run, (size_t) ne[0]*4);
-                dst += ne[0];
-                continue;
-            }
             for (int64_t i0 = 0; i0 < ne[0]; i0++) {
-                const char * value = run + (size_t) i0*nb[0];
+                const char * value = src + (size_t) i2*nb[2] + (size_t) i1*nb[1] + (size_t) i0*nb[0];
                 switch (type) {
                     case TYPE_F16: *dst++ = half_to_float(*(const uint16_t *) value);   break;
                     case TYPE_I32: *dst++ = (float) *(const int32_t *) value;           break;
@@ -334,32 +354,33 @@ static void floats_copy(const ggml_abi & abi, const row_source & source, const c
 }
 
 void rows_copy(const ggml_abi & abi, const row_source & source, const char * base, const row_layout & layout,
-        const int32_t * out_ids, int64_t n_out_ids, row_block & block) {
-    const size_t step = source.row_dim > 3 ? 0 : abi.nb(source.t)[source.row_dim];
-    const bool   all  = source.n_rows == block.n_rows;
-    if (!all && (!out_ids || n_out_ids != source.n_rows)) {
+        const output_rows & outputs, row_block & block) {
+    const bool all = source.n_rows == block.n_rows;
+    if (!all && (!outputs.ids || outputs.n != source.n_rows)) {
         if (source.index >= 0) {
             rows_mark_lost(layout, source.index, block);
         }
         return;
     }
-    const size_t element = abi.nb(source.t)[0];
     for (int64_t r = 0; r < source.n_rows; r++) {
-        const int64_t row = all ? r : out_ids[r];
+        const int64_t row = all ? r : outputs.ids[r];
         if (row < 0 || row >= block.n_rows) {
             continue;
         }
         uint8_t *    record = block.record((uint32_t) row);
-        const char * src    = base + (size_t) r*step;
+        const char * src    = base + (size_t) r*source.step;
+        uint8_t *    dst    = record + source.offset;
         if (!source.is_ids) {
-            floats_copy(abi, source, src, (float *) (record + source.offset));
+            if (source.is_plain) {
+                memcpy(dst, src, source.width*sizeof(float));
+            } else {
+                floats_copy(abi, source, src, (float *) dst);
+            }
             continue;
         }
-        const int n_expert = layout.n_expert[(size_t) source.index];
-        uint8_t * dst = record + source.offset;
         const bool ok = layout.id_bytes == 1
-            ? ids_copy(src, element, source.width, n_expert, dst)
-            : ids_copy(src, element, source.width, n_expert, (uint16_t *) dst);
+            ? ids_copy(src, source.element, source.width, source.n_expert, dst)
+            : ids_copy(src, source.element, source.width, source.n_expert, (uint16_t *) dst);
         record[layout.off_state + (uint32_t) source.index] = ok ? STATE_PRESENT : STATE_LOST;
         if (!ok) {
             memset(dst, 0xFF, source.width*layout.id_bytes);

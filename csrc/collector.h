@@ -46,7 +46,8 @@ struct row_layout {
     int      n_embd   = 0;
     uint32_t id_bytes = 1;
     uint32_t stride   = 0;
-    uint32_t off_state = 0, off_experts = 0, off_weights = 0, off_logits = 0, off_scores = 0, off_gate_input = 0;
+    uint32_t off_state = 0, off_experts = 0, off_weights = 0, off_logits = 0, off_scores = 0, off_gate_input = 0,
+             off_attention = 0; // a field of attention records only
     std::vector<uint32_t> off_tensors;
     std::vector<uint8_t>  blank; // a record in which nothing was computed
 
@@ -54,17 +55,24 @@ struct row_layout {
     int  layer_index(int layer) const; // -1 if not recorded
 };
 
-// One tensor whose rows are copied into one field.
+// One tensor whose rows are copied into one field. All that copying needs of the tensor is kept here: the tensors
+// lie scattered, and by the end of a graph none of them is in the cache any more.
 struct row_source {
+    const char * base     = nullptr; // its bytes in host memory; nullptr: elsewhere
+    size_t       step     = 0;       // bytes from row to row
+    int64_t      n_rows   = 0;
+    uint32_t     element  = 0;       // bytes from value to value
+    uint32_t     width    = 0;       // values per row
+    uint32_t     offset   = 0;       // of the field within the record
+    int32_t      index    = -1;      // of the layer; -1 for a named tensor
+    int32_t      n_expert = 0;
+    bool         is_ids   = false;
+    bool         is_plain = false;   // rows are contiguous f32
+
     ggml_tensor * t       = nullptr;
     ggml_tensor * ask     = nullptr; // node after which it may be read while the graph runs
-    bool          is_ids  = false;
-    int           index   = -1;      // of the layer; -1 for a named tensor
-    uint32_t      offset  = 0;       // within the record
-    uint32_t      width   = 0;       // values per row
-    int           row_dim = 1;       // which dimension counts rows
-    int64_t       n_rows  = 0;
-    size_t        scratch = 0;       // offset in the readback buffer, if not in host memory
+    int          row_dim  = 1;       // which dimension counts rows
+    size_t       scratch  = 0;       // offset in the readback buffer, if not in host memory
 };
 
 // Everything to read from one graph.
@@ -72,8 +80,9 @@ struct graph_sources {
     std::vector<row_source> sources; // of one ask node: neighbours
     std::vector<std::pair<const ggml_tensor *, uint32_t>> asks; // sorted by address: node -> first source
     std::vector<int>        not_understood; // layer indices whose routing cannot be read
-    size_t scratch_bytes = 0;
+    size_t scratch_bytes = 0; // of the tensors that are not in host memory
 
+    // The graph must be allocated.
     void make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & moe, const row_layout & layout, const config & cfg);
     // index of the first source to read at this node, or -1
     int  find(const ggml_tensor * node) const;
@@ -103,10 +112,16 @@ struct row_block {
     record_head * head(uint32_t row)         { return (record_head *) record(row); }
 };
 
-// Copies a source's rows into the block. `base` holds the tensor's bytes (its strides apply). `out_ids` maps a
-// tensor of fewer rows to the ubatch; without it such rows are marked lost.
+// Where the rows of a tensor that has fewer than the ubatch belong: output row -> ubatch row.
+struct output_rows {
+    const int32_t * ids = nullptr; // nullptr: the graph does not say
+    int64_t n = 0;
+};
+
+// Copies a source's rows into the block. `base` holds the tensor's bytes (its strides apply). Rows that cannot be
+// placed are marked lost.
 void rows_copy(const ggml_abi & abi, const row_source & source, const char * base, const row_layout & layout,
-    const int32_t * out_ids, int64_t n_out_ids, row_block & block);
+    const output_rows & outputs, row_block & block);
 
 void rows_mark_lost(const row_layout & layout, int index, row_block & block);
 

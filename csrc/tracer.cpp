@@ -1,5 +1,6 @@
 #include "tracer.h"
 
+#include "attention.h"
 #include "batch-watch.h"
 #include "collector.h"
 #include "config.h"
@@ -67,8 +68,18 @@ struct graph_trace {
     ggml_cgraph * graph = nullptr;
     moe_graph     moe;
     graph_sources sources;
+    std::vector<attention_source> attention;
     bool          warmup = false;
     const void *  bound_to = nullptr; // the context whose layout the sources fit
+
+    const attention_source * attention_at(const ggml_tensor * t) const {
+        for (const auto & source : attention) {
+            if (source.probs == t) {
+                return &source;
+            }
+        }
+        return nullptr;
+    }
 };
 
 struct context_trace;
@@ -81,6 +92,8 @@ struct sched_trace {
     bool             user_aborted  = false; // the host's callback stopped the graph
     bool             user_asked    = false;
     bool             chained       = false; // our callback is installed
+    uint64_t         prepare_ns    = 0;     // spent on reading graphs since the last ubatch
+    uint64_t         setup_ns      = 0;     // spent on opening the ring: once
     model_shape      shape;
     std::vector<std::unique_ptr<graph_trace>> graphs;
 
@@ -115,6 +128,10 @@ struct context_trace {
     uint64_t            counts_early[COUNT_N] = {};
 
     batch_matcher       matcher;
+    kv_cells            cells;
+    attention_row       attention;
+    std::vector<std::vector<int64_t>> cell_idxs; // by group: where the ubatch's keys go
+    std::vector<char>   attention_bytes;
     bool                in_batch = false;
     bool                encode   = false;
     bool                trial    = false; // llama.cpp runs the batch for itself
@@ -124,6 +141,7 @@ struct context_trace {
     uint32_t            n_steps   = 0;
     uint64_t            serial    = 0;
     std::vector<row_identity> identities;
+    output_rows         outputs;
     std::vector<int32_t> tokens, positions, out_ids; // inputs that were not in host memory
 
     // the graph that is being computed
@@ -350,7 +368,7 @@ bool is_trial(const tracer_state & T, const context_trace & c) {
 
 void batch_begin(tracer_state & T, context_trace & c, bool known, bool encode) {
     c.in_batch = known;
-    c.encode   = encode;
+    c.encode   = encode || (T.facts.get_memory && c.model && !c.memory); // no memory: an encoder
     c.trial    = known && is_trial(T, c);
     c.cleared  = false;
     if (known) {
@@ -384,6 +402,11 @@ const char * context_role(const tracer_state & T, const context_trace & c) {
 
 void event_push(context_trace & c, const early_event & e) {
     c.cleared  |= e.code == EVENT_CLEAR;
+    if (e.code == EVENT_SEQ_ADD) {
+        c.cells.shift(e.sequence, e.p0, e.p1, e.arg);
+    } else if (e.code == EVENT_RESTORE) {
+        c.cells.forget();
+    }
     c.launched |= e.code == EVENT_LAUNCH;
     if (!c.ring.is_open()) {
         if (c.state == context_state::waiting && c.early.size() < MAX_EARLY_EVENTS) {
@@ -474,7 +497,18 @@ const int32_t * input_read(const ggml_abi & abi, const ggml_tensor * t, int64_t 
     return buffer.data();
 }
 
-void heads_fill(context_trace & c, const int32_t * tokens, const int32_t * positions, const int32_t * out_ids, int64_t n_out_ids) {
+// which rows of the ubatch are outputs; no ids if the graph does not say, and then all are
+output_rows outputs_read(tracer_state & T, context_trace & c, const graph_trace & g) {
+    static const int32_t none = 0;
+    if (!g.moe.out_ids) {
+        return {};
+    }
+    const int64_t n = T.abi.ne(g.moe.out_ids)[0];
+    const int32_t * ids = n == 0 ? &none : input_read(T.abi, g.moe.out_ids, n, c.out_ids);
+    return { ids, n };
+}
+
+void heads_fill(context_trace & c, const int32_t * tokens, const int32_t * positions) {
     const int64_t now = (int64_t) clock_ns();
     const uint32_t n = c.block.n_rows;
     uint64_t n_unidentified = 0;
@@ -485,18 +519,20 @@ void heads_fill(context_trace & c, const int32_t * tokens, const int32_t * posit
         head->step        = c.n_steps;
         head->batch       = c.n_batches;
         head->token       = tokens ? tokens[row] : -1;
-        head->position    = positions ? positions[row] : -1;
+        // a recurrent model has no position input; the batch had one
+        head->position    = positions ? positions[row] : who.position == batch_entry::UNKNOWN ? -1 : who.position;
         head->sequence    = who.found ? who.sequence : -1;
         head->kind        = RECORD_ROW;
         head->n_sequences = who.n_sequences;
         head->row         = row;
         head->flags       = (who.uncertain ? ROW_SEQUENCE_UNCERTAIN : 0u) | (who.found ? 0u : ROW_UNIDENTIFIED) |
-            (c.encode ? ROW_ENCODE : 0u) | (c.trial ? ROW_TRIAL : 0u) | (out_ids ? 0u : ROW_OUTPUT);
+            (c.encode ? ROW_ENCODE : 0u) | (c.trial ? ROW_TRIAL : 0u) | (c.outputs.ids ? 0u : ROW_OUTPUT);
         n_unidentified += !who.found;
     }
-    for (int64_t i = 0; out_ids && i < n_out_ids; i++) {
-        if (out_ids[i] >= 0 && out_ids[i] < (int32_t) n) {
-            c.block.head((uint32_t) out_ids[i])->flags |= ROW_OUTPUT;
+    for (int64_t i = 0; c.outputs.ids && i < c.outputs.n; i++) {
+        const int32_t row = c.outputs.ids[i];
+        if (row >= 0 && row < (int32_t) n) {
+            c.block.head((uint32_t) row)->flags |= ROW_OUTPUT;
         }
     }
     c.count(COUNT_ROWS_UNIDENTIFIED, n_unidentified);
@@ -507,8 +543,30 @@ void graph_bind(tracer_state & T, sched_trace & s, graph_trace & g) {
     context_trace & c = *s.context;
     g.sources.make(T.abi, g.graph, g.moe, c.layout, T.cfg);
     g.bound_to = &c;
+    g.attention = T.cfg.channels & CHANNEL_ATTENTION ? attention_find(T.abi, g.graph, T.cfg) : std::vector<attention_source>();
     if (c.readback.size() < g.sources.scratch_bytes) {
         c.readback.resize(g.sources.scratch_bytes);
+    }
+}
+
+// which cells of the KV cache the ubatch's keys are written to
+void cells_follow(tracer_state & T, context_trace & c, const graph_trace & g) {
+    const uint32_t n = c.block.n_rows;
+    for (auto & list : c.cell_idxs) {
+        list.clear();
+    }
+    for (const auto & source : g.attention) {
+        if (c.cell_idxs.size() <= (size_t) source.group) {
+            c.cell_idxs.resize((size_t) source.group + 1);
+        }
+        auto & list = c.cell_idxs[(size_t) source.group];
+        if (!list.empty() || !source.k_idxs || T.abi.ne(source.k_idxs)[0] != n || !T.abi.buffer(source.k_idxs)) {
+            continue;
+        }
+        list.resize(n);
+        T.abi.tensor_get(source.k_idxs, list.data(), 0, (size_t) n*8);
+        const int32_t * positions = input_read(T.abi, g.moe.inp_pos, n, c.positions);
+        c.cells.write(source.group, list.data(), positions, c.identities);
     }
 }
 
@@ -526,7 +584,9 @@ bool ubatch_begin(tracer_state & T, sched_trace & s, graph_trace & g) {
         return false;
     }
     if (c.state == context_state::waiting) {
+        const uint64_t start = clock_ns();
         context_open(T, c, s.shape);
+        s.setup_ns = clock_ns() - start;
     }
     if (c.state != context_state::recording) {
         return false;
@@ -563,12 +623,10 @@ bool ubatch_begin(tracer_state & T, sched_trace & s, graph_trace & g) {
         if (c.in_batch) {
             c.matcher.match(tokens, positions, n, c.identities);
         } else {
-            c.identities.assign(n, {});
+            c.identities.assign(n, row_identity());
         }
-        const int64_t n_out = g.moe.out_ids ? T.abi.ne(g.moe.out_ids)[0] : 0;
-        const int32_t * out_ids = g.moe.out_ids && n_out < n ? input_read(T.abi, g.moe.out_ids, n_out, c.out_ids) : nullptr;
-        static const int32_t none = 0;
-        heads_fill(c, tokens, positions, n_out == 0 && g.moe.out_ids ? &none : out_ids, n_out);
+        c.outputs = outputs_read(T, c, g);
+        heads_fill(c, tokens, positions);
         // a vector input leaves stale numbers in the token input
         for (uint32_t row = 0; row < n; row++) {
             if (c.identities[row].vector) {
@@ -580,57 +638,101 @@ bool ubatch_begin(tracer_state & T, sched_trace & s, graph_trace & g) {
     for (int index : g.sources.not_understood) {
         rows_mark_lost(c.layout, index, c.block);
     }
+    if (!g.attention.empty()) {
+        cells_follow(T, c, g);
+    }
     return true;
 }
 
-void source_read(tracer_state & T, context_trace & c, const graph_trace & g, const row_source & source, bool in_readback) {
-    const ggml_abi & abi = T.abi;
-    const char * base;
-    if (in_readback) {
-        base = (const char *) c.readback.data() + source.scratch;
-    } else if (abi.is_host(source.t)) {
-        base = (const char *) abi.data(source.t);
-    } else {
-        const size_t bytes = abi.span(source.t);
-        if (bytes) {
-            abi.tensor_get(source.t, c.readback.data() + source.scratch, 0, bytes);
+// the bytes of a tensor, wherever it is
+const char * tensor_bytes(const ggml_abi & abi, const ggml_tensor * t, std::vector<char> & buffer) {
+    if (!t || abi.is_host(t)) {
+        return t ? (const char *) abi.data(t) : nullptr;
+    }
+    buffer.resize(abi.span(t));
+    abi.tensor_get(t, buffer.data(), 0, buffer.size());
+    return buffer.data();
+}
+
+void attention_push(tracer_state & T, context_trace & c, const attention_source & source) {
+    const char * probs = tensor_bytes(T.abi, source.probs, c.attention_bytes);
+    static thread_local std::vector<char> mask_bytes;
+    const char * mask = tensor_bytes(T.abi, source.mask, mask_bytes);
+    const auto & idxs = c.cell_idxs[(size_t) source.group];
+    record_head * head = (record_head *) c.event_record.data();
+    float * payload = (float *) (c.event_record.data() + c.layout.off_attention);
+    for (uint32_t row = 0; row < c.block.n_rows; row++) {
+        attention_row & a = c.attention;
+        if (!attention_read(T.abi, source, probs, mask, row, row < idxs.size() ? idxs[row] : -1, c.cells, a)) {
+            c.count(COUNT_ATTENTION_LOST);
+            continue;
+        }
+        const uint32_t n = (uint32_t) a.values.size();
+        for (uint32_t at = 0; at < n; at += ATTENTION_PIECE) {
+            const record_head * of_row = c.block.head(row);
+            head->serial      = c.serial + row;
+            head->time_ns     = of_row->time_ns;
+            head->step        = c.n_steps;
+            head->batch       = c.n_batches;
+            head->token       = source.layer;
+            head->position    = a.first_position;
+            head->sequence    = (int32_t) a.n_keys;
+            head->kind        = RECORD_ATTENTION;
+            head->n_sequences = (uint16_t) a.n_head;
+            head->flags       = 0;
+            head->row         = at;
+            head->arg0        = (int32_t) std::min(ATTENTION_PIECE, n - at);
+            head->arg1        = 0;
+            memcpy(payload, a.values.data() + at, (size_t) head->arg0*4);
+            if (!c.ring.push(head)) {
+                c.count(COUNT_ATTENTION_LOST);
+            }
+        }
+    }
+}
+
+// one source, while the graph stands still
+void source_read(tracer_state & T, context_trace & c, const row_source & source) {
+    const char * base = source.base;
+    if (!base) {
+        if (const size_t bytes = T.abi.span(source.t)) {
+            T.abi.tensor_get(source.t, c.readback.data() + source.scratch, 0, bytes);
         }
         base = (const char *) c.readback.data() + source.scratch;
     }
-    const int64_t n_out = g.moe.out_ids ? abi.ne(g.moe.out_ids)[0] : 0;
-    const int32_t * out_ids = input_read(abi, g.moe.out_ids, n_out, c.out_ids);
-    static const int32_t none = 0;
-    rows_copy(abi, source, base, c.layout, n_out == 0 && g.moe.out_ids ? &none : out_ids, n_out, c.block);
+    rows_copy(T.abi, source, base, c.layout, c.outputs, c.block);
 }
 
 // the tap: everything is computed and still there
 void ubatch_read_all(tracer_state & T, sched_trace & s, const graph_trace & g) {
     context_trace & c = *s.context;
     const ggml_abi & abi = T.abi;
-    bool on_device = false;
-    for (const auto & source : g.sources.sources) {
-        if (abi.is_host(source.t)) {
-            continue;
+    const auto & sources = g.sources.sources;
+    if (g.sources.scratch_bytes) {
+        const uint64_t start = clock_ns();
+        for (const auto & source : sources) {
+            const size_t bytes = source.base ? 0 : abi.span(source.t);
+            if (bytes == 0) {
+                continue;
+            }
+            if (ggml_backend * backend = abi.sched_get_tensor_backend(s.sched, abi.root(source.t))) {
+                abi.tensor_get_async(backend, source.t, c.readback.data() + source.scratch, 0, bytes);
+            } else {
+                abi.tensor_get(source.t, c.readback.data() + source.scratch, 0, bytes);
+            }
         }
-        ggml_backend * backend = abi.sched_get_tensor_backend(s.sched, abi.root(source.t));
-        const size_t bytes = abi.span(source.t);
-        if (bytes == 0) {
-            continue;
-        }
-        if (backend) {
-            abi.tensor_get_async(backend, source.t, c.readback.data() + source.scratch, 0, bytes);
-        } else {
-            abi.tensor_get(source.t, c.readback.data() + source.scratch, 0, bytes);
-        }
-        on_device = true;
-    }
-    const uint64_t start = on_device ? clock_ns() : 0;
-    abi.sched_synchronize(s.sched);
-    if (on_device) {
+        abi.sched_synchronize(s.sched);
         c.count(COUNT_SYNC_NS, clock_ns() - start);
+    } else {
+        abi.sched_synchronize(s.sched);
+        // every layer's result lies somewhere else and was written long ago: fetch them all at once
+        for (const auto & source : sources) {
+            __builtin_prefetch(source.base);
+        }
     }
-    for (const auto & source : g.sources.sources) {
-        source_read(T, c, g, source, !abi.is_host(source.t));
+    for (const auto & source : sources) {
+        const char * base = source.base ? source.base : (const char *) c.readback.data() + source.scratch;
+        rows_copy(abi, source, base, c.layout, c.outputs, c.block);
     }
 }
 
@@ -651,17 +753,21 @@ bool callback_trampoline(ggml_tensor * t, bool ask, void * user_data) {
     sched_trace & s = *(sched_trace *) user_data;
     context_trace & c = *s.context;
     const int first = c.running ? c.running->sources.find(t) : -1;
+    const attention_source * attention = c.running ? c.running->attention_at(t) : nullptr;
     if (ask) {
         s.user_asked = s.user_callback && s.user_callback(t, true, s.user_data);
-        return first >= 0 || s.user_asked;
+        return first >= 0 || attention || s.user_asked;
     }
-    if (first >= 0) {
+    if (first >= 0 || attention) {
         const uint64_t start = clock_ns();
         guarded([&] {
             tracer_state & T = tracer();
             const auto & sources = c.running->sources.sources;
-            for (size_t i = (size_t) first; i < sources.size() && sources[i].ask == t; i++) {
-                source_read(T, c, *c.running, sources[i], false);
+            for (size_t i = (size_t) first; first >= 0 && i < sources.size() && sources[i].ask == t; i++) {
+                source_read(T, c, sources[i]);
+            }
+            if (attention) {
+                attention_push(T, c, *attention);
             }
         });
         c.hook_ns += clock_ns() - start;
@@ -712,12 +818,13 @@ void graph_prepare(sched_t sched, ggml_cgraph * graph, bool computed) {
     if (!T.active || !ensure_attached(T)) {
         return;
     }
+    const uint64_t start = clock_ns();
     sched_trace & s = sched_get(T, sched);
     moe_graph moe = moe_graph_read(T.abi, graph);
     outputs_flag(T, moe, graph);
     const bool known = s.shape.learn(T.abi, graph, moe, T.cfg);
     if (!computed) {
-        return;
+        return; // measured once, before anything is served
     }
     graph_trace * g = s.find(graph);
     if (!g) {
@@ -731,6 +838,7 @@ void graph_prepare(sched_t sched, ggml_cgraph * graph, bool computed) {
     }
     g->moe      = std::move(moe);
     g->bound_to = nullptr;
+    s.prepare_ns += clock_ns() - start;
 }
 
 } // namespace
@@ -876,8 +984,9 @@ int sched_on_compute(sched_t sched, ggml_cgraph * graph, compute_fn compute, set
         c.running = nullptr;
     });
     if (recorded) {
-        own_ns += clock_ns() - after + c.hook_ns;
+        own_ns += clock_ns() - after + c.hook_ns + s->prepare_ns - s->setup_ns;
         c.count(COUNT_HOOK_NS, own_ns - (c.ring.waited() - waited));
+        s->prepare_ns = s->setup_ns = 0;
     }
     return status;
 }

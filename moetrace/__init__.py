@@ -1,3 +1,65 @@
-"""moetrace: which experts does this Mixture-of-Experts model really use?"""
+"""Which experts does this Mixture-of-Experts model really use, and what does that mean?
+
+``moetrace.open`` reads a trace, or another program's recording as one; ``moetrace.capture`` and
+``moetrace.serve`` record one. Everything is loaded when first used, so that importing moetrace costs next to
+nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from moetrace.errors import (
+    ChannelMissingError,
+    InputError,
+    MoetraceError,
+    RuntimeMissingError,
+    TraceError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from moetrace.trace.importers import open_source as open  # noqa: A004
+    from moetrace.trace.trace import Trace
+
+    capture: Callable[..., Any]
+    serve: Callable[..., Any]
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ChannelMissingError",
+    "InputError",
+    "MoetraceError",
+    "RuntimeMissingError",
+    "Trace",
+    "TraceError",
+    "UsageError",
+    "__version__",
+    "capture",
+    "open",
+    "serve",
+]
+
+_LAZY = {
+    "Trace": ("moetrace.trace.trace", "Trace"),
+    "open": ("moetrace.trace.importers", "open_source"),
+    "capture": ("moetrace.host.inprocess", "capture"),
+    "serve": ("moetrace.host.server", "serve"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'moetrace' has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

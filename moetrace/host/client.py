@@ -124,6 +124,8 @@ class Answer:
             "to_ns": self.to_ns,
             "id": self.prompt.id,
             "label": self.prompt.label,
+            "prompt": self.prompt.text,
+            "n_generated": len(self.tokens),
             **self.prompt.extra,
         }
 
@@ -169,7 +171,9 @@ def drive(
             if i is None:
                 return
             try:
-                answers[i] = answer = _ask(client, prompts[i], slot, n_predict, settings or {"temperature": 0.0})
+                answers[i] = answer = _ask(
+                    client, prompts[i], slot, n_predict, settings or {"temperature": 0.0}
+                )
             except BaseException:
                 failed.set()
                 raise

@@ -71,7 +71,12 @@ class ContextDrain:
         """Take the rest, seal, write the counters, and delete the ring."""
         while self.step(seal=True):
             pass
-        self.writer.close(self.ring.counters(), self.ring.status)
+        counters = self.ring.counters
+        if self.ring.on_full == OnFull.OVERWRITE:
+            # only the reader knows what it came too late for
+            counters["rows_overwritten"] = counters["rows_committed"] - self.writer.rows.sealed
+            counters["events_overwritten"] = counters["events_committed"] - self.writer.events.sealed
+        self.writer.close(counters, self.ring.status)
         path = self.ring.path
         self.ring.close()
         path.unlink(missing_ok=True)
@@ -146,7 +151,9 @@ class Drain:
         except MoetraceError as e:
             self.error = e
         except Exception as e:  # a bug in the drain must be loud, and must not end the host's run
-            self.error = MoetraceError(f"draining failed: {type(e).__name__}: {e}", fix="`moetrace recover` the trace")
+            self.error = MoetraceError(
+                f"draining failed: {type(e).__name__}: {e}", fix="`moetrace recover` the trace"
+            )
         if self.error is not None and self._on_error is not None:
             self._on_error(self.error)
 

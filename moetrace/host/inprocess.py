@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from moetrace.errors import MoetraceError
 from moetrace.host import llama
 from moetrace.host.drain import Drain
+from moetrace.host.model import store_vocabulary
 from moetrace.host.options import CaptureOptions
 from moetrace.host.prompts import Prompt, read_prompts
-from moetrace.trace.trace import Trace
+from moetrace.trace.labels import append_labels
+from moetrace.trace.trace import Trace, open_trace
 from moetrace.trace.writer import TraceWriter
 
 
@@ -124,7 +126,9 @@ class Generator:
         for job in sorted(running.values(), key=lambda job: job.n_left > 0):
             if job.n_left == 0:
                 outputs.append((len(entries), job))
-                entries.append((job.generated[-1], len(job.tokens) + len(job.generated) - 1, job.sequence, True))
+                entries.append(
+                    (job.generated[-1], len(job.tokens) + len(job.generated) - 1, job.sequence, True)
+                )
                 continue
             for _ in range(min(job.n_left, self._model.n_batch - len(entries))):
                 last = job.n_left == 1
@@ -152,6 +156,8 @@ def _label_line(job: _Job) -> dict[str, Any]:
         "to_ns": time.monotonic_ns(),
         "id": job.prompt.id,
         "label": job.prompt.label,
+        "prompt": job.prompt.text,
+        "n_generated": len(job.generated),
         **job.prompt.extra,
     }
 
@@ -233,13 +239,15 @@ def capture(
     if not Path(model).is_file():
         raise MoetraceError(f"there is no model {os.fspath(model)}", fix="check the path")
     llama.tracer()  # before anything imports llama_cpp
-    folder = Path(output) if output is not None else Path(tempfile.mkdtemp(prefix="moetrace-")) / "capture.moet"
+    folder = (
+        Path(output) if output is not None else Path(tempfile.mkdtemp(prefix="moetrace-")) / "capture.moet"
+    )
     trace = TraceWriter(folder, command=["moetrace", "capture"], model_path=str(model), force=force)
     done = 0
 
     def on_done(line: dict[str, Any]) -> None:
         nonlocal done
-        trace.add_labels([line])
+        append_labels(trace.path, [line])
         done += 1
         if on_progress is not None:
             on_progress(done, len(items))
@@ -270,9 +278,10 @@ def capture(
                 why="it is a dense model, or the tracer does not understand this llama.cpp",
                 fix="use a Mixture-of-Experts model; `moetrace doctor` checks llama.cpp",
             )
+        store_vocabulary(folder, str(model))
     finally:
         trace.close()
-    return Trace(folder)
+    return open_trace(folder)
 
 
 def _context_size(prompts: Sequence[Prompt], n_predict: int, n_parallel: int) -> int:

@@ -75,7 +75,9 @@ def _llama_cpp() -> Any:
             fix="install the pinned runtime with `llama.cpp/install.sh`",
         ) from e
     except (OSError, RuntimeError) as e:
-        raise RuntimeMissingError("llama-cpp-python cannot load llama.cpp", why=str(e), fix="reinstall it") from e
+        raise RuntimeMissingError(
+            "llama-cpp-python cannot load llama.cpp", why=str(e), fix="reinstall it"
+        ) from e
     return api
 
 
@@ -143,7 +145,9 @@ class Llama:
         if not self._ctx:
             self.close()
             raise MoetraceError(
-                "llama.cpp cannot make a context", why="too little memory, or impossible sizes", fix="lower -c"
+                "llama.cpp cannot make a context",
+                why="too little memory, or impossible sizes",
+                fix="lower -c",
             )
         self._vocab = api.llama_model_get_vocab(self._model)
         self._batch = api.llama_batch_init(n_batch, 0, 1)
@@ -155,7 +159,7 @@ class Llama:
         self._decode.argtypes = [api.llama_context_p_ctypes, api.llama_batch]
         self._decode.restype = ctypes.c_int32
         self._seq_rm = getattr(tracer(), "llama_memory_seq_rm")  # noqa: B009
-        self._seq_rm.argtypes = [api.llama_memory_t, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32]
+        self._seq_rm.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32]
         self._seq_rm.restype = ctypes.c_bool
         self._free.argtypes = [api.llama_context_p_ctypes]
         self._free.restype = None

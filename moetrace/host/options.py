@@ -85,7 +85,9 @@ class CaptureOptions:
             ("on-full", self.on_full, ON_FULL),
         ):
             if value not in choices:
-                raise UsageError(f"--{name} {value!r} does not exist", fix=f"choose from {', '.join(choices)}")
+                raise UsageError(
+                    f"--{name} {value!r} does not exist", fix=f"choose from {', '.join(choices)}"
+                )
         if self.ring_size < 1 << 16:
             raise UsageError(f"a ring of {self.ring_size} bytes is too small", fix="give at least 64KiB")
 

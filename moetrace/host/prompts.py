@@ -43,13 +43,13 @@ class Prompt:
 
 def _parse(item: Mapping[str, Any], number: int, where: str) -> Prompt:
     def bad(why: str, fix: str = "") -> InputError:
-        return InputError(f"{where}: not a prompt", why=why, fix=fix or "see `moetrace drive --help` for the keys")
+        return InputError(
+            f"{where}: not a prompt", why=why, fix=fix or "see `moetrace drive --help` for the keys"
+        )
 
     given = [key for key in _KEYS if item.get(key) is not None]
     if len(given) != 1:
-        raise bad(
-            f"it has {' and '.join(given) or 'no input'}", f"give exactly one of {', '.join(_KEYS)}"
-        )
+        raise bad(f"it has {' and '.join(given) or 'no input'}", f"give exactly one of {', '.join(_KEYS)}")
     value = item[given[0]]
     prompt: dict[str, Any] = {}
     if given[0] == "prompt":
@@ -57,8 +57,13 @@ def _parse(item: Mapping[str, Any], number: int, where: str) -> Prompt:
             raise bad("`prompt` is not a string")
         prompt["text"] = value
     elif given[0] == "messages":
-        if not isinstance(value, list) or not value or not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        if (
+            not isinstance(value, list)
+            or not value
+            or not all(
+                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+                for m in value
+            )
         ):
             raise bad("`messages` is not a list of objects with `role` and `content`")
         prompt["messages"] = tuple(value)
@@ -86,13 +91,16 @@ def read_prompts(source: str | os.PathLike[str] | Sequence[str | Mapping[str, An
     if not isinstance(source, (str, os.PathLike)):
         items: Iterable[Any] = source
         return _all(
-            (f"prompt {i}", {"prompt": item} if isinstance(item, str) else item) for i, item in enumerate(items)
+            (f"prompt {i}", {"prompt": item} if isinstance(item, str) else item)
+            for i, item in enumerate(items)
         )
     path = Path(source)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"cannot read the prompts {path}", why=str(e), fix="give a file of JSON lines") from e
+        raise InputError(
+            f"cannot read the prompts {path}", why=str(e), fix="give a file of JSON lines"
+        ) from e
 
     def lines() -> Iterable[tuple[str, Any]]:
         for number, line in enumerate(text.split("\n"), start=1):
@@ -102,7 +110,9 @@ def read_prompts(source: str | os.PathLike[str] | Sequence[str | Mapping[str, An
             try:
                 yield where, json.loads(line)
             except ValueError as e:
-                raise InputError(f"{where}: not JSON", why=str(e), fix="write one JSON object per line") from None
+                raise InputError(
+                    f"{where}: not JSON", why=str(e), fix="write one JSON object per line"
+                ) from None
 
     return _all(lines())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -17,9 +18,11 @@ from typing import IO, Any
 from moetrace.errors import MoetraceError, RuntimeMissingError
 from moetrace.host.client import ServerClient
 from moetrace.host.drain import Drain
+from moetrace.host.model import store_vocabulary
 from moetrace.host.options import CaptureOptions
 from moetrace.host.runtime import find_tool, loaded_libraries, preload_environment
-from moetrace.trace.trace import Trace
+from moetrace.trace.labels import append_labels
+from moetrace.trace.trace import Trace, open_trace
 from moetrace.trace.writer import TraceWriter
 
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -57,7 +60,8 @@ class TracedProcess:
         program = find_tool(command[0])
         self.command = [str(program), *command[1:]]
         environment = preload_environment(os.environ)
-        self.trace = TraceWriter(output, command=command, model_path=model_argument(command), force=force)
+        self._model_path = model_argument(command)
+        self.trace = TraceWriter(output, command=command, model_path=self._model_path, force=force)
         environment.update(options.environment(self.trace.path))
         self.drain = Drain(self.trace)
         self.drain.start()
@@ -66,7 +70,9 @@ class TracedProcess:
         except OSError as e:
             self.drain.stop()
             self.trace.close(state="closed")
-            raise RuntimeMissingError(f"cannot start {program}", why=str(e), fix="check the program's path") from e
+            raise RuntimeMissingError(
+                f"cannot start {program}", why=str(e), fix="check the program's path"
+            ) from e
 
     def wait(self) -> int:
         """Wait for the program; signals that reach us are passed on. Gives its exit code, 128 + n for signal n."""
@@ -89,6 +95,7 @@ class TracedProcess:
         """
         try:
             self.drain.stop()
+            store_vocabulary(self.trace.path, self._model_path)
         except MoetraceError:
             with contextlib.suppress(MoetraceError):
                 self.trace.close(exit_code=exit_code, state="live")
@@ -130,7 +137,7 @@ class TracedProcess:
 
 def model_argument(command: Sequence[str]) -> str | None:
     """Give the model file that llama.cpp's arguments name, if they do."""
-    for flag, value in zip(command, command[1:], strict=False):
+    for flag, value in itertools.pairwise(command):
         if flag in ("-m", "--model"):
             return value
     for argument in command:
@@ -160,11 +167,11 @@ class TracedServer:
     def trace(self) -> Trace:
         """The trace as it stands: everything computed before this call, opened anew each time."""
         self._process.drain.flush()
-        return Trace(self._process.trace.path)
+        return open_trace(self._process.trace.path)
 
     def label(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Append label lines (docs/format.md, labels.jsonl)."""
-        self._process.trace.add_labels(lines)
+        append_labels(self._process.trace.path, lines)
 
     def wait_ready(self, timeout: float) -> None:
         """Wait until the model is loaded.

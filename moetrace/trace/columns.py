@@ -256,7 +256,7 @@ class Damage:
 class Table(Mapping[str, NDArray[Any]]):
     """A table read-only: a mapping from column names to memory-mapped arrays.
 
-    ``table["experts"]`` is a read-only ``np.memmap`` view of the file, opened when first asked for and cut to
+    ``table["experts"]`` is a read-only view of the mapped file, opened when first asked for and cut to
     what the ledger says. Opening a table reads headers and the ledger, never a column.
 
     Parameters
@@ -275,6 +275,9 @@ class Table(Mapping[str, NDArray[Any]]):
         name -> (dtype, shape per row).
     ledger
         The blocks that count, structured array.
+    ledger_damage, ledger_torn
+        What stands behind those blocks in the ledger, if anything; and whether it looks like a write that was
+        cut short, rather than like damage.
     missing_rows
         Rows that the ledger has sealed but whose bytes some column lacks (it was cut short); the table then
         ends at the last block that is whole.
@@ -288,7 +291,7 @@ class Table(Mapping[str, NDArray[Any]]):
 
     def refresh(self) -> None:
         """Look again how long the table is; arrays given out before keep their length."""
-        names, ledger, self.ledger_damage = read_ledger(self.path)
+        names, ledger, self.ledger_damage, self.ledger_torn = read_ledger(self.path)
         self._headers: dict[str, Header] = {}
         whole = sealed = int(ledger["start"][-1] + ledger["rows"][-1]) if len(ledger) else 0
         for name in names:
@@ -330,11 +333,12 @@ class Table(Mapping[str, NDArray[Any]]):
             else:
                 path = column_path(self.path, name)
                 try:
-                    array = np.memmap(path, header.dtype, "r", offset=header.size, shape=shape)
+                    mapped = np.memmap(path, header.dtype, "r", offset=header.size, shape=shape)
                 except (OSError, ValueError) as e:
                     raise TraceError(
                         f"cannot map {path}", why=str(e), fix="run `moetrace verify` on the trace"
                     ) from e
+                array = mapped.view(np.ndarray)  # an ordinary array; its base keeps the map
             array.flags.writeable = False
             self._maps[name] = array
         return self._maps[name]
@@ -349,10 +353,16 @@ class Table(Mapping[str, NDArray[Any]]):
     def __contains__(self, name: object) -> bool:
         return name in self._headers
 
+    def close(self) -> None:
+        """Let go of the maps; arrays given out keep theirs."""
+        self._maps.clear()
+
     def verify(self) -> Iterator[Damage]:
         """Read every byte and compare it with the ledger's checksums; yields what is wrong."""
         if self.ledger_damage:
-            yield Damage(f"{self.path.name}/{LEDGER_NAME}.npy", self.ledger_damage, recoverable=True)
+            yield Damage(
+                f"{self.path.name}/{LEDGER_NAME}.npy", self.ledger_damage, recoverable=self.ledger_torn
+            )
         if self.missing_rows:
             short = [
                 name

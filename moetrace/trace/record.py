@@ -18,6 +18,7 @@ from moetrace.errors import TraceError
 RING_MAGIC = b"MOETRING"
 RING_VERSION_MAJOR = 1
 RING_VERSION_MINOR = 0
+ATTENTION_STRIDE_MIN = 4096
 
 
 class OnFull(IntEnum):
@@ -33,6 +34,7 @@ class RecordKind(IntEnum):
 
     ROW = 0
     EVENT = 1
+    ATTENTION = 2
 
 
 class RowFlag(IntFlag):
@@ -44,6 +46,7 @@ class RowFlag(IntFlag):
     INTERVENED = 1 << 3
     SEQUENCE_UNCERTAIN = 1 << 4
     UNIDENTIFIED = 1 << 5
+    TRIAL = 1 << 6
 
 
 class EventCode(IntEnum):

@@ -13,14 +13,16 @@ The rules, per (context, sequence):
   tail was removed or its position fell back (no shift explains it), and its position is not beyond the last
   one or a row that is no output follows an output.
 - Prefill lasts until the end of the batch that holds the request's first output row; what follows is decode.
-- Rows without a sequence belong to no request and have no phase.
+  A request that begins with an output row on positions copied from another sequence has no prefill.
+- Rows without a sequence, and batches that llama.cpp decodes for itself, belong to no request and have no
+  phase.
 """
 
 from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -61,6 +63,7 @@ REQUEST_TABLE: ColumnSpec = {
 ROW_INPUTS = ("serial", "time_ns", "batch", "position", "sequence", "flags")
 EVENT_INPUTS = ("serial", "code", "sequence", "p0", "p1", "arg")
 
+CHUNK = 1 << 18  # rows looked at together
 _END = 1 << 40  # beyond every position
 
 #: rows of one request that still stand: [first position, last position, rows at each position]
@@ -174,7 +177,9 @@ class RequestAssigner:
         """
         n = len(rows["serial"])
         serial = np.asarray(rows["serial"]).astype(np.int64)
-        sequence = np.asarray(rows["sequence"])
+        # what llama.cpp decodes for itself belongs to no request
+        trial = (np.asarray(rows["flags"]) & RowFlag.TRIAL) != 0
+        sequence = np.where(trial, -1, rows["sequence"])
         columns = {name: np.asarray(rows[name]) for name in ROW_INPUTS}
         missing = serial - np.arange(self._n_rows, self._n_rows + n)
         happened = self._happened(events, serial)
@@ -290,7 +295,8 @@ class RequestAssigner:
             return  # names no position
         if code == EventCode.LAUNCH:
             self._end(state, keep_waiting=not state.emptied)
-            state.missing = event.missing
+            if event.sequence >= 0:
+                state.missing = event.missing
         elif code in (EventCode.CLEAR, EventCode.SEQ_KEEP) or (
             code == EventCode.SEQ_RM and p0 == 0 and p1 == _END
         ):
@@ -365,6 +371,9 @@ class RequestAssigner:
             state.request = _Request(
                 state.number, int(data.serial[a]), int(data.time_ns[a]), n_cached=-1 if unknown else first
             )
+            if state.copied and first > 0 and data.output[a]:
+                # its prompt was computed in another sequence, and it begins with what was sampled there
+                state.request.first_output_batch = int(data.batch[a]) - 1
             self._begun.append(state.request)
         else:
             assert state.request is not None
@@ -457,3 +466,55 @@ def _map(runs: list[_Run], p0: int, p1: int, moved: Callable[[int], int | None])
         if last >= p1:
             result.append([max(first, p1), last, n])
     return result
+
+
+def allot_again(request: NDArray[Any]) -> Callable[[], int]:
+    """Allot a stored column ``request``'s numbers again, for :func:`replay`; then the ones after them."""
+    stored = _first_seen(request)
+    last = -1
+
+    def allot() -> int:
+        nonlocal last
+        number = next(stored, None)
+        if number is None:
+            number = last + 1
+        last = max(last, number)
+        return number
+
+    return allot
+
+
+def _first_seen(request: NDArray[Any]) -> Iterator[int]:
+    """Give the numbers in the order of their first rows."""
+    seen: set[int] = set()
+    for start in range(0, len(request), CHUNK):
+        values, first = np.unique(request[start : start + CHUNK], return_index=True)
+        for number in values[np.argsort(first)].tolist():
+            if number >= 0 and number not in seen:
+                seen.add(number)
+                yield number
+
+
+def replay(
+    assigner: RequestAssigner, rows: Mapping[str, NDArray[Any]], events: Mapping[str, NDArray[Any]]
+) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.uint8]]]:
+    """Feed a whole table of rows and its events to an assigner, a piece at a time.
+
+    Yields the first row of each piece, and what :meth:`RequestAssigner.feed` gave for it.
+    """
+    n, n_events = len(rows["serial"]), len(events["serial"])
+    start = fed = 0
+    while start < n or fed < n_events:
+        stop = min(start + CHUNK, n)
+        upto = n_events
+        if stop < n:
+            upto = int(np.searchsorted(events["serial"], rows["serial"][stop - 1], side="right"))
+            upto = max(upto, fed)
+        yield (
+            start,
+            *assigner.feed(
+                {name: rows[name][start:stop] for name in ROW_INPUTS},
+                {name: events[name][fed:upto] for name in EVENT_INPUTS},
+            ),
+        )
+        start, fed = stop, upto

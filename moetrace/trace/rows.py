@@ -45,6 +45,9 @@ _EVENT_SOURCES = {"code": "token", "p0": "position", "p1": "arg0", "arg": "arg1"
 #: payload columns with a layer axis, filled where a layer is not present
 LAYER_COLUMNS = ("experts", "weights", "logits", "scores", "gate_input")
 
+#: a field of the ring that only attention records use; it is no column
+ATTENTION_FIELD = "attention"
+
 MAX_LAYERS = 1 << 16
 MAX_EXPERTS = 1 << 16
 
@@ -85,8 +88,9 @@ class Layout:
             return tuple(value)
 
         layers = ints("layers", 0, MAX_LAYERS)
-        n_expert = ints("n_expert", 1, MAX_EXPERTS)
-        n_used = ints("n_expert_used", 1, MAX_EXPERTS)
+        least = 0 if context.get("collector") == "import" else 1  # an import may not know
+        n_expert = ints("n_expert", least, MAX_EXPERTS)
+        n_used = ints("n_expert_used", least, MAX_EXPERTS)
         if not 1 <= len(layers) <= MAX_LAYERS or not len(layers) == len(n_expert) == len(n_used):
             raise _bad("layers, n_expert and n_expert_used differ in length, or are empty")
         if list(layers) != sorted(set(layers)):
@@ -98,7 +102,7 @@ class Layout:
             if not isinstance(raw, list):
                 raise _bad("it lists no fields")
             fields = [_field(f) for f in raw]
-        layout = cls(layers, n_expert, n_used, tuple(fields))
+        layout = cls(layers, n_expert, n_used, tuple(f for f in fields if f.name != ATTENTION_FIELD))
         layout._check()
         return layout
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import platform
 import shutil
@@ -16,14 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrace.errors import MoetraceError, TraceError
+from moetrace.trace.attention import ATTENTION_TABLE, VALUES_TABLE, AttentionAssembler
 from moetrace.trace.columns import TableWriter
 from moetrace.trace.jsonfile import read_json, write_json
 from moetrace.trace.requests import REQUEST_TABLE, RequestAssigner
 from moetrace.trace.rows import EVENT_COLUMNS, Columns, Layout, events_from_records, rows_from_records
 from moetrace.trace.storage import disk_error
-
-FORMAT_NAME = "moetrace-trace"
-FORMAT_VERSION = (1, 0)
+from moetrace.trace.store import FORMAT, META_NAME, VERSION
 
 
 class ContextWriter:
@@ -33,7 +31,9 @@ class ContextWriter:
     Nothing counts until :meth:`seal`.
     """
 
-    def __init__(self, path: Path, index: int, layout: Layout, meta: Mapping[str, Any], trace: TraceWriter) -> None:
+    def __init__(
+        self, path: Path, index: int, layout: Layout, meta: Mapping[str, Any], trace: TraceWriter
+    ) -> None:
         self.path = path
         self.layout = layout
         self.meta = dict(meta)
@@ -41,6 +41,13 @@ class ContextWriter:
         self._assigner = RequestAssigner(index, trace.allot_request)
         self.rows = TableWriter.create(path / "rows", layout.row_columns, fsync=trace.fsync)
         self.events = TableWriter.create(path / "events", EVENT_COLUMNS, fsync=trace.fsync)
+        self.tables = {"events": self.events}
+        self._assembler: AttentionAssembler | None = None
+        if "attention" in meta.get("channels", ()):
+            self._assembler = AttentionAssembler()
+            for name, columns in (("attention_values", VALUES_TABLE), ("attention", ATTENTION_TABLE)):
+                self.tables[name] = TableWriter.create(path / name, columns, fsync=trace.fsync)
+        self.tables["rows"] = self.rows
 
     def append(self, records: NDArray[np.void]) -> int:
         """Append ring records; gives the number of rows among them.
@@ -50,6 +57,10 @@ class ContextWriter:
         records
             Structured array (n,) of the ring's dtype; copied.
         """
+        if self._assembler is not None:
+            index, values = self._assembler.feed(records)
+            self.tables["attention_values"].append(values)
+            self.tables["attention"].append(index)
         return self.append_columns(rows_from_records(records, self.layout), events_from_records(records))
 
     def append_columns(self, rows: Columns, events: Columns) -> int:
@@ -62,8 +73,8 @@ class ContextWriter:
 
     def seal(self) -> int:
         """Seal what was appended; gives the number of rows sealed."""
-        self.events.seal()  # before the rows: an event belongs to the row that follows it
-        return self.rows.seal()
+        # rows last: events and attention that come before a row are sealed when it is
+        return [table.seal() for table in self.tables.values()][-1]
 
     def close(self, counters: Mapping[str, int], status: str = "") -> None:
         """End all requests, seal, and write what is known at the end."""
@@ -72,8 +83,8 @@ class ContextWriter:
         self._trace.seal_requests()
         self.meta.update(counters=dict(counters), status=status)
         write_json(self.path / "context.json", self.meta, fsync=self._trace.fsync)
-        self.rows.close()
-        self.events.close()
+        for table in self.tables.values():
+            table.close()
 
 
 class TraceWriter:
@@ -114,8 +125,8 @@ class TraceWriter:
         self.contexts: list[ContextWriter] = []
         self._request_numbers = itertools.count()
         self._meta: dict[str, Any] = {
-            "format": FORMAT_NAME,
-            "version": list(FORMAT_VERSION),
+            "format": FORMAT,
+            "version": list(VERSION),
             "created_ns": time.time_ns(),
             "moetrace": __version__,
             "command": list(command),
@@ -161,7 +172,6 @@ class TraceWriter:
             "n_expert": list(layout.n_expert),
             "n_expert_used": list(layout.n_expert_used),
             "fields": [{"name": f.name, "dtype": f.dtype, "shape": list(f.shape)} for f in layout.fields],
-            "counters": {},
             "epoch_ns": epoch_ns,
             "status": "",
         }
@@ -171,14 +181,6 @@ class TraceWriter:
         self._meta["contexts"].append(name)
         self._write_meta()
         return context
-
-    def add_labels(self, labels: Sequence[Mapping[str, Any]]) -> None:
-        """Append lines to labels.jsonl; each names its ``request``."""
-        try:
-            with (self.path / "labels.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(dict(line), ensure_ascii=False) + "\n" for line in labels)
-        except OSError as e:
-            raise disk_error(self.path / "labels.jsonl", e) from e
 
     def set_model_path(self, model_path: str) -> None:
         """Record which file the model was read from."""
@@ -198,8 +200,7 @@ class TraceWriter:
         self.seal_requests()
         tables = {"requests": self.requests}
         for context in self.contexts:
-            tables[f"{context.path.name}/rows"] = context.rows
-            tables[f"{context.path.name}/events"] = context.events
+            tables |= {f"{context.path.name}/{name}": table for name, table in context.tables.items()}
         self._meta["tables"] = {
             name: {"rows": len(table), "crc": table.ledger_crc} for name, table in tables.items()
         }
@@ -208,13 +209,13 @@ class TraceWriter:
         self.requests.close()
 
     def _write_meta(self) -> None:
-        write_json(self.path / "meta.json", self._meta, fsync=self.fsync)
+        write_json(self.path / META_NAME, self._meta, fsync=self.fsync)
 
 
 def is_trace(path: Path) -> bool:
     """Whether the folder looks like a trace of ours, whole or not."""
     try:
-        return read_json(path / "meta.json", check=False).get("format") == FORMAT_NAME
+        return read_json(path / META_NAME, check=False).get("format") == FORMAT
     except TraceError:
         return False
 
@@ -227,10 +228,13 @@ def _make_room(path: Path, *, force: bool) -> None:
         return
     if path.is_symlink() or not is_trace(path):
         raise MoetraceError(
-            f"{path} exists and is not a moetrace trace", fix="choose another name with -o; it is never overwritten"
+            f"{path} exists and is not a moetrace trace",
+            fix="choose another name with -o; it is never overwritten",
         )
     if not force:
-        raise MoetraceError(f"the trace {path} exists", fix="choose another name with -o, or replace it with --force")
+        raise MoetraceError(
+            f"the trace {path} exists", fix="choose another name with -o, or replace it with --force"
+        )
     try:
         shutil.rmtree(path)
     except OSError as e:

@@ -73,7 +73,8 @@ class Oracle:
                 continue
             if code == 8:
                 self.end(seq, not seq.emptied)
-                seq.missing = e["serial"] - self.seen
+                if s >= 0:
+                    seq.missing = e["serial"] - self.seen
             elif code in (4, 6) or (code == 1 and p0 == 0 and p1 == END):
                 seq.waiting += len(seq.positions)
                 seq.positions, seq.top, seq.cut, seq.emptied = [], -1, True, True
@@ -105,7 +106,7 @@ class Oracle:
     def row(self, r: dict[str, int]) -> tuple[int, int]:
         missing = r["serial"] - self.seen
         self.seen += 1
-        if r["sequence"] < 0:
+        if r["sequence"] < 0 or r["flags"] & 64:
             return -1, 2
         seq = self.seqs.setdefault(r["sequence"], Seq(r["sequence"]))
         p, output = r["position"], bool(r["flags"] & 1)
@@ -122,6 +123,8 @@ class Oracle:
                 "first_serial": r["serial"], "start_ns": r["time_ns"], "n_cached": cached,
                 "n_prefill": 0, "n_decode": 0, "n_lost": 0, "n_rejected": 0, "n_shifts": 0, "output": None,
             }  # fmt: skip
+            if seq.copied and p > 0 and output:
+                seq.request["output"] = r["batch"] - 1
             self.requests.append(seq.request)
         else:
             assert seq.request is not None

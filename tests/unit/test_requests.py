@@ -25,12 +25,12 @@ class Server:
         self.serial = 0
         self.batch = 0
 
-    def row(self, sequence: int, position: int, output: bool = False) -> None:
+    def row(self, sequence: int, position: int, output: bool = False, trial: bool = False) -> None:
         self.rows.append(
             dict(
                 zip(
                     ROW_INPUTS,
-                    (self.serial, 10 * self.serial, self.batch, position, sequence, int(output)),
+                    (self.serial, 10 * self.serial, self.batch, position, sequence, int(output) + 64 * trial),
                     strict=True,
                 )
             )
@@ -227,6 +227,18 @@ def test_rows_without_sequence() -> None:
     assert assign(s.story) == ([-1], [2], [])
 
 
+def test_what_llama_cpp_computes_for_itself_is_no_request() -> None:
+    s = Server()
+    s.row(0, 0, output=True, trial=True)
+    s.row(0, 1, output=True, trial=True)
+    s.event(EventCode.CLEAR, -1)
+    s.event(EventCode.LAUNCH, 0)
+    s.prompt(0, 0, 2)
+    ids, phases, requests = assign(s.story)
+    assert (ids, phases) == ([-1, -1, 0, 0], [2, 2, 0, 0])
+    assert len(requests) == 1
+
+
 def test_images_that_share_a_position() -> None:
     s = Server()
     s.event(EventCode.LAUNCH, 0)
@@ -261,7 +273,7 @@ def stories(draw: st.DrawFn) -> Story:
         sequence = draw(st.sampled_from([0, 0, 1, 2, -1]))
         if what == "rows":
             for _ in range(draw(st.integers(1, 6))):
-                s.row(sequence, position[sequence], draw(st.booleans()))
+                s.row(sequence, position[sequence], draw(st.booleans()), draw(st.integers(0, 9)) == 0)
                 position[sequence] += draw(st.sampled_from([1, 1, 1, 1, 1, 0, 2]))
                 s.batch += draw(st.sampled_from([0, 0, 1]))
         elif what == "jump":

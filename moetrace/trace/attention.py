@@ -1,0 +1,124 @@
+"""Attention rows: ragged, one per (token, layer), put together from the ring's pieces.
+
+Two tables hold them (docs/format.md): ``attention`` says where each row lies, ``attention_values`` holds the
+values one after the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetrace.trace.record import RecordKind
+from moetrace.trace.rows import ATTENTION_FIELD, Columns, ColumnSpec
+
+#: the table ``attention``
+ATTENTION_TABLE: ColumnSpec = {
+    "serial": ("<u8", ()),
+    "layer": ("<i4", ()),
+    "n_heads": ("<u2", ()),
+    "n_keys": ("<u4", ()),
+    "first_position": ("<i4", ()),
+    "offset": ("<u8", ()),
+}
+#: the table ``attention_values``
+VALUES_TABLE: ColumnSpec = {"value": ("<f4", ())}
+
+
+class AttentionAssembler:
+    """Puts the pieces of attention rows together; a row whose pieces are not all there is left out.
+
+    Parameters
+    ----------
+    offset
+        Values that are stored already.
+    """
+
+    def __init__(self, offset: int = 0) -> None:
+        self._offset = offset
+        self._head: Any = None
+        self._pieces: list[NDArray[np.float32]] = []
+
+    def feed(self, records: NDArray[np.void]) -> tuple[Columns, Columns]:
+        """Take ring records, in order; gives what to append to ``attention`` and to ``attention_values``."""
+        rows: list[tuple[int, ...]] = []
+        values: list[NDArray[np.float32]] = []
+        for record in records[records["kind"] == RecordKind.ATTENTION]:
+            n = int(record["arg0"])
+            if record["row"] == 0:
+                self._head, self._pieces = record, []
+            elif self._head is None or not self._continues(record):
+                self._head = None
+                continue
+            self._pieces.append(record[ATTENTION_FIELD][:n].copy())
+            head = self._head
+            n_heads, n_keys = int(head["n_sequences"]), int(head["sequence"])
+            if sum(map(len, self._pieces)) == n_heads * n_keys:
+                rows.append(
+                    (
+                        int(head["serial"]),
+                        int(head["token"]),
+                        n_heads,
+                        n_keys,
+                        int(head["position"]),
+                        self._offset,
+                    )
+                )
+                values += self._pieces
+                self._offset += n_heads * n_keys
+                self._head = None
+        columns = list(zip(*rows, strict=True)) if rows else [()] * len(ATTENTION_TABLE)
+        table = {
+            name: np.array(column, dtype)
+            for (name, (dtype, _)), column in zip(ATTENTION_TABLE.items(), columns, strict=True)
+        }
+        joined = np.concatenate(values) if values else np.empty(0, "<f4")
+        return table, {"value": joined.astype("<f4", copy=False)}
+
+    def _continues(self, record: Any) -> bool:
+        done = sum(map(len, self._pieces))
+        same = record["serial"] == self._head["serial"] and record["token"] == self._head["token"]
+        return bool(same and record["row"] == done)
+
+
+class Attention:
+    """The attention rows of a context, by (serial of the token's row, layer).
+
+    Parameters
+    ----------
+    index, values
+        The two tables' columns.
+    """
+
+    def __init__(self, index: Columns, values: NDArray[np.float32]) -> None:
+        self._index = index
+        self._values = values
+        key = index["serial"].astype(np.uint64) << np.uint64(16) | index["layer"].astype(np.uint64)
+        self._order = np.argsort(key, kind="stable")
+        self._keys = key[self._order]
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def row(self, serial: int, layer: int) -> tuple[NDArray[np.float32], int] | None:
+        """Give one row, or None if it is not there.
+
+        Returns
+        -------
+        weights : float32 (heads, keys)
+            After the soft-max; a read-only view. A row may sum to less than 1: the rest is an attention sink's.
+        first_position : int
+            Position of the first key; the others follow without a gap. -1: the keys are in the order of the KV
+            cache's cells, their positions are not known.
+        """
+        key = np.uint64(serial << 16 | layer)
+        at = int(np.searchsorted(self._keys, key, side="right")) - 1  # of several the last holds
+        if at < 0 or self._keys[at] != key:
+            return None
+        i = self._order[at]
+        n_heads, n_keys = int(self._index["n_heads"][i]), int(self._index["n_keys"][i])
+        start = int(self._index["offset"][i])
+        weights = self._values[start : start + n_heads * n_keys].reshape(n_heads, n_keys)
+        return weights, int(self._index["first_position"][i])

@@ -1,0 +1,436 @@
+"""Foreign recordings into the tables of a trace."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetrace.errors import InputError, UsageError
+from moetrace.trace.columns import TableWriter
+from moetrace.trace.importers import logs, olmoe, token_json
+from moetrace.trace.importers.counts import COLUMNS, CountTable, read_counts
+from moetrace.trace.importers.source import DECODE, PREFILL, Piece, Shape, Tally, lines, merged
+from moetrace.trace.jsonfile import write_json
+from moetrace.trace.labels import append_labels
+from moetrace.trace.record import Counter
+from moetrace.trace.requests import REQUEST_TABLE
+from moetrace.trace.rows import EVENT_COLUMNS, Layout
+from moetrace.trace.storage import disk_error
+from moetrace.trace.store import CONTEXT_NAME, FORMAT, META_NAME, VERSION, TraceStore
+from moetrace.trace.trace import Trace, open_trace
+
+FORMATS = ("token-json", "expert-log", "gate-log", "olmoe", "counts")
+CONSUMERS = ["ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"]
+BLOCK_BYTES = 32 << 20
+TOKEN_JSON_USED = 4
+"""experts per token, if not given: gpt-oss, of which the published traces are"""
+PREDICTED = "tensor.predicted_token"
+"""float32, exact below 2**24"""
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import made of its source.
+
+    Attributes
+    ----------
+    path
+        The trace.
+    format
+        One of ``FORMATS``.
+    rows, requests
+        How many the trace has.
+    missing
+        What the source does not say: weights always; and of ``experts``, ``token``, ``position``, ``phase``,
+        ``time``, ``n_expert`` those that apply. In the trace they are -1, unknown, or absent.
+    tally
+        What was left out.
+    """
+
+    path: Path
+    format: str
+    rows: int
+    requests: int
+    missing: tuple[str, ...]
+    tally: Tally
+
+
+def detect(source: Path) -> str:
+    """Which of ``FORMATS`` a file or folder has, by its names and first line.
+
+    Raises
+    ------
+    InputError
+        If it does not exist, or has none of them.
+    """
+    if not source.exists():
+        raise InputError(f"{source} does not exist", fix="give a trace, or a recording to read")
+    if token_json.find(source):
+        return "token-json"
+    if source.is_dir():
+        if any(source.glob("*.jsonl")):
+            return "olmoe"
+    else:
+        line, text = next(lines(source), (0, ""))
+        names = [name.strip() for name in text.split(",")]
+        if text.lstrip().startswith("{") and '"exp_ids"' in text:
+            return "olmoe"
+        if text.startswith(f"{logs.GATE},"):
+            return "gate-log"
+        if text.strip() == logs.EXPERT_HEADER or re.fullmatch(r"\d+,\d+( \d+)*", text.strip()):
+            return "expert-log"
+        if set(COLUMNS) <= set(names):
+            return "counts"
+        if line == 0:
+            raise InputError(f"{source} is empty", fix="give a trace, or a recording to read")
+    raise InputError(
+        f"{source} is neither a trace nor a recording that moetrace reads",
+        why=f"it is none of {', '.join(FORMATS)}",
+        fix="name the format with --format; docs/import.md says what each looks like",
+    )
+
+
+def open_source(path: str | PathLike[str], context: str | int | None = None) -> Trace | CountTable:
+    """Open a trace, or read a foreign recording as one.
+
+    A recording is imported into a temporary trace that goes when the object does; ``moetrace import`` keeps
+    it.
+
+    Parameters
+    ----------
+    path
+        A trace's folder, or anything that :func:`detect` knows.
+    context
+        Which llama context of a trace to show; see :func:`moetrace.trace.trace.open_trace`.
+
+    Returns
+    -------
+    Trace
+        Or, for a count table, which has no tokens, a :class:`CountTable`.
+
+    Raises
+    ------
+    TraceError, UsageError
+        As :func:`moetrace.trace.trace.open_trace`.
+    InputError
+        If it is no recording, or malformed: file, line and field.
+    """
+    source = Path(path)
+    if (source / META_NAME).exists():
+        return open_trace(source, context)
+    kind = detect(source)
+    if kind == "counts":
+        return read_counts(source)
+    folder = Path(tempfile.mkdtemp(prefix="moetrace-"))
+    try:
+        trace = open_trace(import_trace(source, folder / f"{source.stem}.moet", format=kind).path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    # what is mapped stays readable after the files are gone
+    weakref.finalize(trace, shutil.rmtree, folder, ignore_errors=True)
+    return trace
+
+
+def import_trace(
+    source: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    format: str | None = None,  # noqa: A002  (the option's name)
+    n_expert: int | None = None,
+    n_expert_used: int | None = None,
+    label: str = "",
+    as_published: bool = False,
+    progress: Progress | None = None,
+) -> Imported:
+    """Write a foreign recording as a trace.
+
+    Parameters
+    ----------
+    source
+        The file or folder.
+    out
+        The trace's folder, made here.
+    format
+        One of ``FORMATS`` but ``counts``; by default :func:`detect` finds it.
+    n_expert
+        Experts of each layer. By default the highest id seen + 1, and ``missing`` says so: an expert beyond
+        it that was never chosen is then unseen, not unused.
+    n_expert_used
+        Experts per token, for ``token-json`` (default 4) and ``expert-log`` (default: the fewest on a line).
+    label
+        Domain of the requests of a log or of OLMoE's lines; by default their own, or the file's name.
+    as_published
+        Keep what published analyses counted: warm-up rows cut to k, and the last layer's records of a prompt
+        given to its last rows. ``import`` in the trace's meta.json tells.
+    progress
+        Called with the rows written so far.
+
+    Raises
+    ------
+    InputError
+        Malformed: file, line and field. No trace is left then.
+    UsageError
+        An unknown format, or a count table, which has no tokens.
+    MoetraceError
+        If ``out`` exists or cannot be written.
+    """
+    source_, out_ = Path(source), Path(out)
+    kind = format or detect(source_)
+    if kind == "counts":
+        raise UsageError(
+            f"{source_} is a count table: it has no tokens and cannot become a trace",
+            fix="read it with moetrace.open(...), which gives its counts by domain, layer and expert",
+        )
+    if kind not in FORMATS:
+        raise UsageError(f"there is no format {kind!r}", fix=f"choose one of: {', '.join(FORMATS)}")
+    shape, pieces, tally = _read(kind, source_, n_expert_used, label, as_published)
+    if n_expert is not None and n_expert < shape.n_expert_seen:
+        raise InputError(
+            f"{source_}: expert_ids: {shape.n_expert_seen - 1} is no expert of {n_expert}",
+            fix=f"give --n-expert {shape.n_expert_seen} or more",
+        )
+    facts = _Facts(kind, source_, shape, n_expert, as_published, predicted=kind == "olmoe")
+    try:
+        out_.mkdir(parents=True)
+    except OSError as e:
+        raise disk_error(out_, e) from e
+    try:
+        n_rows, n_requests = _write(out_, facts, pieces, tally, progress)
+        if n_rows == 0:
+            raise InputError(
+                f"{source_} holds no routing",
+                why=f"all {tally.rows_all_experts} rows are of passes that ran every expert, as llama.cpp's "
+                "warm-up does",
+                fix="to count them all the same, give --as-published",
+            )
+    except BaseException:
+        shutil.rmtree(out_, ignore_errors=True)
+        raise
+    return Imported(out_, kind, n_rows, n_requests, facts.missing, tally)
+
+
+def _read(
+    kind: str, source: Path, n_expert_used: int | None, label: str, as_published: bool
+) -> tuple[Shape, Iterator[Piece], Tally]:
+    tally = Tally()
+    if kind == "token-json":
+        if not token_json.find(source):
+            raise InputError(
+                f"{source} has no token-NNNNN.json", fix="give the folder that holds the domains"
+            )
+        shape = token_json.shape(source, n_expert_used or TOKEN_JSON_USED)
+        return shape, token_json.pieces(source, shape, tally, as_published=as_published), tally
+    if kind == "olmoe":
+        shape = olmoe.shape(source)
+        return shape, olmoe.pieces(source, shape, tally, label=label), tally
+    if kind == "expert-log":
+        shape = logs.expert_shape(source, n_expert_used)
+        return shape, logs.expert_pieces(source, shape, tally, label=label, as_published=as_published), tally
+    shape = logs.gate_shape(source)
+    return shape, logs.gate_pieces(source, shape, tally, label=label, as_published=as_published), tally
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the JSON files of the trace say."""
+
+    kind: str
+    source: Path
+    shape: Shape
+    n_expert: int | None
+    as_published: bool
+    predicted: bool
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        olmoe_, gates = self.kind == "olmoe", self.kind == "gate-log"
+        lacks = {
+            "experts": gates,
+            "weights": True,
+            "token": not olmoe_,
+            "position": not olmoe_,
+            "phase": self.kind in ("expert-log", "gate-log"),
+            "time": self.kind != "token-json",
+            "n_expert": self.n_expert is None,
+        }
+        return tuple(name for name, lacking in lacks.items() if lacking)
+
+    def context(self) -> dict[str, Any]:
+        n_layers, shape = len(self.shape.layers), self.shape
+        n_expert = self.n_expert or shape.n_expert_seen
+        fields: list[dict[str, Any]] = [{"name": "state", "dtype": "|u1", "shape": [n_layers]}]
+        if shape.n_expert_used:
+            dtype = "|u1" if n_expert <= 255 else "<u2"
+            fields.append({"name": "experts", "dtype": dtype, "shape": [n_layers, shape.n_expert_used]})
+        if shape.n_embd:
+            fields.append({"name": "gate_input", "dtype": "<f4", "shape": [n_layers, shape.n_embd]})
+        if self.predicted:
+            fields.append({"name": PREDICTED, "dtype": "<f4", "shape": [1]})
+        return {
+            "name": "ctx0",
+            "role": "main",
+            "pid": 0,
+            "collector": "import",
+            "channels": [f["name"] for f in fields if f["name"] in ("experts", "gate_input")],
+            "model": {"name": "", "architecture": "", "description": "", "n_embd": shape.n_embd},
+            "layers": list(shape.layers),
+            "n_expert": [n_expert] * n_layers,
+            "n_expert_used": [shape.n_expert_used] * n_layers,
+            "consumers": [CONSUMERS] * n_layers,
+            "fields": fields,
+            "epoch_ns": 0,
+            "status": "",
+        }
+
+    def meta(self, tally: Tally) -> dict[str, Any]:
+        from moetrace import __version__
+
+        return {
+            "format": FORMAT,
+            "version": list(VERSION),
+            "created_ns": time.time_ns(),
+            "moetrace": __version__,
+            "command": ["moetrace", "import", fspath(self.source)],
+            "host": "",
+            "state": "live",
+            "contexts": ["ctx0"],
+            "model_path": None,
+            "import": {
+                "format": self.kind,
+                "as_published": self.as_published,
+                "missing": list(self.missing),
+                **asdict(tally),
+            },
+        }
+
+
+@dataclass
+class _Request:
+    """One request while its pieces come."""
+
+    number: int
+    name: str
+    label: str
+    first_serial: int
+    start_ns: int
+    last_serial: int = 0
+    end_ns: int = 0
+    n_prefill: int = 0
+    n_decode: int = 0
+    n_lost: int = 0
+
+
+def _write(
+    out: Path, facts: _Facts, pieces: Iterator[Piece], tally: Tally, progress: Progress | None
+) -> tuple[int, int]:
+    """Write all tables; gives the numbers of rows and requests."""
+    context = facts.context()
+    layout = Layout.from_context(context)
+    n_rows = n_serials = n_requests = n_steps = 0
+    current: _Request | None = None
+    with (
+        TableWriter.create(out / "ctx0" / "rows", layout.row_columns) as rows,
+        TableWriter.create(out / "ctx0" / "events", EVENT_COLUMNS),
+        TableWriter.create(out / "requests", REQUEST_TABLE) as requests,
+    ):
+        row_bytes = sum(
+            np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in layout.row_columns.values()
+        )
+        for piece in merged(pieces, BLOCK_BYTES // 8):
+            n = len(piece.state)
+            if current is None or piece.request != current.name:
+                if current is not None:
+                    _end(requests, current)
+                start = int(piece.time_ns[0])
+                current = _Request(n_requests, piece.request, piece.label, n_serials + piece.skipped, start)
+                append_labels(
+                    out, [{"request": n_requests, "id": piece.request, "label": piece.label, "prompt": None}]
+                )
+                n_requests += 1
+            else:
+                current.n_lost += piece.skipped
+            n_serials += piece.skipped
+            serial = np.arange(n_serials, n_serials + n)
+            # a new ubatch begins where the row does not rise, and with each piece
+            step = n_steps + np.cumsum(np.diff(piece.row, prepend=-1) <= 0)
+            rows.append(_columns(piece, layout, serial, step, current.number))
+            current.last_serial, current.end_ns = int(serial[-1]), int(piece.time_ns[-1])
+            current.n_prefill += int((piece.phase == PREFILL).sum())
+            current.n_decode += int((piece.phase == DECODE).sum())
+            n_rows, n_serials, n_steps = n_rows + n, n_serials + n, int(step[-1]) + 1
+            if rows.unsealed * row_bytes >= BLOCK_BYTES:
+                rows.seal()
+            if progress is not None:
+                progress(n_rows)
+        if current is not None:
+            _end(requests, current)
+        rows.seal()
+        requests.seal()
+    # rows that the source numbers but does not hold count as produced and lost
+    context["counters"] = {counter.name.lower(): 0 for counter in Counter} | {
+        "rows_produced": n_serials,
+        "rows_committed": n_rows,
+        "rows_lost_error": n_serials - n_rows,
+        "rows_warmup": tally.rows_all_experts,
+        "batches": n_steps,
+        "graphs": n_steps,
+    }
+    write_json(out / "ctx0" / CONTEXT_NAME, context)
+    write_json(out / META_NAME, facts.meta(tally))
+    TraceStore(out).close_as("closed", exit_code=0)
+    return n_rows, n_requests
+
+
+def _columns(
+    piece: Piece, layout: Layout, serial: NDArray[np.int64], step: NDArray[np.int64], request: int
+) -> dict[str, NDArray[Any]]:
+    n = len(serial)
+    columns: dict[str, NDArray[Any]] = {
+        "serial": serial,
+        "time_ns": piece.time_ns,
+        "step": step,
+        "batch": step,
+        "token": piece.token,
+        "position": piece.position,
+        "sequence": np.full(n, -1),
+        "n_sequences": np.ones(n),
+        "flags": np.zeros(n),
+        "row": piece.row,
+        "phase": piece.phase,
+        "request": np.full(n, request),
+        "state": piece.state,
+    }
+    if piece.experts is not None:
+        columns["experts"] = np.where(piece.experts < 0, layout.sentinel, piece.experts)
+    if piece.gate_input is not None:
+        columns["gate_input"] = piece.gate_input
+    if PREDICTED in layout.row_columns:
+        known = np.full(n, np.nan) if piece.predicted is None else piece.predicted
+        columns[PREDICTED] = known[:, None]
+    return {name: columns[name].astype(dtype) for name, (dtype, _) in layout.row_columns.items()}
+
+
+def _end(requests: TableWriter, request: _Request) -> None:
+    values = asdict(request) | {
+        "request": request.number,
+        "context": 0,
+        "sequence": -1,
+        "n_cached": -1,
+        "n_rejected": 0,
+        "n_shifts": 0,
+    }
+    requests.append({name: np.array([values[name]], dtype) for name, (dtype, _) in REQUEST_TABLE.items()})

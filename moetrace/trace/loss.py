@@ -1,0 +1,95 @@
+"""Completeness: what became of everything that the model computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moetrace.trace.record import State
+from moetrace.trace.store import ContextStore
+
+_CHUNK = 1 << 16  # rows looked at together
+LOST_COUNTERS = ("rows_lost_full", "rows_lost_error", "rows_overwritten")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What became of everything that the model computed.
+
+    A row is one token's way through the model; an entry is one (token, layer). Exactly:
+    ``rows_produced = rows + rows_lost + rows_waiting``, and
+    ``produced = rows_produced × L = present + not_computed + lost + waiting``.
+
+    Attributes
+    ----------
+    rows_produced
+        Rows that the model computed while recording was on.
+    rows
+        Rows in the trace.
+    rows_lost
+        Rows known to be lost: no room in the ring, overwritten, or unreadable.
+    rows_waiting
+        Rows of a live trace that are not sealed yet. Not known to be lost.
+    produced, present, not_computed, lost, waiting
+        The same in entries. Not computed: llama.cpp left the entry out (the last layer of rows that are no
+        outputs).
+    cached
+        Positions served from the prompt cache: the model did not compute them, they are beside this sum.
+        Requests whose number is unknown add nothing.
+    """
+
+    rows_produced: int
+    rows: int
+    rows_lost: int
+    rows_waiting: int
+    produced: int
+    present: int
+    not_computed: int
+    lost: int
+    waiting: int
+    cached: int
+
+    @property
+    def complete(self) -> bool:
+        """True if nothing is lost and nothing is waiting."""
+        return self.lost == 0 and self.waiting == 0
+
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(*(a + b for a, b in zip(self._values(), other._values(), strict=True)))
+
+    def _values(self) -> list[int]:
+        return [getattr(self, name) for name in self.__dataclass_fields__]
+
+
+def count_loss(context: ContextStore, counters: dict[str, int], cached: int) -> Loss:
+    """Count one context's rows and entries.
+
+    Parameters
+    ----------
+    context
+        Its tables.
+    counters
+        The host's counters by name; without ``rows_produced``, only the table's rows are known of.
+    cached
+        Positions served from the prompt cache.
+    """
+    n_rows, n_layers = context.rows.n_rows, len(context.layout.layers)
+    states = np.zeros(256, np.int64)
+    for start in range(0, n_rows, _CHUNK):
+        states += np.bincount(context.rows["state"][start : start + _CHUNK].ravel(), minlength=256)
+    rows_lost = sum(counters.get(name, 0) for name in LOST_COUNTERS)
+    produced = counters.get("rows_produced", n_rows + rows_lost)
+    waiting = produced - n_rows - rows_lost
+    return Loss(
+        rows_produced=produced,
+        rows=n_rows,
+        rows_lost=rows_lost,
+        rows_waiting=waiting,
+        produced=produced * n_layers,
+        present=int(states[State.PRESENT]),
+        not_computed=int(states[State.NOT_COMPUTED]),
+        lost=int(states[State.LOST]) + rows_lost * n_layers,
+        waiting=waiting * n_layers,
+        cached=cached,
+    )

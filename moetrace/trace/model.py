@@ -1,0 +1,186 @@
+"""Facts from the model's GGUF file: sizes, vocabulary, router weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetrace.errors import InputError
+
+_SPACE = "▁"  # what SentencePiece writes for a space
+_BYTE_TOKEN = 6  # llama.cpp's LLAMA_TOKEN_TYPE_BYTE
+_LITERAL_TOKENS = (2, 3, 4)  # unknown, control, user-defined: their text stands for itself
+
+
+@dataclass(frozen=True)
+class Router:
+    """One layer's router, dequantised.
+
+    Attributes
+    ----------
+    weight
+        (E, D) float32: logits = weight @ gate_input + bias.
+    bias
+        (E,) float32, or None.
+    selection_bias
+        (E,) float32, added to the scores for choosing only (DeepSeek-V3, GLM-4.5); or None.
+    """
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32] | None
+    selection_bias: NDArray[np.float32] | None
+
+
+class ModelFile:
+    """A GGUF file, mapped; tensors are read when asked for.
+
+    Raises
+    ------
+    InputError
+        If it is missing or no GGUF.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        from gguf import GGUFReader  # costs a tenth of a second: only who needs it pays
+
+        self.path = Path(path)
+        try:
+            self._reader: Any = GGUFReader(self.path)
+        except Exception as e:  # gguf lets errors of all kinds out of a damaged file
+            raise InputError(f"{self.path} is no GGUF model that can be read", why=str(e)[:200]) from e
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+
+    def __enter__(self) -> ModelFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._tensors = {}
+        self._reader = None
+
+    def field(self, key: str, default: Any = None) -> Any:
+        """Give one value of the file's metadata; ``{arch}`` in the key stands for the architecture."""
+        found = self._reader.get_field(key.replace("{arch}", self.architecture) if "{arch}" in key else key)
+        return default if found is None else found.contents()
+
+    @cached_property
+    def architecture(self) -> str:
+        """For example ``gpt-oss``."""
+        return str(self.field("general.architecture", ""))
+
+    @property
+    def name(self) -> str:
+        """What the file calls itself; empty if it does not."""
+        return str(self.field("general.name", ""))
+
+    @property
+    def n_layer(self) -> int:
+        """Layers, dense ones included."""
+        return int(self.field("{arch}.block_count", 0))
+
+    @property
+    def n_embd(self) -> int:
+        """Width of the model."""
+        return int(self.field("{arch}.embedding_length", 0))
+
+    @property
+    def n_expert(self) -> int:
+        """Experts per layer; 0 for a dense model."""
+        return int(self.field("{arch}.expert_count", 0))
+
+    @property
+    def n_expert_used(self) -> int:
+        """Experts chosen per token and layer; 0 for a dense model."""
+        return int(self.field("{arch}.expert_used_count", 0))
+
+    @cached_property
+    def moe_layers(self) -> list[int]:
+        """The layers that have a router, ascending."""
+        prefix, suffix = "blk.", ".ffn_gate_inp.weight"
+        names = (n for n in self._tensors if n.startswith(prefix) and n.endswith(suffix))
+        return sorted(int(n[len(prefix) : -len(suffix)]) for n in names)
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """Give a tensor dequantised to float32, in numpy's order of axes (outermost first); a copy.
+
+        Raises
+        ------
+        InputError
+            If the file has no such tensor.
+        """
+        from gguf import dequantize
+
+        if name not in self._tensors:
+            raise InputError(f"{self.path} has no tensor {name}")
+        tensor = self._tensors[name]
+        values = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)
+        return values.reshape([int(n) for n in reversed(tensor.shape)])
+
+    def router(self, layer: int) -> Router:
+        """Give the router of one layer.
+
+        Raises
+        ------
+        InputError
+            If the layer has none.
+        """
+
+        def optional(name: str) -> NDArray[np.float32] | None:
+            return self.tensor(name) if name in self._tensors else None
+
+        return Router(
+            self.tensor(f"blk.{layer}.ffn_gate_inp.weight"),
+            optional(f"blk.{layer}.ffn_gate_inp.bias"),
+            optional(f"blk.{layer}.exp_probs_b.bias"),
+        )
+
+    @cached_property
+    def vocabulary(self) -> list[bytes]:
+        """The text of each token id, as bytes: one piece need not be whole UTF-8."""
+        tokens = [str(token) for token in self.field("tokenizer.ggml.tokens", [])]
+        types = self.field("tokenizer.ggml.token_type") or [1] * len(tokens)
+        kind = self.field("tokenizer.ggml.model", "")
+        pairs = zip(tokens, types, strict=False)
+        if kind == "gpt2":
+            table = _byte_table()
+            return [_literal(t) if code in _LITERAL_TOKENS else _bytes_of(t, table) for t, code in pairs]
+        return [_sentencepiece(t, code) for t, code in pairs]
+
+
+def _literal(token: str) -> bytes:
+    return token.encode("utf-8", "replace")
+
+
+def _byte_table() -> dict[str, int]:
+    """GPT-2's spelling of bytes as printable characters, inverted (openai/gpt-2, encoder.py)."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(b): b for b in plain}
+    others = (b for b in range(256) if b not in plain)
+    table.update((chr(256 + i), b) for i, b in enumerate(others))
+    return table
+
+
+def _bytes_of(token: str, table: Mapping[str, int]) -> bytes:
+    return b"".join(bytes([table[c]]) if c in table else _literal(c) for c in token)
+
+
+def _sentencepiece(token: str, code: int) -> bytes:
+    if code == _BYTE_TOKEN and len(token) == 6 and token.startswith("<0x"):
+        try:
+            return bytes([int(token[3:5], 16)])
+        except ValueError:
+            pass
+    return _literal(token if code in _LITERAL_TOKENS else token.replace(_SPACE, " "))

@@ -1,0 +1,116 @@
+"""The tracer in llama.cpp's other tools; llama-imatrix counts expert use itself and is the referee."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from test_synthetic_models import TEXT
+
+import moetrace
+from moetrace.trace.record import State
+from moetrace.trace.verify import verify
+
+pytestmark = pytest.mark.runtime
+
+
+def traced(output: Path, *command: str | Path, collector: str = "tap") -> subprocess.CompletedProcess[str]:
+    options = ["-o", output, "--collector", collector, "--"]
+    result = subprocess.run(
+        [sys.executable, "-m", "moetrace", "run", *options, *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 6)
+    return path
+
+
+@pytest.mark.parametrize("collector", ["tap", "callback"])
+@pytest.mark.parametrize(
+    "name", ["gpt-oss", "qwen3moe", "olmoe", "deepseek2-v3", "deepseek2-v2-fused", "qwen3moe-300"]
+)
+def test_counts_equal_those_of_imatrix(name, collector, runtime, model_file, text_file, tmp_path):
+    """imatrix installs a callback of its own, which must go on working, and counts every expert's rows."""
+    path, out = tmp_path / "t.moet", tmp_path / "out.gguf"
+    arguments = ["-m", model_file(name), "-f", text_file, "-o", out, "-c", "256", "-t", "1", "--no-ppl"]
+    traced(path, runtime.tool("llama-imatrix"), *arguments, collector=collector)
+    stored = {tensor.name: np.asarray(tensor.data) for tensor in gguf.GGUFReader(out).tensors}
+    counts = {
+        name.removesuffix(".counts"): c.ravel() for name, c in stored.items() if name.endswith(".counts")
+    }
+    experts_counted = {name: c for name, c in counts.items() if "_exps" in name}
+    trace = moetrace.open(path)
+    ours = np.asarray(trace.experts)
+    # imatrix does not count the two warm-up tokens
+    rows = (trace.column("flags") & 64) == 0
+    matrices = {matrix for layer in trace.facts["consumers"] for matrix in layer}
+    assert len(experts_counted) == len(trace.layers) * len(matrices)
+    for i, layer in enumerate(trace.layers):
+        present = rows & (np.asarray(trace.state)[:, i] == State.PRESENT)
+        used = np.bincount(ours[present, i].ravel(), minlength=trace.n_expert[i])
+        assert used.sum() > 1000
+        for matrix in trace.facts["consumers"][i]:
+            np.testing.assert_array_equal(experts_counted[f"blk.{layer}.{matrix}.weight"], used)
+    # and imatrix itself counted the same as without us
+    plain = tmp_path / "plain.gguf"
+    arguments[5] = plain
+    subprocess.run([runtime.tool("llama-imatrix"), *arguments], capture_output=True, timeout=300, check=True)
+    for tensor in gguf.GGUFReader(plain).tensors:
+        np.testing.assert_array_equal(np.asarray(tensor.data), stored[tensor.name])
+    assert verify(path).exit_code == 0
+
+
+def test_perplexity(runtime, model_file, text_file, tmp_path):
+    arguments = ["-m", model_file("olmoe"), "-f", text_file, "-c", "128", "-b", "512", "-t", "1"]
+    command = [runtime.tool("llama-perplexity"), *arguments]
+    plain = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    result = traced(tmp_path / "t.moet", *command)
+    final = [
+        line for line in plain.stderr.splitlines() + plain.stdout.splitlines() if "Final estimate" in line
+    ]
+    assert final
+    assert final[0].split("Final")[1] in result.stderr + result.stdout
+    trace = moetrace.open(tmp_path / "t.moet")
+    # four sequences of 128 tokens in a batch of 512
+    assert set(np.unique(trace.column("sequence"))) >= {0, 1, 2, 3}
+    assert not (trace.column("flags") & 0b110000).any()
+    assert verify(tmp_path / "t.moet").exit_code == 0
+
+
+def test_completion(runtime, model_file, tmp_path):
+    arguments = ["-m", model_file("gpt-oss"), "-n", "8", "-c", "256", "-t", "1", "--temp", "0", "-no-cnv"]
+    command = [runtime.tool("llama-completion"), *arguments, "-p", "Why is the sky blue?"]
+    plain = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    text = traced(tmp_path / "t.moet", *command).stdout
+    # on a busy machine the tool may end before it has printed everything, traced or not
+    shorter, longer = sorted([text, plain.stdout], key=len)
+    assert longer.startswith(shorter)
+    assert shorter
+    trace = moetrace.open(tmp_path / "t.moet")
+    assert len(trace.requests) == 1
+    (request,) = trace.requests.itertuples()
+    assert request.n_decode == 7
+    assert verify(tmp_path / "t.moet").exit_code == 0
+
+
+def test_bench(runtime, model_file, tmp_path):
+    arguments = ["-m", model_file("qwen3moe"), "-p", "64", "-n", "16", "-r", "2", "-t", "1"]
+    traced(tmp_path / "t.moet", runtime.tool("llama-bench"), *arguments)
+    trace = moetrace.open(tmp_path / "t.moet")
+    # two tests, each warmed up once and repeated twice; llama-bench makes a context for each
+    total = sum(len(trace.in_context(name)) for name in trace.contexts)
+    assert total >= 2 * 64 + 2 * 16
+    assert verify(tmp_path / "t.moet").exit_code == 0

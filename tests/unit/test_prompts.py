@@ -1,0 +1,91 @@
+"""The prompt sets that are shipped: their form, and that length does not tell the domain."""
+
+import itertools
+import json
+import re
+from collections import Counter, defaultdict
+
+import gguf
+import numpy as np
+import pytest
+
+from moetrace import data
+from moetrace.errors import UsageError
+
+DOMAINS = ("code", "math", "creative", "factual", "mixed")
+
+
+def load(name):
+    return [json.loads(line) for line in data.prompts(name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", data.PROMPT_SETS)
+def test_twelve_of_each_domain(name):
+    prompts = load(name)
+    assert Counter(p["label"] for p in prompts) == dict.fromkeys(DOMAINS, 12)
+    assert all(p.keys() == {"id", "label", "prompt"} and p["prompt"].strip() for p in prompts)
+
+
+def test_all_ids_and_prompts_differ():
+    prompts = [p for name in data.PROMPT_SETS for p in load(name)]
+    assert len({p["id"] for p in prompts}) == len({p["prompt"] for p in prompts}) == len(prompts)
+
+
+def test_unknown_set():
+    with pytest.raises(UsageError, match="no prompt set 'poems'"):
+        data.prompts("poems")
+
+
+def bpe_lengths(prompts):
+    """Tokens of each prompt by the demo model's own vocabulary, merged here from its table."""
+    reader = gguf.GGUFReader(data.demo_model())
+    merges = reader.fields["tokenizer.ggml.merges"].contents()
+    ranks = {tuple(m.split(" ")): i for i, m in enumerate(merges)}
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letter = {b: chr(b) for b in plain} | {
+        b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in plain)
+    }
+    split = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
+    lengths = []
+    for text in prompts:
+        n = 0
+        for word in split.findall(text):
+            parts = [letter[b] for b in word.encode()]
+            while True:
+                pairs = enumerate(itertools.pairwise(parts))
+                known = [(ranks[pair], i) for i, pair in pairs if pair in ranks]
+                if not known:
+                    break
+                _, i = min(known)
+                parts[i : i + 2] = ["".join(parts[i : i + 2])]
+            n += len(parts)
+        lengths.append(n)
+    return lengths
+
+
+@pytest.mark.parametrize("name", ["domains", "heldout"])
+@pytest.mark.parametrize("unit", ["characters", "tokens"])
+def test_domains_are_matched_in_length(name, unit):
+    prompts = load(name)
+    texts = [p["prompt"] for p in prompts]
+    lengths = np.array([len(t) for t in texts] if unit == "characters" else bpe_lengths(texts), float)
+    by_domain = defaultdict(list)
+    for prompt, length in zip(prompts, lengths, strict=True):
+        by_domain[prompt["label"]].append(length)
+    means = np.array([np.mean(v) for v in by_domain.values()])
+    assert np.abs(means / lengths.mean() - 1).max() < 0.05
+    # no prompt is far from the rest either: a domain's mean must not be made by an outlier
+    assert np.abs(lengths / lengths.mean() - 1).max() < (0.15 if unit == "characters" else 0.3)
+
+
+@pytest.mark.parametrize("name", ["domains", "heldout"])
+def test_a_domain_is_not_one_template(name):
+    for domain in DOMAINS:
+        starts = [p["prompt"].split()[0] for p in load(name) if p["label"] == domain]
+        assert Counter(starts).most_common(1)[0][1] <= 3, f"{domain}: too many begin alike"
+        assert len(set(starts)) >= 7
+
+
+def test_prompts_are_ascii():
+    """The demo model's vocabulary was learned from ASCII text."""
+    assert all(p["prompt"].isascii() for name in data.PROMPT_SETS for p in load(name))
