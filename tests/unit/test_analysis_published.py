@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import notebook
@@ -10,8 +12,10 @@ import pandas as pd
 import pytest
 from routing import shared_data
 
-from moetrace.analysis import published
+import moetrace
+from moetrace.analysis import from_trace, published
 from moetrace.errors import UsageError
+from moetrace.trace.importers import import_trace
 
 DOMAINS = ["domain-1-code", "domain-2-math", "domain-3-creative", "domain-4-factual", "domain-5-mixed"]
 
@@ -254,3 +258,36 @@ def test_unknown_names_are_explained() -> None:
         published.lag1(a, "domain-9")
     with pytest.raises(UsageError, match="layer 99"):
         published.chi_square(a, layer=99)
+
+
+def test_imported_recordings_give_the_notebook_s_numbers(tmp_path: Path) -> None:
+    """GIVEN real per-token files of two domains WHEN imported as published THEN a trace gives what pandas
+    gives.
+    """
+    real = json.loads(shared_data("tensor_trace_token-00000.json").read_text())
+    frames = []
+    for d, domain in enumerate(("domain-1-code", "domain-2-math")):
+        folder = tmp_path / "runs" / domain / "traces"
+        folder.mkdir(parents=True)
+        for token in range(3):
+            mine = json.loads(json.dumps(real))
+            for entry in mine["entries"]:
+                entry["expert_ids"] = [(e * (2 * d + 1) + 5 * token) % 32 for e in entry["expert_ids"]]
+            path = folder / f"token-{token:05d}.json"
+            path.write_text(json.dumps(mine))
+            frames.append(notebook.load(path, domain, token))
+    told = notebook.run_all(pd.concat(frames, ignore_index=True), range(24))
+    import_trace(tmp_path / "runs", tmp_path / "t.moet", as_published=True, n_expert=32)
+    with moetrace.open(tmp_path / "t.moet") as trace:
+        a = from_trace(trace, phase="all").published()
+        assert published.overview(a).per_domain.to_dict() == told["overview"][0].to_dict()
+        frames_equal(published.frequency(a).percent, told["percent"])
+        pd.testing.assert_frame_equal(
+            published.layer_separation(a), told["separation"], rtol=1e-9, check_dtype=False
+        )
+        assert published.classification(a).specialists == told["classes"][1]
+        assert published.entropy(a).to_dict() == pytest.approx(told["entropy"])
+        assert published.lag1(a, "domain-1-code").sequence.tolist() == told["lag1"][0].tolist()
+        test = from_trace(trace, phase="all").domain_test()
+        assert test.verdict == "cannot be tested: domain and prompt are the same thing"
+        assert test.table["chi2"].to_numpy() * 1.0 == pytest.approx(told["separation"]["chi2"].to_numpy())
