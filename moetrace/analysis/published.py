@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ import pandas as pd
 from scipy.special import chdtrc
 
 from moetrace.analysis.gate import pair_distances
+from moetrace.analysis.information import entropy_bits, shares
 from moetrace.errors import UsageError
 
 Ints = npt.NDArray[np.int64]
@@ -86,7 +88,7 @@ class Activations:
             tuple(int(number) for number in layers),
             tuple(str(name) for name in components),
             np.bincount(key, minlength=int(np.prod(shape))).reshape(shape).astype(np.int64),
-            np.array([np.unique(tokens[d == i]).size for i in range(len(domains))]),
+            _different(d, tokens, len(domains)),
             first,
         )
 
@@ -113,12 +115,15 @@ class Activations:
         d, domains = pd.factorize(np.asarray(domain), sort=True)
         tokens = np.asarray(token_id)
         n_layers = experts.shape[1]
-        where = np.arange(experts.shape[0]) if rows is None else np.asarray(rows, dtype=np.int64)
-        once = np.zeros((n_layers, len(domains), n_expert + 1), dtype=np.int64)
-        layer_offset = np.arange(n_layers)[:, None] * (len(domains) * (n_expert + 1))
-        for start in range(0, where.size, chunk):
-            ids = np.minimum(experts[where[start : start + chunk], :, :top], n_expert)
-            key = ids + layer_offset + d[start : start + chunk, None, None] * (n_expert + 1)
+        where = None if rows is None else np.asarray(rows, dtype=np.int64)
+        width = n_expert + 1
+        once = np.zeros((n_layers, len(domains), width), dtype=np.int64)
+        layer_offset = (np.arange(n_layers) * (len(domains) * width))[:, None]
+        for start in range(0, d.size, chunk):
+            piece: Any = slice(start, start + chunk) if where is None else where[start : start + chunk]
+            ids = np.minimum(experts[piece][:, :, :top], n_expert)
+            key = ids.astype(np.int64)
+            key += layer_offset + d[start : start + chunk, None, None] * width
             once += np.bincount(key.reshape(-1), minlength=once.size).reshape(once.shape)
         once = once[:, :, :n_expert]
         if not once.any():
@@ -127,7 +132,7 @@ class Activations:
 
         def first(domain: int, layer: int, component: int) -> tuple[Ints, Ints]:
             mine = np.flatnonzero(d == domain)
-            ids = experts[where[mine], layer, 0].astype(np.int64)
+            ids = experts[mine if where is None else where[mine], layer, 0].astype(np.int64)
             return tokens[mine][ids < n_expert], ids[ids < n_expert]
 
         return cls(
@@ -135,7 +140,7 @@ class Activations:
             tuple(int(number) for number in numbers),
             tuple(components),
             np.broadcast_to(once, (len(components), *once.shape)),
-            np.array([np.unique(tokens[d == i]).size for i in range(len(domains))]),
+            _different(d, tokens, len(domains)),
             first,
         )
 
@@ -165,6 +170,11 @@ class Activations:
     @cached_property
     def _pivots(self) -> dict[tuple[int, int], pd.DataFrame]:
         return {}
+
+    @cached_property
+    def _layer_index(self) -> pd.Index[int]:
+        index: pd.Index[int] = pd.Index(np.array(self.layers), name="layer_id")
+        return index
 
     @cached_property
     def _domain_index(self) -> pd.Index[str]:
@@ -197,7 +207,7 @@ def overview(a: Activations) -> Overview:
     """Part 2, "Basic Statistics". Counts every decision once per component (a fault: three times)."""
     used = np.flatnonzero(a.table.any(axis=(0, 1, 2)))
     per_domain = pd.Series(a.table.sum(axis=(0, 1, 3)), index=a._domain_index)
-    per_layer = pd.Series(a.table.sum(axis=(0, 2, 3)), index=pd.Index(a.layers, name="layer_id"))
+    per_layer = pd.Series(a.table.sum(axis=(0, 2, 3)), index=a._layer_index)
     return Overview(
         activations=int(a.table.sum()),
         n_domains=len(a.domains),
@@ -216,7 +226,7 @@ def overview(a: Activations) -> Overview:
 
 @dataclass(frozen=True)
 class Frequency:
-    """Part 3, "Domain Comparison". ``top``: domain, five experts (``nlargest``) and their summed percent."""
+    """Part 3, "Domain Comparison". ``top``, by domain: five experts (``nlargest``), their summed percent."""
 
     counts: pd.DataFrame
     percent: pd.DataFrame
@@ -229,11 +239,11 @@ def frequency(a: Activations, layer: int = 0, component: str = "ffn_down") -> Fr
     percent = _percent(table)
     share, experts = percent.to_numpy(), table.columns.to_numpy()
     rank = np.argsort(-share, axis=1, kind="stable")[:, :5]
-    top = [
-        (name, experts[r].tolist(), float(s[r].sum()))
-        for name, s, r in zip(table.index, share, rank, strict=True)
-    ]
-    return Frequency(table, percent, pd.DataFrame(top, columns=["domain", "experts", "percent"]))
+    lists = np.empty(len(share), dtype=object)
+    lists[:] = [experts[r].tolist() for r in rank]
+    total = np.take_along_axis(share, rank, axis=1).sum(axis=1)
+    top = pd.DataFrame({"experts": lists, "percent": total}, index=table.index, copy=False)
+    return Frequency(table, percent, top)
 
 
 @dataclass(frozen=True)
@@ -288,7 +298,8 @@ def classification(a: Activations, layer: int = 0, component: str = "ffn_down") 
             "expert_id": experts[special],
             "domain": table.index[favourite],
             "percent": share[favourite, special],
-        }
+        },
+        copy=False,
     )
     return Classification(
         pd.Series(variation, index=table.columns),
@@ -322,13 +333,14 @@ def layer_separation(
     chi2 = np.divide(gap**2, expected, out=np.zeros_like(gap), where=expected > 0).sum(axis=(1, 2))
     chi2[dof == 0] = 0.0
     p = np.where(dof > 0, chdtrc(np.maximum(dof, 1), chi2), 1.0)
-    share = np.divide(tables, rows, out=np.full_like(tables, np.nan), where=rows > 0)
-    mean = np.nansum(share, axis=1, keepdims=True) / n_rows[:, None, None]
-    square = np.nansum((share - mean) ** 2, axis=1)
+    share = np.divide(tables, rows, out=np.zeros_like(tables), where=rows > 0)
+    mean = share.sum(axis=1, keepdims=True) / n_rows[:, None, None]
+    square = ((share - mean) ** 2 * (rows > 0)).sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         spread = square.sum(axis=1) / (n_rows - 1) / n_cols
     return pd.DataFrame(
-        {"layer_id": numbers, "chi2": chi2, "p_value": p, "avg_variance": spread, "significant": p < 0.001}
+        {"layer_id": numbers, "chi2": chi2, "p_value": p, "avg_variance": spread, "significant": p < 0.001},
+        copy=False,
     )
 
 
@@ -351,11 +363,7 @@ def deep_dive(a: Activations, layer: int | None = None) -> dict[str, pd.DataFram
 def entropy(a: Activations, layer: int = 0, component: str = "ffn_down") -> pd.Series[float]:
     """Part 8: plug-in Shannon entropy per domain, in bits. Biased downwards by about (m − 1)/(2N ln 2)."""
     table = a.counts(layer, component)
-    values = []
-    for row in table.to_numpy():
-        p = row[row > 0] / row.sum()
-        values.append(float(-(p * np.log(p)).sum() / np.log(2)))
-    return pd.Series(values, index=table.index)
+    return pd.Series(entropy_bits(shares(table.to_numpy())), index=table.index)
 
 
 @dataclass(frozen=True)
@@ -593,6 +601,14 @@ def compare_gate_experts(logits_a: npt.ArrayLike, logits_b: npt.ArrayLike, k: in
             }
         ),
     )
+
+
+def _different(domain: Ints, token_id: npt.NDArray[Any], n_domains: int) -> Ints:
+    """How many different token ids each domain has."""
+    _, code = np.unique(token_id, return_inverse=True)
+    seen = np.zeros((n_domains, int(code.max(initial=-1)) + 1), dtype=bool)
+    seen[domain, code] = True
+    return np.asarray(seen.sum(axis=1), dtype=np.int64)
 
 
 def _most_common(ids: Ints) -> pd.DataFrame:

@@ -89,7 +89,7 @@ def test_all_parts_of_the_notebook(pair: tuple[published.Activations, pd.DataFra
     table = published.frequency(a)
     frames_equal(table.percent, told["percent"])
     for row, (domain, experts, share) in zip(table.top.itertuples(), told["top"], strict=True):
-        assert (row.domain, row.experts) == (domain, experts)
+        assert (row.Index, row.experts) == (domain, experts)
         assert row.percent == pytest.approx(share, rel=1e-12)
 
     test = published.chi_square(a)
