@@ -150,6 +150,9 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=64)
     parser.add_argument("--model", type=Path, help="a GGUF file; by default one is generated")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md")
+    parser.add_argument(
+        "--section", choices=("overhead", "gpu"), default="overhead", help="where to write it"
+    )
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="moetrace-bench-"))
     try:
@@ -168,7 +171,7 @@ def main() -> None:
         text = [head, "", *table(measured)]
         print("\n".join(text))
         if args.write:
-            write_section(ROOT / "docs" / "benchmarks.md", "overhead", text)
+            write_section(ROOT / "docs" / "benchmarks.md", args.section, text)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -433,8 +433,15 @@ void event_push(context_trace & c, const early_event & e) {
     c.ring.count(c.ring.push(head) ? COUNT_EVENTS_COMMITTED : COUNT_EVENTS_LOST);
 }
 
-void context_open(tracer_state & T, context_trace & c, const model_shape & shape) {
-    c.layout.make(shape, T.cfg);
+void context_open(tracer_state & T, sched_trace & s, context_trace & c) {
+    for (int i = 0; i < T.abi.sched_get_n_backends(s.sched); i++) {
+        // a tensor of llama.cpp's "Meta" backend (-sm tensor) lies in pieces on several devices
+        if (strncmp(T.abi.backend_name(T.abi.sched_get_backend(s.sched, i)), "Meta", 4) == 0) {
+            context_fail(c, "its tensors are split over several devices (-sm tensor); use -sm layer");
+            return;
+        }
+    }
+    c.layout.make(s.shape, T.cfg);
     if (c.layout.layers.empty()) {
         context_fail(c, "none of the layers asked for routes tokens to experts");
         return;
@@ -585,7 +592,7 @@ bool ubatch_begin(tracer_state & T, sched_trace & s, graph_trace & g) {
     }
     if (c.state == context_state::waiting) {
         const uint64_t start = clock_ns();
-        context_open(T, c, s.shape);
+        context_open(T, s, c);
         s.setup_ns = clock_ns() - start;
     }
     if (c.state != context_state::recording) {

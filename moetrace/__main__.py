@@ -29,6 +29,7 @@ COMMANDS = {
     "dump": "Dump",
     "export": "Export",
     "doctor": "Doctor",
+    "preload-path": "PreloadPath",
 }
 
 
