@@ -132,6 +132,10 @@ bool batch_matcher::cut(split_kind kind, const int32_t * tokens, const int32_t *
     return false;
 }
 
+static row_identity identity_of(const batch_entry & e) {
+    return { e.sequence, e.n_sequences, false, true, e.token < 0, e.position };
+}
+
 void batch_matcher::match(const int32_t * tokens, const int32_t * positions, uint32_t n, std::vector<row_identity> & out) {
     out.assign(n, {});
 
@@ -161,7 +165,7 @@ void batch_matcher::match(const int32_t * tokens, const int32_t * positions, uin
         }
         for (uint32_t r = 0; r < n; r++) {
             const batch_entry & e = batch[candidate[best][r]];
-            out[r] = { e.sequence, e.n_sequences, false, true, e.token < 0 };
+            out[r] = identity_of(e);
             for (int kind = 0; kind < n_tried; kind++) {
                 out[r].uncertain |= explained[kind] && votes[kind] >= votes[best] &&
                     batch[candidate[kind][r]].sequence != e.sequence;
@@ -182,7 +186,7 @@ void batch_matcher::match(const int32_t * tokens, const int32_t * positions, uin
             }
             if (!chosen) {
                 chosen = &e;
-                out[r] = { e.sequence, e.n_sequences, false, true, e.token < 0 };
+                out[r] = identity_of(e);
             } else {
                 out[r].uncertain |= e.sequence != chosen->sequence;
             }

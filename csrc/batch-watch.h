@@ -49,6 +49,7 @@ struct row_identity {
     bool     uncertain   = false; // another way of cutting gives another sequence
     bool     found       = false;
     bool     vector      = false; // the batch gave a vector instead of a token
+    int32_t  position    = batch_entry::UNKNOWN; // as the batch gave it
 };
 
 // Matches the ubatches of one batch, one after the other.

@@ -145,6 +145,9 @@ void row_layout::make(const model_shape & shape, const config & cfg) {
     }
 
     stride = ring_fields_layout(fields);
+    if (stride != 0 && (cfg.channels & CHANNEL_ATTENTION)) {
+        stride = std::max(stride, ATTENTION_STRIDE_MIN);
+    }
     for (size_t i = 0; i < fields.size(); i++) {
         *offsets[i] = fields[i].offset;
     }

@@ -144,6 +144,10 @@ bool config_parse(const std::string & text, config & out, std::string & error) {
             return false;
         }
     }
+    if (out.collector == COLLECTOR_TAP && (out.channels & CHANNEL_ATTENTION)) {
+        error = "the tap collector cannot keep attention alive for all layers at once; use callback";
+        return false;
+    }
     return true;
 }
 

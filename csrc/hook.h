@@ -10,11 +10,19 @@
 
 #ifdef MOETRACE_INTERPOSE
 
+#ifdef __APPLE__
+#define MOETRACE_WEAK    __attribute__((weak_import))
+#define MOETRACE_SECTION __attribute__((used, section("__DATA,__interpose")))
+#else // so that this half can be compiled anywhere
+#define MOETRACE_WEAK    __attribute__((weak))
+#define MOETRACE_SECTION __attribute__((used, section("interpose")))
+#endif
+
 #define MOETRACE_HOOK(ret, name, params, ...)                                                           \
-    extern "C" ret name params __attribute__((weak_import));                                             \
+    extern "C" ret name params MOETRACE_WEAK;                                                               \
     static auto real_##name() { return &name; }                                                          \
     static ret hook_##name params;                                                                       \
-    __attribute__((used, section("__DATA,__interpose"))) static const struct {                           \
+    MOETRACE_SECTION static const struct {                                                               \
         const void * replacement; const void * replacee;                                                 \
     } interpose_##name = { (const void *) &hook_##name, (const void *) &name };                          \
     static ret hook_##name params

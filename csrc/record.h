@@ -33,7 +33,16 @@ enum ring_on_full : uint32_t {
 enum record_kind : uint16_t {
     RECORD_ROW   = 0, // one token's way through the model
     RECORD_EVENT = 1, // something that happened to a sequence between two rows
+    RECORD_ATTENTION = 2, // a piece of one row's attention in one layer; comes before its row
 };
+
+// record_head of an attention record: serial is its row's; the payload holds arg0 values (float)
+//   token        layer (llama.cpp's number)
+//   position     position of the first key; -1: the keys are in the order of KV cells
+//   sequence     number of keys
+//   n_sequences  number of heads
+//   row          how many values of (heads x keys, keys innermost) come before these
+constexpr uint32_t ATTENTION_STRIDE_MIN = 4096; // of records, so that attention is not cut too small
 
 enum record_flag : uint32_t {
     ROW_OUTPUT             = 1u << 0, // llama.cpp was asked for this token's logits or embedding

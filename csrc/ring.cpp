@@ -64,8 +64,9 @@ ring_writer::~ring_writer() {
 
 bool ring_writer::create(const std::string & path, const ring_params & params, std::string & error) {
     std::vector<ring_field> fields = params.fields;
-    const uint32_t stride = ring_fields_layout(fields);
-    if (stride == 0) {
+    const uint32_t least  = ring_fields_layout(fields);
+    const uint32_t stride = std::max(least, params.stride);
+    if (least == 0) {
         error = "a record would take more than 1 GiB; choose fewer layers or channels";
         return false;
     }

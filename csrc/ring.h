@@ -18,6 +18,7 @@ struct ring_params {
     std::string  meta;               // JSON text
     uint64_t     bytes    = 16u << 20;
     uint64_t     capacity = 0;       // records; 0: as many as fit into `bytes`
+    uint32_t     stride   = 0;       // bytes per record, a multiple of 64; 0: as few as the fields take
     ring_on_full on_full  = RING_BLOCK;
     uint64_t     block_ns = 10'000'000'000ull;
     bool         paused   = false;

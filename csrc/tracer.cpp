@@ -1,5 +1,6 @@
 #include "tracer.h"
 
+#include "attention.h"
 #include "batch-watch.h"
 #include "collector.h"
 #include "config.h"
@@ -67,8 +68,18 @@ struct graph_trace {
     ggml_cgraph * graph = nullptr;
     moe_graph     moe;
     graph_sources sources;
+    std::vector<attention_source> attention;
     bool          warmup = false;
     const void *  bound_to = nullptr; // the context whose layout the sources fit
+
+    const attention_source * attention_at(const ggml_tensor * t) const {
+        for (const auto & source : attention) {
+            if (source.probs == t) {
+                return &source;
+            }
+        }
+        return nullptr;
+    }
 };
 
 struct context_trace;
@@ -115,6 +126,10 @@ struct context_trace {
     uint64_t            counts_early[COUNT_N] = {};
 
     batch_matcher       matcher;
+    kv_cells            cells;
+    attention_row       attention;
+    std::vector<std::vector<int64_t>> cell_idxs; // by group: where the ubatch's keys go
+    std::vector<char>   attention_bytes;
     bool                in_batch = false;
     bool                encode   = false;
     bool                trial    = false; // llama.cpp runs the batch for itself
@@ -384,6 +399,11 @@ const char * context_role(const tracer_state & T, const context_trace & c) {
 
 void event_push(context_trace & c, const early_event & e) {
     c.cleared  |= e.code == EVENT_CLEAR;
+    if (e.code == EVENT_SEQ_ADD) {
+        c.cells.shift(e.sequence, e.p0, e.p1, e.arg);
+    } else if (e.code == EVENT_RESTORE) {
+        c.cells.forget();
+    }
     c.launched |= e.code == EVENT_LAUNCH;
     if (!c.ring.is_open()) {
         if (c.state == context_state::waiting && c.early.size() < MAX_EARLY_EVENTS) {
@@ -438,6 +458,7 @@ void context_open(tracer_state & T, context_trace & c, const model_shape & shape
     params.fields   = c.layout.fields;
     params.meta     = context_meta(T, c, context_role(T, c));
     params.bytes    = T.cfg.ring_bytes;
+    params.stride   = c.layout.stride;
     params.on_full  = T.cfg.on_full;
     params.block_ns = T.cfg.block_ns;
     params.paused   = T.cfg.paused;
@@ -485,7 +506,8 @@ void heads_fill(context_trace & c, const int32_t * tokens, const int32_t * posit
         head->step        = c.n_steps;
         head->batch       = c.n_batches;
         head->token       = tokens ? tokens[row] : -1;
-        head->position    = positions ? positions[row] : -1;
+        // a recurrent model has no position input; the batch had one
+        head->position    = positions ? positions[row] : who.position == batch_entry::UNKNOWN ? -1 : who.position;
         head->sequence    = who.found ? who.sequence : -1;
         head->kind        = RECORD_ROW;
         head->n_sequences = who.n_sequences;
@@ -507,8 +529,30 @@ void graph_bind(tracer_state & T, sched_trace & s, graph_trace & g) {
     context_trace & c = *s.context;
     g.sources.make(T.abi, g.graph, g.moe, c.layout, T.cfg);
     g.bound_to = &c;
+    g.attention = T.cfg.channels & CHANNEL_ATTENTION ? attention_find(T.abi, g.graph, T.cfg) : std::vector<attention_source>();
     if (c.readback.size() < g.sources.scratch_bytes) {
         c.readback.resize(g.sources.scratch_bytes);
+    }
+}
+
+// which cells of the KV cache the ubatch's keys are written to
+void cells_follow(tracer_state & T, context_trace & c, const graph_trace & g) {
+    const uint32_t n = c.block.n_rows;
+    for (auto & list : c.cell_idxs) {
+        list.clear();
+    }
+    for (const auto & source : g.attention) {
+        if (c.cell_idxs.size() <= (size_t) source.group) {
+            c.cell_idxs.resize((size_t) source.group + 1);
+        }
+        auto & list = c.cell_idxs[(size_t) source.group];
+        if (!list.empty() || !source.k_idxs || T.abi.ne(source.k_idxs)[0] != n || !T.abi.buffer(source.k_idxs)) {
+            continue;
+        }
+        list.resize(n);
+        T.abi.tensor_get(source.k_idxs, list.data(), 0, (size_t) n*8);
+        const int32_t * positions = input_read(T.abi, g.moe.inp_pos, n, c.positions);
+        c.cells.write(source.group, list.data(), positions, c.identities);
     }
 }
 
@@ -563,7 +607,7 @@ bool ubatch_begin(tracer_state & T, sched_trace & s, graph_trace & g) {
         if (c.in_batch) {
             c.matcher.match(tokens, positions, n, c.identities);
         } else {
-            c.identities.assign(n, {});
+            c.identities.assign(n, row_identity());
         }
         const int64_t n_out = g.moe.out_ids ? T.abi.ne(g.moe.out_ids)[0] : 0;
         const int32_t * out_ids = g.moe.out_ids && n_out < n ? input_read(T.abi, g.moe.out_ids, n_out, c.out_ids) : nullptr;
@@ -580,7 +624,58 @@ bool ubatch_begin(tracer_state & T, sched_trace & s, graph_trace & g) {
     for (int index : g.sources.not_understood) {
         rows_mark_lost(c.layout, index, c.block);
     }
+    if (!g.attention.empty()) {
+        cells_follow(T, c, g);
+    }
     return true;
+}
+
+// the bytes of a tensor, wherever it is
+const char * tensor_bytes(const ggml_abi & abi, const ggml_tensor * t, std::vector<char> & buffer) {
+    if (!t || abi.is_host(t)) {
+        return t ? (const char *) abi.data(t) : nullptr;
+    }
+    buffer.resize(abi.span(t));
+    abi.tensor_get(t, buffer.data(), 0, buffer.size());
+    return buffer.data();
+}
+
+void attention_push(tracer_state & T, context_trace & c, const attention_source & source) {
+    const char * probs = tensor_bytes(T.abi, source.probs, c.attention_bytes);
+    static thread_local std::vector<char> mask_bytes;
+    const char * mask = tensor_bytes(T.abi, source.mask, mask_bytes);
+    const auto & idxs = c.cell_idxs[(size_t) source.group];
+    record_head * head = (record_head *) c.event_record.data();
+    float * payload = (float *) (head + 1);
+    const uint32_t room = (c.layout.stride - (uint32_t) sizeof(record_head))/4;
+    for (uint32_t row = 0; row < c.block.n_rows; row++) {
+        attention_row & a = c.attention;
+        if (!attention_read(T.abi, source, probs, mask, row, row < idxs.size() ? idxs[row] : -1, c.cells, a)) {
+            c.count(COUNT_ATTENTION_LOST);
+            continue;
+        }
+        const uint32_t n = (uint32_t) a.values.size();
+        for (uint32_t at = 0; at < n; at += room) {
+            const record_head * of_row = c.block.head(row);
+            head->serial      = c.serial + row;
+            head->time_ns     = of_row->time_ns;
+            head->step        = c.n_steps;
+            head->batch       = c.n_batches;
+            head->token       = source.layer;
+            head->position    = a.first_position;
+            head->sequence    = (int32_t) a.n_keys;
+            head->kind        = RECORD_ATTENTION;
+            head->n_sequences = (uint16_t) a.n_head;
+            head->flags       = 0;
+            head->row         = at;
+            head->arg0        = (int32_t) std::min(room, n - at);
+            head->arg1        = 0;
+            memcpy(payload, a.values.data() + at, (size_t) head->arg0*4);
+            if (!c.ring.push(head)) {
+                c.count(COUNT_ATTENTION_LOST);
+            }
+        }
+    }
 }
 
 void source_read(tracer_state & T, context_trace & c, const graph_trace & g, const row_source & source, bool in_readback) {
@@ -651,17 +746,21 @@ bool callback_trampoline(ggml_tensor * t, bool ask, void * user_data) {
     sched_trace & s = *(sched_trace *) user_data;
     context_trace & c = *s.context;
     const int first = c.running ? c.running->sources.find(t) : -1;
+    const attention_source * attention = c.running ? c.running->attention_at(t) : nullptr;
     if (ask) {
         s.user_asked = s.user_callback && s.user_callback(t, true, s.user_data);
-        return first >= 0 || s.user_asked;
+        return first >= 0 || attention || s.user_asked;
     }
-    if (first >= 0) {
+    if (first >= 0 || attention) {
         const uint64_t start = clock_ns();
         guarded([&] {
             tracer_state & T = tracer();
             const auto & sources = c.running->sources.sources;
-            for (size_t i = (size_t) first; i < sources.size() && sources[i].ask == t; i++) {
+            for (size_t i = (size_t) first; first >= 0 && i < sources.size() && sources[i].ask == t; i++) {
                 source_read(T, c, *c.running, sources[i], false);
+            }
+            if (attention) {
+                attention_push(T, c, *attention);
             }
         });
         c.hook_ns += clock_ns() - start;

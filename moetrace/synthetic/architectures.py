@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import MappingProxyType
 from typing import TypeAlias
@@ -100,7 +100,7 @@ class Architecture:
     n_group_used: int = 0
 
     gated_experts: bool = True
-    """Whether experts have a gate matrix besides up and down."""
+    """Whether feed-forward networks, dense and expert, have a gate matrix besides up and down."""
     fused_gate_up: bool = False
     """Whether gate and up are one tensor, ``ffn_gate_up_exps``."""
     expert_bias: bool = False
@@ -242,7 +242,7 @@ def hyperparameters(arch: Architecture) -> dict[str, Value]:
         case Mixer.SHORTCONV:
             keys["shortconv.l_cache"] = N_SHORTCONV
     if arch.gguf_name.startswith("granite"):
-        keys |= {"logit_scale": 1.0, "embedding_scale": 1.0, "residual_scale": 1.0}
+        keys |= {"logit_scale": 1.25, "embedding_scale": 1.5, "residual_scale": 0.8}
         keys["attention.scale"] = 1 / math.sqrt(arch.n_head_dim)
     return keys
 
@@ -331,6 +331,17 @@ def _output(n_embd: int, plain: tuple[bool, ...]) -> Init:
     return init
 
 
+def _router(gain: float) -> Init:
+    """Draw rows of equal length, so that no expert is chosen more often for its length alone."""
+
+    def init(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+        values = _normal(1.0)(rng, shape)
+        values *= np.float32(gain) / np.linalg.norm(values, axis=1, keepdims=True)
+        return values
+
+    return init
+
+
 def _decay(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     """Draw state-space decays, negative as llama.cpp stores them."""
     return -rng.uniform(1.0, 8.0, shape).astype(np.float32)
@@ -353,12 +364,12 @@ def _bias(name: str, *shape: int, std: float = 0.1) -> Tensor:
 def _norm(name: str, width: int, *, bias: bool = False) -> Iterator[Tensor]:
     yield Tensor(name + ".weight", (width,), Kind.EXACT, _normal(0.1, mean=1.0))
     if bias:
-        yield _bias(name, width)
+        yield _bias(name, width, std=0.05)
 
 
 def _branch_gain(arch: Architecture) -> float:
     """Keep what all the branches add to the residual stream of the size of the embeddings."""
-    return 1.0 if arch.encoder else 1.0 / math.sqrt(arch.n_layer)
+    return 1.0 / math.sqrt(arch.n_layer)
 
 
 def _attention(arch: Architecture, block: str) -> Iterator[Tensor]:
@@ -449,8 +460,7 @@ def _experts(arch: Architecture, block: str, router_gain: float) -> Iterator[Ten
         if arch.expert_bias:
             yield _bias(block + name, n, rows)
 
-    router = _normal(router_gain / math.sqrt(n_embd))
-    yield Tensor(block + "ffn_gate_inp.weight", (n, n_embd), Kind.EXACT, router)
+    yield Tensor(block + "ffn_gate_inp.weight", (n, n_embd), Kind.EXACT, _router(router_gain))
     if arch.router_bias:
         yield _bias(block + "ffn_gate_inp", n, std=0.2 * router_gain)
     if arch.selection_bias:
@@ -469,6 +479,18 @@ def _experts(arch: Architecture, block: str, router_gain: float) -> Iterator[Ten
             yield Tensor(block + "ffn_gate_inp_shexp.weight", (n_embd,), Kind.EXACT, gate)
 
 
+_DEEPSEEK = Architecture(
+    "deepseek2",
+    n_head_kv=4,
+    n_expert=16,
+    n_expert_used=4,
+    gating_key=True,
+    n_expert_shared=2,
+    n_layer_dense=1,
+    latent_kv=True,
+    add_bos=True,
+)
+
 ARCHITECTURES: MappingProxyType[str, Architecture] = MappingProxyType(
     {
         "gpt-oss": Architecture(
@@ -485,9 +507,32 @@ ARCHITECTURES: MappingProxyType[str, Architecture] = MappingProxyType(
             ffn_norm_name="post_attention_norm",
             sliding_window=128,
         ),
-        # Mixtral
-        "llama": Architecture("llama", expert_ff_key=False, add_bos=True),
+        "llama": Architecture("llama", expert_ff_key=False, add_bos=True),  # Mixtral
+        "llama-dense": Architecture("llama", n_expert=0, n_expert_used=0, add_bos=True),
+        "llama4": Architecture(
+            "llama4",
+            n_expert_used=1,
+            gating=Gating.SIGMOID,
+            normalise_weights=False,
+            weights_before_experts=True,
+            n_expert_shared=1,
+            moe_every=2,
+            add_bos=True,
+        ),
+        "qwen2moe": Architecture(
+            "qwen2moe",
+            n_expert=16,
+            n_expert_used=4,
+            normalise_weights=False,
+            n_expert_shared=1,
+            shared_gate=True,
+            shared_ff_key=True,
+            qkv_bias=True,
+        ),
         "qwen3moe": Architecture("qwen3moe", n_expert=16, n_expert_used=4, qk_norm="head"),
+        "qwen3moe-300": Architecture(
+            "qwen3moe", n_layer=2, n_embd=128, n_expert=300, n_expert_used=8, n_ff_expert=16, qk_norm="head"
+        ),
         "olmoe": Architecture(
             "olmoe",
             n_head_kv=4,
@@ -497,5 +542,93 @@ ARCHITECTURES: MappingProxyType[str, Architecture] = MappingProxyType(
             normalise_weights=False,
             qk_norm="full",
         ),
+        "deepseek2-v2": replace(_DEEPSEEK, normalise_weights=False, weights_scale=2.0),
+        "deepseek2-v2-fused": replace(
+            _DEEPSEEK, normalise_weights=False, weights_scale=2.0, fused_gate_up=True
+        ),
+        "deepseek2-v3": replace(
+            _DEEPSEEK,
+            gating=Gating.SIGMOID,
+            weights_scale=2.5,
+            selection_bias=True,
+            n_expert_groups=4,
+            n_group_used=2,
+            n_expert_shared=1,
+            mla=True,
+        ),
+        "glm4moe": Architecture(
+            "glm4moe",
+            n_expert=16,
+            n_expert_used=4,
+            gating=Gating.SIGMOID,
+            gating_key=True,
+            selection_bias=True,
+            n_expert_shared=1,
+            n_layer_dense=1,
+            qkv_bias=True,
+            qk_norm="head",
+            ffn_norm_name="post_attention_norm",
+        ),
+        "granitemoe": Architecture(
+            "granitemoe",
+            n_expert=16,
+            n_expert_used=4,
+            expert_ff_key=False,
+            n_expert_shared=1,
+            shared_ff_key=True,
+        ),
+        "smallthinker": Architecture(
+            "smallthinker",
+            n_expert=16,
+            n_expert_used=4,
+            gating=Gating.SIGMOID,
+            gating_key=True,
+            router_before_attention=True,
+        ),
+        "jamba": Architecture(
+            "jamba",
+            n_layer=6,
+            normalise_weights=False,
+            expert_ff_key=False,
+            moe_every=2,
+            mixer=Mixer.MAMBA,
+            attention_every=3,
+        ),
+        "granitehybrid": Architecture(
+            "granitehybrid",
+            n_expert=16,
+            n_expert_used=4,
+            expert_ff_key=False,
+            n_expert_shared=1,
+            shared_ff_key=True,
+            mixer=Mixer.MAMBA2,
+            attention_every=2,
+        ),
+        "lfm2moe": Architecture(
+            "lfm2moe",
+            n_layer=5,
+            n_expert=16,
+            n_expert_used=4,
+            gating=Gating.SIGMOID,
+            gating_key=True,
+            selection_bias=True,
+            n_layer_dense=1,
+            qk_norm="head",
+            output_norm_name="token_embd_norm",
+            mixer=Mixer.SHORTCONV,
+            attention_every=2,
+        ),
+        "nomic-bert-moe": Architecture(
+            "nomic-bert-moe",
+            n_head_kv=4,
+            normalise_weights=False,
+            expert_ff_key=False,
+            gated_experts=False,
+            moe_every=2,
+            qkv_bias=True,
+            attention_bias=True,
+            encoder=True,
+        ),
     }
 )
+"""One entry for each variant worth telling apart, by the name that :func:`write_model` takes."""

@@ -12,7 +12,8 @@ Q4_K_BLOCK, Q4_K_SUBBLOCK = 256, 32
 def pack(values: NDArray[np.float32], qtype: gguf.GGMLQuantizationType) -> NDArray[np.generic]:
     """Return ``values`` packed along the last axis: float16 or float32 as they are, other types as bytes."""
     if qtype == gguf.GGMLQuantizationType.Q4_K:
-        return _pack_q4_k(values)
+        # one expert at a time, for the sake of the intermediate arrays
+        return np.stack([_pack_q4_k(matrix) for matrix in values]) if values.ndim > 2 else _pack_q4_k(values)
     packed: NDArray[np.generic] = gguf.quants.quantize(values, qtype)
     return packed
 

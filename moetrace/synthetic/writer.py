@@ -77,7 +77,7 @@ def write_model(
     The weights are drawn so that every expert is used, routing differs from token to token, the text is
     printable and does not end by itself. The same arguments give the same bytes; each tensor's values depend
     only on ``seed``, its name and its shape, so replacing one leaves the others as they were. Memory needed:
-    about three times the largest tensor in float32.
+    about twice the largest tensor in float32.
 
     Parameters
     ----------
@@ -163,6 +163,9 @@ def _resolve(architecture: str | Architecture, **sizes: Any) -> Architecture:
         architecture = ARCHITECTURES[architecture]
     arch = dataclasses.replace(architecture, **{name: n for name, n in sizes.items() if n is not None})
     moe, groups = arch.n_expert > 0, arch.n_expert_groups
+    counts = (arch.n_layer, arch.n_embd, arch.n_head, arch.n_head_kv, arch.n_ff_expert, arch.n_ctx_train)
+    if min(counts) < 1 or arch.n_expert < 0:
+        raise UsageError(f"The sizes of the {arch.gguf_name} model must be positive numbers")
     broken = {
         "n_embd must be a multiple of n_head": arch.n_embd % arch.n_head,
         "n_embd / n_head must be even, for the rotary embedding": arch.n_head_dim % 2,
@@ -171,6 +174,10 @@ def _resolve(architecture: str | Architecture, **sizes: Any) -> Architecture:
         "n_expert must be a multiple of n_expert_groups": groups and arch.n_expert % groups,
         "n_layer leaves no layer with experts": moe and not arch.moe_layers,
         "n_layer leaves no layer with attention": arch.n_layer < arch.attention_every,
+        "llama.cpp's encoder has experts in every second layer": arch.encoder and arch.moe_every != 2,
+        "llama.cpp takes 26 or 27 layers for a variant without low-rank queries": (
+            arch.latent_kv and arch.n_layer in (26, 27)
+        ),
     }
     for rule, is_broken in broken.items():
         if is_broken:

@@ -275,6 +275,9 @@ class Table(Mapping[str, NDArray[Any]]):
         name -> (dtype, shape per row).
     ledger
         The blocks that count, structured array.
+    ledger_damage, ledger_torn
+        What stands behind those blocks in the ledger, if anything; and whether it looks like a write that was
+        cut short, rather than like damage.
     missing_rows
         Rows that the ledger has sealed but whose bytes some column lacks (it was cut short); the table then
         ends at the last block that is whole.
@@ -288,7 +291,7 @@ class Table(Mapping[str, NDArray[Any]]):
 
     def refresh(self) -> None:
         """Look again how long the table is; arrays given out before keep their length."""
-        names, ledger, self.ledger_damage = read_ledger(self.path)
+        names, ledger, self.ledger_damage, self.ledger_torn = read_ledger(self.path)
         self._headers: dict[str, Header] = {}
         whole = sealed = int(ledger["start"][-1] + ledger["rows"][-1]) if len(ledger) else 0
         for name in names:
@@ -357,7 +360,9 @@ class Table(Mapping[str, NDArray[Any]]):
     def verify(self) -> Iterator[Damage]:
         """Read every byte and compare it with the ledger's checksums; yields what is wrong."""
         if self.ledger_damage:
-            yield Damage(f"{self.path.name}/{LEDGER_NAME}.npy", self.ledger_damage, recoverable=True)
+            yield Damage(
+                f"{self.path.name}/{LEDGER_NAME}.npy", self.ledger_damage, recoverable=self.ledger_torn
+            )
         if self.missing_rows:
             short = [
                 name

@@ -110,7 +110,7 @@ def row_crc(row: np.void) -> int:
     return zlib.crc32(row.tobytes()[:-4])
 
 
-def read_ledger(table: Path) -> tuple[list[str], NDArray[np.void], str]:
+def read_ledger(table: Path) -> tuple[list[str], NDArray[np.void], str, bool]:
     """Read the ledger of a table.
 
     Returns
@@ -121,6 +121,8 @@ def read_ledger(table: Path) -> tuple[list[str], NDArray[np.void], str]:
         The rows that count: from the first on, as long as each fits its checksum and follows the one before.
     damage
         What stands behind them, if anything does; empty if the ledger ends there.
+    torn
+        True if it only looks as if the last write was cut short: no good row stands behind a bad one.
 
     Raises
     ------
@@ -146,17 +148,15 @@ def read_ledger(table: Path) -> tuple[list[str], NDArray[np.void], str]:
         behind = len(f.read(1 << 16))
     rows = np.frombuffer(data, header.dtype, count=len(data) // header.dtype.itemsize)
     width, end, good = header.dtype.itemsize, 0, 0
-    for i, row in enumerate(rows):
-        start, n_rows = int(row["start"]), int(row["rows"])
-        if zlib.crc32(data[i * width : (i + 1) * width - 4]) != row["self"]:
-            break
-        if start != end or not 1 <= n_rows < 1 << 48:
+    fits = [zlib.crc32(data[i * width : (i + 1) * width - 4]) == row["self"] for i, row in enumerate(rows)]
+    for fit, start, n_rows in zip(fits, rows["start"].tolist(), rows["rows"].tolist(), strict=True):
+        if not fit or start != end or not 1 <= n_rows < 1 << 40:
             break
         end += n_rows
-        good = i + 1
+        good += 1
     damage = ""
     if good < len(rows):
         damage = f"{len(rows) - good} of its {len(rows)} blocks do not fit their checksums"
     elif behind:
         damage = "its last block is cut short"
-    return names, rows[:good], damage
+    return names, rows[:good], damage, not any(fits[good:])

@@ -18,8 +18,8 @@ class Loss:
     """What became of everything that the model computed.
 
     A row is one token's way through the model; an entry is one (token, layer). Exactly:
-    ``rows_produced = rows + rows_lost + rows_waiting`` and
-    ``produced = present + not_computed + lost + waiting``, ``produced`` being ``rows_produced`` times the layers.
+    ``rows_produced = rows + rows_lost + rows_waiting``, and
+    ``produced = rows_produced × L = present + not_computed + lost + waiting``.
 
     Attributes
     ----------
@@ -70,7 +70,7 @@ def count_loss(context: ContextStore, counters: dict[str, int], cached: int) -> 
     context
         Its tables.
     counters
-        The host's counters by name; without ``rows_produced``, the rows in the table are all that is known of.
+        The host's counters by name; without ``rows_produced``, only the table's rows are known of.
     cached
         Positions served from the prompt cache.
     """

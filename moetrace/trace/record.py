@@ -33,6 +33,7 @@ class RecordKind(IntEnum):
 
     ROW = 0
     EVENT = 1
+    ATTENTION = 2
 
 
 class RowFlag(IntFlag):
@@ -44,6 +45,7 @@ class RowFlag(IntFlag):
     INTERVENED = 1 << 3
     SEQUENCE_UNCERTAIN = 1 << 4
     UNIDENTIFIED = 1 << 5
+    TRIAL = 1 << 6
 
 
 class EventCode(IntEnum):

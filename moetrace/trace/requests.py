@@ -13,7 +13,7 @@ The rules, per (context, sequence):
   tail was removed or its position fell back (no shift explains it), and its position is not beyond the last
   one or a row that is no output follows an output.
 - Prefill lasts until the end of the batch that holds the request's first output row; what follows is decode.
-- Rows without a sequence belong to no request and have no phase.
+- Rows without a sequence, and batches that llama.cpp decodes for itself, belong to no request and have no phase.
 """
 
 from __future__ import annotations
@@ -175,7 +175,9 @@ class RequestAssigner:
         """
         n = len(rows["serial"])
         serial = np.asarray(rows["serial"]).astype(np.int64)
-        sequence = np.asarray(rows["sequence"])
+        # what llama.cpp decodes for itself belongs to no request
+        trial = (np.asarray(rows["flags"]) & RowFlag.TRIAL) != 0
+        sequence = np.where(trial, -1, rows["sequence"])
         columns = {name: np.asarray(rows[name]) for name in ROW_INPUTS}
         missing = serial - np.arange(self._n_rows, self._n_rows + n)
         happened = self._happened(events, serial)
@@ -462,7 +464,7 @@ def _map(runs: list[_Run], p0: int, p1: int, moved: Callable[[int], int | None])
 
 
 def allot_again(request: NDArray[Any]) -> Callable[[], int]:
-    """Allot the numbers of a stored column ``request`` again, for :func:`replay`; then the ones after them."""
+    """Allot a stored column ``request``'s numbers again, for :func:`replay`; then the ones after them."""
     stored = _first_seen(request)
     last = -1
 

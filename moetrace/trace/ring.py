@@ -82,8 +82,7 @@ def ring_is_ready(path: str | os.PathLike[str]) -> bool:
     return bool(np.frombuffer(data, RING_HEADER)[0]["ready"] == 1)
 
 
-def peek_counters(path: Path) -> list[int] | None:
-    """Give the counters in a ring's header without mapping it, or None if there is no such ring."""
+def _peek(path: Path) -> np.void | None:
     try:
         with path.open("rb") as f:
             data = f.read(RING_HEADER.itemsize)
@@ -91,7 +90,20 @@ def peek_counters(path: Path) -> list[int] | None:
         return None
     if len(data) < RING_HEADER.itemsize or not data.startswith(RING_MAGIC):
         return None
-    return [int(n) for n in np.frombuffer(data, RING_HEADER)[0]["counters"]]
+    header: np.void = np.frombuffer(data, RING_HEADER)[0]
+    return header
+
+
+def peek_counters(path: Path) -> list[int] | None:
+    """Give the counters in a ring's header without mapping it, or None if there is no such ring."""
+    header = _peek(path)
+    return None if header is None else [int(n) for n in header["counters"]]
+
+
+def peek_reader(path: Path) -> int | None:
+    """Give the process number of a ring's reader (0: none), or None if there is no such ring."""
+    header = _peek(path)
+    return None if header is None else int(header["reader_pid"])
 
 
 def process_alive(pid: int) -> bool:
@@ -377,7 +389,11 @@ class Ring:
         before = [part["stamp"].copy() for part in parts]
         # the acquire load and the release store keep the copies between the two looks at the stamps
         self._native.load_acquire(self._buffer, _offset("head"))
-        copies = [part.copy() for part in parts]
+        records = np.empty(head - start, self.dtype)  # not concatenate: it would pack the fields
+        end = 0
+        for part in parts:
+            records[end : end + len(part)] = part
+            end += len(part)
         self.beat()
         self._native.load_acquire(self._buffer, _offset("head"))
         after = [part["stamp"].copy() for part in parts]
@@ -385,7 +401,7 @@ class Ring:
             return np.empty(0, self.dtype), head - tail
         want = np.arange(start + 1, head + 1, dtype=np.uint64)
         whole = (np.concatenate(before) == want) & (np.concatenate(after) == want)
-        records = np.concatenate(copies)[whole]
+        records = records[whole]
         return records, head - tail - len(records)
 
     def release(self, n: int) -> None:

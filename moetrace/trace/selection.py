@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from moetrace.errors import ChannelMissingError, MoetraceError, UsageError
 from moetrace.trace.record import RowFlag, State
 from moetrace.trace.requests import Phase
+from moetrace.trace.rows import LAYER_COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,6 +44,23 @@ class Rows:
         column.flags.writeable = False
         return column
 
+    @property
+    def column_names(self) -> list[str]:
+        """The columns of the table ``rows`` (docs/format.md) that this trace has."""
+        return list(self._trace.store_context.rows)
+
+    def column(self, name: str, piece: slice = slice(None)) -> NDArray[Any]:
+        """Give a column under its name in docs/format.md, for a piece of the selected rows.
+
+        Like the properties of the same content, but only ``piece`` of it is looked at.
+        """
+        rows = self._trace.store_context.rows
+        chosen = self._rows if not isinstance(self._rows, slice) else range(*self._rows.indices(rows.n_rows))
+        part = chosen[piece]
+        index = slice(part.start, part.stop, part.step) if isinstance(part, range) else part
+        column = rows[name][index]
+        return column[:, self._layer_index] if name in (*LAYER_COLUMNS, "state") else column
+
     def _take_layers(self, name: str) -> NDArray[Any]:
         if name not in self._trace.store_context.rows:
             raise self._no_channel(name)
@@ -61,7 +79,7 @@ class Rows:
 
     @property
     def experts(self) -> NDArray[Any]:
-        """Expert ids in the router's order, (N, L, k), uint8 or uint16; :attr:`sentinel` where there is none."""
+        """Expert ids in the router's order, (N, L, k), uint8 or uint16; :attr:`sentinel` where none is."""
         return self._take_layers("experts")
 
     @property
@@ -227,9 +245,9 @@ class Rows:
         """Give the routing in long form, with the columns of the published notebooks first.
 
         One row per (token, layer, rank) that is present. Columns: ``domain`` (the request's label),
-        ``token_id`` (counts tokens within the request, *not* the vocabulary's id), ``layer_id``, ``component``,
-        ``expert_id``, ``position`` (the rank among the chosen, 0 first); then ``request``, ``phase``,
-        ``token`` (the vocabulary's id) and ``weight`` (NaN if not captured).
+        ``token_id`` (counts tokens within the request, *not* the vocabulary's id), ``layer_id``,
+        ``component``, ``expert_id``, ``position`` (the rank among the chosen, 0 first); then ``request``,
+        ``phase``, ``token`` (the vocabulary's id) and ``weight`` (NaN if not captured).
 
         Parameters
         ----------
@@ -280,13 +298,14 @@ class Rows:
 
     def to_arrow(self) -> pa.Table:
         """Give :meth:`to_pandas` as an Arrow table (needs pyarrow: ``pip install moetrace[arrow]``)."""
-        return self._arrow_reader().read_all()
+        return self.arrow_reader().read_all()
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
         """Hand :meth:`to_pandas` to Arrow's consumers (polars, duckdb, ...), a piece at a time."""
-        return self._arrow_reader().__arrow_c_stream__(requested_schema)
+        return self.arrow_reader().__arrow_c_stream__(requested_schema)
 
-    def _arrow_reader(self) -> pa.RecordBatchReader:
+    def arrow_reader(self) -> pa.RecordBatchReader:
+        """Give :meth:`to_pandas` as a stream of Arrow batches (needs pyarrow)."""
         pa = import_arrow()
         schema = pa.RecordBatch.from_pandas(
             self._long(np.arange(0)), preserve_index=False

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrace.errors import MoetraceError, TraceError, UsageError
-from moetrace.trace.labels import read_labels
+from moetrace.trace.labels import read_labels, resolve_labels
 from moetrace.trace.loss import Loss, count_loss
 from moetrace.trace.record import Counter, EventCode
 from moetrace.trace.requests import REQUEST_TABLE, Phase, RequestAssigner, allot_again, replay
@@ -150,7 +150,8 @@ class Trace(Rows):
         """One row per request of this context; the index is its number.
 
         Columns: ``id``, ``label`` and ``prompt`` as the client gave them (None where it did not), ``slot``,
-        ``n_prompt`` (cached and computed; NA where the cached ones are unknown), ``n_cached``, ``n_prefill``,
+        ``n_prompt`` (cached and computed; NA where the cached ones are unknown), ``n_generated`` (as the client
+        counted; NA where it did not: the last token is never decoded), ``n_cached``, ``n_prefill``,
         ``n_decode``, ``n_lost``, ``n_rejected``, ``n_shifts``, ``first_serial``, ``last_serial``,
         ``start_ns``, ``end_ns`` and ``running``; then whatever else the client said. docs/format.md explains
         them. A new frame, not a view.
@@ -169,6 +170,8 @@ class Trace(Rows):
             result[name] = pd.Series([s.get(name) for s in said], index=frame.index, dtype=object)
         result["slot"] = frame["sequence"]
         result["n_prompt"] = cached + frame["n_prefill"]
+        generated = [n if type(n := s.get("n_generated")) is int else None for s in said]
+        result["n_generated"] = pd.array(generated, dtype="Int64")
         result["n_cached"] = cached
         names = ["n_prefill", "n_decode", "n_lost", "n_rejected", "n_shifts"]
         for name in [*names, "first_serial", "last_serial", "start_ns", "end_ns", "running"]:
@@ -178,7 +181,7 @@ class Trace(Rows):
         return result
 
     def _request_columns(self) -> Columns:
-        """Give this context's requests: those that ended from their table, the running ones from their rows."""
+        """Give this context's requests: the ended ones from their table, the running ones from rows."""
         number = self.store.context_names.index(self.name)
         table = self.store.requests
         mine = np.flatnonzero(table["context"] == number)
@@ -201,7 +204,7 @@ class Trace(Rows):
 
     @cached_property
     def _labels(self) -> dict[int, dict[str, Any]]:
-        return read_labels(self.path)[0]
+        return resolve_labels(read_labels(self.path)[0], self._request_columns())
 
     def label_of(self, request: NDArray[np.int64]) -> NDArray[np.object_]:
         """Give the label of each of these request numbers, (n,), object; None where there is none."""
@@ -214,7 +217,7 @@ class Trace(Rows):
 
     @property
     def events(self) -> pd.DataFrame:
-        """What happened to sequences between rows: serial, time_ns, event (its name), sequence, p0, p1, arg."""
+        """What happened to sequences between rows: serial, time_ns, event, sequence, p0, p1, arg."""
         import pandas as pd
 
         table = self.store_context.events
@@ -237,7 +240,7 @@ class Trace(Rows):
 
     @property
     def counters(self) -> dict[str, int]:
-        """The host's counters by name: from context.json, or from the live ring; empty if neither is there."""
+        """The host's counters by name, from context.json or the live ring; empty if neither is there."""
         stored = self.facts.get("counters")
         if isinstance(stored, dict):
             return {str(name): value for name, value in stored.items() if type(value) is int}
@@ -248,7 +251,7 @@ class Trace(Rows):
 
     @cached_property
     def vocabulary(self) -> list[bytes] | None:
-        """The text of each token id, as bytes; None if neither the trace nor its model file is there to tell."""
+        """The text of each token id, as bytes; None if neither the trace nor a model file tells."""
         stored = read_vocabulary(self.path)
         model = self.meta.get("model_path")
         if stored is None and isinstance(model, str) and Path(model).is_file():
@@ -274,7 +277,7 @@ class Trace(Rows):
     # -- life ----------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Look again: rows that a live trace has sealed meanwhile appear. Views given out keep their length."""
+        """Look again: rows sealed meanwhile appear. Views given out keep their length."""
         self.store = TraceStore(self.path)
         self.store_context = self.store.context(self.name)
         for name in ("requests", "loss", "_labels", "vocabulary", "_texts"):
@@ -328,8 +331,8 @@ class Trace(Rows):
     def __repr__(self) -> str:
         used, experts = self.n_expert_used.max(), self.n_expert.max()
         return (
-            f"<Trace {self.path}: {len(self):,} tokens × {len(self.layers)} layers × top-{used} of {experts}, "
-            f"{self.meta.get('state')}>"
+            f"<Trace {self.path}: {len(self):,} tokens × {len(self.layers)} layers × "
+            f"top-{used} of {experts}, {self.meta.get('state')}>"
         )
 
     def _repr_html_(self) -> str:

@@ -5,11 +5,13 @@
 It shares no code with moetrace, so that tests can hold moetrace's capture against it. Saved: ``tokens`` and
 ``generated`` (int32), ``text`` (the prompt's tokens written out again) and ``generated_text`` (bytes as
 uint8), ``logits`` of every prompt token (an encoder: ``embeddings``), and per layer L with experts, in the
-order of the prompt's tokens, ``logits_L`` (router logits, float32) and ``order_L`` (all experts, best first,
-int32). All prompt tokens are outputs and in one ubatch, so that no row is missing.
+order of the prompt's tokens, ``logits_L`` (router logits before any bias, float32), ``order_L`` (all experts,
+best first, int32) and ``weights_L`` (of the chosen experts, in that order, as they mix the outputs, float32).
+All prompt tokens are outputs and in one ubatch, so that no row is missing.
 """
 
 import ctypes
+import os
 import sys
 
 import llama_cpp
@@ -20,17 +22,27 @@ ggml.ggml_get_name.restype = ctypes.c_char_p
 ggml.ggml_get_name.argtypes = [ctypes.c_void_p]
 ggml.ggml_nbytes.restype = ctypes.c_size_t
 ggml.ggml_nbytes.argtypes = [ctypes.c_void_p]
-ggml.ggml_nrows.restype = ctypes.c_int64
-ggml.ggml_nrows.argtypes = [ctypes.c_void_p]
 ggml.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
 
-WANTED = {b"ffn_moe_logits": ("logits", np.float32), b"ffn_moe_argsort": ("order", np.int32)}
+WEIGHTS = ("ffn_moe_weights", "ffn_moe_weights_softmax", "ffn_moe_weights_norm", "ffn_moe_weights_scaled")
+WANTED = {
+    b"ffn_moe_logits": ("logits", np.float32),
+    b"ffn_moe_argsort": ("order", np.int32),
+    # each step of the weights replaces the one before
+    **{name.encode(): ("weights", np.float32) for name in WEIGHTS},
+}
 
 
 def read_key(model: object, key: str) -> str:
     value = ctypes.create_string_buffer(64)
     found = llama_cpp.llama_model_meta_val_str(model, key.encode(), value, len(value)) >= 0
     return value.value.decode() if found else ""
+
+
+def stop(failure: object) -> None:
+    """End at an exception in the callback, which ctypes would only print, leaving tensors out."""
+    sys.__unraisablehook__(failure)
+    os._exit(1)
 
 
 def main(model_path: str, out_path: str, n_generate: int) -> None:
@@ -40,13 +52,13 @@ def main(model_path: str, out_path: str, n_generate: int) -> None:
     @llama_cpp.ggml_backend_sched_eval_callback
     def observe(tensor: int, ask: bool, _: object) -> bool:
         name, _, layer = ggml.ggml_get_name(tensor).partition(b"-")
-        if name not in WANTED:
+        if name not in WANTED or not layer.isdigit():  # a view is called "NAME-LAYER (reshaped)"
             return not ask
         if not ask:
             key, dtype = WANTED[name]
             rows = np.empty(ggml.ggml_nbytes(tensor), np.uint8)
             ggml.ggml_backend_tensor_get(tensor, rows.ctypes.data, 0, rows.nbytes)
-            seen[f"{key}_{int(layer)}"] = rows.view(dtype).reshape(ggml.ggml_nrows(tensor), -1)
+            seen[f"{key}_{int(layer)}"] = rows.view(dtype)
         return True
 
     llama_cpp.llama_backend_init()
@@ -79,7 +91,8 @@ def main(model_path: str, out_path: str, n_generate: int) -> None:
         batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
     if (llama_cpp.llama_encode if encoder else llama_cpp.llama_decode)(context, batch):
         sys.exit("llama.cpp cannot compute the prompt")
-    saved = {"tokens": np.array(tokens[:n_tokens], np.int32), **seen}
+    saved = {name: values.reshape(n_tokens, -1) for name, values in seen.items()}
+    saved["tokens"] = np.array(tokens[:n_tokens], np.int32)
 
     def write_out(ids: list[int]) -> np.ndarray:
         piece = ctypes.create_string_buffer(256)
@@ -113,4 +126,5 @@ def main(model_path: str, out_path: str, n_generate: int) -> None:
 
 
 if __name__ == "__main__":
+    sys.unraisablehook = stop
     main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 0)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import gguf
 import numpy as np
 import pytest
+from scipy.special import expit, softmax
 
-from moetrace.synthetic import ARCHITECTURES, QUANTIZATIONS
+from moetrace.synthetic import ARCHITECTURES, QUANTIZATIONS, Architecture, Gating
 
 pytestmark = pytest.mark.runtime
 
@@ -33,11 +42,39 @@ SELECT name, count(*) FROM visits WHERE year >= 1999 GROUP BY name ORDER BY 2 DE
 
 def run(model: Path, folder: Path, text: str = TEXT, n_generate: int = 24) -> dict[str, np.ndarray]:
     out = folder / "routing.npz"
-    subprocess.run(
-        [sys.executable, REFERENCE, model, out, str(n_generate)], input=text.encode(), check=True, timeout=120
-    )
+    command = [sys.executable, REFERENCE, model, out, str(n_generate)]
+    result = subprocess.run(command, input=text.encode(), capture_output=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr.decode()[-2000:]
     with np.load(out) as saved:
         return dict(saved)
+
+
+def selection_scores(arch: Architecture, logits: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    """What top-k should select on, computed in numpy: (tokens, n_expert)."""
+    scores = logits.astype(np.float64)
+    if arch.gating is Gating.SIGMOID and not arch.weights_before_experts:
+        scores = expit(scores)
+    if bias is not None:
+        scores = scores + bias
+    if arch.n_expert_groups:
+        groups = scores.reshape(len(scores), arch.n_expert_groups, -1)
+        rank = np.argsort(-np.sort(groups, axis=-1)[..., -2:].sum(axis=-1), axis=-1, kind="stable")
+        kept = np.zeros(rank.shape, bool)
+        np.put_along_axis(kept, rank[:, : arch.n_group_used], True, axis=-1)
+        scores = np.where(kept[..., None], groups, -np.inf).reshape(scores.shape)
+    return scores
+
+
+def mixing_weights(arch: Architecture, logits: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """What should mix the chosen experts, computed in numpy: (tokens, n_expert_used)."""
+    logits = logits.astype(np.float64)
+    if arch.gating is Gating.SOFTMAX_WEIGHT:
+        return softmax(np.take_along_axis(logits, chosen, axis=1), axis=1)
+    probabilities = expit(logits) if arch.gating is Gating.SIGMOID else softmax(logits, axis=1)
+    weights = np.take_along_axis(probabilities, chosen, axis=1)
+    if arch.normalise_weights:
+        weights = weights / weights.sum(axis=1, keepdims=True)
+    return weights * arch.weights_scale
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -46,7 +83,7 @@ def test_model_routes_and_generates(name, runtime, model_file, tmp_path):
     seen = run(model_file(name), tmp_path)
     n_tokens = len(seen["tokens"])
     assert 200 < n_tokens < 600
-    assert seen["text"].tobytes().decode().removeprefix("<|bos|>") == TEXT
+    assert seen["text"].tobytes().decode() == "<|bos|>" * arch.add_bos + TEXT
 
     layers = {int(key.removeprefix("order_")) for key in seen if key.startswith("order_")}
     assert layers == set(arch.moe_layers)
@@ -56,25 +93,46 @@ def test_model_routes_and_generates(name, runtime, model_file, tmp_path):
         assert np.isfinite(logits).all()
         chosen = seen[f"order_{layer}"][:, : arch.n_expert_used]
         used = np.bincount(chosen.ravel(), minlength=arch.n_expert)
-        assert used.min() > 0, f"layer {layer}: experts never used: {np.flatnonzero(used == 0)}"
+        if used.mean() > 20:
+            assert used.min() > 0, f"layer {layer}: experts never used: {np.flatnonzero(used == 0)}"
+        assert np.mean(used > 0) > 0.9
         assert used.max() < 8 * used.mean()
-        assert len({frozenset(row) for row in chosen.tolist()}) > min(20, n_tokens / 10)
+        n_sets = len({frozenset(row) for row in chosen.tolist()})
+        assert n_sets > min(n_tokens / 10, math.comb(arch.n_expert, arch.n_expert_used) / 2)
 
     if arch.encoder:
         assert np.isfinite(seen["embeddings"]).all()
         assert seen["embeddings"].std(axis=0).min() > 0.1
-    else:
-        assert np.isfinite(seen["logits"]).all()
-        assert len(seen["generated"]) == 24, "generation ended early"
-        assert len(set(seen["generated"].tolist())) > 6
-        assert seen["generated_text"].tobytes().decode("ascii")
+        return
+    assert np.isfinite(seen["logits"]).all()
+    assert len(seen["generated"]) == 24, "generation ended early"
+    assert len(set(seen["generated"].tolist())) > 6
+    assert seen["generated_text"].tobytes().decode("ascii")
+    other = run(model_file(name), tmp_path, "The tide was out when", 24)
+    assert other["generated_text"].tobytes() != seen["generated_text"].tobytes()
 
 
-@pytest.mark.parametrize("name", [name for name, arch in ARCHITECTURES.items() if not arch.encoder])
-def test_text_depends_on_the_prompt(name, runtime, model_file, tmp_path):
-    prompts = ("The tide was out when", "import numpy as np\n")
-    texts = {run(model_file(name), tmp_path, prompt, 12)["generated_text"].tobytes() for prompt in prompts}
-    assert len(texts) == len(prompts)
+@pytest.mark.parametrize("name", [name for name, arch in ARCHITECTURES.items() if arch.n_expert])
+def test_experts_are_selected_and_mixed_as_the_architecture_says(name, runtime, model_file, tmp_path):
+    arch, path = ARCHITECTURES[name], model_file(name)
+    seen = run(path, tmp_path, n_generate=0)
+    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    plain, differ = replace(arch, n_expert_groups=0), 0
+    for layer in arch.moe_layers:
+        logits = seen[f"logits_{layer}"] + stored.get(f"blk.{layer}.ffn_gate_inp.bias", 0)
+        scores = selection_scores(arch, logits, stored.get(f"blk.{layer}.exp_probs_b.bias"))
+        chosen = seen[f"order_{layer}"][:, : arch.n_expert_used]
+        expected = np.argsort(-scores, axis=-1, kind="stable")[:, : arch.n_expert_used]
+        gap = np.diff(-np.sort(-scores, axis=-1)[:, : arch.n_expert_used + 1], axis=-1).max(axis=-1)
+        clear = gap < -1e-6  # the order of near-ties is rounding
+        assert clear.mean() > 0.9
+        assert np.array_equal(chosen[clear], expected[clear])
+        weights = mixing_weights(arch, logits, chosen)
+        np.testing.assert_allclose(seen[f"weights_{layer}"], weights, rtol=1e-4, atol=1e-6)
+        unbiased = np.argsort(-selection_scores(plain, logits, None), axis=-1)[:, : arch.n_expert_used]
+        differ += sum(set(a) != set(b) for a, b in zip(chosen.tolist(), unbiased.tolist(), strict=True))
+    # a bias or a mask that changed nothing would test nothing
+    assert (differ > 20) == (arch.selection_bias or arch.n_expert_groups > 0)
 
 
 @pytest.mark.parametrize("quantization", [name for name in QUANTIZATIONS if name])
@@ -87,14 +145,54 @@ def test_quantised_experts_change_the_routing_little(quantization, runtime, mode
     assert agree > 0.8  # chance is 1/8
 
 
-def test_completion_tool_continues_a_prompt(runtime, model_file):
+@pytest.mark.parametrize("name", [name for name, arch in ARCHITECTURES.items() if not arch.encoder])
+def test_completion_tool_continues_a_prompt(name, runtime, model_file):
     prompt = "Why is the sky blue?"
     options = ["-n", "16", "-c", "256", "-t", "1", "--temp", "0"]
     result = subprocess.run(
-        [runtime.tool("llama-completion"), "-m", model_file("gpt-oss"), *options, "-no-cnv", "-p", prompt],
+        [runtime.tool("llama-completion"), "-m", model_file(name), *options, "-no-cnv", "-p", prompt],
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
     )
     assert len(result.stdout.strip()) > len(prompt) + 16
+
+
+def test_server_applies_the_chat_template(runtime, model_file):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [runtime.tool("llama-server"), "-m", model_file("gpt-oss"), "-c", "512", "-t", "1", "-np", "1"]
+    server = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not is_ready(address):
+            assert server.poll() is None, "llama-server ended"
+            assert time.monotonic() < deadline, "llama-server is not ready after a minute"
+            time.sleep(0.05)
+        messages = [{"role": "user", "content": "Is it raining?"}]
+        applied = post(f"{address}/apply-template", {"messages": messages})
+        expected = "<|im_start|>user\nIs it raining?<|im_end|>\n<|im_start|>assistant\n"
+        assert applied["prompt"] == expected
+        answer = post(f"{address}/v1/chat/completions", {"messages": messages, "max_tokens": 16})
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert answer["choices"][0]["message"]["content"]
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def is_ready(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def post(url: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)

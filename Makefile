@@ -1,0 +1,71 @@
+# `make` or `make help` lists the targets.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.moetrace
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-unit test-slow test-cpp sanitize lint clean bench-overhead bench-analysis gpu-check
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+
+# moetrace itself, editable, with what the tests need; rebuilt when the native sources change
+$(STAMP)-package: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.11" "pybind11>=3.0" "cmake>=3.24" ninja
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test]'
+	@touch $@
+
+# the pinned llama.cpp: built once, cached by pip
+$(STAMP)-runtime: $(BIN)/python llama.cpp/pin.txt llama.cpp/install.sh
+	llama.cpp/install.sh cpu $(BIN)/python
+	@touch $@
+
+setup: $(STAMP)-package $(STAMP)-runtime ## virtual environment, moetrace and llama.cpp
+
+demo: setup ## record a small model from start to end
+	$(BIN)/moetrace demo
+
+test: setup lint test-cpp ## everything but the slow tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-unit: $(STAMP)-package ## the tests that need no llama.cpp
+	$(BIN)/python -m pytest tests/unit tests/stats -m "not slow"
+
+test-slow: setup ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow --timeout 3600
+
+test-cpp: $(STAMP)-package ## the C++ tests
+	$(BIN)/cmake -S . -B build/tests -DMOETRACE_TESTS=ON -DMOETRACE_WERROR=ON > build-tests.log || (cat build-tests.log; exit 1)
+	@rm -f build-tests.log
+	$(BIN)/cmake --build build/tests --parallel 2
+	$(BIN)/ctest --test-dir build/tests --output-on-failure
+
+sanitize: $(STAMP)-package ## the C++ tests under AddressSanitizer, UBSan and ThreadSanitizer
+	for s in address,undefined thread; do \
+	    $(BIN)/cmake -S . -B build/$$s -DMOETRACE_TESTS=ON -DMOETRACE_SANITIZE=$$s -DCMAKE_BUILD_TYPE=RelWithDebInfo && \
+	    $(BIN)/cmake --build build/$$s --parallel 2 && \
+	    $(BIN)/ctest --test-dir build/$$s --output-on-failure || exit 1; \
+	done
+
+lint: $(STAMP)-package ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-overhead: setup ## what tracing costs; writes docs/benchmarks.md
+	$(BIN)/python benchmarks/bench_overhead.py
+
+bench-analysis: $(STAMP)-package ## the analyses against the notebook's own method
+	$(BIN)/python benchmarks/bench_analysis.py
+
+gpu-check: ## build for CUDA and check there (needs an NVIDIA GPU)
+	benchmarks/gpu-check.sh
+
+clean: ## remove what was built
+	rm -rf build $(VENV) demo

@@ -1,0 +1,110 @@
+"""The command line: ``moetrace COMMAND ...``, also as ``python -m moetrace``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+import moetrace
+from moetrace.commands.options import Command, red
+from moetrace.errors import MoetraceError, UsageError
+
+#: subcommand -> the class in moetrace/commands/SUBCOMMAND.py, in the order of the help
+COMMANDS = {
+    "run": "Run",
+    "drive": "Drive",
+    "capture": "Capture",
+    "demo": "Demo",
+    "start": "Start",
+    "stop": "Stop",
+    "status": "Status",
+    "info": "Info",
+    "verify": "Verify",
+    "recover": "Recover",
+    "dump": "Dump",
+    "export": "Export",
+    "doctor": "Doctor",
+}
+
+
+def load(name: str) -> Command:
+    """Import one subcommand; the others stay unread, which keeps the start fast."""
+    module = importlib.import_module(f"moetrace.commands.{name.replace('-', '_')}")
+    command: Command = getattr(module, COMMANDS[name])()
+    return command
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UsageError(message, fix=f"see {self.prog} --help")
+
+
+def make_parser(name: str | None = None) -> argparse.ArgumentParser:
+    """Make the parser; only the subcommand ``name`` is filled in (None: all, for the help)."""
+    parser = _Parser(prog="moetrace", description=moetrace.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"moetrace {moetrace.__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for each in COMMANDS:
+        if name is None or each == name:
+            command = load(each)
+            text = inspect.cleandoc(command.__doc__ or "")
+            sub = subparsers.add_parser(
+                each,
+                help=text.split("\n")[0],
+                description=text,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+                allow_abbrev=False,
+            )
+            command.prepare_parser(sub)
+            sub.set_defaults(run=command.run, passthrough=command.passthrough)
+        else:
+            subparsers.add_parser(each)
+    return parser
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """Split at the first ``--``: what is right of it is not ours. None if there is none."""
+    argv = list(argv)
+    if "--" not in argv:
+        return argv, None
+    i = argv.index("--")
+    return argv[:i], argv[i + 1 :]
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse and run; MoetraceErrors come out as they are."""
+    ours, rest = split(argv)
+    name = ours[0] if ours and ours[0] in COMMANDS else None
+    args = make_parser(name).parse_args(ours)
+    if rest is not None and not args.passthrough:
+        raise UsageError(f"moetrace {args.command} takes nothing after --", fix="leave it out")
+    args.rest = rest or []
+    code: int = args.run(args)
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code, and never lets a traceback of ours reach the user."""
+    try:
+        code = run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except MoetraceError as e:
+        first, *others = str(e).split("\n")
+        print("\n".join([f"{red('error:', sys.stderr)} {first}", *others]), file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # whoever read stdout has gone (`dump t.moet | head`); the interpreter must not complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

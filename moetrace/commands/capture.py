@@ -1,0 +1,78 @@
+"""``moetrace capture``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from moetrace.commands.capturing import add_capture_options, capture_options, output_path, report_trace
+from moetrace.commands.options import add_option
+from moetrace.commands.progress import progress_bar
+
+
+class Capture:
+    """Run a prompt set through a model, without a server, and record its routing.
+
+    A line of the prompt file is a JSON object with prompt, messages or tokens, and optionally id, label and
+    n_predict. Needs the llama-cpp-python runtime.
+    """
+
+    passthrough = False
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        """Add the options."""
+        add_option(parser, "-m", "--model", required=True, metavar="FILE", help="GGUF file")
+        add_option(parser, "-f", "--file", required=True, metavar="FILE", help="prompts, JSON lines")
+        add_option(parser, "-o", "--output", metavar="T.moet", help="the trace to write")
+        add_option(parser, "-n", "--n-predict", type=int, default=0, metavar="N", help="tokens to generate")
+        add_option(parser, "-np", "--parallel", type=int, default=1, metavar="N", help="prompts at once")
+        add_option(parser, "-c", "--ctx-size", type=int, metavar="N", help="positions; default: as needed")
+        add_option(parser, "-b", "--batch-size", type=int, default=2048, metavar="N", help="logical batch")
+        add_option(parser, "-ub", "--ubatch-size", type=int, default=512, metavar="N", help="physical batch")
+        add_option(parser, "-t", "--threads", type=int, metavar="N", help="threads")
+        add_option(parser, "-ngl", "--gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPU")
+        add_option(parser, "--temp", type=float, default=0.0, metavar="T", help="temperature; 0 is greedy")
+        add_option(parser, "-s", "--seed", type=int, default=0, metavar="N", help="seed of the sampling")
+        add_option(
+            parser,
+            "--all-outputs",
+            action="store_true",
+            help="compute the last layer for every token (llama.cpp leaves out what it needs no logits for)",
+        )
+        add_option(parser, "--force", action="store_true", help="replace the trace if it exists")
+        add_option(parser, "-v", "--verbose", action="store_true", help="show llama.cpp's log")
+        add_capture_options(parser)
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Capture."""
+        from moetrace.host.inprocess import capture
+
+        path = output_path(args)
+        options = capture_options(args)
+        with progress_bar("prompts") as update:
+            capture(
+                args.model,
+                args.file,
+                path,
+                n_predict=args.n_predict,
+                channels=options.channels,
+                n_parallel=args.parallel,
+                n_ctx=args.ctx_size,
+                n_batch=args.batch_size,
+                n_ubatch=args.ubatch_size,
+                n_threads=args.threads,
+                n_gpu_layers=args.gpu_layers,
+                temperature=args.temp,
+                seed=args.seed,
+                all_outputs=args.all_outputs,
+                force=args.force,
+                verbose=args.verbose,
+                on_progress=update,
+                layers=options.layers,
+                collector=options.collector,
+                on_full=options.on_full,
+                ring_size=options.ring_size,
+                block_ms=options.block_ms,
+            ).close()
+        report_trace(path, sys.stderr)
+        return 0

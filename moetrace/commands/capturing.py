@@ -1,0 +1,103 @@
+"""Options that every recording command shares."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import IO
+
+from moetrace.commands.options import add_option, red
+from moetrace.errors import UsageError
+from moetrace.host.options import CHANNELS, COLLECTORS, ON_FULL, CaptureOptions, parse_size
+from moetrace.trace.trace import Trace, open_trace
+
+
+def add_capture_options(parser: argparse.ArgumentParser) -> None:
+    """Add what to record, and how."""
+    group = parser.add_argument_group("what to record")
+    add_option(
+        group,
+        "--capture",
+        metavar="CHANNELS",
+        default="experts,weights",
+        help=f"comma-separated: {', '.join(CHANNELS)}, tensor:NAME-PATTERN",
+    )
+    add_option(group, "--layers", metavar="LIST", default="", help="layers such as 0-5,23; default: all")
+    add_option(group, "--collector", choices=COLLECTORS, default="auto", help="how tensors are read")
+    group = parser.add_argument_group("the ring between llama.cpp and the trace")
+    add_option(
+        group,
+        "--on-full",
+        choices=ON_FULL,
+        default="block",
+        help="when the trace cannot be written fast enough: wait, lose the newest rows, or the oldest",
+    )
+    add_option(group, "--ring-size", metavar="SIZE", default="16MiB", help="memory of the ring of each context")
+    add_option(group, "--block-ms", metavar="N", type=int, default=10_000, help="longest wait of --on-full block")
+
+
+def capture_options(args: argparse.Namespace, *, paused: bool = False) -> CaptureOptions:
+    """Give the options that were chosen.
+
+    Raises
+    ------
+    UsageError
+        If one of them does not exist.
+    """
+    return CaptureOptions.of(
+        args.capture,
+        layers=args.layers,
+        collector=args.collector,
+        on_full=args.on_full,
+        ring_size=parse_size(args.ring_size),
+        block_ms=args.block_ms,
+        paused=paused,
+    )
+
+
+def output_path(args: argparse.Namespace) -> Path:
+    """Give ``-o``."""
+    if not args.output:
+        raise UsageError("where should the trace go?", fix="give -o NAME.moet")
+    return Path(args.output)
+
+
+def human_size(n: float) -> str:
+    """Give bytes as people read them: ``41.2 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    raise AssertionError
+
+
+def report_trace(path: Path, stream: IO[str] = sys.stderr) -> None:
+    """Say what was written, loudly what was lost, and what to type next."""
+    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    with open_trace(path) as trace:
+        for name in trace.contexts:
+            context = trace.in_context(name)
+            print(f"Wrote {path} ({human_size(size)}): {_describe(context)}", file=stream)
+            loss = context.loss
+            lost = f"{loss.rows_lost:,} rows lost"
+            print(f"  {red(lost, stream) if loss.rows_lost else lost}; {_own_time(context)}", file=stream)
+    print(f"Next: moetrace info {path}", file=stream)
+
+
+def _describe(trace: Trace) -> str:
+    requests = len(trace.requests)
+    k = max(trace.n_expert_used)
+    experts = max(trace.n_expert)
+    return (
+        f"{len(trace):,} tokens × {len(trace.layers)} layers × top-{k} of {experts} experts, "
+        f"{requests:,} request{'s' if requests != 1 else ''}"
+    )
+
+
+def _own_time(trace: Trace) -> str:
+    counters = trace.facts.get("counters", {})
+    entries = len(trace) * len(trace.layers)
+    if not entries or "hook_ns" not in counters:
+        return "no time measured"
+    return f"the tracer's own code took {counters['hook_ns'] / entries:.0f} ns per token and layer"

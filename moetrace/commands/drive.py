@@ -1,0 +1,78 @@
+"""``moetrace drive``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+from pathlib import Path
+
+from moetrace.commands.options import add_option
+from moetrace.commands.progress import progress_bar
+from moetrace.errors import UsageError
+from moetrace.host.client import Answer, ServerClient, drive
+from moetrace.host.prompts import read_prompts
+from moetrace.trace.labels import append_labels
+from moetrace.trace.writer import is_trace
+
+
+class Drive:
+    """Send a prompt set to a running llama-server, and label the requests in its trace.
+
+    A line of the prompt file is a JSON object with prompt, messages or tokens, and optionally id, label and
+    n_predict. Each prompt is pinned to a slot, so that its rows are known; the answers are greedy. The answers
+    go to standard output as JSON lines.
+
+      moetrace drive -f prompts.jsonl --url http://127.0.0.1:8080 --trace t.moet -n 64
+    """
+
+    passthrough = False
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        """Add the options."""
+        add_option(parser, "-f", "--file", required=True, metavar="FILE", help="prompts, JSON lines")
+        add_option(parser, "--url", default="http://127.0.0.1:8080", help="the server")
+        add_option(parser, "--trace", metavar="T.moet", help="the trace that moetrace run writes; gets the labels")
+        add_option(parser, "-np", "--parallel", type=int, metavar="N", help="prompts at once; default: all slots")
+        add_option(parser, "-n", "--n-predict", type=int, default=128, metavar="N", help="tokens to generate")
+        add_option(parser, "--api-key", metavar="KEY", help="of llama-server --api-key")
+        add_option(parser, "--timeout", type=float, default=600.0, metavar="S", help="seconds to wait for an answer")
+        add_option(parser, "-q", "--quiet", action="store_true", help="do not print the answers")
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Send them."""
+        trace = Path(args.trace) if args.trace else None
+        if trace is not None and not is_trace(trace):
+            raise UsageError(f"{trace} is no trace", fix="give the folder that `moetrace run -o` writes")
+        prompts = read_prompts(args.file)
+        client = ServerClient(args.url, timeout=args.timeout, api_key=args.api_key)
+        lock = threading.Lock()
+        done = 0
+        with progress_bar("prompts") as update:
+
+            def on_answer(answer: Answer) -> None:
+                nonlocal done
+                with lock:
+                    if trace is not None:
+                        append_labels(trace, [answer.label_line()])
+                    done += 1
+                    update(done, len(prompts))
+                    if not args.quiet:
+                        print(json.dumps(_answer_line(answer), ensure_ascii=False), flush=True)
+
+            drive(client, prompts, n_predict=args.n_predict, n_parallel=args.parallel, on_answer=on_answer)
+        print(f"{len(prompts)} prompts answered", file=sys.stderr)
+        return 0
+
+
+def _answer_line(answer: Answer) -> dict[str, object]:
+    return {
+        "id": answer.prompt.id,
+        "label": answer.prompt.label,
+        "slot": answer.slot,
+        "n_prompt": len(answer.prompt_tokens),
+        "n_cached": answer.cached,
+        "tokens": list(answer.tokens),
+        "content": answer.text,
+    }

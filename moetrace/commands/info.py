@@ -1,0 +1,64 @@
+"""``moetrace info``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from moetrace.commands.options import add_option, red
+from moetrace.trace.trace import Trace, open_trace
+
+
+class Info:
+    """Show what a trace holds, and what it lacks.
+
+    Loss is shown in red. With --json, everything as one JSON object.
+    """
+
+    passthrough = False
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        """Add the options."""
+        parser.add_argument("trace", help="a trace folder")
+        add_option(parser, "--json", action="store_true", help="print JSON")
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Print it."""
+        with open_trace(args.trace) as trace:
+            contexts = [trace.in_context(name) for name in trace.contexts]
+            if args.json:
+                print(json.dumps(_facts(trace, contexts), indent=1))
+                return 0
+            for i, context in enumerate(contexts):
+                if i:
+                    print()
+                for name, value in context.summary():
+                    bad = name == "completeness" and not value.startswith("nothing lost")
+                    print(f"{name:<13} {red(value) if bad else value}")
+                loss = context.loss
+                print(
+                    f"{'entries':<13} {loss.produced:,} = {loss.present:,} present"
+                    f" + {loss.not_computed:,} not computed + {loss.lost:,} lost"
+                    + (f" + {loss.waiting:,} waiting" if loss.waiting else "")
+                )
+                print(f"{'cached':<13} {loss.cached:,} positions served from the prompt cache")
+                if status := context.facts.get("status"):
+                    print(f"{'tracer':<13} {red(str(status))}")
+        return 0
+
+
+def _facts(trace: Trace, contexts: list[Trace]) -> dict[str, object]:
+    return {
+        "path": str(trace.path),
+        "meta": trace.meta,
+        "contexts": [
+            {
+                **context.facts,
+                "rows": len(context),
+                "requests": len(context.requests),
+                "loss": dataclasses.asdict(context.loss),
+            }
+            for context in contexts
+        ],
+    }

@@ -1,0 +1,48 @@
+"""``moetrace recover``."""
+
+from __future__ import annotations
+
+import argparse
+
+from moetrace.commands.options import add_option, red
+from moetrace.trace.recover import recover
+
+
+class Recover:
+    """Mend a trace whose recorder died, and close it.
+
+    What the host had committed is read out of the ring, requests that ran are listed, headers are set right.
+    """
+
+    passthrough = False
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        """Add the options."""
+        parser.add_argument("trace", help="a trace folder")
+        add_option(
+            parser,
+            "--cut",
+            action="store_true",
+            help="where a table is damaged inside, give up what lies behind the damage",
+        )
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Recover, and say what was."""
+        result = recover(args.trace, cut=args.cut)
+        for name in result.headers:
+            print(f"header set right: {name}")
+        for context in result.contexts:
+            line = f"{context.name}: {context.sealed:,} rows were safe, {context.recovered:,} recovered"
+            if context.torn:
+                line += ", " + red(f"{context.torn:,} records were not whole")
+            if context.lost is None:
+                line += ", " + red("how many were lost is not known")
+            elif context.lost:
+                line += ", " + red(f"{context.lost:,} lost")
+            else:
+                line += ", nothing lost"
+            print(line)
+            if context.note:
+                print(red(f"{context.name}: {context.note}"))
+        print(f"Next: moetrace verify {result.path}")
+        return 0

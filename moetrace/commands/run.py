@@ -1,0 +1,52 @@
+"""``moetrace run``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from moetrace.commands.capturing import add_capture_options, capture_options, output_path, report_trace
+from moetrace.commands.options import add_option, red
+from moetrace.errors import MoetraceError, UsageError
+from moetrace.host.server import TracedProcess
+
+
+class Run:
+    """Run llama-server, or another program of llama.cpp, and record its routing.
+
+    What stands right of -- is the program and its arguments; they are not touched. The program keeps its
+    terminal, its signals and its exit code. Ctrl-C stops it as usual; what was recorded is kept. If moetrace
+    itself is killed, the program goes on serving.
+
+      moetrace run -o t.moet -- llama-server -m model.gguf -np 4 -c 8192
+    """
+
+    passthrough = True
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        """Add the options."""
+        add_option(parser, "-o", "--output", metavar="T.moet", help="the trace to write")
+        add_option(parser, "--force", action="store_true", help="replace the trace if it exists")
+        add_option(parser, "--paused", action="store_true", help="begin without recording; see moetrace start")
+        add_option(parser, "-q", "--quiet", action="store_true", help="print nothing but errors and loss")
+        add_capture_options(parser)
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Run it."""
+        if not args.rest:
+            raise UsageError("what should run?", fix="moetrace run -o t.moet -- llama-server -m model.gguf")
+        path = output_path(args)
+        traced = TracedProcess(args.rest, path, capture_options(args, paused=args.paused), force=args.force)
+        code = traced.wait()
+        trouble: MoetraceError | None = None
+        try:
+            traced.finish(code)
+            trouble = traced.nothing_seen()
+        except MoetraceError as e:
+            trouble = e
+        if trouble is not None:
+            print(f"{red('moetrace:', sys.stderr)} {trouble}", file=sys.stderr)
+            return code or trouble.exit_code
+        if not args.quiet:
+            report_trace(path)
+        return code

@@ -1,0 +1,44 @@
+"""``moetrace status``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from moetrace.commands.control import live_rings
+from moetrace.commands.options import add_option, red
+
+
+class Status:
+    """Show how a live recording goes: rows, losses, whether it is paused."""
+
+    passthrough = False
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        """Add the options."""
+        parser.add_argument("trace", help="the trace folder that is being recorded")
+        add_option(parser, "--json", action="store_true", help="print JSON")
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Print it."""
+        states = []
+        for ring in live_rings(Path(args.trace)):
+            counters = ring.counters
+            lost = sum(counters[name] for name in ("rows_lost_full", "rows_lost_error", "rows_overwritten"))
+            state = "ended" if ring.closed else "paused" if ring.paused else "recording"
+            states.append(
+                {"context": ring.path.parent.name, "state": state, "status": ring.status, "lost": lost}
+                | {"waiting": ring.head - ring.tail, "capacity": ring.capacity, "counters": counters}
+            )
+            if not args.json:
+                text = f"{lost:,} lost"
+                print(
+                    f"{ring.path.parent.name}: {state}, {counters['rows_produced']:,} rows, "
+                    f"{red(text) if lost else text}, ring {100 * (ring.head - ring.tail) / ring.capacity:.0f} % full"
+                )
+                if ring.status:
+                    print(f"  {red(ring.status)}")
+        if args.json:
+            print(json.dumps(states, indent=1))
+        return 0

@@ -1,0 +1,24 @@
+"""``moetrace stop``."""
+
+from __future__ import annotations
+
+import argparse
+
+from moetrace.commands.control import switch
+
+
+class Stop:
+    """Switch a live recording off; the server goes on, moetrace start switches it on again.
+
+    The change holds from the next graph on, in every context of the trace.
+    """
+
+    passthrough = False
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        """Add the argument."""
+        parser.add_argument("trace", help="the trace folder that is being recorded")
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Switch."""
+        return switch(args, paused=True)

@@ -1,0 +1,46 @@
+"""``moetrace verify``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from moetrace.commands.options import add_option, paint, red
+from moetrace.trace.verify import verify
+
+
+class Verify:
+    """Check that a trace holds what it promises.
+
+    Every checksum, every sentinel and every count. Exit code 0: fine; 3: something is wrong that
+    `moetrace recover` can mend; 4: corrupt.
+    """
+
+    passthrough = False
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        """Add the options."""
+        parser.add_argument("trace", help="a trace folder")
+        add_option(parser, "-q", "--quiet", action="store_true", help="print nothing if all is well")
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Check, and print what is wrong."""
+        on_terminal = sys.stderr.isatty()
+
+        def progress(name: str) -> None:
+            if on_terminal:
+                print(f"\r\x1b[K{name} …", end="", file=sys.stderr, flush=True)
+
+        result = verify(args.trace, progress)
+        if on_terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        for finding in result.findings:
+            print(
+                f"{red('recoverable' if finding.recoverable else 'corrupt')}  {finding.where}: {finding.what}"
+            )
+        if result.exit_code == 3:
+            print(f"Next: moetrace recover {result.path}")
+        elif not result.findings and not args.quiet:
+            now = ", and being recorded" if result.live else ""
+            print(f"{paint('fine', '32')}  {result.path}: {result.rows:,} rows{now}")
+        return result.exit_code

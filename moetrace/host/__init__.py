@@ -1,0 +1,1 @@
+"""Everything that touches llama.cpp: finding it, running it under the tracer, feeding it, draining the rings."""

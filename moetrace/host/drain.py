@@ -1,0 +1,166 @@
+"""The reader of live rings: records out of the rings, columns into the trace."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from moetrace.errors import MoetraceError
+from moetrace.trace.record import OnFull
+from moetrace.trace.ring import Ring, ring_is_ready
+from moetrace.trace.rows import Layout
+from moetrace.trace.writer import ContextWriter, TraceWriter
+
+#: a block is sealed after so many seconds, or when it fills this share of the ring
+SEAL_SECONDS = 0.5
+SEAL_SHARE = 0.25
+#: how long the drain sleeps when there was nothing to do, seconds
+IDLE_SECONDS = 0.005
+
+
+class ContextDrain:
+    """One ring and the tables that it goes to.
+
+    Records are appended as they come and released only once they are sealed: whatever dies in between, they
+    are still in the ring.
+    """
+
+    def __init__(self, ring: Ring, writer: ContextWriter) -> None:
+        self.ring = ring
+        self.writer = writer
+        self.rows = 0
+        self._taken = 0  # records appended since the last seal
+        self._sealed_at = time.monotonic()
+
+    def step(self, *, seal: bool = False) -> int:
+        """Take what is there; gives the number of records taken."""
+        if self.ring.on_full == OnFull.OVERWRITE:
+            records, overwritten = self.ring.snapshot()
+            self.rows += self.writer.append(records)
+            taken = len(records) + overwritten
+            self._taken += taken
+            if taken:
+                self._seal()
+            return taken
+        taken = 0
+        skip = self._taken
+        for segment in self.ring.pending():
+            fresh = segment[skip:]
+            skip = max(0, skip - len(segment))
+            if len(fresh):
+                self.rows += self.writer.append(fresh)
+                taken += len(fresh)
+        self._taken += taken
+        due = time.monotonic() - self._sealed_at > SEAL_SECONDS
+        if self._taken and (seal or due or self._taken > self.ring.capacity * SEAL_SHARE):
+            self._seal()
+        elif due:
+            self.ring.beat()
+            self._sealed_at = time.monotonic()
+        return taken
+
+    def _seal(self) -> None:
+        self.writer.seal()
+        self.ring.release(self._taken)
+        self._taken = 0
+        self._sealed_at = time.monotonic()
+
+    def close(self) -> None:
+        """Take the rest, seal, write the counters, and delete the ring."""
+        while self.step(seal=True):
+            pass
+        counters = self.ring.counters
+        if self.ring.on_full == OnFull.OVERWRITE:
+            # only the reader knows what it came too late for
+            counters["rows_overwritten"] = counters["rows_committed"] - self.writer.rows.sealed
+            counters["events_overwritten"] = counters["events_committed"] - self.writer.events.sealed
+        self.writer.close(counters, self.ring.status)
+        path = self.ring.path
+        self.ring.close()
+        path.unlink(missing_ok=True)
+
+
+class Drain:
+    """Drains every ring that appears in a trace folder, in a thread of its own.
+
+    Parameters
+    ----------
+    trace
+        The trace to write to; its folder is watched for ``ctx*/ring``.
+    on_error
+        Called once, in the drain's thread, if draining fails (for example a full disk). The host goes on; what
+        is in the rings stays there for ``moetrace recover``.
+    """
+
+    def __init__(self, trace: TraceWriter, on_error: Callable[[MoetraceError], None] | None = None) -> None:
+        self.trace = trace
+        self.error: MoetraceError | None = None
+        self.contexts: list[ContextDrain] = []
+        self._on_error = on_error
+        self._seen: set[Path] = set()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="moetrace-drain", daemon=True)
+
+    @property
+    def rows(self) -> int:
+        """Rows taken so far, over all contexts."""
+        return sum(context.rows for context in self.contexts)
+
+    def start(self) -> None:
+        """Begin to drain."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take what is left in the rings and close the contexts; call it when the host is done.
+
+        Raises
+        ------
+        MoetraceError
+            If draining failed, now or before.
+        """
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self.error is None:
+            try:
+                self._attach()
+                for context in self.contexts:
+                    context.close()
+            except MoetraceError as e:
+                self.error = e
+        if self.error is not None:
+            raise self.error
+
+    def flush(self) -> None:
+        """Wait until everything committed before this call is sealed (or draining has failed)."""
+        targets = [(context, context.ring.head) for context in list(self.contexts)]
+        deadline = time.monotonic() + 4 * SEAL_SECONDS + 10
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            if all(context.ring.tail >= head for context, head in targets):
+                return
+            time.sleep(IDLE_SECONDS)
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._attach()
+                if not sum(context.step() for context in self.contexts):
+                    self._stop.wait(IDLE_SECONDS)
+        except MoetraceError as e:
+            self.error = e
+        except Exception as e:  # a bug in the drain must be loud, and must not end the host's run
+            self.error = MoetraceError(f"draining failed: {type(e).__name__}: {e}", fix="`moetrace recover` the trace")
+        if self.error is not None and self._on_error is not None:
+            self._on_error(self.error)
+
+    def _attach(self) -> None:
+        for path in sorted(self.trace.path.glob("ctx*/ring")):
+            if path in self._seen or not ring_is_ready(path):
+                continue
+            ring = Ring(path, claim=True)
+            layout = Layout.from_context(ring.meta, ring.fields)
+            writer = self.trace.add_context(path.parent.name, ring.meta, layout, epoch_ns=ring.epoch_ns)
+            self.contexts.append(ContextDrain(ring, writer))
+            self._seen.add(path)

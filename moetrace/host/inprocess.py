@@ -1,0 +1,292 @@
+"""Capture in this process: prompts in, a trace out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetrace.errors import MoetraceError
+from moetrace.host import llama
+from moetrace.host.drain import Drain
+from moetrace.host.options import CaptureOptions
+from moetrace.host.prompts import Prompt, read_prompts
+from moetrace.trace.labels import append_labels
+from moetrace.trace.trace import Trace, open_trace
+from moetrace.trace.writer import TraceWriter
+
+
+@dataclass
+class _Job:
+    prompt: Prompt
+    tokens: list[int]
+    n_predict: int
+    sequence: int
+    from_ns: int
+    done: int = 0  # prompt tokens that were computed
+    generated: list[int] = field(default_factory=list)
+
+    @property
+    def n_left(self) -> int:
+        return len(self.tokens) - self.done
+
+
+class Generator:
+    """Decodes several prompts at once, each in a sequence of its own, continuous-batching style.
+
+    Parameters
+    ----------
+    model
+        The loaded model.
+    n_parallel
+        Sequences at once.
+    temperature, seed
+        0: greedy. Otherwise tokens are drawn from the softmax of logits / temperature.
+    all_outputs
+        Ask for the logits of every token. Without it llama.cpp leaves the last layer's rows of all but each
+        prompt's last token out, and the trace marks them so.
+    """
+
+    def __init__(
+        self,
+        model: llama.Llama,
+        *,
+        n_parallel: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+        all_outputs: bool = False,
+    ) -> None:
+        self._model = model
+        self._n_parallel = n_parallel
+        self._temperature = temperature
+        self._random = np.random.default_rng(seed)
+        self._all_outputs = all_outputs
+
+    def run(
+        self, prompts: Sequence[Prompt], n_predict: int, on_done: Callable[[dict[str, Any]], None]
+    ) -> None:
+        """Decode all prompts; ``on_done`` gets the label line (docs/format.md) of each when it is done."""
+        waiting = [self._prepare(prompt, n_predict) for prompt in prompts]
+        waiting.reverse()
+        running: dict[int, _Job] = {}
+        while waiting or running:
+            for sequence in range(self._n_parallel):
+                if sequence not in running and waiting:
+                    job = waiting.pop()
+                    job.sequence = sequence
+                    self._model.forget(sequence)
+                    job.from_ns = time.monotonic_ns()
+                    running[sequence] = job
+            self._step(running)
+            for job in list(running.values()):
+                if job.n_left == 0 and (len(job.generated) >= job.n_predict or self._ended(job)):
+                    del running[job.sequence]
+                    on_done(_label_line(job))
+
+    def _prepare(self, prompt: Prompt, n_predict: int) -> _Job:
+        if prompt.tokens is not None:
+            tokens = list(prompt.tokens)
+            if max(tokens) >= self._model.n_vocab:
+                raise MoetraceError(
+                    f"prompt {prompt.id}: token {max(tokens)} is not in the model's vocabulary",
+                    why=f"it has {self._model.n_vocab} tokens",
+                    fix="tokenize the prompt with this model",
+                )
+        elif prompt.messages is not None:
+            tokens = self._model.tokenize(self._model.render(prompt.messages))
+        else:
+            tokens = self._model.tokenize(prompt.text or "")
+        if not tokens:
+            raise MoetraceError(f"prompt {prompt.id} is empty", fix="remove it from the prompts")
+        n = n_predict if prompt.n_predict is None else prompt.n_predict
+        if len(tokens) + n > self._model.n_ctx // self._n_parallel:
+            raise MoetraceError(
+                f"prompt {prompt.id} does not fit: {len(tokens)} tokens and {n} to generate",
+                why=f"each of {self._n_parallel} sequences has {self._model.n_ctx // self._n_parallel} positions",
+                fix=f"give a larger context (-c {(len(tokens) + n) * self._n_parallel})",
+            )
+        return _Job(prompt, tokens, n, -1, 0)
+
+    def _ended(self, job: _Job) -> bool:
+        return bool(job.generated) and self._model.is_end(job.generated[-1])
+
+    def _step(self, running: dict[int, _Job]) -> None:
+        entries: list[tuple[int, int, int, bool]] = []
+        outputs: list[tuple[int, _Job]] = []
+        # first who generates, then as much of the prompts as fits
+        for job in sorted(running.values(), key=lambda job: job.n_left > 0):
+            if job.n_left == 0:
+                outputs.append((len(entries), job))
+                entries.append((job.generated[-1], len(job.tokens) + len(job.generated) - 1, job.sequence, True))
+                continue
+            for _ in range(min(job.n_left, self._model.n_batch - len(entries))):
+                last = job.n_left == 1
+                if last:
+                    outputs.append((len(entries), job))
+                entries.append((job.tokens[job.done], job.done, job.sequence, last or self._all_outputs))
+                job.done += 1
+        self._model.decode(entries)
+        for index, job in outputs:
+            if len(job.generated) < job.n_predict:
+                job.generated.append(self._sample(self._model.logits(index)))
+
+    def _sample(self, logits: NDArray[np.float32]) -> int:
+        if self._temperature <= 0:
+            return int(np.argmax(logits))
+        scaled = logits.astype(np.float64) / self._temperature
+        p = np.exp(scaled - scaled.max())
+        return int(self._random.choice(len(p), p=p / p.sum()))
+
+
+def _label_line(job: _Job) -> dict[str, Any]:
+    return {
+        "sequence": job.sequence,
+        "from_ns": job.from_ns,
+        "to_ns": time.monotonic_ns(),
+        "id": job.prompt.id,
+        "label": job.prompt.label,
+        "prompt": job.prompt.text,
+        "n_generated": len(job.generated),
+        **job.prompt.extra,
+    }
+
+
+@contextlib.contextmanager
+def tracing(trace: TraceWriter, options: CaptureOptions) -> Iterator[Drain]:
+    """Trace what llama.cpp computes in this process within the block, into ``trace``."""
+    llama.start(options.settings(trace.path))
+    drain = Drain(trace)
+    drain.start()
+    try:
+        yield drain
+    finally:
+        llama.stop()
+        drain.stop()
+
+
+def capture(
+    model: str | os.PathLike[str],
+    prompts: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    n_predict: int = 0,
+    channels: str | Sequence[str] = ("experts", "weights"),
+    n_parallel: int = 1,
+    n_ctx: int | None = None,
+    n_batch: int = 2048,
+    n_ubatch: int = 512,
+    n_threads: int | None = None,
+    n_gpu_layers: int = -1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    all_outputs: bool = False,
+    force: bool = False,
+    verbose: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Trace:
+    """Run prompts through a model in this process and record their routing.
+
+    Parameters
+    ----------
+    model
+        GGUF file.
+    prompts
+        A JSON-lines file, or a list of strings or of dicts with ``prompt``, ``messages`` or ``tokens``, and
+        optionally ``id``, ``label`` and ``n_predict``.
+    output
+        Trace folder to make; by default one in the system's temporary folder.
+    n_predict
+        Tokens to generate per prompt; 0 records the prompt alone.
+    channels, options
+        See :class:`moetrace.host.options.CaptureOptions`.
+    n_parallel
+        Prompts decoded at once.
+    n_ctx
+        Positions of the whole context; by default as many as the longest prompt needs, for each sequence.
+    all_outputs
+        Compute the last layer for every token, not only for each prompt's last one. Costs the output matrix
+        for every token.
+    temperature, seed
+        Sampling; 0 is greedy.
+    on_progress
+        Called with (prompts done, prompts).
+
+    Returns
+    -------
+    Trace
+        The closed trace, opened.
+
+    Raises
+    ------
+    MoetraceError
+        If the model or a prompt does not fit, or the trace cannot be written. What was captured is kept.
+    """
+    chosen = CaptureOptions.of(channels, **options)
+    items = read_prompts(prompts)
+    n_parallel = max(1, min(n_parallel, len(items)))
+    if not Path(model).is_file():
+        raise MoetraceError(f"there is no model {os.fspath(model)}", fix="check the path")
+    llama.tracer()  # before anything imports llama_cpp
+    folder = Path(output) if output is not None else Path(tempfile.mkdtemp(prefix="moetrace-")) / "capture.moet"
+    trace = TraceWriter(folder, command=["moetrace", "capture"], model_path=str(model), force=force)
+    done = 0
+
+    def on_done(line: dict[str, Any]) -> None:
+        nonlocal done
+        append_labels(trace.path, [line])
+        done += 1
+        if on_progress is not None:
+            on_progress(done, len(items))
+
+    wide = "attention" in chosen.channels
+    try:
+        with (
+            tracing(trace, chosen) as drain,
+            llama.Llama(
+                model,
+                n_ctx=n_ctx or _context_size(items, n_predict, n_parallel),
+                n_seq=n_parallel,
+                n_batch=n_batch,
+                n_ubatch=n_ubatch,
+                n_threads=n_threads,
+                n_gpu_layers=n_gpu_layers,
+                flash_attention=False if wide else None,
+                verbose=verbose,
+            ) as loaded,
+        ):
+            generator = Generator(
+                loaded, n_parallel=n_parallel, temperature=temperature, seed=seed, all_outputs=all_outputs
+            )
+            generator.run(items, n_predict, on_done)
+        if not drain.contexts:
+            raise MoetraceError(
+                f"{os.fspath(model)} routed no token to an expert",
+                why="it is a dense model, or the tracer does not understand this llama.cpp",
+                fix="use a Mixture-of-Experts model; `moetrace doctor` checks llama.cpp",
+            )
+    finally:
+        trace.close()
+    return open_trace(folder)
+
+
+def _context_size(prompts: Sequence[Prompt], n_predict: int, n_parallel: int) -> int:
+    # a token takes at least a byte of text, chat templates a little more
+    def bound(prompt: Prompt) -> int:
+        n = n_predict if prompt.n_predict is None else prompt.n_predict
+        if prompt.tokens is not None:
+            return len(prompt.tokens) + n
+        if prompt.messages is not None:
+            return sum(len(m["content"].encode()) + 64 for m in prompt.messages) + 64 + n
+        return len((prompt.text or "").encode()) + 8 + n
+
+    each = max(bound(prompt) for prompt in prompts)
+    return (each + 31) // 32 * 32 * n_parallel

@@ -1,0 +1,276 @@
+"""A llama-server (or any other llama.cpp program) under the tracer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Any
+
+from moetrace.errors import MoetraceError, RuntimeMissingError
+from moetrace.host.client import ServerClient
+from moetrace.host.drain import Drain
+from moetrace.host.options import CaptureOptions
+from moetrace.host.runtime import find_tool, loaded_libraries, preload_environment
+from moetrace.trace.labels import append_labels
+from moetrace.trace.trace import Trace, open_trace
+from moetrace.trace.writer import TraceWriter
+
+_FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+class TracedProcess:
+    """A program of llama.cpp that runs with the tracer loaded, and the drain that follows it.
+
+    The program inherits standard input, output and error; its arguments are not touched. If this process dies,
+    the program goes on.
+
+    Parameters
+    ----------
+    command
+        Program and arguments.
+    output
+        The trace folder to make.
+    options
+        What to record.
+    force
+        Replace an existing trace.
+    log
+        Where the program's output goes; by default where ours goes.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        output: str | os.PathLike[str],
+        options: CaptureOptions,
+        *,
+        force: bool = False,
+        log: IO[bytes] | None = None,
+    ) -> None:
+        program = find_tool(command[0])
+        self.command = [str(program), *command[1:]]
+        environment = preload_environment(os.environ)
+        self.trace = TraceWriter(output, command=command, model_path=model_argument(command), force=force)
+        environment.update(options.environment(self.trace.path))
+        self.drain = Drain(self.trace)
+        self.drain.start()
+        try:
+            self.process = subprocess.Popen(self.command, env=environment, stdout=log, stderr=log)
+        except OSError as e:
+            self.drain.stop()
+            self.trace.close(state="closed")
+            raise RuntimeMissingError(f"cannot start {program}", why=str(e), fix="check the program's path") from e
+
+    def wait(self) -> int:
+        """Wait for the program; signals that reach us are passed on. Gives its exit code, 128 + n for signal n."""
+        with self._signals():
+            while True:
+                try:
+                    code = self.process.wait(timeout=0.5)
+                    break
+                except subprocess.TimeoutExpired:
+                    continue
+        return code if code >= 0 else 128 - code
+
+    def finish(self, exit_code: int | None) -> None:
+        """Drain what is left and close the trace.
+
+        Raises
+        ------
+        MoetraceError
+            If draining failed. What was sealed is in the trace; the rest stays in the rings.
+        """
+        try:
+            self.drain.stop()
+        except MoetraceError:
+            with contextlib.suppress(MoetraceError):
+                self.trace.close(exit_code=exit_code, state="live")
+            raise
+        self.trace.close(exit_code=exit_code)
+
+    def nothing_seen(self) -> MoetraceError | None:
+        """Give the reason why no context was recorded; None if one was."""
+        if self.drain.contexts:
+            return None
+        libraries = loaded_libraries(Path(self.command[0]))
+        if not any("ggml" in name or "llama" in name for name in libraries):
+            return MoetraceError(
+                f"{self.command[0]} computed nothing that the tracer could see",
+                why="it does not load ggml as a shared library, so there is nothing to take over",
+                fix="build llama.cpp with -DBUILD_SHARED_LIBS=ON; `moetrace doctor` checks a binary",
+            )
+        return MoetraceError(
+            "no expert routing was seen",
+            why="no graph with experts was computed: a dense model, no request, or an unknown llama.cpp",
+            fix="check the model and the messages above; `moetrace doctor` checks the binary",
+        )
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        def forward(number: int, _frame: FrameType | None) -> None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(number)
+
+        old = {number: signal.signal(number, forward) for number in _FORWARDED}
+        # a Ctrl-C at the terminal reaches the program by itself
+        old[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+def model_argument(command: Sequence[str]) -> str | None:
+    """Give the model file that llama.cpp's arguments name, if they do."""
+    for flag, value in zip(command, command[1:], strict=False):
+        if flag in ("-m", "--model"):
+            return value
+    for argument in command:
+        if argument.startswith("--model="):
+            return argument.partition("=")[2]
+    return os.environ.get("LLAMA_ARG_MODEL")
+
+
+class TracedServer:
+    """A running llama-server under the tracer; made by :func:`serve`.
+
+    Attributes
+    ----------
+    url
+        Where it listens.
+    client
+        A client for it.
+    """
+
+    def __init__(self, process: TracedProcess, url: str, log: Path) -> None:
+        self._process = process
+        self._log = log
+        self.url = url
+        self.client = ServerClient(url)
+
+    @property
+    def trace(self) -> Trace:
+        """The trace as it stands: everything computed before this call, opened anew each time."""
+        self._process.drain.flush()
+        return open_trace(self._process.trace.path)
+
+    def label(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Append label lines (docs/format.md, labels.jsonl)."""
+        append_labels(self._process.trace.path, lines)
+
+    def wait_ready(self, timeout: float) -> None:
+        """Wait until the model is loaded.
+
+        Raises
+        ------
+        MoetraceError
+            If the server ends or does not answer in time; shows the end of its log.
+        """
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if self._process.process.poll() is not None:
+                raise MoetraceError(
+                    f"llama-server ended with exit code {self._process.process.returncode} while starting",
+                    why=self.log_tail(),
+                    fix="check the model and the arguments",
+                )
+            if self.client.is_ready():
+                return
+            time.sleep(0.05)
+        raise MoetraceError(f"llama-server was not ready after {timeout:.0f} s", why=self.log_tail())
+
+    def log_tail(self, n_lines: int = 8) -> str:
+        """Give the last lines of the server's log."""
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-n_lines:])
+
+    def stop(self, timeout: float = 30.0) -> None:
+        """Stop the server and close the trace."""
+        process = self._process.process
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._process.finish(process.returncode)
+
+    def __enter__(self) -> TracedServer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def free_port() -> int:
+    """Give a port of the loopback interface that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def serve(
+    model: str | os.PathLike[str],
+    *,
+    output: str | os.PathLike[str] | None = None,
+    channels: str | Sequence[str] = ("experts", "weights"),
+    arguments: Sequence[str] = (),
+    program: str = "llama-server",
+    port: int | None = None,
+    force: bool = False,
+    timeout: float = 600.0,
+    **options: Any,
+) -> TracedServer:
+    """Start llama-server under the tracer and wait until it is ready.
+
+    Parameters
+    ----------
+    model
+        GGUF file.
+    output
+        Trace folder to make; by default one in the system's temporary folder.
+    channels, options
+        See :class:`moetrace.host.options.CaptureOptions`.
+    arguments
+        Further arguments of llama-server, for example ``["-np", "4", "-c", "8192"]``.
+    program
+        llama-server, by name or path.
+    port
+        By default a free one.
+
+    Returns
+    -------
+    TracedServer
+        A context manager: ``with moetrace.serve(...) as server:`` stops the server and closes the trace.
+
+    Raises
+    ------
+    MoetraceError
+        If the server cannot be started or does not get ready within ``timeout`` seconds.
+    """
+    if not Path(model).is_file():
+        raise MoetraceError(f"there is no model {model}", fix="check the path")
+    folder = Path(output) if output is not None else Path(tempfile.mkdtemp(prefix="moetrace-")) / "serve.moet"
+    number = port or free_port()
+    command = [program, "-m", str(model), "--host", "127.0.0.1", "--port", str(number), *arguments]
+    log_path = folder.with_name(folder.name + ".log")
+    with log_path.open("wb") as log:
+        process = TracedProcess(command, folder, CaptureOptions.of(channels, **options), force=force, log=log)
+    server = TracedServer(process, f"http://127.0.0.1:{number}", log_path)
+    try:
+        server.wait_ready(timeout)
+    except BaseException:
+        server.stop()
+        raise
+    return server

@@ -1,0 +1,157 @@
+"""Traces for other programs: csv, jsonl, npz, parquet, arrow. Memory does not grow with the trace."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from moetrace.errors import UsageError
+from moetrace.trace.selection import Rows, import_arrow
+from moetrace.trace.storage import disk_error
+
+FORMATS = ("csv", "jsonl", "npz", "parquet", "arrow")
+_CHUNK = 1 << 14  # rows written together
+
+
+def export(rows: Rows, output: str | os.PathLike[str], format: str) -> None:  # noqa: A002
+    """Write a trace, or a selection of it, to one file.
+
+    csv, jsonl, parquet and arrow (the IPC stream) hold the long form of :meth:`Rows.to_pandas`: one row per
+    (token, layer, rank). npz holds the columns as they are, one array each, with ``layers``, ``n_expert`` and
+    ``n_expert_used``.
+
+    Parameters
+    ----------
+    rows
+        The trace or selection.
+    output
+        The file; ``-`` is stdout. It is replaced as a whole, or not at all.
+    format
+        One of ``FORMATS``.
+
+    Raises
+    ------
+    UsageError
+        If there is no such format, or npz or parquet is to go to a terminal or pipe.
+    MoetraceError
+        If the disk is full or fails, or pyarrow is missing.
+    """
+    if format not in FORMATS:
+        raise UsageError(f"there is no format {format}", fix=f"choose among: {', '.join(FORMATS)}")
+    write = {"csv": _csv, "jsonl": _jsonl, "npz": _npz, "parquet": _parquet, "arrow": _arrow}[format]
+    if str(output) == "-":
+        if format in ("npz", "parquet"):
+            raise UsageError(f"{format} cannot be written to stdout", fix="give a file with -o")
+        write(rows, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+        return
+    with _replacing(Path(output)) as f:
+        write(rows, f)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("xb") as f:
+            yield f
+        temporary.replace(path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise disk_error(path, e) from e
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _csv(rows: Rows, f: IO[bytes]) -> None:
+    header = True
+    for frame in rows.iter_pandas(rows=_CHUNK):
+        f.write(frame.to_csv(index=False, header=header).encode())
+        header = False
+    if header:
+        f.write((",".join(rows.to_pandas().columns) + "\n").encode())
+
+
+def _jsonl(rows: Rows, f: IO[bytes]) -> None:
+    for frame in rows.iter_pandas(rows=_CHUNK):
+        f.write(frame.to_json(orient="records", lines=True, double_precision=9).encode())
+
+
+def _npz(rows: Rows, f: IO[bytes]) -> None:
+    facts = {"layers": rows.layers, "n_expert": rows.n_expert, "n_expert_used": rows.n_expert_used}
+    with zipfile.ZipFile(f, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, array in facts.items():
+            with archive.open(f"{name}.npy", "w") as entry:
+                np.lib.format.write_array(entry, array, allow_pickle=False)
+        for name in rows.column_names:
+            first = rows.column(name, slice(0, 0))
+            shape = (len(rows), *first.shape[1:])
+            spec = {
+                "descr": np.lib.format.dtype_to_descr(first.dtype),
+                "fortran_order": False,
+                "shape": shape,
+            }
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array_header_1_0(entry, spec)
+                for start in range(0, len(rows), _CHUNK):
+                    entry.write(
+                        np.ascontiguousarray(rows.column(name, slice(start, start + _CHUNK))).tobytes()
+                    )
+
+
+def _parquet(rows: Rows, f: IO[bytes]) -> None:
+    import_arrow()
+    import pyarrow.parquet as pq
+
+    reader = rows.arrow_reader()
+    with pq.ParquetWriter(f, reader.schema) as writer:
+        for batch in reader:
+            writer.write_batch(batch)
+
+
+def _arrow(rows: Rows, f: IO[bytes]) -> None:
+    pa = import_arrow()
+    reader = rows.arrow_reader()
+    with pa.ipc.new_stream(f, reader.schema) as writer:
+        for batch in reader:
+            writer.write_batch(batch)
+
+
+def dump(rows: Rows, f: IO[str]) -> None:
+    """Write text, one line per token and layer: what a reader of the trace can be held against.
+
+    Columns: serial, request, sequence, position, token, phase, layer, state, then ``expert:weight`` for each
+    rank (``expert`` alone if weights were not captured), ``-`` where there is none.
+    """
+    phases, states = ("prefill", "decode", "unknown"), ("lost", "present", "not-computed")
+    names = rows.column_names
+    layers = rows.layers.tolist()
+    f.write("serial\trequest\tsequence\tposition\ttoken\tphase\tlayer\tstate\texperts\n")
+    heads = ("serial", "request", "sequence", "position", "token", "phase", "state")
+    for start in range(0, len(rows), _CHUNK):
+        piece = slice(start, start + _CHUNK)
+        columns = {name: rows.column(name, piece).tolist() for name in heads}
+        experts = rows.column("experts", piece).tolist() if "experts" in names else None
+        weights = rows.column("weights", piece).tolist() if "weights" in names else None
+        for i, serial in enumerate(columns["serial"]):
+            head = (
+                f"{serial}\t{columns['request'][i]}\t{columns['sequence'][i]}\t{columns['position'][i]}\t"
+                f"{columns['token'][i]}\t{phases[columns['phase'][i]]}"
+            )
+            for j, layer in enumerate(layers):
+                chosen = "-"
+                if experts is not None:
+                    ids = [e for e in experts[i][j] if e != rows.sentinel]
+                    if ids and weights is not None:
+                        chosen = " ".join(f"{e}:{w:.6g}" for e, w in zip(ids, weights[i][j], strict=False))
+                    elif ids:
+                        chosen = " ".join(map(str, ids))
+                f.write(f"{head}\t{layer}\t{states[columns['state'][i][j]]}\t{chosen}\n")

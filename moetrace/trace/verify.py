@@ -1,0 +1,278 @@
+"""Does a trace hold what it promises? Every checksum, every sentinel, every count."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetrace.errors import MoetraceError, TraceError
+from moetrace.trace.columns import Damage, Table
+from moetrace.trace.labels import read_labels
+from moetrace.trace.loss import LOST_COUNTERS
+from moetrace.trace.record import RowFlag, State
+from moetrace.trace.requests import Phase
+from moetrace.trace.ring import peek_counters, peek_reader, process_alive
+from moetrace.trace.rows import LAYER_COLUMNS, Layout
+from moetrace.trace.store import ContextStore, TraceStore, read_vocabulary
+
+_CHUNK = 1 << 14  # rows looked at together
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` found.
+
+    Attributes
+    ----------
+    path
+        The trace.
+    findings
+        What is wrong, in the order in which it was found; empty if nothing is.
+    live
+        True if the trace is being recorded right now: what is not sealed yet is no fault.
+    rows
+        Rows that were looked at, all contexts together.
+    """
+
+    path: Path
+    findings: tuple[Damage, ...]
+    live: bool
+    rows: int
+
+    @property
+    def exit_code(self) -> int:
+        """0 fine, 3 if `moetrace recover` can mend all that is wrong, 4 corrupt."""
+        if not self.findings:
+            return 0
+        return 3 if all(finding.recoverable for finding in self.findings) else 4
+
+
+def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Verification:
+    """Read all of a trace and check it.
+
+    Checked are: the checksums of every block, ledger row, JSON file and label; the spelling and length of
+    headers; that experts are in range, distinct and as many as the layer uses, and sentinels exactly where
+    none are; that serials ascend and miss as many rows as the counters say are lost; that
+    each request's counts are those of its rows; that the completeness sum is exact.
+
+    Parameters
+    ----------
+    path
+        The trace's folder.
+    progress
+        Called with the name of each table before it is read.
+
+    Raises
+    ------
+    TraceError
+        If there is no trace at ``path``, or it is newer than this moetrace. Damage is no exception.
+    """
+    findings: list[Damage] = []
+    rows = 0
+    live = False
+    store = TraceStore(path, check=False)
+    try:
+        TraceStore(path)
+    except TraceError as e:
+        findings.append(Damage("meta.json", e.why or e.what, recoverable=False))
+    contexts: list[ContextStore] = []
+    for name in store.context_names:
+        try:
+            contexts.append(store.context(name))
+        except TraceError as e:
+            findings.append(Damage(name, f"{e.what}: {e.why}", recoverable=False))
+    for context in contexts:
+        reader = peek_reader(context.ring)
+        live = live or (store.live and reader is not None and process_alive(reader))
+    if store.live and not live:
+        findings.append(
+            Damage(
+                "meta.json", "the trace was never closed: its recorder died, or still runs elsewhere", True
+            )
+        )
+    tables: dict[str, Table] = {}
+    for context in contexts:
+        tables |= {f"{context.name}/rows": context.rows, f"{context.name}/events": context.events}
+    try:
+        tables = store.tables() if len(contexts) == len(store.context_names) else tables
+        tables["requests"] = store.requests
+    except TraceError as e:
+        findings.append(Damage("requests", f"{e.what}: {e.why}", recoverable=False))
+    for name, table in tables.items():
+        if progress:
+            progress(name)
+        try:
+            found = list(table.verify())
+        except (MoetraceError, OSError) as e:
+            found = [Damage(name, str(e), recoverable=False)]
+        if live:  # a header that lags behind is how a live trace looks
+            found = [damage for damage in found if not damage.recoverable]
+        findings += [Damage(f"{name}: {damage.where}", damage.what, damage.recoverable) for damage in found]
+    findings += _closing(store, tables)
+    for context in contexts:
+        if progress:
+            progress(f"{context.name}: contents")
+        rows += context.rows.n_rows
+        for where, what in _contents(context):
+            findings.append(Damage(f"{context.name}/{where}", what, recoverable=False))
+        findings += [
+            Damage(context.name, what, live_only) for what, live_only in _completeness(context, store.live)
+        ]
+    if "requests" in tables:
+        findings += [Damage("requests", what, recoverable=False) for what in _requests(store, contexts)]
+    findings += [Damage("labels.jsonl", what, recoverable=False) for what in read_labels(store.path)[1]]
+    try:
+        read_vocabulary(store.path)
+    except TraceError as e:
+        findings.append(Damage("vocabulary.json", e.why or e.what, recoverable=False))
+    return Verification(store.path, tuple(findings), live, rows)
+
+
+def _closing(store: TraceStore, tables: dict[str, Table]) -> Iterator[Damage]:
+    """A closed trace's tables are as long as meta.json says."""
+    said = store.meta.get("tables")
+    if store.live:
+        return
+    if not isinstance(said, dict):
+        yield Damage("meta.json", "it does not say how long the tables are", recoverable=False)
+        return
+    for name in sorted(said.keys() - tables.keys()):
+        yield Damage(name, "meta.json names this table, but it is not there", recoverable=False)
+    for name, table in tables.items():
+        entry = said.get(name)
+        if not isinstance(entry, dict):
+            yield Damage("meta.json", f"it does not name the table {name}", recoverable=False)
+        elif entry.get("rows") != table.n_rows or entry.get("crc") != table.ledger_crc:
+            yield Damage(
+                name,
+                f"meta.json closed it with {entry.get('rows')} rows, its ledger now gives {table.n_rows}"
+                if entry.get("rows") != table.n_rows
+                else "its ledger is not the one that meta.json closed it with",
+                recoverable=False,
+            )
+
+
+def _contents(context: ContextStore) -> Iterator[tuple[str, str]]:
+    """Go through the rows: (column, what is wrong) with the first row it is wrong in."""
+    rows, layout = context.rows, context.layout
+    told: set[tuple[str, str]] = set()
+    last = -1
+    for start in range(0, rows.n_rows, _CHUNK):
+        piece = {name: rows[name][start : start + _CHUNK] for name in rows}
+        checks = list(_piece(piece, layout))
+        serial = piece["serial"]
+        ascends = np.ones(len(serial), bool)
+        ascends[1:] = serial[1:] > serial[:-1]
+        ascends[0] = int(serial[0]) > last
+        last = int(serial[-1])
+        checks.append(("serial", "serials do not ascend", ~ascends))
+        for column, what, wrong in checks:
+            if wrong.any() and (column, what) not in told:
+                told.add((column, what))
+                yield f"rows/{column}", f"{what} (first in row {start + int(np.flatnonzero(wrong)[0])})"
+
+
+def _piece(piece: dict[str, NDArray[Any]], layout: Layout) -> Iterator[tuple[str, str, NDArray[Any]]]:
+    """Give (column, what would be wrong, where it is) for some rows."""
+    state = piece["state"]
+    present = state == State.PRESENT
+    strange = np.any(state > max(State), axis=1)
+    yield "state", "a state is none of 0, 1, 2", strange
+    phase, request, sequence = piece["phase"], piece["request"], piece["sequence"]
+    yield "phase", "a phase is none of 0, 1, 2", phase > max(Phase)
+    yield (
+        "request",
+        "a row of a sequence has no request, or one without has one",
+        (request >= 0) != ((sequence >= 0) & ((piece["flags"] & RowFlag.TRIAL) == 0)),
+    )
+    yield "phase", "phase and request contradict each other", (phase == Phase.UNKNOWN) != (request < 0)
+    used = np.array(layout.n_expert_used)
+    chosen = present[:, :, None] & (np.arange(layout.k) < used[:, None])
+    if "experts" in piece:
+        experts = piece["experts"]
+        none: NDArray[np.bool_] = experts == layout.sentinel
+        odd = np.any(none == chosen, axis=(1, 2))
+        yield "experts", "an expert stands where nothing is present, or none where something is", odd
+        outside = ~none & (experts >= np.array(layout.n_expert)[:, None])
+        yield (
+            "experts",
+            "an expert's id is not below its layer's number of experts",
+            np.any(outside, axis=(1, 2)),
+        )
+        ordered = np.sort(experts, axis=2)
+        twice = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] != layout.sentinel)
+        yield "experts", "an expert is chosen twice for one token", np.any(twice, axis=(1, 2))
+    for name in LAYER_COLUMNS[1:]:
+        if name not in piece:
+            continue
+        holds = ~np.isnan(piece[name])
+        if name == "weights":
+            wrong = holds & ~chosen
+        elif name == "gate_input":
+            wrong = holds & ~present[:, :, None]
+        else:
+            wrong = holds & ~(
+                present[:, :, None] & (np.arange(holds.shape[2]) < np.array(layout.n_expert)[:, None])
+            )
+        yield name, "a number stands where nothing is present", np.any(wrong, axis=(1, 2))
+
+
+def _completeness(context: ContextStore, live: bool) -> Iterator[tuple[str, bool]]:
+    """Hold serials and counters against each other: (what is wrong, whether recovering may mend it)."""
+    serial = context.rows["serial"]
+    n_rows = context.rows.n_rows
+    stored = context.facts.get("counters")
+    counters = stored if isinstance(stored, dict) else {}
+    if live:
+        peeked = peek_counters(context.ring)
+        if peeked is not None and not counters:
+            return  # the ring still counts; nothing is final
+    names = ["rows_produced", "rows_committed", *LOST_COUNTERS]
+    if not all(type(counters.get(name)) is int and 0 <= counters[name] < 1 << 63 for name in names):
+        yield "context.json has no counters: how much was lost cannot be said", live
+        return
+    lost = sum(counters[name] for name in LOST_COUNTERS)
+    if counters["rows_produced"] != n_rows + lost:
+        yield f"{counters['rows_produced']} rows were computed, but {n_rows} are here and {lost} lost", live
+    if n_rows and int(serial[-1]) >= counters["rows_produced"]:
+        yield f"a row has serial {serial[-1]}, but only {counters['rows_produced']} were computed", False
+
+
+def _requests(store: TraceStore, contexts: list[ContextStore]) -> Iterator[str]:
+    """Each ended request's counts are those of its rows, and each row's request is known."""
+    table = store.requests
+    numbers = np.asarray(table["request"])
+    if len(np.unique(numbers)) != len(numbers):
+        yield "a request is listed twice"
+        return
+    order = np.argsort(numbers)
+    for index, context in enumerate(contexts):
+        counts: dict[tuple[int, int], int] = {}
+        for start in range(0, context.rows.n_rows, _CHUNK):
+            request = context.rows["request"][start : start + _CHUNK].astype(np.int64)
+            phase = context.rows["phase"][start : start + _CHUNK]
+            pairs, n = np.unique(np.stack([request, phase]), axis=1, return_counts=True)
+            for r, p, m in zip(*pairs.tolist(), n.tolist(), strict=True):
+                counts[r, p] = counts.get((r, p), 0) + m
+        mine = order[np.asarray(table["context"])[order] == index]
+        listed = set(numbers[mine].tolist())
+        if not store.live:
+            unknown = sorted({r for r, _ in counts if r >= 0} - listed)
+            if unknown:
+                yield f"{context.name}: request {unknown[0]} has rows, but is not listed"
+        for i in mine.tolist():
+            number = int(numbers[i])
+            for name, p in (("n_prefill", Phase.PREFILL), ("n_decode", Phase.DECODE)):
+                if int(table[name][i]) != counts.get((number, p), 0):
+                    yield (
+                        f"request {number} says {name} = {table[name][i]}, "
+                        f"its rows are {counts.get((number, p), 0)}"
+                    )

@@ -1,0 +1,196 @@
+// Who is this token: every way in which llama.cpp cuts a batch, and the batches that do not tell.
+
+#include "batch-watch.h"
+#include "check.h"
+
+#include <algorithm>
+#include <random>
+
+using namespace moetrace;
+
+struct row { int32_t token, position, sequence; };
+
+static void fill(batch_matcher & m, const std::vector<row> & batch) {
+    auto & entries = m.entries();
+    entries.clear();
+    for (const row & r : batch) {
+        batch_entry e;
+        e.token       = r.token;
+        e.position    = r.position;
+        e.sequence    = r.sequence;
+        e.n_sequences = 1;
+        entries.push_back(e);
+    }
+    m.begin();
+}
+
+static std::vector<row_identity> match(batch_matcher & m, const std::vector<row> & rows) {
+    std::vector<int32_t> tokens, positions;
+    for (const row & r : rows) {
+        tokens.push_back(r.token);
+        positions.push_back(r.position);
+    }
+    std::vector<row_identity> out;
+    m.match(tokens.data(), positions.data(), (uint32_t) rows.size(), out);
+    return out;
+}
+
+static bool same(const std::vector<row_identity> & found, const std::vector<row> & rows) {
+    for (size_t i = 0; i < rows.size(); i++) {
+        if (!found[i].found || found[i].sequence != rows[i].sequence) {
+            return false;
+        }
+    }
+    return found.size() == rows.size();
+}
+
+// llama.cpp's split_equal, written anew
+static std::vector<std::vector<row>> cut_equal(std::vector<row> batch, size_t n_ubatch, bool sequential) {
+    std::vector<std::vector<row>> out;
+    std::vector<bool> used(batch.size(), false);
+    while (std::find(used.begin(), used.end(), false) != used.end()) {
+        std::vector<int32_t> seqs;
+        for (size_t i = 0; i < batch.size(); i++) {
+            const int32_t s = batch[i].sequence;
+            if (used[i] || std::find(seqs.begin(), seqs.end(), s) != seqs.end()) {
+                continue;
+            }
+            if (sequential && !seqs.empty() && s != seqs.back() + 1) {
+                continue;
+            }
+            seqs.push_back(s);
+            if (seqs.size() > n_ubatch) {
+                break;
+            }
+        }
+        std::vector<std::vector<size_t>> idxs(seqs.size());
+        while (true) {
+            bool can_expand = true;
+            std::vector<size_t> next;
+            for (int32_t s : seqs) {
+                size_t i = 0;
+                while (i < batch.size() && (used[i] || batch[i].sequence != s)) {
+                    i++;
+                }
+                can_expand = can_expand && i < batch.size();
+                next.push_back(i);
+            }
+            if (!can_expand) {
+                break;
+            }
+            for (size_t s = 0; s < seqs.size(); s++) {
+                used[next[s]] = true;
+                idxs[s].push_back(next[s]);
+            }
+            if ((idxs[0].size() + 1)*seqs.size() > n_ubatch) {
+                break;
+            }
+        }
+        out.emplace_back();
+        for (const auto & list : idxs) {
+            for (size_t i : list) {
+                out.back().push_back(batch[i]);
+            }
+        }
+    }
+    return out;
+}
+
+static std::vector<std::vector<row>> cut_simple(const std::vector<row> & batch, size_t n_ubatch) {
+    std::vector<std::vector<row>> out;
+    for (size_t i = 0; i < batch.size(); i += n_ubatch) {
+        out.emplace_back(batch.begin() + (long) i, batch.begin() + (long) std::min(batch.size(), i + n_ubatch));
+    }
+    return out;
+}
+
+int main() {
+    // slots of mixed length in one batch, every way of cutting, many ubatch sizes
+    std::mt19937 random(7);
+    size_t n_rows = 0;
+    for (int way = 0; way < 3; way++) {
+        for (size_t n_ubatch : { 4, 5, 7, 32, 512 }) {
+            batch_matcher m; // a context keeps to one way
+            int32_t position[4] = { 0, 0, 0, 0 };
+            for (int call = 0; call < 200; call++) {
+                std::vector<row> batch;
+                for (int32_t slot = 0; slot < 4; slot++) {
+                    const int n = random() % 3 == 0 ? 0 : random() % 4 == 0 ? (int) (random() % 40) : 1;
+                    for (int i = 0; i < n; i++) {
+                        batch.push_back({ (int32_t) (random() % 500), position[slot]++, slot });
+                    }
+                }
+                if (batch.empty()) {
+                    continue;
+                }
+                fill(m, batch);
+                for (const auto & ubatch : way == 0 ? cut_simple(batch, n_ubatch) : cut_equal(batch, n_ubatch, way == 1)) {
+                    const auto found = match(m, ubatch);
+                    for (size_t i = 0; i < ubatch.size(); i++) {
+                        CHECK(found[i].found);
+                        CHECK(found[i].sequence == ubatch[i].sequence || found[i].uncertain);
+                    }
+                    n_rows += ubatch.size();
+                }
+            }
+        }
+    }
+    CHECK(n_rows > 10000);
+
+    // two slots with the same prompt at the same time: only the order tells
+    {
+        batch_matcher m;
+        const std::vector<row> batch = { { 9, 0, 0 }, { 8, 1, 0 }, { 9, 0, 1 }, { 8, 1, 1 } };
+        fill(m, batch);
+        CHECK(same(match(m, { batch[0], batch[1], batch[2] }), { batch[0], batch[1], batch[2] }));
+        CHECK(same(match(m, { batch[3] }), { batch[3] }));
+    }
+    // ... and where the order does not tell either, it says so
+    {
+        batch_matcher m;
+        const std::vector<row> batch = { { 9, 0, 0 }, { 9, 0, 2 }, { 9, 0, 1 } };
+        fill(m, batch);
+        const auto found = match(m, { { 9, 0, 0 }, { 9, 0, 0 } });
+        CHECK(!found[0].uncertain && found[1].uncertain);
+    }
+    // a context that has shown how it cuts is not doubted
+    {
+        batch_matcher m;
+        fill(m, { { 1, 0, 0 }, { 2, 0, 1 }, { 3, 1, 0 } });
+        match(m, { { 1, 0, 0 }, { 2, 0, 1 }, { 3, 1, 0 } }); // only in batch order
+        fill(m, { { 9, 5, 0 }, { 9, 5, 2 }, { 9, 5, 1 } });
+        const auto found = match(m, { { 9, 5, 0 }, { 9, 5, 2 } });
+        CHECK(same(found, { { 9, 5, 0 }, { 9, 5, 2 } }) && !found[1].uncertain);
+    }
+    // positions that llama.cpp makes up, tokens that are vectors
+    {
+        batch_matcher m;
+        fill(m, { { 4, batch_entry::UNKNOWN, 0 }, { -1, 7, 3 } });
+        const auto found = match(m, { { 4, 11, 0 }, { 12345, 7, 3 } });
+        CHECK(same(found, { { 4, 11, 0 }, { 0, 0, 3 } }));
+        CHECK(!found[0].vector && found[1].vector);
+    }
+    // rows that are not of this batch stay unknown
+    {
+        batch_matcher m;
+        fill(m, { { 4, 0, 0 } });
+        CHECK(!match(m, { { 5, 0, 0 } })[0].found);
+    }
+    // the mirror of llama_batch_ext
+    {
+        batch_mirror mirror;
+        int key;
+        CHECK(mirror.add(&key, 0, 2, 77) == 0);
+        CHECK(mirror.add(&key, -1, 2, 77) == -1); // refused by llama.cpp: not in the batch
+        mirror.set_position(&key, 0, 5);
+        mirror.set_position(&key, 9, 5);
+        mirror.add_sequence(&key, 0);
+        CHECK(mirror.find(&key)->size() == 1);
+        CHECK((*mirror.find(&key))[0].position == 5 && (*mirror.find(&key))[0].n_sequences == 2);
+        mirror.clear(&key);
+        CHECK(mirror.find(&key)->empty());
+        mirror.free(&key);
+        CHECK(mirror.find(&key) == nullptr);
+    }
+    return 0;
+}

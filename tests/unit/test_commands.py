@@ -1,0 +1,227 @@
+"""The command line: what it prints, and how it leaves."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from traces import small_trace
+
+import moetrace
+from moetrace.__main__ import COMMANDS, load, main, split
+from moetrace.commands.selecting import numbers
+from moetrace.errors import UsageError
+
+GOLDEN = str(Path(__file__).parents[1] / "golden" / "two-contexts")
+KILLED = str(Path(__file__).parents[1] / "golden" / "killed")
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in os.environ if n.startswith("MOETRACE_")]:
+        monkeypatch.delenv(name)
+
+
+def test_split_at_the_first_dashes() -> None:
+    assert split(["run", "-o", "x", "--", "llama-server", "--", "-m"]) == (
+        ["run", "-o", "x"],
+        ["llama-server", "--", "-m"],
+    )
+    assert split(["info", "x"]) == (["info", "x"], None)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_variables(name: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as e:
+        main([name, "--help"])
+    assert e.value.code == 0
+    out = capsys.readouterr().out
+    options = {word.strip("[],") for word in out.split() if word.strip("[],").startswith("--")} - {"--help"}
+    for option in options:
+        assert f"MOETRACE_{option[2:].upper().replace('-', '_')}" in out, option
+    assert (load(name).__doc__ or "").split("\n")[0] in out
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["nonsense"], ["info"], ["info", "a", "b"], ["info", GOLDEN, "--", "x"]]
+)
+def test_wrong_usage(argv: list[str], capsys: Capture) -> None:
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "error:" in captured.err
+    assert "fix:" in captured.err
+
+
+def test_errors_have_no_traceback(capsys: Capture) -> None:
+    assert main(["info", "/nowhere/t.moet"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: /nowhere/t.moet does not exist")
+    assert "Traceback" not in err
+
+
+def test_version(capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"moetrace {moetrace.__version__}\n"
+
+
+def test_info(capsys: Capture) -> None:
+    assert main(["info", GOLDEN]) == 0
+    out = capsys.readouterr().out
+    assert "2 rows lost" in out
+    assert "90 = 70 present + 14 not computed + 6 lost" in out
+    assert "\x1b" not in out
+    assert main(["info", "--json", GOLDEN]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["contexts"][0]["loss"]["lost"] == 6
+
+
+def test_verify_exit_codes(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["verify", GOLDEN]) == 0
+    assert "fine" in capsys.readouterr().out
+    assert main(["verify", "-q", GOLDEN]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["verify", KILLED]) == 3
+    assert f"Next: moetrace recover {KILLED}" in capsys.readouterr().out
+    path = small_trace(tmp_path / "t")
+    (path / "labels.jsonl").write_text("nonsense\n")
+    assert main(["verify", str(path)]) == 4
+
+
+def test_recover(tmp_path: Path, capsys: Capture) -> None:
+    path = small_trace(tmp_path / "t", close=False, sealed=11)
+    assert main(["recover", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "ctx0: 9 rows were safe, 21 recovered, nothing lost" in out
+    assert main(["verify", str(path)]) == 0
+
+
+def test_dump_is_one_line_per_token_and_layer(capsys: Capture) -> None:
+    assert main(["dump", GOLDEN]) == 0
+    lines = list(csv.DictReader(capsys.readouterr().out.splitlines(), delimiter="\t"))
+    trace = moetrace.open(GOLDEN)
+    assert len(lines) == 28 * 3
+    for n, line in enumerate(lines):
+        i, j = divmod(n, 3)
+        assert int(line["serial"]) == trace.serial[i]
+        assert int(line["layer"]) == trace.layers[j]
+        chosen = [] if line["experts"] == "-" else [pair.split(":") for pair in line["experts"].split()]
+        want = [int(e) for e in trace.experts[i, j] if e != 65535]
+        assert [int(e) for e, _ in chosen] == want
+        np.testing.assert_allclose([float(w) for _, w in chosen], trace.weights[i, j, : len(want)], rtol=1e-5)
+
+
+def test_dump_of_a_selection(capsys: Capture) -> None:
+    assert main(["dump", GOLDEN, "--layers", "3", "--request", "1-2", "--phase", "decode"]) == 0
+    lines = list(csv.DictReader(capsys.readouterr().out.splitlines(), delimiter="\t"))
+    assert {line["layer"] for line in lines} == {"3"}
+    assert {line["phase"] for line in lines} == {"decode"}
+    assert main(["dump", GOLDEN, "--context", "ctx1"]) == 0
+    assert ":" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("format_name", ["csv", "jsonl", "parquet", "arrow"])
+def test_export_in_long_form(tmp_path: Path, format_name: str, capsys: Capture) -> None:
+    if format_name in ("parquet", "arrow"):
+        pytest.importorskip("pyarrow")
+    output = tmp_path / f"x.{format_name}"
+    assert main(["export", GOLDEN, "-o", str(output), "--layers", "1,3"]) == 0
+    assert f"Wrote {output}" in capsys.readouterr().err
+    want = moetrace.open(GOLDEN).sel(layer=[1, 3]).to_pandas()
+    if format_name == "csv":
+        got = pd.read_csv(output)
+    elif format_name == "jsonl":
+        got = pd.read_json(output, lines=True)
+    elif format_name == "parquet":
+        got = pd.read_parquet(output)
+    else:
+        import pyarrow as pa
+
+        with pa.ipc.open_stream(output) as reader:
+            got = reader.read_pandas()
+    assert list(got) == list(want)
+    for name in ("request", "token", "position", "layer", "expert", "rank"):
+        np.testing.assert_array_equal(got[name], want[name])
+    np.testing.assert_allclose(got["weight"], want["weight"], rtol=1e-6)
+    assert got["phase"].astype(str).tolist() == want["phase"].astype(str).tolist()
+    assert main(["export", GOLDEN, "-o", str(output)]) == 2
+    assert main(["export", GOLDEN, "-o", str(output), "--force"]) == 0
+
+
+def test_export_npz_holds_the_columns(tmp_path: Path) -> None:
+    output = tmp_path / "x.npz"
+    assert main(["export", GOLDEN, "-o", str(output), "--request", "0,2"]) == 0
+    part = moetrace.open(GOLDEN).sel(request=[0, 2])
+    with np.load(output) as got:
+        assert {"layers", "n_expert", "n_expert_used", *part.column_names} == set(got.files)
+        for name in part.column_names:
+            np.testing.assert_array_equal(got[name], part.column(name))
+
+
+def test_export_to_stdout_needs_a_format(capsys: Capture) -> None:
+    assert main(["export", GOLDEN]) == 2
+    assert main(["export", GOLDEN, "--format", "npz"]) == 2
+    assert "cannot be written to stdout" in capsys.readouterr().err
+
+
+def test_variables(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("MOETRACE_LAYERS", "3")
+    monkeypatch.setenv("MOETRACE_JSON", "1")
+    assert main(["dump", GOLDEN]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 28
+    assert main(["dump", GOLDEN, "--layers", "1,2"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 56
+    assert main(["info", GOLDEN]) == 0
+    assert json.loads(capsys.readouterr().out)
+    monkeypatch.setenv("MOETRACE_JSON", "0")
+    assert main(["info", GOLDEN]) == 0
+    assert capsys.readouterr().out.startswith("trace")
+    monkeypatch.setenv("MOETRACE_PHASE", "later")
+    assert main(["dump", GOLDEN]) == 2
+    assert "MOETRACE_PHASE" in capsys.readouterr().err
+
+
+def test_lists_of_numbers() -> None:
+    assert numbers("0-2,7", "--layers") == [0, 1, 2, 7]
+    for text in ("", "a", "3-1", "1-", "-1", "0-99999999", "1,,2"):
+        with pytest.raises(UsageError):
+            numbers(text, "--layers")
+
+
+def run(*argv: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "moetrace", *argv], capture_output=True, text=True, check=False, **options
+    )  # type: ignore[call-overload]
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    script = f"{sys.executable} -m moetrace dump {GOLDEN} --layers 1; echo rc ${{PIPESTATUS[0]}} >&2"
+    done = subprocess.run(
+        ["bash", "-c", f"({script}) | head -n 1"], capture_output=True, text=True, check=True
+    )
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def test_no_color() -> None:
+    done = run("info", GOLDEN, env={**os.environ, "NO_COLOR": "1"})
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moetrace.commands.info.open_trace", interrupt)
+    assert main(["info", GOLDEN]) == 130

@@ -1,0 +1,168 @@
+"""Makes traces for tests: what the drain does, without a host and in one go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rings import Producer, context_of, make_layout, random_records
+
+from moetrace.trace.columns import TableWriter
+from moetrace.trace.jsonfile import write_json
+from moetrace.trace.labels import append_labels
+from moetrace.trace.record import Counter, EventCode, OnFull, RecordKind
+from moetrace.trace.requests import REQUEST_TABLE, RequestAssigner
+from moetrace.trace.rows import EVENT_COLUMNS, Layout, events_from_records, rows_from_records
+from moetrace.trace.store import TraceStore, write_vocabulary
+
+
+@dataclass
+class Context:
+    """What one context recorded: its layout, records (rows and events), and how many serials were lost."""
+
+    layout: Layout
+    records: np.ndarray
+    lost: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What its ring would have counted."""
+        n_rows = int((self.records["kind"] == RecordKind.ROW).sum())
+        counters = {c.name.lower(): 0 for c in Counter}
+        counters["rows_produced"] = n_rows + self.lost
+        counters["rows_committed"] = n_rows
+        counters["rows_lost_full"] = self.lost
+        counters["events_committed"] = len(self.records) - n_rows
+        return counters
+
+
+def event(
+    layout: Layout, serial: int, code: EventCode, sequence: int, p0: int = -1, p1: int = -1
+) -> np.ndarray:
+    """Give one event record."""
+    record = random_records(layout, 1, np.random.default_rng(0))
+    record["kind"], record["serial"], record["token"], record["sequence"] = (
+        RecordKind.EVENT,
+        serial,
+        code,
+        sequence,
+    )
+    record["position"], record["arg0"], record["flags"], record["state"] = p0, p1, 0, 0
+    return record
+
+
+def server_records(
+    layout: Layout,
+    rng: np.random.Generator,
+    *,
+    n_requests: int = 3,
+    lose: tuple[int, ...] = (),
+    slots: int = 2,
+) -> np.ndarray:
+    """Tell of a server: requests in turn over its slots, six prompt tokens each and four decoded ones.
+
+    The last layer of prompt rows that are no output is not computed; serials in ``lose`` are missing.
+    """
+    parts: list[np.ndarray] = []
+    serial = batch = 0
+    for request in range(n_requests):
+        slot = request % slots
+        parts.append(event(layout, serial, EventCode.LAUNCH, slot))
+        parts.append(event(layout, serial, EventCode.SEQ_RM, slot, 0))
+        rows = random_records(layout, 10, rng, serial)
+        rows["sequence"] = slot
+        rows["batch"] = rows["step"] = batch + np.maximum(0, np.arange(10) - 5)
+        rows["flags"] = np.arange(10) >= 5
+        rows["state"][:5, -1] = 2
+        rows["time_ns"] = 1000 * rows["serial"].astype(np.int64)
+        parts.append(rows)
+        serial, batch = serial + 10, int(rows["batch"][-1]) + 1
+        parts.append(event(layout, serial, EventCode.LAUNCH, slot))
+    records = np.concatenate(parts)
+    return records[~((records["kind"] == 0) & np.isin(records["serial"], lose))]
+
+
+def write_trace(
+    path: Path,
+    contexts: list[Context],
+    *,
+    block: int = 8,
+    labels: list[dict[str, Any]] | None = None,
+    vocabulary: list[bytes] | None = None,
+    close: bool = True,
+    sealed: int | None = None,
+) -> Path:
+    """Write a trace, a block per ``block`` records; ``sealed``: leave the records after these in a ring."""
+    path.mkdir(parents=True)
+    names = [f"ctx{i}" for i in range(len(contexts))]
+    meta = {
+        "format": "moetrace-trace", "version": [1, 0], "created_ns": 1_700_000_000 * 10**9, "moetrace": "0.1.0",
+        "command": ["llama-server", "-m", "toy.gguf"], "host": "here", "state": "live", "exit_code": None,
+        "contexts": names, "model_path": None,
+    }  # fmt: skip
+    write_json(path / "meta.json", meta)
+    numbers = iter(range(10**6))
+    requests = TableWriter.create(path / "requests", REQUEST_TABLE)
+    for i, (name, context) in enumerate(zip(names, contexts, strict=True)):
+        layout, folder = context.layout, path / name
+        facts = {
+            **context_of(layout),
+            "name": name,
+            "fields": [{"name": f.name, "dtype": f.dtype, "shape": list(f.shape)} for f in layout.fields],
+            "epoch_ns": 1_700_000_000_000_000_000,
+            "status": "",
+            **context.facts,
+        }
+        if close:
+            facts["counters"] = context.counters
+        folder.mkdir()
+        write_json(folder / "context.json", facts)
+        assigner = RequestAssigner(i, numbers.__next__)
+        rows, events = (
+            TableWriter.create(folder / "rows", layout.row_columns),
+            TableWriter.create(folder / "events", EVENT_COLUMNS),
+        )
+        stop = len(context.records) if sealed is None else sealed
+        for start in range(0, stop, block):
+            piece = context.records[start : min(start + block, stop)]
+            new, happened = rows_from_records(piece, layout), events_from_records(piece)
+            new["request"], new["phase"] = assigner.feed(new, happened)
+            events.append(happened)
+            events.seal()
+            rows.append(new)
+            rows.seal()
+            requests.append(assigner.take_ended())
+            requests.seal()
+        if close:
+            requests.append(assigner.finish())
+            requests.seal()
+        rows.close()
+        events.close()
+        if sealed is not None:
+            producer = Producer(layout, 256, OnFull.BLOCK)
+            producer.write(context.records)
+            producer.count(Counter.ROWS_PRODUCED, context.lost)
+            producer.count(Counter.ROWS_LOST_FULL, context.lost)
+            producer.data[512:520] = sealed.to_bytes(8, "little")
+            producer.save(folder / "ring")
+    requests.close()
+    if labels:
+        append_labels(path, labels)
+    if vocabulary:
+        write_vocabulary(path, vocabulary)
+    if close:
+        TraceStore(path).close_as("closed", exit_code=0)
+    return path
+
+
+def small_trace(path: Path, **options: Any) -> Path:
+    """Write a trace of one context, three requests on two slots, nothing lost."""
+    layout = make_layout()
+    context = Context(layout, server_records(layout, np.random.default_rng(7)))
+    labels = [
+        {"request": i, "id": f"p{i}", "label": label} for i, label in enumerate(["code", "math", "code"])
+    ]
+    return write_trace(path, [context], **{"labels": labels, **options})
