@@ -190,13 +190,18 @@ def encode(doc: Document, tok: Tokenizer) -> list[int]:
     return ids
 
 
-def heldout(seed: int, trained: set[Document], per_domain: int) -> list[Document]:
-    """Documents of another seed that did not occur in training, ``per_domain`` of each domain."""
-    chosen: dict[str, dict[Document, None]] = {d: {} for d in DOMAINS}
+def joined(doc: Document) -> str:
+    """The text of a document without its roles."""
+    return "\n\n".join(text for _, text in doc.turns)
+
+
+def heldout(seed: int, trained: set[str], per_domain: int) -> list[Document]:
+    """Documents of another seed whose text did not occur in training, ``per_domain`` of each domain."""
+    chosen: dict[str, dict[str, Document]] = {d: {} for d in DOMAINS}
     for doc in documents(seed, 200 * per_domain):
-        if doc not in trained and len(chosen[doc.domain]) < per_domain:
-            chosen[doc.domain][doc] = None
-    return [doc for domain in DOMAINS for doc in chosen[domain]]
+        if joined(doc) not in trained and len(chosen[doc.domain]) < per_domain:
+            chosen[doc.domain].setdefault(joined(doc), doc)
+    return [doc for domain in DOMAINS for doc in chosen[domain].values()]
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -397,6 +402,10 @@ README = """# Data that comes with moetrace
 
 {description}
 
+It mostly answers in kind: code after a request for code, a story after the beginning of one. Its sums and \
+facts are often wrong. In the requests of its corpus about one long word in eight is made up, so\
+ that it goes by the others.
+
 It is an OLMoE of {n_params:.2f} million parameters: {c.n_layer} layers of {c.n_expert} experts of width \
 {c.n_ff_exp}, {c.n_expert_used} experts per token, embedding {c.n_embd}, {c.n_head} heads, context \
 {c.n_ctx}, {c.n_vocab} tokens of its own byte-level BPE; F16, {megabytes:.2f} MB.
@@ -442,9 +451,9 @@ def main() -> None:
 
     need = args.steps * args.batch * (c.n_ctx + 1)
     stream: list[int] = []
-    trained: set[Document] = set()
+    trained: set[str] = set()
     for doc in documents(args.seed, need):  # far more than are needed: stops below
-        trained.add(doc)
+        trained.add(joined(doc))
         stream += encode(doc, tok)
         if len(stream) >= need:
             break
@@ -482,11 +491,11 @@ def main() -> None:
     load = counts.sum(0)
     mean = load.mean(1)
 
-    texts = heldout(args.seed + 2, trained | set(docs), N_TEXTS)
+    texts = heldout(args.seed + 2, trained | {joined(doc) for doc in docs}, N_TEXTS)
     (args.out / "prompts").mkdir(exist_ok=True)
     with (args.out / "prompts" / "heldout-text.jsonl").open("w") as out:
         for i, doc in enumerate(texts):
-            text = "\n\n".join(text for _, text in doc.turns)
+            text = joined(doc)
             print(
                 json.dumps(
                     {"id": f"text-{doc.domain}-{i % N_TEXTS + 1:02d}", "label": doc.domain, "prompt": text}

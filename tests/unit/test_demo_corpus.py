@@ -17,6 +17,7 @@ from moetrace import data
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "demo_model"
 SEED = 1  # the default of train.py
+N_TRAINED = 23_000  # it prints how many documents it took: 22,549
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +101,10 @@ def test_code_is_python(corpus):
 
 def test_shipped_prompts_are_not_trained_on(corpus):
     prompts = [*shipped("domains"), *shipped("heldout")]
-    text = "\n".join(t for doc in corpus.documents(SEED, 30_000) for _, t in doc.turns)
+    text = "\n".join(t for doc in corpus.documents(SEED, N_TRAINED) for _, t in doc.turns)
     assert not [p for p in prompts if p in text]
     held = set(shipped("heldout-text"))
-    assert not held & {"\n\n".join(t for _, t in doc.turns) for doc in corpus.documents(SEED, 40_000)}
+    assert not held & {"\n\n".join(t for _, t in doc.turns) for doc in corpus.documents(SEED, N_TRAINED)}
 
 
 def test_tokenizer(corpus, tokenizer):
