@@ -292,7 +292,21 @@ def test_a_full_disk_stops_the_recording_and_not_the_server(runtime, model_file,
     port = free_port()
     server = [runtime.tool("llama-server"), "-m", model_file("qwen3moe"), "--port", str(port), "-np", "1"]
     options = ["--capture", "weights,logits", "--ring-size", "128KiB", "--block-ms", "300"]
-    command = [sys.executable, "-m", "moetrace", "run", "-o", path, *options, "--", *server, "-c", "2048", "-t", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "moetrace",
+        "run",
+        "-o",
+        path,
+        *options,
+        "--",
+        *server,
+        "-c",
+        "2048",
+        "-t",
+        "1",
+    ]
     with path.with_suffix(".err").open("wb") as error:
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=error, preexec_fn=limit)
     client = ServerClient(f"http://127.0.0.1:{port}")
@@ -310,7 +324,9 @@ def test_a_full_disk_stops_the_recording_and_not_the_server(runtime, model_file,
     assert error.count("moetrace:") == 1  # said once, when it happened
     assert "fix:" in error
     assert "Traceback" not in error
-    recover = subprocess.run([sys.executable, "-m", "moetrace", "recover", path], capture_output=True, check=False)
+    recover = subprocess.run(
+        [sys.executable, "-m", "moetrace", "recover", path], capture_output=True, check=False
+    )
     assert recover.returncode == 0, recover.stderr
     trace = moetrace.open(path)
     computed = sum(len(a.prompt_tokens) + len(a.tokens) - 1 for a in answers)
