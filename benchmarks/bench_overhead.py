@@ -2,10 +2,10 @@
 
     python benchmarks/bench_overhead.py [--repeats N] [--threads T] [--model FILE] [--write]
 
-A model of realistic cost (gpt-oss's shape: 24 layers, 32 experts, top-4, about 1.2 GB in F16, random weights) is
-generated once. Each repeat runs every variant once, in random order; a variant's ratio to the untraced run of the
-same repeat is one observation, and the 95 % interval is Student's t on the logarithms. The tracer's own time per
-(token, layer) comes from its counters. ``--write`` puts the table into docs/benchmarks.md.
+A model of realistic cost (gpt-oss's shape: 24 layers, 32 experts, top-4, about 1.2 GB in F16, random weights)
+is generated once. Each repeat runs every variant once, in random order; a variant's ratio to the untraced run
+of the same repeat is one observation, and the 95 % interval is Student's t on the logarithms. The tracer's
+own time per (token, layer) comes from its counters. ``--write`` puts the table into docs/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -427,7 +427,8 @@ def test_run_refuses_with_a_reason(runtime, model_file, tmp_path):
     assert result.returncode == 1
     assert "line 2" in result.stderr
 
-    # a port that is taken: the server's own message and exit code, and a trace that says that nothing was seen
+    # a port that is taken: the server's own message and exit code, and a trace that says that nothing was
+    # seen
     import socket
 
     with socket.socket() as busy:

@@ -1,0 +1,197 @@
+"""The adapter: which rows, which names, which domains; the statistics themselves are tested elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from moetrace.analysis import count_routing, domain_test, from_trace, persistence, published
+from moetrace.errors import ChannelMissingError, UsageError
+
+N_REQUESTS = 8
+
+
+@dataclass
+class FakeTrace:
+    """Two domains, four prompts each; 10 prefill and 40 decode rows per request, then two rows of nobody."""
+
+    seed: int = 0
+    unlabelled: tuple[int, ...] = ()
+    channels: tuple[str, ...] = ("weights",)
+    requests: pd.DataFrame = field(init=False)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.seed)
+        n = N_REQUESTS * 50 + 2
+        effect = rng.normal(0, 1, (2, 3, 16))
+        request = np.append(np.repeat(np.arange(N_REQUESTS), 50), [-1, -1])
+        logits = effect[request % 2] + rng.normal(size=(n, 3, 16))
+        self.experts = np.argsort(-logits, axis=2)[:, :, :2].astype(np.uint8)
+        self._weights = rng.random((n, 3, 2)).astype(np.float32)
+        self.state = np.ones((n, 3), dtype=np.uint8)
+        self.request = request
+        self.positions = np.append(np.tile(np.arange(50), N_REQUESTS), [0, 1]).astype(np.int32)
+        self.token_ids = rng.integers(0, 30, n).astype(np.int32)
+        self.phase = np.append(np.tile(np.repeat([0, 1], [10, 40]), N_REQUESTS), [2, 2]).astype(np.uint8)
+        self.layers = np.array([3, 4, 5])
+        self.n_expert, self.n_expert_used = np.full(3, 16), np.full(3, 2)
+        self.consumers = [["ffn_gate", "ffn_up", "ffn_down"]] * 3
+        labels = [None if r in self.unlabelled else "ab"[r % 2] for r in range(N_REQUESTS)]
+        self.requests = pd.DataFrame({"id": None, "label": labels, "n_shifts": 0}, index=range(N_REQUESTS))
+
+    def _channel(self, name: str, column: Any) -> Any:
+        if name not in self.channels:
+            raise ChannelMissingError(f"no {name}", fix=f"capture it again with --capture {name}")
+        return column
+
+    @property
+    def weights(self) -> Any:
+        return self._channel("weights", self._weights)
+
+    @property
+    def gate_input(self) -> Any:
+        x = np.random.default_rng(1).normal(size=(len(self.request), 3, 8))
+        return self._channel("gate_input", x.astype(np.float32))
+
+    @property
+    def scores(self) -> Any:
+        return self._channel("scores", None)
+
+    @property
+    def logits(self) -> Any:
+        return self._channel("logits", None)
+
+
+def test_phases_are_kept_apart() -> None:
+    trace = FakeTrace()
+    tokens = {
+        p: from_trace(trace, phase=p).counts.tokens[:, 0].tolist() for p in ("prefill", "decode", "all")
+    }
+    assert tokens == {"prefill": [10] * 8, "decode": [40] * 8, "all": [50] * 8}
+    assert from_trace(trace).phase == "decode"
+    trace.phase[:] = 0
+    with pytest.raises(UsageError, match="no decode rows") as error:
+        from_trace(trace)
+    assert "prefill" in error.value.fix
+
+
+def test_methods_give_what_the_functions_give() -> None:
+    trace = FakeTrace()
+    a = from_trace(trace)
+    direct = count_routing(
+        trace.experts,
+        trace.request,
+        trace.positions,
+        n_expert=16,
+        keep=trace.phase == 1,
+        weights=trace.weights,
+        labels=["a", "b"] * 4,
+        layers=trace.layers,
+    )
+    assert np.array_equal(a.counts.included, direct.included)
+    assert np.array_equal(a.counts.top1, direct.top1)
+    assert not np.array_equal(from_trace(trace, top1="router").counts.top1, direct.top1)
+    told = domain_test(direct.included, direct.labels, layers=trace.layers, n_permutations=49).table
+    pd.testing.assert_frame_equal(a.domain_test(n_permutations=49).table, told)
+    pd.testing.assert_frame_equal(a.persistence(), persistence(direct))
+    assert a.transitions(4).stay == pytest.approx(np.trace(direct.transitions[1]) / (8 * 39))
+
+
+def test_every_analysis_runs_on_a_trace() -> None:
+    a = from_trace(FakeTrace(channels=("weights", "gate_input")))
+    assert (a.domain_test(n_permutations=99).table["p_value"] < 0.05).all()
+    assert len(a.domain_lift(n_boot=20, n_permutations=9)) == 2 * 3 * 16
+    assert len(a.expert_frequency()) == 2 * 3 * 16
+    assert (a.matched_separation(n_permutations=99).table["p_value"] < 0.05).all()
+    assert a.deep_dive().consumers == ("ffn_gate", "ffn_up", "ffn_down")
+    assert a.depth_contrast().early_layers == (3,)
+    assert len(a.domain_entropy()) == 6
+    assert len(a.load_balance()) == 3
+    assert a.shuffle_test(n_permutations=9, max_lag=2)["layer"].tolist() == [3, 3, 4, 4, 5, 5]
+    assert a.gate_distances()["prompt"].nunique() == 8
+    assert set(a.gate_summary()["tokens"]) == {320}
+    with pytest.raises(ChannelMissingError):
+        from_trace(FakeTrace()).gate_distances()
+
+
+def test_unlabelled_requests_count_for_routing_and_not_for_domains() -> None:
+    a = from_trace(FakeTrace(unlabelled=(0, 3)))
+    assert a.counts.prompts.size == 8
+    assert a.domain_test(n_permutations=9).n_prompts == 6
+    assert a.token_counts.prompts.size == 6
+    with pytest.raises(UsageError, match="has a domain"):
+        from_trace(FakeTrace(unlabelled=tuple(range(8)))).domain_test()
+
+
+def test_statistics_of_many_traces_equal_those_of_their_concatenation() -> None:
+    one, two, both = FakeTrace(0), FakeTrace(1), FakeTrace(0)
+    for name in ("experts", "_weights", "state", "positions", "token_ids", "phase"):
+        setattr(both, name, np.concatenate((getattr(one, name), getattr(two, name))))
+    both.request = np.concatenate((one.request, np.where(two.request < 0, -1, two.request + N_REQUESTS)))
+    both.requests = pd.concat((one.requests, two.requests), ignore_index=True)
+    names = [f"{t}-{r}" for t in "xy" for r in range(N_REQUESTS)]
+    one.requests["id"], two.requests["id"], both.requests["id"] = names[:8], names[8:], names
+    apart, together = from_trace(one, two), from_trace(both)
+    for name, value in together.counts.to_arrays().items():
+        assert np.array_equal(apart.counts.to_arrays()[name], value), name
+    options = {"n_permutations": 29}
+    pd.testing.assert_frame_equal(apart.domain_test(**options).table, together.domain_test(**options).table)
+    pd.testing.assert_frame_equal(
+        apart.matched_separation(**options).table, together.matched_separation(**options).table
+    )
+    with pytest.raises(UsageError, match="one trace"):
+        apart.shuffle_test()
+
+
+def test_the_same_prompt_twice_is_one_observation() -> None:
+    trace = FakeTrace()
+    trace.requests["id"] = ["p", "q", "p", "q", "r", "s", "r", "s"]
+    assert from_trace(trace).domain_test(n_permutations=9).n_prompts == 4
+    assert from_trace(trace, trace).counts.prompts.tolist() == ["p", "q", "r", "s"]
+
+
+def test_request_numbers_need_not_begin_at_zero() -> None:
+    trace = FakeTrace()
+    trace.request = np.where(trace.request < 0, -1, trace.request + 5)
+    trace.requests.index = trace.requests.index + 5
+    assert from_trace(trace).domain_test(n_permutations=9).n_prompts == 8
+
+
+def test_published_formulas_run_on_a_trace() -> None:
+    a = from_trace(FakeTrace(unlabelled=(0,))).published()
+    seen = published.overview(a)
+    assert seen.activations == 7 * 40 * 3 * 2 * 3
+    assert a.components == ("ffn_gate", "ffn_up", "ffn_down")
+    assert a.tokens_per_domain.tolist() == [120, 160]
+    assert published.layer_separation(a)["layer_id"].tolist() == [3, 4, 5]
+    assert published.lag1(a, "a", 3, n_expert=16).pairs == 119
+
+
+def test_captures_of_one_text_are_compared_token_by_token() -> None:
+    one, two = FakeTrace(), FakeTrace()
+    one.requests["id"] = two.requests["id"] = [f"p{i}" for i in range(N_REQUESTS)]
+    two.experts = two.experts.copy()
+    two.experts[:, 1] = two.experts[:, 1, ::-1]
+    two.token_ids = two.token_ids.copy()
+    two.token_ids[49] += 1
+    table, report = from_trace(one).agreement(from_trace(two))
+    mean = table.pivot(index="layer", columns="metric", values="mean")
+    assert mean["overlap"].tolist() == [1, 1, 1]
+    assert mean["top1"].tolist() == [1, 0, 1]
+    assert mean["kendall_tau"].tolist() == [1, -1, 1]
+    assert mean["coverage_k"].isna().all()
+    assert report["matched"].tolist() == [39] + [40] * 7
+    assert report["stopped_at"].tolist() == [49] + [-1] * 7
+
+
+def test_traces_of_different_models_are_refused() -> None:
+    other = FakeTrace()
+    other.layers = np.array([0, 1, 2])
+    with pytest.raises(UsageError, match="different models"):
+        from_trace(FakeTrace(), other)
+    with pytest.raises(UsageError, match="no trace"):
+        from_trace()
