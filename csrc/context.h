@@ -60,10 +60,18 @@ struct context_event {
     int32_t sequence, p0, p1, arg;
 };
 
+// an input of a graph: numbers that the host sets before it computes
+struct graph_input {
+    const ggml_tensor * t    = nullptr; // nullptr: the graph does not have it
+    const int32_t *     host = nullptr; // where the numbers are, if in host memory
+    int64_t             n    = 0;
+};
+
 // one graph that was allocated on a scheduler
 struct graph_trace {
     ggml_cgraph * graph = nullptr;
     moe_graph     moe;
+    graph_input   tokens, positions, out_ids; // set, as the sources are, once the graph is allocated
     graph_sources sources;
     std::vector<attention_source> attention;
     bool          warmup = false;
@@ -92,6 +100,7 @@ struct sched_trace {
     bool             chained       = false; // our callback is installed
     uint64_t         prepare_ns    = 0;     // spent on reading graphs since the last ubatch
     uint64_t         setup_ns      = 0;     // spent on opening the ring: once
+    bool             is_async      = true;  // it has more backends than the CPU's
     model_shape      shape;
     std::vector<std::unique_ptr<graph_trace>> graphs;
 

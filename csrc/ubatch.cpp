@@ -6,16 +6,20 @@
 
 namespace moetrace {
 
-// the first n numbers of an input tensor
-static const int32_t * input_read(const ggml_abi & abi, const ggml_tensor * t, int64_t n, std::vector<int32_t> & buffer) {
-    if (!t || abi.type(t) != TYPE_I32 || abi.ne(t)[0] < n || !abi.buffer(t)) {
-        return nullptr;
+static graph_input input_find(const ggml_abi & abi, const ggml_tensor * t, int64_t n_least) {
+    if (!t || abi.type(t) != TYPE_I32 || abi.ne(t)[0] < n_least || !abi.buffer(t)) {
+        return {};
     }
-    if (abi.is_host(t)) {
-        return (const int32_t *) abi.data(t);
+    return { t, abi.is_host(t) ? (const int32_t *) abi.data(t) : nullptr, abi.ne(t)[0] };
+}
+
+// an input's numbers, fetched into `buffer` if they are not in host memory; nullptr if the graph does not have it
+static const int32_t * input_read(const ggml_abi & abi, const graph_input & input, std::vector<int32_t> & buffer) {
+    if (input.host || !input.t) {
+        return input.host;
     }
-    buffer.resize((size_t) n);
-    abi.tensor_get(t, buffer.data(), 0, (size_t) n*4);
+    buffer.resize((size_t) input.n);
+    abi.tensor_get(input.t, buffer.data(), 0, (size_t) input.n*4);
     return buffer.data();
 }
 
@@ -25,9 +29,7 @@ static output_rows outputs_read(tracer_env & env, context_trace & c, const graph
     if (!g.moe.out_ids) {
         return {};
     }
-    const int64_t n = env.abi.ne(g.moe.out_ids)[0];
-    const int32_t * ids = n == 0 ? &none : input_read(env.abi, g.moe.out_ids, n, c.out_ids);
-    return { ids, n };
+    return { g.out_ids.t ? input_read(env.abi, g.out_ids, c.out_ids) : &none, g.out_ids.n };
 }
 
 static void heads_fill(context_trace & c, const int32_t * tokens, const int32_t * positions) {
@@ -40,7 +42,7 @@ static void heads_fill(context_trace & c, const int32_t * tokens, const int32_t 
         head->time_ns     = now;
         head->step        = c.n_steps;
         head->batch       = c.n_batches;
-        head->token       = tokens ? tokens[row] : -1;
+        head->token       = tokens && !who.vector ? tokens[row] : -1; // a vector leaves the token input as it was
         // a recurrent model has no position input; the batch had one
         head->position    = positions ? positions[row] : who.position == batch_entry::UNKNOWN ? -1 : who.position;
         head->sequence    = who.found ? who.sequence : -1;
@@ -48,7 +50,7 @@ static void heads_fill(context_trace & c, const int32_t * tokens, const int32_t 
         head->n_sequences = who.n_sequences;
         head->row         = row;
         head->flags       = (who.uncertain ? ROW_SEQUENCE_UNCERTAIN : 0u) | (who.found ? 0u : ROW_UNIDENTIFIED) |
-            (c.encode ? ROW_ENCODE : 0u) | (c.trial ? ROW_TRIAL : 0u) | (c.outputs.ids ? 0u : ROW_OUTPUT);
+            (who.vector ? ROW_EMBEDDING_INPUT : 0u) | (c.encode ? ROW_ENCODE : 0u) | (c.trial ? ROW_TRIAL : 0u) | (c.outputs.ids ? 0u : ROW_OUTPUT);
         n_unidentified += !who.found;
     }
     for (int64_t i = 0; c.outputs.ids && i < c.outputs.n; i++) {
@@ -65,6 +67,10 @@ static void graph_bind(tracer_env & env, sched_trace & s, graph_trace & g) {
     context_trace & c = *s.context;
     g.sources.make(env.abi, g.graph, g.moe, c.layout, env.cfg);
     g.bound_to = &c;
+    g.tokens    = input_find(env.abi, g.moe.inp_tokens, g.moe.n_tokens);
+    g.positions = input_find(env.abi, g.moe.inp_pos,    g.moe.n_tokens);
+    g.out_ids   = input_find(env.abi, g.moe.out_ids,    1);
+    s.is_async  = env.abi.sched_get_n_backends(s.sched) > 1;
     g.attention = env.cfg.channels & CHANNEL_ATTENTION ? attention_find(env.abi, g.graph, env.cfg) : std::vector<attention_source>();
     if (c.readback.size() < g.sources.scratch_bytes) {
         c.readback.resize(g.sources.scratch_bytes);
@@ -87,7 +93,7 @@ static void cells_follow(tracer_env & env, context_trace & c, const graph_trace 
         }
         list.resize(n);
         env.abi.tensor_get(source.k_idxs, list.data(), 0, (size_t) n*8);
-        const int32_t * positions = input_read(env.abi, g.moe.inp_pos, n, c.positions);
+        const int32_t * positions = input_read(env.abi, g.positions, c.positions);
         c.cells.write(source.group, list.data(), positions, c.identities);
     }
 }
@@ -122,41 +128,26 @@ bool ubatch_begin(tracer_env & env, sched_trace & s, graph_trace & g) {
         c.was_paused   = paused;
         c.n_unrecorded = 0;
     }
-    const auto inputs = [&](auto && use) {
-        const int32_t * tokens    = input_read(env.abi, g.moe.inp_tokens, n, c.tokens);
-        const int32_t * positions = input_read(env.abi, g.moe.inp_pos,    n, c.positions);
-        use(tokens, positions);
-    };
+    const int32_t * tokens    = input_read(env.abi, g.tokens, c.tokens);
+    const int32_t * positions = input_read(env.abi, g.positions, c.positions);
+    if (c.in_batch) { // also while paused: a later ubatch of the batch may be recorded
+        c.matcher.match(tokens, positions, n, c.identities);
+    } else {
+        c.identities.assign(n, row_identity());
+    }
     if (paused) {
         c.count(COUNT_ROWS_PAUSED, n);
         c.n_unrecorded += n;
-        if (c.in_batch) { // later ubatches of the batch may be recorded
-            inputs([&](const int32_t * tokens, const int32_t * positions) { c.matcher.match(tokens, positions, n, c.identities); });
-        }
         return false;
     }
-    if (!c.block.reset(c.layout, n)) {
+    if (!c.block.reset(c.layout, n, !g.sources.covers_all)) {
         c.count(COUNT_ROWS_PRODUCED, n);
         c.count(COUNT_ROWS_LOST_ERROR, n);
         c.serial += n;
         return false;
     }
-    inputs([&](const int32_t * tokens, const int32_t * positions) {
-        if (c.in_batch) {
-            c.matcher.match(tokens, positions, n, c.identities);
-        } else {
-            c.identities.assign(n, row_identity());
-        }
-        c.outputs = outputs_read(env, c, g);
-        heads_fill(c, tokens, positions);
-        // a vector input leaves stale numbers in the token input
-        for (uint32_t row = 0; row < n; row++) {
-            if (c.identities[row].vector) {
-                c.block.head(row)->token  = -1;
-                c.block.head(row)->flags |= ROW_EMBEDDING_INPUT;
-            }
-        }
-    });
+    c.outputs = outputs_read(env, c, g);
+    heads_fill(c, tokens, positions);
     for (int index : g.sources.not_understood) {
         rows_mark_lost(c.layout, index, c.block);
     }
@@ -214,54 +205,62 @@ static void attention_push(tracer_env & env, context_trace & c, const attention_
 }
 
 // one source, while the graph stands still
-static void source_read(tracer_env & env, context_trace & c, const row_source & source) {
+static void source_read(tracer_env & env, context_trace & c, const row_source & source, const source_tensor & tensor) {
     const char * base = source.base;
     if (!base) {
-        if (const size_t bytes = env.abi.span(source.t)) {
-            env.abi.tensor_get(source.t, c.readback.data() + source.scratch, 0, bytes);
+        if (const size_t bytes = env.abi.span(tensor.t)) {
+            env.abi.tensor_get(tensor.t, c.readback.data() + tensor.scratch, 0, bytes);
         }
-        base = (const char *) c.readback.data() + source.scratch;
+        base = (const char *) c.readback.data() + tensor.scratch;
     }
-    rows_copy(env.abi, source, base, c.layout, c.outputs, c.block);
+    rows_copy(env.abi, source, tensor, base, c.layout, c.outputs, c.block);
 }
 
-// the tap: everything is computed and still there
+// starts reading everything that is not in host memory, and waits for it
+static void sources_fetch(tracer_env & env, sched_trace & s, const graph_sources & sources) {
+    context_trace & c = *s.context;
+    const uint64_t start = clock_ns();
+    for (size_t i = 0; i < sources.rows.size(); i++) {
+        const source_tensor & tensor = sources.tensors[i];
+        const size_t bytes = sources.rows[i].base ? 0 : env.abi.span(tensor.t);
+        if (bytes == 0) {
+            continue;
+        }
+        if (ggml_backend * backend = env.abi.sched_get_tensor_backend(s.sched, env.abi.root(tensor.t))) {
+            env.abi.tensor_get_async(backend, tensor.t, c.readback.data() + tensor.scratch, 0, bytes);
+        } else {
+            env.abi.tensor_get(tensor.t, c.readback.data() + tensor.scratch, 0, bytes);
+        }
+    }
+    env.abi.sched_synchronize(s.sched);
+    c.count(COUNT_SYNC_NS, clock_ns() - start);
+}
+
 void ubatch_read(tracer_env & env, sched_trace & s, const graph_trace & g) {
     context_trace & c = *s.context;
-    const ggml_abi & abi = env.abi;
-    const auto & sources = g.sources.sources;
-    if (g.sources.scratch_bytes) {
-        const uint64_t start = clock_ns();
-        for (const auto & source : sources) {
-            const size_t bytes = source.base ? 0 : abi.span(source.t);
-            if (bytes == 0) {
-                continue;
-            }
-            if (ggml_backend * backend = abi.sched_get_tensor_backend(s.sched, abi.root(source.t))) {
-                abi.tensor_get_async(backend, source.t, c.readback.data() + source.scratch, 0, bytes);
-            } else {
-                abi.tensor_get(source.t, c.readback.data() + source.scratch, 0, bytes);
-            }
-        }
-        abi.sched_synchronize(s.sched);
-        c.count(COUNT_SYNC_NS, clock_ns() - start);
+    const graph_sources & sources = g.sources;
+    if (sources.scratch_bytes) {
+        sources_fetch(env, s, sources);
     } else {
-        abi.sched_synchronize(s.sched);
+        if (s.is_async) {
+            env.abi.sched_synchronize(s.sched);
+        }
         // every layer's result lies somewhere else and was written long ago: fetch them all at once
-        for (const auto & source : sources) {
+        for (const auto & source : sources.rows) {
             __builtin_prefetch(source.base);
         }
     }
-    for (const auto & source : sources) {
-        const char * base = source.base ? source.base : (const char *) c.readback.data() + source.scratch;
-        rows_copy(abi, source, base, c.layout, c.outputs, c.block);
+    for (size_t i = 0; i < sources.rows.size(); i++) {
+        const row_source & source = sources.rows[i];
+        const char * base = source.base ? source.base : (const char *) c.readback.data() + sources.tensors[i].scratch;
+        rows_copy(env.abi, source, sources.tensors[i], base, c.layout, c.outputs, c.block);
     }
 }
 
 void ubatch_read_node(tracer_env & env, context_trace & c, const ggml_tensor * node, int first, const attention_source * attention) {
-    const auto & sources = c.running->sources.sources;
-    for (size_t i = (size_t) first; first >= 0 && i < sources.size() && sources[i].ask == node; i++) {
-        source_read(env, c, sources[i]);
+    const graph_sources & sources = c.running->sources;
+    for (size_t i = (size_t) first; first >= 0 && i < sources.rows.size() && sources.tensors[i].ask == node; i++) {
+        source_read(env, c, sources.rows[i], sources.tensors[i]);
     }
     if (attention) {
         attention_push(env, c, *attention);
