@@ -64,8 +64,8 @@ bench-overhead: setup ## what tracing costs; writes docs/benchmarks.md
 bench-analysis: $(STAMP)-package ## the analyses against the notebook's own method
 	$(BIN)/python benchmarks/bench_analysis.py
 
-gpu-check: ## build for CUDA and check there (needs an NVIDIA GPU)
-	benchmarks/gpu-check.sh
+gpu-check: ## build for CUDA and check there; SOURCES_GPU=FOLDER, see the script
+	benchmarks/gpu-check.sh $(SOURCES_GPU)
 
 clean: ## remove what was built
 	rm -rf build $(VENV) demo

@@ -152,6 +152,11 @@ void row_layout::make(const model_shape & shape, const config & cfg) {
         *offsets[i] = fields[i].offset;
     }
 
+    n_values = 0;
+    for (const auto & field : fields) {
+        const bool values = strcmp(field.name, "state") != 0 && strcmp(field.name, "attention") != 0;
+        n_values += values ? (uint64_t) field.shape[0]*field.shape[1]*field.shape[2] : 0;
+    }
     blank.assign(stride, 0);
     const float nan = std::numeric_limits<float>::quiet_NaN();
     for (const auto & field : fields) {
@@ -177,7 +182,7 @@ int row_layout::layer_index(int layer) const {
 // graph_sources
 //
 
-static bool is_row_contiguous(const ggml_abi & abi, const row_source & source) {
+static bool is_row_contiguous(const ggml_abi & abi, const source_tensor & source) {
     const int64_t * ne = abi.ne(source.t);
     const size_t *  nb = abi.nb(source.t);
     size_t expected = 4;
@@ -196,26 +201,28 @@ void graph_sources::make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & 
     const uint32_t E = (uint32_t) layout.e_max;
     const uint32_t D = (uint32_t) layout.n_embd;
 
+    struct entry { row_source row; source_tensor tensor; };
+    std::vector<entry> entries;
+    uint64_t n_values = 0; // written per row
     for (const auto & layer : moe.layers) {
         const int index = layout.layer_index(layer.layer);
         if (index < 0) {
             continue;
         }
         const uint32_t i = (uint32_t) index;
-        const auto add = [&](ggml_tensor * t, ggml_tensor * ask, bool is_ids, uint32_t field, uint32_t value_bytes, uint32_t row_width, int64_t width, int row_dim) {
+        const auto add = [&](ggml_tensor * t, ggml_tensor * ask, uint32_t field, uint32_t value_bytes, uint32_t row_width, int64_t width, int row_dim) {
             if (field == 0 || !t) {
                 return;
             }
-            row_source source;
-            source.t        = t;
-            source.ask      = ask;
-            source.is_ids   = is_ids;
-            source.index    = index;
-            source.n_expert = layer.n_expert;
-            source.offset   = field + i*row_width*value_bytes;
-            source.width    = (uint32_t) width;
-            source.row_dim  = row_dim;
-            sources.push_back(source);
+            entry e;
+            e.row.is_ids     = t == layer.ids;
+            e.row.index      = index;
+            e.row.offset     = field + i*row_width*value_bytes;
+            e.row.width      = (uint32_t) width;
+            e.tensor.t       = t;
+            e.tensor.ask     = ask;
+            e.tensor.row_dim = row_dim;
+            entries.push_back(e);
         };
         const bool fits = layer.k <= layout.k[i] && layer.n_expert <= layout.n_expert[i];
         if (!fits || moe.trouble) {
@@ -224,15 +231,15 @@ void graph_sources::make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & 
         }
         // ids are read with the weights: asking inside the pattern would undo a fused top-k on a GPU
         ggml_tensor * last = layer.weights && layout.off_weights ? layer.weights : layer.ids;
-        add(layer.ids, last, true, layout.off_experts, layout.id_bytes, K, layer.k, 1);
+        add(layer.ids, last, layout.off_experts, layout.id_bytes, K, layer.k, 1);
         if (layer.weights) {
             const int row_dim = abi.ne(layer.weights)[0] == 1 && abi.ne(layer.weights)[1] == layer.k ? 2 : 1;
-            add(layer.weights, layer.weights, false, layout.off_weights, 4, K, layer.k, row_dim);
+            add(layer.weights, layer.weights, layout.off_weights, 4, K, layer.k, row_dim);
         }
-        add(layer.logits, layer.logits, false, layout.off_logits, 4, E, layer.n_expert, 1);
-        add(layer.scores, layer.scores, false, layout.off_scores, 4, E, layer.n_expert, 1);
+        add(layer.logits, layer.logits, layout.off_logits, 4, E, layer.n_expert, 1);
+        add(layer.scores, layer.scores, layout.off_scores, 4, E, layer.n_expert, 1);
         if (layer.gate_input) {
-            add(layer.gate_input, layer.gate_input, false, layout.off_gate_input, 4, D, abi.ne(layer.gate_input)[0], 1);
+            add(layer.gate_input, layer.gate_input, layout.off_gate_input, 4, D, abi.ne(layer.gate_input)[0], 1);
         }
     }
 
@@ -240,42 +247,47 @@ void graph_sources::make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & 
         const int64_t n_outputs = moe.out_ids ? abi.ne(moe.out_ids)[0] : moe.n_tokens;
         tensors_for_each(abi, graph, cfg, [&](ggml_tensor * node) {
             const auto it = std::find(layout.tensors.begin(), layout.tensors.end(), abi.name(node));
-            row_source source;
+            entry e;
             int64_t width;
             if (it == layout.tensors.end() || !is_readable_type(abi.type(node)) ||
-                    (!rows_shape(abi, node, moe.n_tokens, source.row_dim, width) && !rows_shape(abi, node, n_outputs, source.row_dim, width))) {
+                    (!rows_shape(abi, node, moe.n_tokens, e.tensor.row_dim, width) && !rows_shape(abi, node, n_outputs, e.tensor.row_dim, width))) {
                 return;
             }
-            const size_t index = (size_t) (it - layout.tensors.begin());
-            source.t      = node;
-            source.ask    = node;
-            source.offset = layout.off_tensors[index];
-            source.width  = (uint32_t) width;
-            sources.push_back(source);
+            e.row.offset = layout.off_tensors[(size_t) (it - layout.tensors.begin())];
+            e.row.width  = (uint32_t) width;
+            e.tensor.t   = node;
+            e.tensor.ask = node;
+            entries.push_back(e);
         });
     }
 
-    std::stable_sort(sources.begin(), sources.end(), [](const row_source & a, const row_source & b) {
-        return std::less<const ggml_tensor *>()(a.ask, b.ask);
+    std::stable_sort(entries.begin(), entries.end(), [](const entry & a, const entry & b) {
+        return std::less<const ggml_tensor *>()(a.tensor.ask, b.tensor.ask);
     });
-    for (uint32_t s = 0; s < sources.size(); s++) {
-        row_source & source = sources[s];
-        const int64_t * ne = abi.ne(source.t);
-        const size_t *  nb = abi.nb(source.t);
-        source.n_rows   = source.row_dim > 3 ? 1 : ne[source.row_dim];
-        source.step     = source.row_dim > 3 ? 0 : nb[source.row_dim];
-        source.element  = (uint32_t) (ne[0] == 1 && source.row_dim > 1 ? nb[1] : nb[0]);
-        source.is_plain = abi.type(source.t) == TYPE_F32 && is_row_contiguous(abi, source);
-        if (abi.is_host(source.t)) {
-            source.base = (const char *) abi.data(source.t);
+    bool whole = not_understood.empty();
+    for (entry & e : entries) {
+        const int64_t * ne = abi.ne(e.tensor.t);
+        const size_t *  nb = abi.nb(e.tensor.t);
+        const int d = e.tensor.row_dim;
+        e.row.n_rows   = (uint32_t) (d > 3 ? 1 : ne[d]);
+        e.row.step     = (uint32_t) (d > 3 ? 0 : nb[d]);
+        e.row.element  = (uint16_t) (ne[0] == 1 && d > 1 ? nb[1] : nb[0]);
+        e.row.is_plain = abi.type(e.tensor.t) == TYPE_F32 && is_row_contiguous(abi, e.tensor);
+        if (abi.is_host(e.tensor.t)) {
+            e.row.base = (const char *) abi.data(e.tensor.t);
         } else {
-            source.scratch = scratch_bytes;
-            scratch_bytes += (abi.span(source.t) + 63) & ~(size_t) 63;
+            e.tensor.scratch = scratch_bytes;
+            scratch_bytes += (abi.span(e.tensor.t) + 63) & ~(size_t) 63;
         }
-        if (asks.empty() || asks.back().first != sources[s].ask) {
-            asks.emplace_back(sources[s].ask, s);
+        whole    = whole && e.row.n_rows == moe.n_tokens;
+        n_values += e.row.width;
+        if (asks.empty() || asks.back().first != e.tensor.ask) {
+            asks.emplace_back(e.tensor.ask, (uint32_t) rows.size());
         }
+        rows.push_back(e.row);
+        tensors.push_back(e.tensor);
     }
+    covers_all = whole && n_values == layout.n_values;
 }
 
 int graph_sources::find(const ggml_tensor * node) const {
@@ -289,7 +301,7 @@ int graph_sources::find(const ggml_tensor * node) const {
 // rows
 //
 
-bool row_block::reset(const row_layout & layout, uint32_t n) {
+bool row_block::reset(const row_layout & layout, uint32_t n, bool blank) {
     stride = layout.stride;
     n_rows = n;
     if (bytes.size() < (size_t) n*stride) {
@@ -300,7 +312,7 @@ bool row_block::reset(const row_layout & layout, uint32_t n) {
             return false;
         }
     }
-    for (uint32_t row = 0; row < n; row++) {
+    for (uint32_t row = 0; blank && row < n; row++) {
         memcpy(record(row), layout.blank.data(), stride);
     }
     return true;
@@ -333,7 +345,7 @@ static bool ids_copy(const char * src, size_t step, uint32_t k, int n_expert, T 
 }
 
 // copies the values of one row, whatever its type and its strides below the row dimension
-static void floats_copy(const ggml_abi & abi, const row_source & source, const char * src, float * dst) {
+static void floats_copy(const ggml_abi & abi, const source_tensor & source, const char * src, float * dst) {
     const int64_t * ne = abi.ne(source.t);
     const size_t *  nb = abi.nb(source.t);
     const int32_t type = abi.type(source.t);
@@ -353,8 +365,8 @@ static void floats_copy(const ggml_abi & abi, const row_source & source, const c
     }
 }
 
-void rows_copy(const ggml_abi & abi, const row_source & source, const char * base, const row_layout & layout,
-        const output_rows & outputs, row_block & block) {
+void rows_copy(const ggml_abi & abi, const row_source & source, const source_tensor & tensor, const char * base,
+        const row_layout & layout, const output_rows & outputs, row_block & block) {
     const bool all = source.n_rows == block.n_rows;
     if (!all && (!outputs.ids || outputs.n != source.n_rows)) {
         if (source.index >= 0) {
@@ -374,13 +386,14 @@ void rows_copy(const ggml_abi & abi, const row_source & source, const char * bas
             if (source.is_plain) {
                 memcpy(dst, src, source.width*sizeof(float));
             } else {
-                floats_copy(abi, source, src, (float *) dst);
+                floats_copy(abi, tensor, src, (float *) dst);
             }
             continue;
         }
+        const int n_expert = layout.n_expert[(size_t) source.index];
         const bool ok = layout.id_bytes == 1
-            ? ids_copy(src, source.element, source.width, source.n_expert, dst)
-            : ids_copy(src, source.element, source.width, source.n_expert, (uint16_t *) dst);
+            ? ids_copy(src, source.element, source.width, n_expert, dst)
+            : ids_copy(src, source.element, source.width, n_expert, (uint16_t *) dst);
         record[layout.off_state + (uint32_t) source.index] = ok ? STATE_PRESENT : STATE_LOST;
         if (!ok) {
             memset(dst, 0xFF, source.width*layout.id_bytes);

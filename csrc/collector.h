@@ -46,6 +46,7 @@ struct row_layout {
     int      n_embd   = 0;
     uint32_t id_bytes = 1;
     uint32_t stride   = 0;
+    uint64_t n_values = 0; // in all fields but the state
     uint32_t off_state = 0, off_experts = 0, off_weights = 0, off_logits = 0, off_scores = 0, off_gate_input = 0,
              off_attention = 0; // a field of attention records only
     std::vector<uint32_t> off_tensors;
@@ -55,32 +56,37 @@ struct row_layout {
     int  layer_index(int layer) const; // -1 if not recorded
 };
 
-// One tensor whose rows are copied into one field. All that copying needs of the tensor is kept here: the tensors
-// lie scattered, and by the end of a graph none of them is in the cache any more.
+// One tensor whose rows are copied into one field. All that copying needs is kept here, packed: by the end of a
+// graph nothing of the tensors is in the cache any more, and every line touched costs a memory access.
 struct row_source {
-    const char * base     = nullptr; // its bytes in host memory; nullptr: elsewhere
-    size_t       step     = 0;       // bytes from row to row
-    int64_t      n_rows   = 0;
-    uint32_t     element  = 0;       // bytes from value to value
-    uint32_t     width    = 0;       // values per row
-    uint32_t     offset   = 0;       // of the field within the record
-    int32_t      index    = -1;      // of the layer; -1 for a named tensor
-    int32_t      n_expert = 0;
-    bool         is_ids   = false;
-    bool         is_plain = false;   // rows are contiguous f32
+    const char * base    = nullptr; // its bytes in host memory; nullptr: elsewhere
+    uint32_t     step    = 0;       // bytes from row to row
+    uint32_t     n_rows  = 0;
+    uint32_t     width   = 0;       // values per row
+    uint32_t     offset  = 0;       // of the field within the record
+    int32_t      index   = -1;      // of the layer; -1 for a named tensor
+    uint16_t     element = 0;       // bytes from value to value
+    bool         is_ids  = false;
+    bool         is_plain = false;  // rows are contiguous f32
+};
+static_assert(sizeof(row_source) == 32, "two to a cache line");
 
+// The tensor of a source, for what is not the plain case.
+struct source_tensor {
     ggml_tensor * t       = nullptr;
     ggml_tensor * ask     = nullptr; // node after which it may be read while the graph runs
-    int          row_dim  = 1;       // which dimension counts rows
-    size_t       scratch  = 0;       // offset in the readback buffer, if not in host memory
+    int           row_dim = 1;       // which dimension counts rows
+    size_t        scratch = 0;       // offset in the readback buffer, if not in host memory
 };
 
 // Everything to read from one graph.
 struct graph_sources {
-    std::vector<row_source> sources; // of one ask node: neighbours
+    std::vector<row_source>    rows;    // of one ask node: neighbours
+    std::vector<source_tensor> tensors; // of the same index
     std::vector<std::pair<const ggml_tensor *, uint32_t>> asks; // sorted by address: node -> first source
     std::vector<int>        not_understood; // layer indices whose routing cannot be read
     size_t scratch_bytes = 0; // of the tensors that are not in host memory
+    bool   covers_all = false; // every value of every row's record is written: no need to begin with blank ones
 
     // The graph must be allocated.
     void make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & moe, const row_layout & layout, const config & cfg);
@@ -106,8 +112,8 @@ struct row_block {
     uint32_t n_rows = 0;
     uint32_t stride = 0;
 
-    // n blank records; false if there is no memory for them
-    bool reset(const row_layout & layout, uint32_t n);
+    // n records, blank ones if asked for; false if there is no memory for them
+    bool reset(const row_layout & layout, uint32_t n, bool blank);
     uint8_t *     record(uint32_t row)       { return bytes.data() + (size_t) row*stride; }
     record_head * head(uint32_t row)         { return (record_head *) record(row); }
 };
@@ -120,8 +126,8 @@ struct output_rows {
 
 // Copies a source's rows into the block. `base` holds the tensor's bytes (its strides apply). Rows that cannot be
 // placed are marked lost.
-void rows_copy(const ggml_abi & abi, const row_source & source, const char * base, const row_layout & layout,
-    const output_rows & outputs, row_block & block);
+void rows_copy(const ggml_abi & abi, const row_source & source, const source_tensor & tensor, const char * base,
+    const row_layout & layout, const output_rows & outputs, row_block & block);
 
 void rows_mark_lost(const row_layout & layout, int index, row_block & block);
 

@@ -244,6 +244,11 @@ MOETRACE_API size_t moetrace_probe(char * out, size_t size) {
     return text.size();
 }
 
+// The address of a function of the loaded llama.cpp or ggml, or nullptr.
+MOETRACE_API void * moetrace_symbol(const char * name) {
+    return symbol_find(name);
+}
+
 __attribute__((constructor)) static void preload_init() {
     std::string error;
     if (!tracer_start("", error)) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import keyword
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ import moetrace
 from moetrace.commands.options import Command, red
 from moetrace.errors import MoetraceError, UsageError
 
-#: subcommand -> the class in moetrace/commands/SUBCOMMAND.py, in the order of the help
+#: subcommand -> the class in moetrace/commands/SUBCOMMAND.py (import_.py), in the order of the help
 COMMANDS = {
     "run": "Run",
     "drive": "Drive",
@@ -23,18 +24,21 @@ COMMANDS = {
     "start": "Start",
     "stop": "Stop",
     "status": "Status",
+    "import": "Import",
     "info": "Info",
     "verify": "Verify",
     "recover": "Recover",
     "dump": "Dump",
     "export": "Export",
     "doctor": "Doctor",
+    "preload-path": "PreloadPath",
 }
 
 
 def load(name: str) -> Command:
     """Import one subcommand; the others stay unread, which keeps the start fast."""
-    module = importlib.import_module(f"moetrace.commands.{name.replace('-', '_')}")
+    file = name.replace("-", "_") + ("_" if keyword.iskeyword(name) else "")
+    module = importlib.import_module(f"moetrace.commands.{file}")
     command: Command = getattr(module, COMMANDS[name])()
     return command
 

@@ -750,18 +750,145 @@ GENERATORS: dict[str, tuple[Generator, ...]] = {
               mixed_fact_story, mixed_fact_math, mixed_any, mixed_any),
 }
 
+# --------------------------------------------------------------------------------------------------------
+# requests: what a user writes before the answer, in many words of the domain
+
+TOPICS = {
+    "code": (
+        "a list of words", "a dictionary of counts", "an empty string", "a sorted list", "a nested list", "a tuple", "a for loop",
+        "a while loop", "a class with one method", "a recursive function", "a binary search", "a text file", "a JSON object",
+        "a query that groups rows", "a table of orders", "a lambda", "a default argument", "an index error", "a key that is missing",
+        "a stack", "a queue", "a generator", "a test with assert", "a docstring", "the return value", "a library call",
+        "the sum of a list", "the first letter of each word", "an exception", "the command line", "a comprehension", "a variable name",
+        "lines that are empty", "a config file", "negative numbers as input", "a hash of the keys", "the type of an item",
+    ),
+    "math": (
+        "a linear equation", "two unknowns", "the derivative of a function", "an integral", "a right triangle", "the hypotenuse",
+        "the area of a circle", "a rectangle and its perimeter", "the ratio of two sides", "the mean of five numbers", "a prime",
+        "the greatest common divisor", "a sequence and its next terms", "an even number", "an odd square", "three consecutive integers",
+        "the square root of two", "a probability", "two dice", "a percent of a price", "an inequality", "the roots of a polynomial",
+        "a fraction in lowest terms", "the angles of a triangle", "a maximum and a minimum", "the remainder of a division",
+        "a formula for the sum", "a proof by contradiction", "the number line", "the digits of a number", "equal denominators",
+        "the orders of five letters", "a speed in two halves of the way", "the product of two factors", "every possible case",
+    ),
+    "creative": (
+        "a lantern in an empty street", "a fox who cannot sleep", "the last night of winter", "a letter that came too late",
+        "a lighthouse in the fog", "a key without a door", "two sisters and a secret", "a dragon afraid of fire", "the moon at an inn",
+        "a song nobody remembers", "a shadow that went away", "an old clockmaker", "a garden of roses", "a thief with a gentle heart",
+        "a ship that dreams of storms", "a bell that rings for lies", "a wolf and her young", "a queen who lost her name",
+        "a mirror under a cloth", "the wind and a hat", "a child at the window", "a river that knocks at the door", "a feather in the dark",
+        "a broken promise", "a lullaby of snow", "a tale told at dawn", "the sound of rain", "a stranger on the bridge", "an attic full of dust",
+        "a baker and a cat", "the village in the storm", "a poem of four lines", "the smell of smoke", "a kingdom without mirrors",
+    ),
+    "factual": (
+        "the tides of the sea", "a volcano", "the seasons of the Earth", "photosynthesis in green plants", "the human heart",
+        "the capital of a country", "the rivers of Europe", "the planets and their moons", "the periodic table", "the atoms of a metal",
+        "vaccines and the immune system", "whales and other mammals", "birds and reptiles", "the printing press", "the Roman Empire",
+        "the oceans and continents", "an eclipse of the sun", "the water cycle", "a magnet and a compass", "the speed of light",
+        "electrons and protons", "gold, silver and copper", "the discovery of radioactivity", "natural selection", "the moons of Jupiter",
+        "an earthquake", "the languages of Africa", "bacteria and viruses", "a rainbow", "the blood and the lungs", "carbon and oxygen",
+        "the law of gravitation", "the deserts of Asia", "the islands of the Pacific", "the crust of the Earth", "the bones of a mammal",
+    ),
+}
+
+GENERAL = (
+    "Explain {t} to a child.", "What is {t}?", "Describe {t} in a few sentences.", "What is the difference between {t} and {u}?",
+    "Compare {t} with {u}, and say which comes first.", "Give an example of {t}.", "Begin with {t} and end with {u}.",
+    "Say why {t} is important here.", "How would you show {t} together with {u}?", "Do this for {t}, then for {u}.",
+    "Here is {t}.", "Think of {t} and of {u}.", "Write about {t}.", "Take {t}, and look at it again with {u} in mind.",
+)
+
+WISHES = {
+    "code": (
+        "Write a Python function that returns {t}.", "Show the whole program with comments.", "Do it without any library.",
+        "Return a new list and keep the order.", "Raise a ValueError when the input is wrong.", "Find the error and correct it.",
+        "What does this print, and why?", "Use plain assert statements to test it.", "Add a docstring and the types.",
+        "Rewrite the loop as a comprehension.", "Name each test after what it checks.", "Print the result for each item.",
+        "Explain what the query returns.", "Change the class so that it has {t}.", "Which error do you get, and on which line?",
+        "Read the file, strip each line and skip the empty ones.", "Give the names a better meaning.", "Write the code in a few lines.",
+    ),
+    "math": (
+        "Show every step.", "Find both unknowns and check the result.", "Prove it for every integer n.", "Compute with {t}.",
+        "Divide both sides by the same number.", "Count the good cases and divide by all cases.", "Write it as an equation first.",
+        "Solve for x and put the value back.", "Factor it, and then simplify.", "Let k be an integer.", "Find the next two terms.",
+        "Explain why the last remainder is the answer.", "Which step would be wrong for a negative number?", "Is the result equal to the first one?",
+        "Find the area and the perimeter.", "How long do both need together?", "Suppose instead that it is false.", "Use the theorem of Pythagoras.",
+    ),
+    "creative": (
+        "Tell the story of {t}.", "Write a short poem about {t}.", "Let {t} speak in the second verse.", "End on a line in which nobody answers.",
+        "Do not name a single feeling.", "Use rhyme only where it comes easily.", "Write a scene in which {t} meets {u}.", "Let the wind have the last word.",
+        "Begin at the window, before dawn.", "Invent a legend that explains {t}.", "Make it sad, but let there be light in it.", "Write a dialogue of two voices.",
+        "What happens when the child comes back?", "Describe it so that the reader can smell it.", "Let them meet once more, and say nothing.", "Write a letter to someone far away.",
+        "Tell what he leaves behind.", "Let her sing of {t}.",
+    ),
+    "factual": (
+        "Name the countries, their capitals and their languages.", "Give one fact about each of them.", "Say what causes {t}.", "Explain how it works, step by step.",
+        "Which elements are they, and what are their symbols?", "Where does it flow, and into which sea?", "Who discovered it, and when?", "Say what scientists know about {t}.",
+        "List the facts that show this.", "In which century was it, and why did it end?", "How do they breathe, and what do they eat?", "Name the largest and the smallest.",
+        "What part does the sun play in it?", "Describe what happens in the body.", "On which continent is it?", "Explain the words that you use.", "How far is it from the sun?", "What is it made of?",
+    ),
+}
+
+LEADS = {
+    "code": ("import sys", "import json", "result = []", "count = 0", "best = None", "# a first try", "def main():", "items = load(path)", "total = 0", "while True:"),
+    "math": (
+        "Let the sides be 2k and 3k.", "The sum of all four is 60, so", "Suppose that p/q is in lowest terms.", "Adding both equations we get", "The first term is 5, and each is twice the one before.",
+        "A tank is filled by two pipes.", "The mean of the numbers is 12.", "It follows that n is even, hence", "Let the base be 8 and the height 5.", "The price was raised and then lowered.",
+    ),
+    "creative": (
+        "Nobody had opened the door for nine winters.", "She held the candle up, and the dark stepped back.", "It was the week of the great storm.", "He had no coat and no shoes, only a song.", "The fog never lifted from the harbour,",
+        "Every morning the bell rang once, and every morning they pretended not to hear.", "\"It was gone yesterday,\" said the stranger.", "Something turned over in the long grass.", "By the third day the river had learned her name.", "The sea was singing under the floor,",
+    ),
+    "factual": (
+        "Blood is pumped from the heart to the lungs.", "In the leaves, water and carbon dioxide are made into sugar.", "It begins south of the equator and flows north.", "Most volcanoes are found where two plates meet.", "Books became cheaper, and more people learned to read.",
+        "The Earth turns once a day.", "Metals carry electric current well.", "Plants and animals are made of cells.", "The moon has no light of its own.", "Ice floats because it is less dense than water.",
+    ),
+}
+
+ONSETS = ("b", "c", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "z", "br", "cl", "dr", "fl", "gr", "pl", "sh", "st", "th", "tr")
+SYLLABLES = [a + b for a in ONSETS for b in ("a", "e", "i", "o", "u", "ai", "ea", "er", "in", "on", "or", "al")]
+
+
+def blurred(text: str, r: random.Random) -> str:
+    """Some longer words become made-up ones: what is asked must be understood from the rest."""
+    words = text.split(" ")
+    for i, word in enumerate(words):
+        if len(word) > 3 and word.isalpha() and r.random() < 0.12:
+            words[i] = "".join(r.choice(SYLLABLES) for _ in range(r.randint(2, 3)))
+    return " ".join(words)
+
+
+def request(domain: str, question: str, r: random.Random) -> str:
+    """A request of one to four sentences; ``question``, what the answer answers, may be one of them."""
+    kinds = r.sample(sorted(TOPICS), 2) if domain == "mixed" else [domain]
+    sentences = []
+    for _ in range(r.randint(1, 3)):
+        kind = r.choice(kinds)
+        form = r.choice(r.choice((GENERAL, WISHES[kind], WISHES[kind], LEADS[kind])))
+        if "{" in form and kind in TOPICS and (form in GENERAL or form in WISHES[kind]):
+            t, u = r.sample(TOPICS[kind], 2)
+            form = cap(form.replace("{t}", t).replace("{u}", u))
+        sentences.append(form)
+    if r.random() < 0.4:
+        sentences.insert(r.randint(0, len(sentences)), question)
+    return blurred(" ".join(sentences), r)
+
+
 SYSTEM = ("Answer in a few words.", "You are a helpful assistant.", "Be exact.", "Answer in English.")
 
 
 def document(domain: str, r: random.Random) -> Document:
     """One document of ``domain``: one to three question-answer pairs in one of four shapes."""
     pairs = [r.choice(GENERATORS[domain])(r) for _ in range(r.choice((1, 2, 2, 3)))]
+    if r.random() < 0.6:
+        pairs = [(request(domain, q, r), a) for q, a in pairs]
     gap = r.choice(["\n\n", "\n"]) if domain != "code" else "\n\n\n"
     shape = r.random()
-    if shape < 0.45:  # answers alone
+    if shape < 0.3:  # answers alone
         return Document(domain, (("", gap.join(a for _, a in pairs)),))
-    if shape < 0.65:  # question and answer as plain text
-        return Document(domain, (("", gap.join(f"{q}\n{a}" for q, a in pairs)),))
+    if shape < 0.75:  # question and answer as plain text
+        link = r.choice(("\n", "\n", "\n\n", " "))
+        return Document(domain, (("", gap.join(f"{q}{link}{a}" for q, a in pairs)),))
     turns: list[tuple[str, str]] = []
     if shape > 0.9:
         turns.append(("system", r.choice(SYSTEM)))

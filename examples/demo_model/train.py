@@ -3,8 +3,8 @@
     python -m venv env && env/bin/pip install torch==2.13.0 gguf llama-cpp-python==0.3.36
     env/bin/python examples/demo_model/train.py -o moetrace/data
 
-takes about 20 minutes on two free CPU cores. The text comes from ``corpus.py`` (grammars of five domains,
-written for this project) and the tokenizer from ``tokenizer.py``; nothing is downloaded. It writes
+takes about a quarter of an hour on two free CPU cores. The text comes from ``corpus.py`` (grammars of five
+domains, written for this project) and the tokenizer from ``tokenizer.py``; nothing is downloaded. It writes
 ``demo.gguf`` (F16), ``prompts/heldout-text.jsonl`` (corpus text that was not trained on) and ``README.md``
 with the figures measured, after checking that llama.cpp computes the same tokens and logits as PyTorch.
 Where other programs use the cores too, OMP_WAIT_POLICY=passive keeps PyTorch's threads from spinning.
@@ -190,13 +190,18 @@ def encode(doc: Document, tok: Tokenizer) -> list[int]:
     return ids
 
 
-def heldout(seed: int, trained: set[Document], per_domain: int) -> list[Document]:
-    """Documents of another seed that did not occur in training, ``per_domain`` of each domain."""
-    chosen: dict[str, dict[Document, None]] = {d: {} for d in DOMAINS}
+def joined(doc: Document) -> str:
+    """The text of a document without its roles."""
+    return "\n\n".join(text for _, text in doc.turns)
+
+
+def heldout(seed: int, trained: set[str], per_domain: int) -> list[Document]:
+    """Documents of another seed whose text did not occur in training, ``per_domain`` of each domain."""
+    chosen: dict[str, dict[str, Document]] = {d: {} for d in DOMAINS}
     for doc in documents(seed, 200 * per_domain):
-        if doc not in trained and len(chosen[doc.domain]) < per_domain:
-            chosen[doc.domain][doc] = None
-    return [doc for domain in DOMAINS for doc in chosen[domain]]
+        if joined(doc) not in trained and len(chosen[doc.domain]) < per_domain:
+            chosen[doc.domain].setdefault(joined(doc), doc)
+    return [doc for domain in DOMAINS for doc in chosen[domain].values()]
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -332,7 +337,7 @@ class Agreement:
     """How far llama.cpp's logits are from PyTorch's."""
 
     largest: float
-    """over texts in which no routing decision is a near tie (4th and 5th router logit at least 1e-4 apart)"""
+    """over texts in which no routing decision is a near tie (4th and 5th router logit at least 1e-5 apart)"""
     mean: float
     """over all texts"""
     n_clear: int
@@ -372,7 +377,7 @@ def check(path: Path, model: Model, tok: Tokenizer, docs: Iterable[Document]) ->
         top = torch.stack(routers).topk(c.n_expert_used + 1).values
         difference = np.abs(llm.scores[: len(ids)] - logits[0].numpy())
         means.append(float(difference.mean()))
-        if (top[..., -2] - top[..., -1]).min() > 1e-4:
+        if (top[..., -2] - top[..., -1]).min() > 1e-5:
             n_clear += 1
             largest = max(largest, float(difference.max()))
     return Agreement(largest, float(np.mean(means)), n_clear, len(means))
@@ -396,6 +401,10 @@ README = """# Data that comes with moetrace
 ## The demo model
 
 {description}
+
+It mostly answers in kind: code after a request for code, a story after the beginning of one. Its sums and \
+facts are often wrong. In the requests of its corpus about one long word in eight is made up, so\
+ that it goes by the others.
 
 It is an OLMoE of {n_params:.2f} million parameters: {c.n_layer} layers of {c.n_expert} experts of width \
 {c.n_ff_exp}, {c.n_expert_used} experts per token, embedding {c.n_embd}, {c.n_head} heads, context \
@@ -426,10 +435,10 @@ average.
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("-o", "--out", type=Path, required=True, help="folder to write demo.gguf and README.md to")
-    p.add_argument("--steps", type=int, default=900)
+    p.add_argument("--steps", type=int, default=760)
     p.add_argument("--batch", type=int, default=8, help="sequences of 512 tokens per step")
     p.add_argument("--lr", type=float, default=4e-3)
-    p.add_argument("--balance", type=float, default=0.01)
+    p.add_argument("--balance", type=float, default=0.005)
     p.add_argument("--z", type=float, default=0.001)
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("-t", "--threads", type=int, default=2)
@@ -442,9 +451,9 @@ def main() -> None:
 
     need = args.steps * args.batch * (c.n_ctx + 1)
     stream: list[int] = []
-    trained: set[Document] = set()
+    trained: set[str] = set()
     for doc in documents(args.seed, need):  # far more than are needed: stops below
-        trained.add(doc)
+        trained.add(joined(doc))
         stream += encode(doc, tok)
         if len(stream) >= need:
             break
@@ -482,11 +491,11 @@ def main() -> None:
     load = counts.sum(0)
     mean = load.mean(1)
 
-    texts = heldout(args.seed + 2, trained | set(docs), N_TEXTS)
+    texts = heldout(args.seed + 2, trained | {joined(doc) for doc in docs}, N_TEXTS)
     (args.out / "prompts").mkdir(exist_ok=True)
     with (args.out / "prompts" / "heldout-text.jsonl").open("w") as out:
         for i, doc in enumerate(texts):
-            text = "\n\n".join(text for _, text in doc.turns)
+            text = joined(doc)
             print(
                 json.dumps(
                     {"id": f"text-{doc.domain}-{i % N_TEXTS + 1:02d}", "label": doc.domain, "prompt": text}

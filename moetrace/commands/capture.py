@@ -33,6 +33,16 @@ class Capture:
         add_option(
             parser, "-ngl", "--gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPU"
         )
+        add_option(parser, "-cmoe", "--cpu-moe", action="store_true", help="keep all experts on the CPU")
+        add_option(
+            parser,
+            "-ncmoe",
+            "--n-cpu-moe",
+            type=int,
+            default=0,
+            metavar="N",
+            help="keep the experts of the first N layers on the CPU",
+        )
         add_option(parser, "--temp", type=float, default=0.0, metavar="T", help="temperature; 0 is greedy")
         add_option(parser, "-s", "--seed", type=int, default=0, metavar="N", help="seed of the sampling")
         add_option(
@@ -64,6 +74,7 @@ class Capture:
                 n_ubatch=args.ubatch_size,
                 n_threads=args.threads,
                 n_gpu_layers=args.gpu_layers,
+                n_cpu_moe=-1 if args.cpu_moe else args.n_cpu_moe,
                 temperature=args.temp,
                 seed=args.seed,
                 all_outputs=args.all_outputs,

@@ -38,7 +38,14 @@ class Run:
         if not args.rest:
             raise UsageError("what should run?", fix="moetrace run -o t.moet -- llama-server -m model.gguf")
         path = output_path(args)
-        traced = TracedProcess(args.rest, path, capture_options(args, paused=args.paused), force=args.force)
+        options = capture_options(args, paused=args.paused)
+        told: list[MoetraceError] = []
+
+        def on_error(error: MoetraceError) -> None:
+            told.append(error)
+            warn(error)
+
+        traced = TracedProcess(args.rest, path, options, force=args.force, on_error=on_error)
         code = traced.wait()
         trouble: MoetraceError | None = None
         try:
@@ -47,8 +54,14 @@ class Run:
         except MoetraceError as e:
             trouble = e
         if trouble is not None:
-            print(f"{red('moetrace:', sys.stderr)} {trouble}", file=sys.stderr)
+            if trouble not in told:
+                warn(trouble)
             return code or trouble.exit_code
         if not args.quiet:
             report_trace(path)
         return code
+
+
+def warn(trouble: MoetraceError) -> None:
+    """Say at once what went wrong; the program goes on."""
+    print(f"{red('moetrace:', sys.stderr)} {trouble}", file=sys.stderr, flush=True)

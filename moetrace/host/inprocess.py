@@ -188,6 +188,7 @@ def capture(
     n_ubatch: int = 512,
     n_threads: int | None = None,
     n_gpu_layers: int = -1,
+    n_cpu_moe: int = 0,
     temperature: float = 0.0,
     seed: int = 0,
     all_outputs: bool = False,
@@ -218,6 +219,8 @@ def capture(
     all_outputs
         Compute the last layer for every token, not only for each prompt's last one. Costs the output matrix
         for every token.
+    n_batch, n_ubatch, n_threads, n_gpu_layers, n_cpu_moe
+        See :class:`moetrace.host.llama.Llama`.
     temperature, seed
         Sampling; 0 is greedy.
     on_progress
@@ -264,6 +267,7 @@ def capture(
                 n_ubatch=n_ubatch,
                 n_threads=n_threads,
                 n_gpu_layers=n_gpu_layers,
+                n_cpu_moe=n_cpu_moe,
                 flash_attention=False if wide else None,
                 verbose=verbose,
             ) as loaded,

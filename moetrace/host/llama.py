@@ -42,6 +42,7 @@ def tracer() -> ctypes.CDLL:
                 f"LD_PRELOAD={path}",
             )
         _tracer = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        _tracer.moetrace_symbol.restype = ctypes.c_void_p
     return _tracer
 
 
@@ -94,6 +95,8 @@ class Llama:
         Sequences at once.
     n_batch, n_ubatch, n_threads, n_gpu_layers, flash_attention, overrides
         As llama.cpp's ``-b``, ``-ub``, ``-t``, ``-ngl``, ``-fa`` and ``--override-kv`` (numbers only).
+    n_cpu_moe
+        Keep the experts of the first so many layers in the CPU's memory, as ``--n-cpu-moe``; -1: of all.
     verbose
         Show llama.cpp's log on standard error.
 
@@ -114,6 +117,7 @@ class Llama:
         n_threads: int | None = None,
         n_gpu_layers: int = -1,
         flash_attention: bool | None = None,
+        n_cpu_moe: int = 0,
         overrides: Mapping[str, int] | None = None,
         verbose: bool = False,
     ) -> None:
@@ -127,6 +131,9 @@ class Llama:
         params.n_gpu_layers = n_gpu_layers
         if overrides:
             params.kv_overrides = self._overrides = _kv_overrides(api, overrides)
+        if n_cpu_moe:
+            self._placement = _experts_on_cpu(n_cpu_moe)
+            params.tensor_buft_overrides = ctypes.cast(self._placement, ctypes.c_void_p)
         self._model = api.llama_model_load_from_file(os.fsencode(model), params)
         if not self._model:
             raise MoetraceError(
@@ -268,6 +275,23 @@ class Llama:
 
 def _print_log(text: bytes) -> None:
     sys.stderr.write(text.decode("utf-8", "replace"))
+
+
+class _Placement(ctypes.Structure):
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+def _experts_on_cpu(n_layers: int) -> Any:
+    # the patterns of llama.cpp's --cpu-moe and --n-cpu-moe; an array ended by a null pattern
+    layers = [r"blk\.\d+"] if n_layers < 0 else [rf"blk\.{i}" for i in range(n_layers)]
+    buffer_type = tracer().moetrace_symbol(b"ggml_backend_cpu_buffer_type")
+    if not buffer_type:
+        raise RuntimeMissingError("this llama.cpp has no function ggml_backend_cpu_buffer_type")
+    cpu = ctypes.CFUNCTYPE(ctypes.c_void_p)(buffer_type)()
+    entries = [
+        _Placement(rf"{layer}\.ffn_(up|down|gate|gate_up)_(ch|)exps".encode(), cpu) for layer in layers
+    ]
+    return (_Placement * (len(entries) + 1))(*entries)
 
 
 def _kv_overrides(api: Any, overrides: Mapping[str, int]) -> Any:

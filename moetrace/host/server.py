@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
@@ -46,6 +46,8 @@ class TracedProcess:
         Replace an existing trace.
     log
         Where the program's output goes; by default where ours goes.
+    on_error
+        Called once, in the drain's thread, when draining fails while the program runs.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class TracedProcess:
         *,
         force: bool = False,
         log: IO[bytes] | None = None,
+        on_error: Callable[[MoetraceError], None] | None = None,
     ) -> None:
         program = find_tool(command[0])
         self.command = [str(program), *command[1:]]
@@ -63,7 +66,7 @@ class TracedProcess:
         self._model_path = model_argument(command)
         self.trace = TraceWriter(output, command=command, model_path=self._model_path, force=force)
         environment.update(options.environment(self.trace.path))
-        self.drain = Drain(self.trace)
+        self.drain = Drain(self.trace, on_error)
         self.drain.start()
         try:
             self.process = subprocess.Popen(self.command, env=environment, stdout=log, stderr=log)

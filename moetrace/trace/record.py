@@ -18,7 +18,7 @@ from moetrace.errors import TraceError
 RING_MAGIC = b"MOETRING"
 RING_VERSION_MAJOR = 1
 RING_VERSION_MINOR = 0
-ATTENTION_STRIDE_MIN = 4096
+ATTENTION_PIECE = 1024
 
 
 class OnFull(IntEnum):

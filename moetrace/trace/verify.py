@@ -168,6 +168,8 @@ def _contents(context: ContextStore) -> Iterator[tuple[str, str]]:
     for start in range(0, rows.n_rows, _CHUNK):
         piece = {name: rows[name][start : start + _CHUNK] for name in rows}
         checks = list(_piece(piece, layout))
+        if context.facts.get("collector") != "import":  # which need not know sequences and phases
+            checks += _assigned(piece)
         serial = piece["serial"]
         ascends = np.ones(len(serial), bool)
         ascends[1:] = serial[1:] > serial[:-1]
@@ -186,15 +188,7 @@ def _piece(piece: dict[str, NDArray[Any]], layout: Layout) -> Iterator[tuple[str
     present = state == State.PRESENT
     strange = np.any(state > max(State), axis=1)
     yield "state", "a state is none of 0, 1, 2", strange
-    phase, request = piece["phase"], piece["request"]
-    owned = (piece["sequence"] >= 0) & ((piece["flags"] & RowFlag.TRIAL) == 0)
-    yield "phase", "a phase is none of 0, 1, 2", phase > max(Phase)
-    yield (
-        "request",
-        "a row of a sequence has no request, or one without has one",
-        (request >= 0) != owned,
-    )
-    yield "phase", "phase and request contradict each other", (phase == Phase.UNKNOWN) != (request < 0)
+    yield "phase", "a phase is none of 0, 1, 2", piece["phase"] > max(Phase)
     used = np.array(layout.n_expert_used)
     chosen = present[:, :, None] & (np.arange(layout.k) < used[:, None])
     if "experts" in piece:
@@ -224,6 +218,18 @@ def _piece(piece: dict[str, NDArray[Any]], layout: Layout) -> Iterator[tuple[str
                 present[:, :, None] & (np.arange(holds.shape[2]) < np.array(layout.n_expert)[:, None])
             )
         yield name, "a number stands where nothing is present", np.any(wrong, axis=(1, 2))
+
+
+def _assigned(piece: dict[str, NDArray[Any]]) -> Iterator[tuple[str, str, NDArray[Any]]]:
+    """Hold request, sequence and phase of recorded rows against each other, as :func:`_piece` does."""
+    phase, request = piece["phase"], piece["request"]
+    owned = (piece["sequence"] >= 0) & ((piece["flags"] & RowFlag.TRIAL) == 0)
+    yield (
+        "request",
+        "a row of a sequence has no request, or one without has one",
+        (request >= 0) != owned,
+    )
+    yield "phase", "phase and request contradict each other", (phase == Phase.UNKNOWN) != (request < 0)
 
 
 def _completeness(context: ContextStore, live: bool) -> Iterator[tuple[str, bool]]:

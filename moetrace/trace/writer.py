@@ -202,7 +202,7 @@ class TraceWriter:
         for context in self.contexts:
             tables |= {f"{context.path.name}/{name}": table for name, table in context.tables.items()}
         self._meta["tables"] = {
-            name: {"rows": len(table), "crc": table.ledger_crc} for name, table in tables.items()
+            name: {"rows": table.sealed, "crc": table.ledger_crc} for name, table in tables.items()
         }
         self._meta.update(exit_code=exit_code, state=state)
         self._write_meta()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -278,6 +279,61 @@ def test_killing_moetrace_leaves_the_server_serving(runtime, model_file, tmp_pat
     trace = moetrace.open(path)
     expected = sum(len(a.prompt_tokens) - a.cached + len(a.tokens) - 1 for a in first + second)
     assert (trace.column("request") >= 0).sum() == expected  # all of it was in the ring
+    assert verify(path).exit_code == 0
+
+
+def test_a_full_disk_stops_the_recording_and_not_the_server(runtime, model_file, tmp_path):
+    path = tmp_path / "t.moet"
+
+    def limit() -> None:  # no file beyond 200 kB; the ring is smaller
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    port = free_port()
+    server = [runtime.tool("llama-server"), "-m", model_file("qwen3moe"), "--port", str(port), "-np", "1"]
+    options = ["--capture", "weights,logits", "--ring-size", "128KiB", "--block-ms", "300"]
+    command = [
+        sys.executable,
+        "-m",
+        "moetrace",
+        "run",
+        "-o",
+        path,
+        *options,
+        "--",
+        *server,
+        "-c",
+        "2048",
+        "-t",
+        "1",
+    ]
+    with path.with_suffix(".err").open("wb") as error:
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=error, preexec_fn=limit)
+    client = ServerClient(f"http://127.0.0.1:{port}")
+    deadline = time.monotonic() + 60
+    while not client.is_ready():
+        assert run.poll() is None, path.with_suffix(".err").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    prompts = [Prompt(id=str(i), text=TEXT[i:], n_predict=3) for i in range(6)]
+    answers = drive(client, prompts, settings={"temperature": 0.0, "cache_prompt": False})
+    assert all(answer.tokens for answer in answers)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 1
+    error = path.with_suffix(".err").read_text()
+    assert error.count("moetrace:") == 1  # said once, when it happened
+    assert "fix:" in error
+    assert "Traceback" not in error
+    recover = subprocess.run(
+        [sys.executable, "-m", "moetrace", "recover", path], capture_output=True, check=False
+    )
+    assert recover.returncode == 0, recover.stderr
+    trace = moetrace.open(path)
+    computed = sum(len(a.prompt_tokens) + len(a.tokens) - 1 for a in answers)
+    trial = (trace.column("flags") & RowFlag.TRIAL) != 0
+    assert trace.counters["rows_produced"] == computed + trial.sum()
+    assert trace.loss.rows_lost == trace.counters["rows_produced"] - len(trace) > 0
+    assert len(trace) > 500
     assert verify(path).exit_code == 0
 
 

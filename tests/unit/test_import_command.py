@@ -1,19 +1,15 @@
 """``moetrace import``: options to call, and what it says."""
 
-import argparse
-
 import pytest
 from test_importers import write
 
 import moetrace
-from moetrace.commands.import_ import ImportCommand
+from moetrace.__main__ import run as command_line
 from moetrace.errors import MoetraceError, UsageError
 
 
 def run(*argv):
-    command, parser = ImportCommand(), argparse.ArgumentParser()
-    command.prepare_parser(parser)
-    return command.run(parser.parse_args(list(map(str, argv))), parser)
+    return command_line(["import", *map(str, argv)])
 
 
 @pytest.fixture
@@ -39,7 +35,7 @@ def test_import(log, tmp_path, capsys):
         "Not in the source: weights, token, position, phase, time",
         "1 rows left out: they ran every expert, as llama.cpp's warm-up does",
         "1 records of the last layer left out: the source does not say whose they are",
-        f"Next: moetrace report {tmp_path / 't.moet'}",
+        f"Next: moetrace info {tmp_path / 't.moet'}",
     ]
     trace = moetrace.open(tmp_path / "t.moet")
     assert trace.n_expert.tolist() == [8, 8]
@@ -68,6 +64,12 @@ def test_force_replaces_a_trace_and_nothing_else(log, tmp_path):
     with pytest.raises(MoetraceError, match="cannot write"):
         run(log, "-o", other, "--force")
     assert (other / "a.txt").exists()
+
+
+def test_what_is_imported_verifies(log, tmp_path, capsys):
+    run(log, "-o", tmp_path / "t.moet")
+    assert command_line(["verify", str(tmp_path / "t.moet")]) == 0, capsys.readouterr().out
+    assert command_line(["info", str(tmp_path / "t.moet")]) == 0
 
 
 @pytest.mark.parametrize("option", ["--n-expert", "--n-expert-used"])

@@ -9,7 +9,16 @@ from test_importers import SHARED, WARMUP, olmoe_line, one_pass, real, token_fil
 
 import moetrace
 from moetrace.errors import ChannelMissingError, InputError, MoetraceError, UsageError
-from moetrace.trace.importers import CountTable, detect, import_trace
+from moetrace.trace.importers import CountTable, detect
+from moetrace.trace.importers import import_trace as import_only
+from moetrace.trace.verify import verify
+
+
+def import_trace(source, out, **options):
+    """Import, and hold every trace that comes of it to what a trace promises."""
+    done = import_only(source, out, **options)
+    assert not verify(done.path).findings
+    return done
 
 
 @pytest.fixture

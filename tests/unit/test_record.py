@@ -27,7 +27,7 @@ from moetrace.trace.record import (
 )
 
 RECORD_H = Path(__file__).parents[2] / "csrc" / "record.h"
-CONSTANTS = ("RING_VERSION_MAJOR", "RING_VERSION_MINOR", "ATTENTION_STRIDE_MIN")
+CONSTANTS = ("RING_VERSION_MAJOR", "RING_VERSION_MINOR", "ATTENTION_PIECE")
 STRUCTS = {"record_head": RECORD_HEAD, "ring_field": RING_FIELD, "ring_header": RING_HEADER}
 ENUMS = {
     "ring_on_full": ("RING_", OnFull),
@@ -110,7 +110,7 @@ def test_every_value_of_every_enum(compiled: dict[str, int]) -> None:
 def test_constants_and_magic(compiled: dict[str, int]) -> None:
     written = re.findall(r"^constexpr \w+\s+(\w+)", RECORD_H.read_text(), re.M)
     assert set(written) == {*CONSTANTS, "RING_MAGIC"}
-    assert compiled["ATTENTION_STRIDE_MIN"] == record.ATTENTION_STRIDE_MIN
+    assert compiled["ATTENTION_PIECE"] == record.ATTENTION_PIECE
     assert compiled["RING_VERSION_MAJOR"] == record.RING_VERSION_MAJOR
     assert compiled["RING_VERSION_MINOR"] == record.RING_VERSION_MINOR
     assert compiled["magic"].to_bytes(8, "little") == record.RING_MAGIC

@@ -1,0 +1,186 @@
+// One llama context: its ring, and how a ubatch becomes rows in it.
+
+#pragma once
+
+#include "attention.h"
+#include "batch-watch.h"
+#include "collector.h"
+#include "config.h"
+#include "ggml-abi.h"
+#include "moe-plan.h"
+#include "ring.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace moetrace {
+
+// functions of libllama that say what a context is; any of them may be missing
+struct llama_facts {
+    const llama_model * (*get_model)(const llama_context *) = nullptr;
+    int32_t  (*meta_val)(const llama_model *, const char *, char *, size_t) = nullptr;
+    int32_t  (*desc)(const llama_model *, char *, size_t) = nullptr;
+    int32_t  (*n_layer)(const llama_model *) = nullptr;
+    int32_t  (*n_embd)(const llama_model *) = nullptr;
+    uint32_t (*n_ctx)(const llama_context *) = nullptr;
+    uint32_t (*n_ubatch)(const llama_context *) = nullptr;
+    uint32_t (*n_seq_max)(const llama_context *) = nullptr;
+    void *   (*get_memory)(const llama_context *) = nullptr;
+    const void * (*get_vocab)(const llama_model *) = nullptr;
+    int32_t  (*vocab_bos)(const void *) = nullptr;
+    int32_t  (*vocab_eos)(const void *) = nullptr;
+
+    void find() {
+        const auto look = [](auto *& out, const char * name) { out = (std::decay_t<decltype(out)>) symbol_find(name); };
+        look(get_model,  "llama_get_model");
+        look(meta_val,   "llama_model_meta_val_str");
+        look(desc,       "llama_model_desc");
+        look(n_layer,    "llama_model_n_layer");
+        look(n_embd,     "llama_model_n_embd");
+        look(n_ctx,      "llama_n_ctx");
+        look(n_ubatch,   "llama_n_ubatch");
+        look(n_seq_max,  "llama_n_seq_max");
+        look(get_memory, "llama_get_memory");
+        look(get_vocab,  "llama_model_get_vocab");
+        look(vocab_bos,  "llama_vocab_bos");
+        look(vocab_eos,  "llama_vocab_eos");
+    }
+};
+
+// what every context needs of the process
+struct tracer_env {
+    config      cfg;
+    ggml_abi    abi;
+    llama_facts facts;
+};
+
+struct context_event {
+    event_code code;
+    int32_t sequence, p0, p1, arg;
+};
+
+// an input of a graph: numbers that the host sets before it computes
+struct graph_input {
+    const ggml_tensor * t    = nullptr; // nullptr: the graph does not have it
+    const int32_t *     host = nullptr; // where the numbers are, if in host memory
+    int64_t             n    = 0;
+};
+
+// one graph that was allocated on a scheduler
+struct graph_trace {
+    ggml_cgraph * graph = nullptr;
+    moe_graph     moe;
+    graph_input   tokens, positions, out_ids; // set, as the sources are, once the graph is allocated
+    graph_sources sources;
+    std::vector<attention_source> attention;
+    bool          warmup = false;
+    const void *  bound_to = nullptr; // the context whose layout the sources fit
+
+    const attention_source * attention_at(const ggml_tensor * t) const {
+        for (const auto & source : attention) {
+            if (source.probs == t) {
+                return &source;
+            }
+        }
+        return nullptr;
+    }
+};
+
+struct context_trace;
+
+// a scheduler; llama.cpp makes a context a new one now and then
+struct sched_trace {
+    ggml_backend_sched * sched = nullptr;
+    context_trace *  context = nullptr;
+    eval_callback    user_callback = nullptr;
+    void *           user_data     = nullptr;
+    bool             user_aborted  = false; // the host's callback stopped the graph
+    bool             user_asked    = false;
+    bool             chained       = false; // our callback is installed
+    uint64_t         prepare_ns    = 0;     // spent on reading graphs since the last ubatch
+    uint64_t         setup_ns      = 0;     // spent on opening the ring: once
+    bool             is_async      = true;  // it has more backends than the CPU's
+    model_shape      shape;
+    std::vector<std::unique_ptr<graph_trace>> graphs;
+
+    graph_trace * find(const ggml_cgraph * graph) {
+        for (auto & g : graphs) {
+            if (g->graph == graph) {
+                return g.get();
+            }
+        }
+        return nullptr;
+    }
+};
+
+enum class context_state { waiting, recording, failed };
+
+struct context_trace {
+    llama_context *     ctx   = nullptr;
+    const llama_model * model = nullptr;
+    void *              memory = nullptr;
+    std::string         name;
+    const char *        role   = "main"; // main, draft, mtp
+    context_state       state  = context_state::waiting;
+    bool                warmup = false; // llama_set_warmup
+    bool                was_paused = false;
+    uint64_t            n_unrecorded = 0; // rows since the pause began
+
+    ring_writer         ring;
+    row_layout          layout;
+    row_block           block;
+    std::vector<uint8_t> event_record;
+    std::vector<uint8_t> readback;
+    std::vector<context_event> early; // before there was a ring
+    uint64_t            counts_early[COUNT_N] = {};
+
+    batch_matcher       matcher;
+    kv_cells            cells;
+    attention_row       attention;
+    std::vector<std::vector<int64_t>> cell_idxs; // by group: where the ubatch's keys go
+    std::vector<char>   attention_bytes;
+    bool                in_batch = false;
+    bool                encode   = false;
+    bool                trial    = false; // llama.cpp runs the batch for itself
+    bool                cleared  = false; // the memory was cleared and nothing decoded since
+    bool                launched = false; // a server has given out tasks
+    uint32_t            n_batches = 0;
+    uint32_t            n_steps   = 0;
+    uint64_t            serial    = 0;
+    std::vector<row_identity> identities;
+    output_rows         outputs;
+    std::vector<int32_t> tokens, positions, out_ids; // inputs that were not in host memory
+
+    // the graph that is being computed
+    graph_trace *       running = nullptr;
+    uint64_t            hook_ns = 0;
+
+    void count(ring_counter c, uint64_t n = 1) {
+        if (ring.is_open()) {
+            ring.count(c, n);
+        } else {
+            counts_early[c] += n;
+        }
+    }
+};
+
+
+// Says something on stderr, in one line.
+void say(const std::string & text);
+
+// Stops recording the context for good; the host goes on.
+void context_fail(context_trace & c, const std::string & why);
+
+// Makes the context's folder and ring, now that its graphs have shown their shape.
+void context_open(tracer_env & env, sched_trace & s, context_trace & c);
+
+// A batch is about to be decoded; `known`: its tokens are in c.matcher.entries().
+void context_batch_begin(const tracer_env & env, context_trace & c, bool known, bool encode);
+
+void context_event_push(context_trace & c, const context_event & e);
+
+// The collector in force: auto is decided by the channels.
+collector_kind collector_choose(const config & cfg);
+
+} // namespace moetrace

@@ -1,0 +1,30 @@
+// One ubatch: from the tensors of its graph to rows in the ring.
+
+#pragma once
+
+#include "context.h"
+
+namespace moetrace {
+
+// Before the scheduler allocates a graph: lets the tensors that the tap will read live to its end.
+void graph_keep(tracer_env & env, const moe_graph & moe, ggml_cgraph * graph);
+
+// Whether every layer uses all its experts.
+bool graph_is_warmup(const moe_graph & moe);
+
+// Before the graph runs: whose its rows are. False if it is not recorded.
+bool ubatch_begin(tracer_env & env, sched_trace & s, graph_trace & g);
+
+// After a node was computed (callback collector); `first` is its first source, or -1.
+void ubatch_read_node(tracer_env & env, context_trace & c, const ggml_tensor * node, int first, const attention_source * attention);
+
+// After the graph ran: reads everything that was kept (tap collector).
+void ubatch_read(tracer_env & env, sched_trace & s, const graph_trace & g);
+
+// Writes the rows into the ring.
+void ubatch_commit(context_trace & c);
+
+// The ubatch failed: its rows are lost, or (not `computed`) never were.
+void ubatch_drop(context_trace & c, bool computed);
+
+} // namespace moetrace
