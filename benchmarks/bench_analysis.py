@@ -120,7 +120,7 @@ def long_frame(experts: Any, domain: Any, token: Any) -> Any:
 
 
 def seeds(rows: int) -> tuple[Any, Any, Any]:
-    """Experts, domains and token ids of the seeds' shape; 505 rows are their 145,440 entries."""
+    """Experts, domains and token ids of the published shape; 505 rows are their 145,440 entries."""
     with tempfile.TemporaryDirectory() as folder:
         generate(Path(folder) / "e.npy", rows)
         experts = np.load(Path(folder) / "e.npy")

@@ -1,8 +1,8 @@
 """Statistics of routing.
 
 Pure functions of arrays, in rooms: :mod:`counts` (what everything follows from), :mod:`domain`,
-:mod:`layers`, :mod:`temporal`, :mod:`gate`, :mod:`compare`, :mod:`chance`, and :mod:`published` (the seeds'
-formulas, faults included). :func:`from_trace` offers the same for a trace.
+:mod:`matched`, :mod:`layers`, :mod:`temporal`, :mod:`gate`, :mod:`compare`, :mod:`chance`, and
+:mod:`published` (published formulas, faults included). :func:`from_trace` offers the same for a trace.
 """
 
 from __future__ import annotations

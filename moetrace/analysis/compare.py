@@ -24,8 +24,8 @@ def agreement(
     """Agreement of routings a and b, both (M, L, k), cell by cell: metrics of shape (M, L), float64.
 
     ``overlap`` = |A∩B|/k; ``exact``: the same set; ``top1``: the same first expert; ``kendall_tau``:
-    Kendall's τ of the order of the common experts, NaN for fewer than two (the seed's script calls that 1 or
-    0); ``coverage_k``: the least n such that B's n best by ``scores_b`` (M, L, E) contain all of A, NaN
+    Kendall's τ of the order of the common experts, NaN for fewer than two (the published script calls that 1
+    or 0); ``coverage_k``: the least n such that B's n best by ``scores_b`` (M, L, E) contain all of A, NaN
     without them. Cells where either has an id of ``n_expert`` or more ("none") are NaN throughout. Both must
     be in rank order.
     """

@@ -62,7 +62,7 @@ def gate_distances(
         (N, L, D) f4, may be memory-mapped: what each layer's router read. Only ``chunk`` rows are held at a
         time.
     rows
-        Row numbers to look at: those of one phase (the seed's script means decode but lets prompt batches
+        Row numbers to look at: those of one phase (the published script means decode but lets prompt batches
         in).
     state
         (N, L): pairs with a cell other than 1 are left out.
