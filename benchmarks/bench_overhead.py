@@ -1,25 +1,27 @@
-"""What tracing costs: llama-bench with and without the tracer, side by side.
+"""What tracing costs, side by side in one process.
 
     python benchmarks/bench_overhead.py [--repeats N] [--threads T] [--model FILE] [--write]
 
-A model of realistic cost (gpt-oss's shape: 24 layers, 32 experts, top-4, about 1.2 GB in F16, random weights)
-is generated once. Each repeat runs every variant once, in random order; a variant's ratio to the untraced run
-of the same repeat is one observation, and the 95 % interval is Student's t on the logarithms. The tracer's
-own time per (token, layer) comes from its counters. ``--write`` puts the table into docs/benchmarks.md.
+A model of realistic cost (gpt-oss's shape: 24 layers, 32 experts, top-4, about 1.2 GB in F16, random weights) is
+generated once and loaded once. Machines drift by more than what is measured, so what is compared lies as close in
+time as can be: within a repeat of a recording variant, recording is switched off and on from token to token, and the
+ratio is that of the medians of the two kinds of tokens (prompts likewise). "Loaded, paused" is compared with nothing
+being traced (the library is loaded, its hooks pass through) moment by moment, and is less certain for it. Intervals
+are Student's t on the logarithms of the repeats' ratios. A drain writes the trace meanwhile, as in a real recording.
+``--write`` puts the table into docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,16 +29,17 @@ import numpy as np
 from scipy import stats
 
 import moetrace
+from moetrace.host import llama
+from moetrace.host.drain import Drain
+from moetrace.host.inprocess import tracing
 from moetrace.host.options import CaptureOptions
-from moetrace.host.runtime import find_tool
-from moetrace.host.server import TracedProcess
 from moetrace.synthetic import write_model
+from moetrace.trace.writer import TraceWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {"n_layer": 24, "n_expert": 32, "n_expert_used": 4, "n_embd": 512, "n_ff_expert": 512}
-#: variant -> options of the capture; None: no tracer
-VARIANTS: dict[str, dict[str, object] | None] = {
-    "no tracer": None,
+#: variant -> options of the capture
+VARIANTS: dict[str, dict[str, object]] = {
     "loaded, paused": {"channels": "experts,weights", "collector": "tap", "paused": True},
     "tap: experts, weights": {"channels": "experts,weights", "collector": "tap"},
     "callback: experts, weights": {"channels": "experts,weights", "collector": "callback"},
@@ -47,70 +50,78 @@ VARIANTS: dict[str, dict[str, object] | None] = {
 
 @dataclass
 class Runs:
-    """What was measured of one variant; tokens/s by test, in the order of the repeats."""
+    """What was measured of one variant, one entry per repeat: seconds with it, and without."""
 
-    decode: list[float] = field(default_factory=list)
-    prefill: list[float] = field(default_factory=list)
-    own_decode_ns: list[float] = field(default_factory=list)
-    own_prefill_ns: list[float] = field(default_factory=list)
+    decode: list[tuple[float, float]] = field(default_factory=list)
+    prefill: list[tuple[float, float]] = field(default_factory=list)
+    own_ns: list[float] = field(default_factory=list)  # per (token, layer), decoding and prefill together
     bytes_per_token: float = math.nan
     lost: int = 0
 
 
-def run_once(variant: str, model: Path, folder: Path, args: argparse.Namespace, runs: Runs) -> None:
-    """Run llama-bench once and take its numbers down."""
+Timing = tuple[float, float, float, float]  # prompt and token, switched on; prompt and token, switched off
+
+
+def run_moment(variant: str, model: llama.Llama, folder: Path, args: argparse.Namespace, runs: Runs) -> None:
+    """Run one variant for a moment and take its numbers down."""
     options = VARIANTS[variant]
-    command = [
-        str(find_tool("llama-bench")),
-        "-m",
-        str(model),
-        "-t",
-        str(args.threads),
-        "-o",
-        "json",
-        "-r",
-        "1",
-    ]
-    command += ["-p", str(args.prefill), "-n", str(args.decode)]
-    out = folder / "out.json"
-    if options is None:
-        with out.open("wb") as log:
-            subprocess.run(command, stdout=log, stderr=subprocess.DEVNULL, check=True)
+    path = folder / "t.moet"
+    shutil.rmtree(path, ignore_errors=True)
+    trace = TraceWriter(path)
+    if options.get("paused"):
+        off = time_tokens(model, args, None)
+        with tracing(trace, CaptureOptions.of(**options)):  # type: ignore[arg-type]
+            on = time_tokens(model, args, None)
+        timing: Timing = (on[0], on[1], off[0], off[1])
     else:
-        path = folder / "t.moet"
-        shutil.rmtree(path, ignore_errors=True)
-        with out.open("wb") as log:
-            traced = TracedProcess(command, path, CaptureOptions.of(**options), log=log)  # type: ignore[arg-type]
-            code = traced.wait()
-        traced.finish(code)
-        if code != 0:
-            sys.exit(f"llama-bench failed with {code}")
-        if not options.get("paused"):
-            trace_numbers(path, runs)
-    # llama-bench's messages and its JSON share the file
-    text = out.read_text(errors="replace")
-    for test in json.loads(text[text.index("[") :]):
-        (runs.prefill if test["n_prompt"] else runs.decode).append(test["avg_ts"])
+        with tracing(trace, CaptureOptions.of(**options)) as drain:  # type: ignore[arg-type]
+            timing = time_tokens(model, args, drain)
+    trace.close()
+    runs.prefill.append((timing[0], timing[2]))
+    runs.decode.append((timing[1], timing[3]))
+    if options.get("paused"):
+        return
+    with moetrace.open(path) as recorded:
+        runs.own_ns.append(recorded.counters["hook_ns"] / len(recorded) / len(recorded.layers))
+        runs.bytes_per_token = sum(recorded.column(c)[:1].nbytes for c in recorded.column_names)
+        runs.lost += recorded.loss.rows_lost
 
 
-def trace_numbers(path: Path, runs: Runs) -> None:
-    """Take down what the trace says of its own cost."""
-    rows = size = 0
-    with moetrace.open(path) as trace:
-        for name in trace.contexts:  # llama-bench makes a context for each of its tests
-            context = trace.in_context(name)
-            rows += len(context)
-            own = context.counters["hook_ns"] / len(context) / len(context.layers)
-            one_by_one = len(context) == context.counters["graphs"]
-            (runs.own_decode_ns if one_by_one else runs.own_prefill_ns).append(own)
-            size += sum(context.column(c)[:1].nbytes for c in context.column_names) * len(context)
-            runs.lost += context.loss.rows_lost
-    runs.bytes_per_token = size / rows
+def time_tokens(model: llama.Llama, args: argparse.Namespace, drain: Drain | None) -> Timing:
+    """Compute prompts and then single tokens, each recorded or not by turns; gives median seconds of each kind.
+
+    Without a drain nothing is switched and both kinds are the same.
+    """
+    n, tokens = args.prefill, np.random.default_rng(0).integers(0, 500, args.prefill + args.decode).tolist()
+    prompts: tuple[list[float], list[float]] = ([], [])
+    singles: tuple[list[float], list[float]] = ([], [])
+
+    def timed(entries: list[tuple[int, int, int, bool]], off: bool) -> float:
+        if drain is not None and drain.contexts:
+            drain.contexts[0].ring.paused = off
+        start = time.perf_counter()
+        model.decode(entries)
+        return time.perf_counter() - start
+
+    for i in range(4):
+        model.forget(0)
+        seconds = timed([(token, j, 0, j == n - 1) for j, token in enumerate(tokens[:n])], off=i % 2 == 1)
+        while drain is not None and not drain.contexts:
+            time.sleep(0.001)  # the first one makes the ring
+        prompts[i % 2].append(seconds)
+    for i, token in enumerate(tokens[n:], start=n):
+        seconds = timed([(token, i, 0, True)], off=i % 2 == 1)
+        if i >= n + 4:  # the first ones build their graph
+            singles[i % 2].append(seconds)
+    on, off = ((p[1:] or p, t) for p, t in zip(prompts, singles, strict=True))
+    if drain is None:
+        on = off = (on[0] + off[0], on[1] + off[1])
+    return (*(float(np.median(x)) for x in on), *(float(np.median(x)) for x in off))  # type: ignore[return-value]
 
 
-def ratio(traced: list[float], plain: list[float]) -> tuple[float, float, float]:
-    """Give the geometric mean of paired ratios and its 95 % interval."""
-    logs = np.log(np.array(traced) / np.array(plain))
+def ratio(seconds: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """Give the geometric mean of the speeds' ratios, with it to without it, and its 95 % interval."""
+    logs = -np.diff(np.log(np.array(seconds)[:, ::-1]), axis=1).ravel()
     mean = logs.mean()
     if len(logs) < 2:
         return math.exp(mean), math.nan, math.nan
@@ -118,24 +129,21 @@ def ratio(traced: list[float], plain: list[float]) -> tuple[float, float, float]
     return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
-def table(measured: dict[str, Runs]) -> list[str]:
+def table(measured: dict[str, Runs], prefill: int) -> list[str]:
     """Give the result as a Markdown table."""
-    plain = measured["no tracer"]
     lines = [
-        "| | decode, tokens/s | ratio [95 %] | prefill, tokens/s | ratio [95 %] | bytes per token | own code, ns per"
-        " (token, layer): decode | prefill | rows lost |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| | decode, tokens/s | ratio [95 %] | prefill, tokens/s | ratio [95 %] | bytes per token "
+        "| own code, ns per (token, layer) | rows lost |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, runs in measured.items():
         cells = [name]
-        for mine, theirs in ((runs.decode, plain.decode), (runs.prefill, plain.prefill)):
-            cells.append(f"{np.median(mine):.1f}")
-            mean, low, high = ratio(mine, theirs)
-            cells.append("1" if runs is plain else f"{mean:.3f} [{low:.3f}, {high:.3f}]")
+        for seconds, n in ((runs.decode, 1), (runs.prefill, prefill)):
+            cells.append(f"{n / np.median(np.array(seconds)[:, 0]):.1f}")
+            cells.append("{:.4f} [{:.4f}, {:.4f}]".format(*ratio(seconds)))
         known = not math.isnan(runs.bytes_per_token)
         cells.append(f"{runs.bytes_per_token:,.0f}" if known else "")
-        for own in (runs.own_decode_ns, runs.own_prefill_ns):
-            cells.append(f"{np.median(own):.0f}" if own else "")
+        cells.append(f"{np.median(runs.own_ns):.0f}" if runs.own_ns else "")
         cells.append(str(runs.lost) if known else "")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -146,10 +154,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1))
-    parser.add_argument("--prefill", type=int, default=256)
-    parser.add_argument("--decode", type=int, default=64)
+    parser.add_argument("--prefill", type=int, default=64, help="tokens of the prompt")
+    parser.add_argument("--decode", type=int, default=48, help="tokens one by one")
     parser.add_argument("--model", type=Path, help="a GGUF file; by default one is generated")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md")
     parser.add_argument(
@@ -158,19 +166,22 @@ def main() -> None:
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="moetrace-bench-"))
     try:
-        model = args.model or write_model(folder / "model.gguf", "gpt-oss", quantization="F16", **SHAPE)
-        size = model.stat().st_size
+        path = args.model or write_model(folder / "model.gguf", "gpt-oss", quantization="F16", **SHAPE)
+        size = path.stat().st_size
         measured = {name: Runs() for name in VARIANTS}
-        for repeat in range(args.repeats):
-            for name in random.sample(list(VARIANTS), len(VARIANTS)):
-                print(f"repeat {repeat + 1} of {args.repeats}: {name}", file=sys.stderr)
-                run_once(name, model, folder, args, measured[name])
+        with llama.Llama(path, n_ctx=args.prefill + args.decode, n_threads=args.threads) as model:
+            for _ in range(2):  # the file is read, and the processor awake
+                time_tokens(model, args, None)
+            for repeat in range(args.repeats):
+                print(f"repeat {repeat + 1} of {args.repeats}", file=sys.stderr)
+                for name in random.sample(list(VARIANTS), len(VARIANTS)):
+                    run_moment(name, model, folder, args, measured[name])
         head = (
             f"{args.repeats} repeats, {args.threads} thread(s) of {os.cpu_count()} cores ({platform.machine()}), "
-            f"{size / 2**30:.2f} GiB of weights, llama-bench -p {args.prefill} -n {args.decode}; "
-            "ratios are to the untraced run of the same repeat, with Student's t interval on logarithms."
+            f"{size / 2**30:.2f} GiB of weights, a prompt of {args.prefill} tokens "
+            f"and {args.decode} one by one. Ratios are of speeds: recording to paused, and paused to not traced."
         )
-        text = [head, "", *table(measured)]
+        text = [head, "", *table(measured, args.prefill)]
         print("\n".join(text))
         if args.write:
             write_section(ROOT / "docs" / "benchmarks.md", args.section, text)

@@ -188,6 +188,7 @@ void tracer_stop() {
     }
     for (auto & s : T.scheds) {
         s->context = nullptr;
+        s->graphs.clear(); // graphs that are allocated while we look away would be taken for these
     }
     T.contexts.clear();
 }
