@@ -275,7 +275,9 @@ class RequestAssigner:
     def _events_of(happened: list[_Event], known: Iterable[int]) -> dict[int, list[_Event]]:
         """Sort the events by the sequences that they concern, in order."""
         result: dict[int, list[_Event]] = {}
+        # a LAUNCH, and a copy into it, matter to a sequence that has had no row yet
         known = set(known) | {e.sequence for e in happened if e.code == EventCode.LAUNCH and e.sequence >= 0}
+        known |= {e.arg for e in happened if e.code == EventCode.SEQ_CP and e.arg >= 0}
         for event in happened:
             if event.code == EventCode.SEQ_CP:
                 concerned = {event.arg} & known

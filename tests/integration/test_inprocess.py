@@ -30,10 +30,10 @@ def test_capture_from_python_and_twice_in_one_process(runtime, model_file, tmp_p
         model, out = sys.argv[1:]
         a = moetrace.capture(model, ["One prompt here.", {"prompt": "Another", "label": "x", "n_predict": 3}],
                              out + "/a.moet", n_predict=5, n_parallel=2, n_threads=1)
-        b = moetrace.capture(model, ["One prompt here."], n_predict=5, n_threads=1, channels=["weights",
-        "logits"]) first = a.sel(request=int(a.requests.index[a.requests["id"] == "0"][0])) same =
-        np.array_equal(np.asarray(first.experts), np.asarray(b.experts)) print(json.dumps([len(a), len(b),
-        same, list(a.requests["label"]), list(b.channels), str(b.path)]))
+        b = moetrace.capture(model, ["One prompt here."], n_predict=5, n_threads=1, channels=["weights", "logits"])
+        first = a.sel(request=int(a.requests.index[a.requests["id"] == "0"][0]))
+        same = np.array_equal(np.asarray(first.experts), np.asarray(b.experts))
+        print(json.dumps([len(a), len(b), same, list(a.requests["label"]), list(b.channels), str(b.path)]))
     """
     result = python(code, model_file("qwen3moe"), tmp_path)
     assert result.returncode == 0, result.stderr

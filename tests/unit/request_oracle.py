@@ -61,6 +61,8 @@ class Oracle:
             self.launches = True
             if s >= 0:
                 self.seqs.setdefault(s, Seq(s))
+        if code == 3 and e["arg"] >= 0:
+            self.seqs.setdefault(e["arg"], Seq(e["arg"]))
         for seq in list(self.seqs.values()):
             if code == 3:
                 if seq.number == e["arg"]:
