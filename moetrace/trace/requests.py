@@ -65,6 +65,7 @@ EVENT_INPUTS = ("serial", "code", "sequence", "p0", "p1", "arg")
 
 CHUNK = 1 << 18  # rows looked at together
 _END = 1 << 40  # beyond every position
+_NEVER = -2  # before every batch, and before the one before the first
 
 #: rows of one request that still stand: [first position, last position, rows at each position]
 _Run = list[int]
@@ -79,7 +80,7 @@ class _Request:
     id: int = -1
     last_serial: int = 0
     end_ns: int = 0
-    first_output_batch: int = -1
+    first_output_batch: int = _NEVER
     n_prefill: int = 0
     n_decode: int = 0
     n_lost: int = 0
@@ -404,12 +405,12 @@ class RequestAssigner:
                 state.own.append(run)
 
         n_decode = 0
-        if request.first_output_batch < 0:
+        if request.first_output_batch == _NEVER:
             output = data.output[a:b]
             i = int(output.argmax())
             if output[i]:
                 request.first_output_batch = int(data.batch[a + i])
-        if request.first_output_batch < 0:
+        if request.first_output_batch == _NEVER:
             data.phase[a:b] = Phase.PREFILL
         else:
             decode = data.batch[a:b] > request.first_output_batch
