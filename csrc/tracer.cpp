@@ -42,6 +42,19 @@ void guarded(F && body) {
     }
 }
 
+// Runs body(tracer) with the lists locked, if anything is traced at all.
+template <typename F>
+void when_active(F && body) {
+    tracer_state & T = tracer();
+    if (!T.active) {
+        return;
+    }
+    guarded([&] {
+        std::lock_guard<std::mutex> lock(T.mutex);
+        body(T);
+    });
+}
+
 bool ensure_attached(tracer_state & T) {
     if (T.tried_attach) {
         return T.abi.attached;
@@ -194,12 +207,7 @@ void tracer_stop() {
 }
 
 void sched_on_callback(sched_t sched, eval_callback callback, void * user_data) {
-    guarded([&] {
-        tracer_state & T = tracer();
-        if (!T.active) {
-            return;
-        }
-        std::lock_guard<std::mutex> lock(T.mutex);
+    when_active([&](tracer_state & T) {
         sched_trace & s = sched_get(T, sched);
         s.user_callback = callback;
         s.user_data     = user_data;
@@ -312,12 +320,7 @@ int sched_on_compute(sched_t sched, ggml_cgraph * graph, compute_fn compute, set
 
 batch_scope::batch_scope(llama_context * ctx, const batch_view & batch, bool encode) : outer(current_ctx) {
     current_ctx = ctx;
-    guarded([&] {
-        tracer_state & T = tracer();
-        if (!T.active) {
-            return;
-        }
-        std::lock_guard<std::mutex> lock(T.mutex);
+    when_active([&](tracer_state & T) {
         context_trace & c = context_get(T, ctx);
         auto & entries = c.matcher.entries();
         entries.resize((size_t) std::max(batch.n_tokens, 0));
@@ -336,12 +339,7 @@ batch_scope::batch_scope(llama_context * ctx, const batch_view & batch, bool enc
 
 batch_scope::batch_scope(llama_context * ctx, const void * batch_ext, bool encode) : outer(current_ctx) {
     current_ctx = ctx;
-    guarded([&] {
-        tracer_state & T = tracer();
-        if (!T.active) {
-            return;
-        }
-        std::lock_guard<std::mutex> lock(T.mutex);
+    when_active([&](tracer_state & T) {
         context_trace & c = context_get(T, ctx);
         const auto * entries = T.mirror.find(batch_ext);
         if (entries) {
@@ -352,14 +350,10 @@ batch_scope::batch_scope(llama_context * ctx, const void * batch_ext, bool encod
 }
 
 batch_scope::~batch_scope() {
-    guarded([&] {
-        tracer_state & T = tracer();
-        if (T.active) {
-            std::lock_guard<std::mutex> lock(T.mutex);
-            if (context_trace * c = context_find(T, current_ctx)) {
-                c->in_batch = false;
-                c->n_batches++;
-            }
+    when_active([&](tracer_state & T) {
+        if (context_trace * c = context_find(T, current_ctx)) {
+            c->in_batch = false;
+            c->n_batches++;
         }
     });
     current_ctx = outer;
@@ -383,32 +377,19 @@ void context_on_free(llama_context * ctx) {
 }
 
 void context_on_warmup(llama_context * ctx, bool warmup) {
-    guarded([&] {
-        tracer_state & T = tracer();
-        if (T.active) {
-            std::lock_guard<std::mutex> lock(T.mutex);
-            context_get(T, ctx).warmup = warmup;
-        }
+    when_active([&](tracer_state & T) {
+        context_get(T, ctx).warmup = warmup;
     });
 }
 
 void context_on_event(llama_context * ctx, event_code code, int32_t sequence, int32_t p0, int32_t p1, int32_t arg) {
-    guarded([&] {
-        tracer_state & T = tracer();
-        if (T.active) {
-            std::lock_guard<std::mutex> lock(T.mutex);
-            context_event_push(context_get(T, ctx), { code, sequence, p0, p1, arg });
-        }
+    when_active([&](tracer_state & T) {
+        context_event_push(context_get(T, ctx), { code, sequence, p0, p1, arg });
     });
 }
 
 void memory_on_event(void * memory, event_code code, int32_t sequence, int32_t p0, int32_t p1, int32_t arg) {
-    guarded([&] {
-        tracer_state & T = tracer();
-        if (!T.active) {
-            return;
-        }
-        std::lock_guard<std::mutex> lock(T.mutex);
+    when_active([&](tracer_state & T) {
         for (auto & c : T.contexts) {
             if (c->memory == memory && memory) {
                 context_event_push(*c, { code, sequence, p0, p1, arg });
@@ -419,43 +400,27 @@ void memory_on_event(void * memory, event_code code, int32_t sequence, int32_t p
 }
 
 int32_t batch_on_add(const void * batch, int32_t index, int32_t sequence, int32_t token) {
-    guarded([&] {
-        tracer_state & T = tracer();
-        if (T.active) {
-            std::lock_guard<std::mutex> lock(T.mutex);
-            T.mirror.add(batch, index, sequence, token);
-        }
+    when_active([&](tracer_state & T) {
+        T.mirror.add(batch, index, sequence, token);
     });
     return index;
 }
 
 void batch_on_add_sequence(const void * batch, int32_t index) {
-    guarded([&] {
-        tracer_state & T = tracer();
-        if (T.active) {
-            std::lock_guard<std::mutex> lock(T.mutex);
-            T.mirror.add_sequence(batch, index);
-        }
+    when_active([&](tracer_state & T) {
+        T.mirror.add_sequence(batch, index);
     });
 }
 
 void batch_on_position(const void * batch, int32_t index, int32_t position) {
-    guarded([&] {
-        tracer_state & T = tracer();
-        if (T.active) {
-            std::lock_guard<std::mutex> lock(T.mutex);
-            T.mirror.set_position(batch, index, position);
-        }
+    when_active([&](tracer_state & T) {
+        T.mirror.set_position(batch, index, position);
     });
 }
 
 void batch_on_clear(const void * batch) {
-    guarded([&] {
-        tracer_state & T = tracer();
-        if (T.active) {
-            std::lock_guard<std::mutex> lock(T.mutex);
-            T.mirror.clear(batch);
-        }
+    when_active([&](tracer_state & T) {
+        T.mirror.clear(batch);
     });
 }
 

@@ -194,6 +194,17 @@ def test_pausing_and_resuming_a_live_server(runtime, model_file, tmp_path):
     assert "fix:" in ended.stderr
 
 
+def ready_client(run: subprocess.Popen[bytes], port: int, log: Path) -> ServerClient:
+    """Wait until the server answers; its end is an error that shows the log."""
+    client = ServerClient(f"http://127.0.0.1:{port}")
+    deadline = time.monotonic() + 60
+    while not client.is_ready():
+        assert run.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return client
+
+
 def start_run(
     runtime, model: Path, path: Path, *options: str
 ) -> tuple[subprocess.Popen[bytes], ServerClient]:
@@ -214,12 +225,7 @@ def start_run(
     command = [sys.executable, "-m", "moetrace", "run", "-o", path, *options, "--", *server]
     with path.with_suffix(".err").open("wb") as error:
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=error, start_new_session=True)
-    client = ServerClient(f"http://127.0.0.1:{port}")
-    deadline = time.monotonic() + 60
-    while not client.is_ready():
-        assert run.poll() is None, path.with_suffix(".err").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    client = ready_client(run, port, path.with_suffix(".err"))
     return run, client
 
 
@@ -309,12 +315,7 @@ def test_a_full_disk_stops_the_recording_and_not_the_server(runtime, model_file,
     ]
     with path.with_suffix(".err").open("wb") as error:
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=error, preexec_fn=limit)
-    client = ServerClient(f"http://127.0.0.1:{port}")
-    deadline = time.monotonic() + 60
-    while not client.is_ready():
-        assert run.poll() is None, path.with_suffix(".err").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    client = ready_client(run, port, path.with_suffix(".err"))
     prompts = [Prompt(id=str(i), text=TEXT[i:], n_predict=3) for i in range(6)]
     answers = drive(client, prompts, settings={"temperature": 0.0, "cache_prompt": False})
     assert all(answer.tokens for answer in answers)
