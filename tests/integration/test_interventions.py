@@ -323,7 +323,7 @@ def test_what_only_the_graph_tells_is_refused_by_the_host(name, why, runtime, mo
         from moetrace.host import intervene, inprocess
         from moetrace.errors import MoetraceError
         model, spec, out = sys.argv[1:]
-        inprocess.model_routers = lambda *a: None  # nothing is known beforehand
+        intervene.model_routers = lambda *a: None  # nothing is known beforehand
         try:
             inprocess.capture(model, ["Some words", "and others"], out, intervene=spec, n_threads=1)
         except MoetraceError as e:
