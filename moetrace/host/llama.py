@@ -254,6 +254,28 @@ class Llama:
         pointer = self._api.llama_get_logits_ith(self._ctx, index)
         return np.ctypeslib.as_array(pointer, (self.n_vocab,)).copy()
 
+    def outputs(self, n: int) -> NDArray[np.float32]:
+        """Give the logits of the last batch's ``n`` entries with ``output``, in their order.
+
+        Returns
+        -------
+        float32 (n, n_vocab)
+            A view of llama.cpp's memory: it holds until the next batch.
+        """
+        if n == 0:
+            return np.empty((0, self.n_vocab), np.float32)
+        return np.ctypeslib.as_array(self._api.llama_get_logits(self._ctx), (n, self.n_vocab))
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the model's texts begin with a BOS token."""
+        return bool(self._api.llama_vocab_get_add_bos(self._vocab))
+
+    @property
+    def bos(self) -> int:
+        """The BOS token; -1 if there is none."""
+        return int(self._api.llama_vocab_bos(self._vocab))
+
     def close(self) -> None:
         """Free the context and the model."""
         if self._ctx:
