@@ -79,6 +79,7 @@ static moe_layer * layer_find(std::vector<moe_layer> & layers, int number) {
 moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
     moe_graph out;
     const int n_nodes = abi.graph_n_nodes(graph);
+    out.n_nodes = n_nodes;
 
     // the layers: whoever multiplies with expert matrices
     for (int i = 0; i < n_nodes; i++) {
@@ -98,6 +99,10 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
             continue; // LoRA, adjugate experts
         }
         moe_layer * layer = layer_find(out.layers, number);
+        if (out.layers.empty()) {
+            out.i_experts = i;
+            out.experts   = node;
+        }
         if (!layer) {
             out.layers.emplace_back();
             layer = &out.layers.back();
@@ -181,6 +186,13 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
         }
     }
     return out;
+}
+
+bool moe_graph_is_same(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & moe) {
+    if (abi.graph_n_nodes(graph) != moe.n_nodes) {
+        return false;
+    }
+    return !moe.experts || (abi.graph_node(graph, moe.i_experts) == moe.experts && abi.op(moe.experts) == OP_MUL_MAT_ID);
 }
 
 } // namespace moetrace
