@@ -76,6 +76,25 @@ static moe_layer * layer_find(std::vector<moe_layer> & layers, int number) {
     return nullptr;
 }
 
+// The graph's token ids. Multi-token prediction leaves them without a name: then they are what rows of the token
+// embeddings are taken by.
+static ggml_tensor * tokens_find(ggml_abi & abi, ggml_cgraph * graph) {
+    if (ggml_tensor * named = abi.graph_get_tensor(graph, "inp_tokens")) {
+        return named;
+    }
+    const int n_nodes = abi.graph_n_nodes(graph);
+    for (int i = 0; i < n_nodes; i++) {
+        ggml_tensor * node = abi.graph_node(graph, i);
+        if (abi.op(node) == OP_GET_ROWS && abi.src(node, 0) && abi.src(node, 1) && abi.type(abi.src(node, 1)) == TYPE_I32) {
+            const char * table = abi.name(abi.src(node, 0));
+            if (strcmp(table, "token_embd.weight") == 0 || strstr(table, "nextn.embed_tokens.weight")) {
+                return abi.src(node, 1);
+            }
+        }
+    }
+    return nullptr;
+}
+
 moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
     moe_graph out;
     const int n_nodes = abi.graph_n_nodes(graph);
@@ -169,7 +188,7 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
         }
     }
 
-    out.inp_tokens = abi.graph_get_tensor(graph, "inp_tokens");
+    out.inp_tokens = tokens_find(abi, graph);
     out.inp_pos    = abi.graph_get_tensor(graph, "inp_pos");
     for (const char * name : { "out_ids", "inp_out_ids" }) {
         if (!out.out_ids) {

@@ -151,7 +151,7 @@ thread_local int outer_call::depth = 0;
 
 // llama-server calls this for a slot when it starts a task and when it ends one
 MOETRACE_HOOK(bool, llama_set_sampler, (llama_context * ctx, llama_seq_id seq_id, llama_sampler * sampler)) {
-    context_on_event(ctx, EVENT_LAUNCH, seq_id, 0, 0, 0);
+    context_on_launch(ctx, seq_id);
     return real_llama_set_sampler()(ctx, seq_id, sampler);
 }
 

@@ -389,6 +389,19 @@ void context_on_event(llama_context * ctx, event_code code, int32_t sequence, in
     });
 }
 
+// A context that has decoded nothing yet is not known: samplers that are set while it is made begin no task. A draft
+// model's context, or MTP's, serves the tasks of the main one.
+void context_on_launch(llama_context * ctx, int32_t sequence) {
+    when_active([&](tracer_state & T) {
+        context_trace * launched = context_find(T, ctx);
+        for (auto & c : T.contexts) {
+            if (c.get() == launched || (launched && launched == T.contexts.front().get())) {
+                context_event_push(*c, { EVENT_LAUNCH, sequence, 0, 0, 0 });
+            }
+        }
+    });
+}
+
 void memory_on_event(void * memory, event_code code, int32_t sequence, int32_t p0, int32_t p1, int32_t arg) {
     when_active([&](tracer_state & T) {
         for (auto & c : T.contexts) {

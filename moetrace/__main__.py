@@ -29,6 +29,7 @@ COMMANDS = {
     "verify": "Verify",
     "recover": "Recover",
     "dump": "Dump",
+    "analyze": "Analyze",
     "export": "Export",
     "doctor": "Doctor",
     "preload-path": "PreloadPath",

@@ -13,12 +13,10 @@ from moetrace.commands.capturing import report_trace
 from moetrace.commands.options import add_option, paint
 from moetrace.commands.progress import progress_bar
 from moetrace.errors import MoetraceError
-from moetrace.host.client import Answer, drive
 from moetrace.host.prompts import read_prompts
+from moetrace.host.recording import record
 from moetrace.host.runtime import find_tool
-from moetrace.host.server import serve
 from moetrace.synthetic import write_model
-from moetrace.trace.labels import append_labels
 from moetrace.trace.trace import Trace, open_trace
 
 #: the shape of gpt-oss-20b, narrow, with random weights
@@ -55,18 +53,17 @@ class Demo:
         if args.threads:
             arguments += ["-t", str(args.threads)]
         say(f"Starting llama-server with the tracer loaded, {args.parallel} slots")
-        with serve(model, output=path, arguments=arguments, force=True) as server:
-            say(f"Sending {len(prompts)} prompts of {len({p.label for p in prompts})} domains over HTTP")
-            with progress_bar("prompts") as update:
-                done = 0
-
-                def on_answer(answer: Answer) -> None:
-                    nonlocal done
-                    append_labels(path, [answer.label_line()])
-                    done += 1
-                    update(done, len(prompts))
-
-                drive(server.client, prompts, n_predict=args.n_predict, on_answer=on_answer)
+        say(f"Sending {len(prompts)} prompts of {len({p.label for p in prompts})} domains over HTTP")
+        with progress_bar("prompts") as update:
+            record(
+                model,
+                prompts,
+                path,
+                n_predict=args.n_predict,
+                arguments=arguments,
+                on_progress=update,
+                force=True,
+            )
         with open_trace(path) as trace:
             show(trace)
         report_trace(path, sys.stdout)
