@@ -253,8 +253,9 @@ int sched_on_compute(sched_t sched, ggml_cgraph * graph, compute_fn compute, set
         }
         s = &sched_get(T, sched);
         graph_trace * g = s->find(graph);
-        if (!g) {
-            s = nullptr; // allocated before tracing began
+        if (!g || !moe_graph_is_same(T.abi, graph, g->moe)) {
+            // allocated before tracing began, or (older releases, when they tidy the KV cache) not allocated at all
+            s = nullptr;
             return;
         }
         if (current_ctx) {
