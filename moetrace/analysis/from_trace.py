@@ -395,7 +395,9 @@ class Analysis:
         if total is None or not steps:
             raise UsageError("no ubatch has its row 0 in the trace", fix="choose another phase")
         aggregate = gate.gate_summary(total, self.layers)
-        aggregate = aggregate[aggregate["metric"].isin(published.AGGREGATED) & (n > 1)]
+        aggregate = aggregate[
+            aggregate["metric"].isin(published.AGGREGATED) & (aggregate["tokens"] > 0) & (n > 1)
+        ]
         return (
             pd.concat(steps, ignore_index=True),
             aggregate[["layer", "next_layer", "metric", "mean", "std"]].reset_index(drop=True),
