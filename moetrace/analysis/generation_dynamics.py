@@ -171,7 +171,7 @@ def _divergence(members: npt.NDArray[np.float32], step: Ints, width: int) -> Flo
     by_step[:, there] = np.add.reduceat(members[:, order], begin[there], axis=1, dtype=np.float64)
     before = np.cumsum(by_step, axis=1)[:, :-1]
     after = by_step.sum(axis=1, keepdims=True) - before
-    return _weighted_jsd(before, after).mean(axis=0)
+    return np.asarray(_weighted_jsd(before, after).mean(axis=0))
 
 
 def _weighted_jsd(a: Floats, b: Floats) -> Floats:
@@ -388,7 +388,7 @@ def as_published_dynamics(
         same += stays.sum(axis=0)
         pairs += both.sum(axis=0)
         for step in range(2, b - a):
-            window = m[max(0, step - 3) : step].any(axis=0)
+            window = np.logical_or.reduce(m[max(0, step - 3) : step], axis=0)
             there = window.any(axis=1) & (size[step] > 0)
             union = (m[step] | window).sum(axis=1)
             apart = 1 - (m[step] & window).sum(axis=1)[there] / union[there]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +51,7 @@ class RoutedText:
     def __post_init__(self) -> None:
         m, n_layers = self.experts.shape[:2]
         r = len(self.starts) - 1
-        fill = {
+        fill: dict[str, Any] = {
             "tokens": np.full(m, -1, dtype=np.int32),
             "positions": np.arange(m) - np.repeat(self.starts[:-1], np.diff(self.starts)),
             "prompts": [str(i) for i in range(r)],

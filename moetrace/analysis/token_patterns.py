@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -36,15 +37,20 @@ from moetrace.errors import UsageError
 #: VAR a single letter, CW content word; CTL a control token such as <|im_start|>, which was not published
 TYPES = ("WS", "NUM", "KW", "BR", "OP", "PN", "FW", "CAP", "VAR", "CW", "CTL")
 
+
+def _set_of(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
 # The published lists.
-_KEYWORDS = frozenset(
+_KEYWORDS = _set_of(
     "def class import return if else for while function const let var async await SELECT FROM WHERE INSERT CREATE"
-    " fn mut impl struct enum".split()
+    " fn mut impl struct enum"
 )
-_FUNCTION_WORDS = frozenset(
-    "the a an in on at to for with by of and or but is are was were be been i you he she it we they this that".split()
+_FUNCTION_WORDS = _set_of(
+    "the a an in on at to for with by of and or but is are was were be been i you he she it we they this that"
 )
-_OPERATORS = frozenset("== != <= >= += -= -> =>".split())
+_OPERATORS = _set_of("== != <= >= += -= -> =>")
 
 #: semantic types, by word, as published (adjectives and nouns of its prompts), and of our prompts' relation words
 SEMANTIC_WORDS = {
@@ -58,7 +64,7 @@ SEMANTIC_WORDS = {
 }
 SEMANTIC_TYPES = ("WS", "NUM", "OP", *SEMANTIC_WORDS, "OTHER")
 _SEMANTIC_OF = {word: name for name, words in reversed(SEMANTIC_WORDS.items()) for word in words.split()}
-_SEMANTIC_OPERATORS = frozenset("+ - * / = < > == != += -=".split())
+_SEMANTIC_OPERATORS = _set_of("+ - * / = < > == != += -=")
 
 #: patterns that the published analysis looked for, and the name it gave each
 PATTERNS_OF_INTEREST = {
@@ -304,11 +310,10 @@ def pattern_summary(
         made[name] = (_with_words(table, text, typed, code, names), found.n_tested)
     types, trigrams = made["types"][0], made["trigrams"][0]
     beyond = _beyond_words(text, typed, n_permutations, seed)
+    layer_of = {int(n): i for i, n in enumerate(text.numbers)}
     types["p_words"] = [
-        beyond[
-            int(np.flatnonzero(text.numbers == row.layer)[0]), row.expert, typed.names.index(str(row.pattern))
-        ]
-        for row in types.itertuples()
+        float(beyond[layer_of[layer], expert, typed.names.index(name)])
+        for layer, expert, name in types[["layer", "expert", "pattern"]].itertuples(index=False, name=None)
     ]
     stands = []
     for size, table in (("type", types), ("trigram", trigrams)):
@@ -485,9 +490,8 @@ def _with_words(
     """Add which words stand behind a row."""
     layer_of = {int(n): i for i, n in enumerate(text.numbers)}
     different, top, share = [], [], []
-    for row in table.itertuples():
-        layer = layer_of[int(row.layer)]  # type: ignore[arg-type]
-        mine = (code == names.index(str(row.pattern))) & (text.experts[:, layer] == row.expert).any(axis=1)
+    for number, expert, name in table[["layer", "expert", "pattern"]].itertuples(index=False, name=None):
+        mine = (code == names.index(name)) & (text.experts[:, layer_of[number]] == expert).any(axis=1)
         words, counts = np.unique(typed.word[mine], return_counts=True)
         different.append(words.size)
         top.append(typed.words[int(words[counts.argmax()])] if words.size else "")
@@ -687,7 +691,7 @@ def repeated(text: RoutedText, n: int) -> npt.NDArray[np.bool_]:
     """(M,) whether the n token ids up to this one stood earlier in the same request."""
     out = np.zeros(len(text), dtype=bool)
     tokens = np.asarray(text.tokens).tolist()
-    for a, b in zip(text.starts[:-1].tolist(), text.starts[1:].tolist(), strict=True):
+    for a, b in pairwise(text.starts.tolist()):
         seen: set[tuple[int, ...]] = set()
         for i in range(a + n - 1, b):
             gram = tuple(tokens[i - n + 1 : i + 1])
@@ -760,7 +764,7 @@ def semantic_patterns(
         seed=seed,
     )
     words = _with_words(found.table(alpha, max_listed, names, "pattern"), text, semantic, code, names)
-    return SemanticPatterns(tested.table, lift, words, tested.testable, tested.reason)
+    return SemanticPatterns(tested.table, lift, words, tested.testable, tested.verdict)
 
 
 def combined_analysis(**aspects: pd.DataFrame) -> pd.DataFrame:
@@ -790,7 +794,7 @@ def _piece_trigrams(
     pieces: Sequence[str], starts: npt.ArrayLike, classify: Callable[[str], str]
 ) -> Iterator[str]:
     begin = np.asarray(starts).tolist()
-    for a, b in zip(begin[:-1], begin[1:], strict=True):
+    for a, b in pairwise(begin):
         types = [classify(piece) for piece in pieces[a:b]]
         for i, kind in enumerate(types):
             yield "→".join((types[i - 1] if i else "^", kind, types[i + 1] if i + 1 < len(types) else "$"))
