@@ -29,6 +29,7 @@ from moetrace.analysis.counts import (
     reading_order,
 )
 from moetrace.analysis.published import Activations, ExpertFrequency
+from moetrace.analysis.routed import RoutedText
 from moetrace.analysis.sums import MetricSums
 from moetrace.errors import ChannelMissingError, MoetraceError, UsageError
 
@@ -603,6 +604,78 @@ class Analysis:
             return tuple(self._traces[0].consumers[0])
         except MoetraceError:
             return ()
+
+    @cached_property
+    def text(self) -> RoutedText:
+        """The chosen rows as whole texts in reading order; a copy. One request per prompt: the first.
+
+        Numbers and weights are as the trace has them; a cell that was not computed or is lost has no expert.
+        """
+        n_expert = int(max(self.n_expert))
+        parts: list[tuple[RoutedRows, npt.NDArray[np.int64]]] = []
+        sizes: list[int] = []
+        prompts: list[str] = []
+        labels: list[str] = []
+        seen: set[str] = set()
+        for trace, name in zip(self._traces, self._names, strict=True):
+            order = reading_order(trace.request, trace.positions, self._keep(trace), self._shifted(trace))
+            names, domains = self._prompts(trace, name), self._labels(trace)
+            pieces = []
+            for i, number in enumerate(order.requests.tolist()):
+                if names[number] not in seen:
+                    seen.add(names[number])
+                    prompts.append(names[number])
+                    labels.append(domains[number])
+                    pieces.append(order.rows[order.request_starts[i] : order.request_starts[i + 1]])
+            sizes += [piece.size for piece in pieces]
+            parts.append((trace, np.concatenate([*pieces, np.empty(0, dtype=np.int64)])))
+        columns = [_channel(trace, "weights") for trace, _ in parts]
+        weights = [
+            None if column is None else np.asarray(column[rows])
+            for column, (_, rows) in zip(columns, parts, strict=True)
+        ]
+        known = [part for part in weights if part is not None]
+        return RoutedText(
+            np.concatenate([_present(trace, rows) for trace, rows in parts]),
+            np.concatenate(([0], np.cumsum(sizes))).astype(np.int64),
+            n_expert,
+            weights=np.concatenate(known) if self._top1 == "weight" and len(known) == len(parts) else None,
+            tokens=np.concatenate([trace.token_ids[rows] for trace, rows in parts]),
+            positions=np.concatenate([trace.positions[rows] for trace, rows in parts]),
+            prompts=prompts,
+            labels=labels,
+            layers=self.layers,
+        )
+
+    @cached_property
+    def vocabulary(self) -> list[bytes]:
+        """The text of each token id, as bytes. Raises MoetraceError if the trace does not know it."""
+        for trace in self._traces:
+            found: list[bytes] | None = getattr(getattr(trace, "trace", trace), "vocabulary", None)
+            if found is not None:
+                return found
+        raise MoetraceError(
+            "the recording does not know the text of its tokens",
+            why="it has no vocabulary.json, and its model file is not where it was",
+            fix="record it with moetrace, or put the model back",
+        )
+
+    def pieces(self, text: RoutedText) -> list[bytes]:
+        """The text of each of these rows' tokens, as bytes; of ids that have none, nothing."""
+        words, n = self.vocabulary, len(self.vocabulary)
+        return [words[t] if 0 <= t < n else b"" for t in np.asarray(text.tokens).tolist()]
+
+    def request_column(self, name: str) -> dict[str, Any]:
+        """Prompt -> what the clients said about it under this key; only those who said something."""
+        out: dict[str, Any] = {}
+        for trace, given in zip(self._traces, self._names, strict=True):
+            requests = trace.requests
+            if name in requests:
+                names = self._prompts(trace, given)
+                for number, value in requests[name].items():
+                    if value is not None and not (isinstance(value, float) and np.isnan(value)):
+                        out.setdefault(names[int(str(number))], value)
+        return out
 
     @cached_property
     def _domains(self) -> RoutingCounts:

@@ -194,9 +194,7 @@ def weight_similarity(
         for round_, sign in enumerate(flips, start=1):
             flipped = {e: _flipped(parts[e], sign[e]) for e in held}
             for i in mine:
-                aligned[round_, i] = align(
-                    flipped[int(chosen[i, 0])], flipped[int(chosen[i, 1])]
-                ).cosine
+                aligned[round_, i] = align(flipped[int(chosen[i, 0])], flipped[int(chosen[i, 1])]).cosine
     return _similarity_table(chosen, cosine, down, aligned)
 
 
@@ -232,9 +230,7 @@ def _flipped(parts: Neurons, sign: Floats) -> Neurons:
 
     n_up = parts.n_up  # a bias, if there is one, stands behind each read block
     if parts.free is not None:
-        return Neurons(
-            flip(parts.fixed, [read]), flip(parts.free, [read, written]), parts.scale, parts.n_up
-        )
+        return Neurons(flip(parts.fixed, [read]), flip(parts.free, [read, written]), parts.scale, parts.n_up)
     n_read = (parts.fixed.shape[1] - width) // n_up
     return Neurons(flip(parts.fixed, [read] * n_read + [written]), None, parts.scale, parts.n_up)
 
@@ -503,7 +499,9 @@ def merge(members: Sequence[Expert], shares: npt.ArrayLike, activation: Activati
         down=np.ascontiguousarray(down.T, np.float32),
         gate=None if gate is None else gate[:, :width].astype(np.float32),
         up_bias=up[:, width].astype(np.float32) if first.up_bias is not None else None,
-        gate_bias=gate[:, width].astype(np.float32) if gate is not None and first.gate_bias is not None else None,
+        gate_bias=gate[:, width].astype(np.float32)
+        if gate is not None and first.gate_bias is not None
+        else None,
         down_bias=np.tensordot(weight, np.stack(biases), 1).astype(np.float32) if biases else None,
     )
 

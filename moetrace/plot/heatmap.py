@@ -61,7 +61,9 @@ def heatmap(
     if scale == "lift":
         bar.ax.yaxis.set_major_locator(FixedLocator([1 / 4, 1 / 2, 1, 2, 4]))
         bar.ax.yaxis.set_minor_locator(NullLocator())
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"1/{1 / v:.0f}" if v < 0.9 else f"{v:.0f}"))
+        bar.ax.yaxis.set_major_formatter(
+            FuncFormatter(lambda v, _: f"1/{1 / v:.0f}" if v < 0.9 else f"{v:.0f}")
+        )
     return ax
 
 

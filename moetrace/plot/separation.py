@@ -37,7 +37,9 @@ def separation(table: pd.DataFrame, *, ax: Axes | None = None, alpha: float = 0.
     ):
         if which.any():
             y = table["jsd_bits"].to_numpy()[which]
-            ax.scatter(x[which], y, s=16, facecolor=fill, edgecolor=ink(), linewidth=0.9, zorder=3, label=label)
+            ax.scatter(
+                x[which], y, s=16, facecolor=fill, edgecolor=ink(), linewidth=0.9, zorder=3, label=label
+            )
     layer_axis(ax, x)
     ax.set(ylabel="Jensen-Shannon divergence (bits)", ylim=(0, None))
     if not np.isfinite(table["jsd_bits"]).any():
