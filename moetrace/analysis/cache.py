@@ -126,13 +126,14 @@ def _update_stacks(
         if new:
             depth[~found] = used
         out[mine[found], t] = depth[found] + 1
+        s = s[:, : int(depth.max()) + 1]  # below, nothing moves
         pushed = np.empty_like(s)
         pushed[:, 0] = worth[:n, t]
         np.minimum.accumulate(s[:, :-1], axis=1, out=pushed[:, 1:])
         s[mine, depth] = nothing
         kept = np.maximum(pushed, s)
         kept[:, 0] = pushed[:, 0]
-        np.copyto(s, kept, where=place[: used + 1] <= depth[:, None])
+        np.copyto(s, kept, where=place[: s.shape[1]] <= depth[:, None])
         if new:
             used = min(used + 1, n_items)
         if progress is not None and t % 8192 == 0:
