@@ -76,9 +76,61 @@ static moe_layer * layer_find(std::vector<moe_layer> & layers, int number) {
     return nullptr;
 }
 
+// numbers that the host sets before the graph runs
+static bool is_number_input(ggml_abi & abi, ggml_tensor * t) {
+    return t && abi.op(t) == OP_NONE && abi.type(t) == TYPE_I32;
+}
+
+// The graph's inputs, by name. Multi-token prediction leaves the tokens without one, and releases of 2025 the positions
+// and the output rows: they are known by what they are used for.
+static void inputs_find(ggml_abi & abi, ggml_cgraph * graph, moe_graph & out) {
+    out.inp_tokens = abi.graph_get_tensor(graph, "inp_tokens");
+    out.inp_pos    = abi.graph_get_tensor(graph, "inp_pos");
+    for (const char * name : { "out_ids", "inp_out_ids" }) {
+        if (!out.out_ids) {
+            out.out_ids = abi.graph_get_tensor(graph, name);
+        }
+    }
+    for (int i = 0; i < out.n_nodes && !(out.inp_tokens && out.inp_pos); i++) {
+        ggml_tensor * node  = abi.graph_node(graph, i);
+        ggml_tensor * input = abi.src(node, 1);
+        const op_kind op = abi.op(node);
+        if (op == OP_ROPE && !out.inp_pos && is_number_input(abi, input)) {
+            out.inp_pos = input;
+        } else if (op == OP_GET_ROWS && abi.src(node, 0) && is_number_input(abi, input)) {
+            const char * table = abi.name(abi.src(node, 0));
+            if (!out.inp_tokens && (strcmp(table, "token_embd.weight") == 0 || strstr(table, "nextn.embed_tokens.weight"))) {
+                out.inp_tokens = input;
+            } else if (!out.inp_pos && strcmp(table, "position_embd.weight") == 0) {
+                out.inp_pos = input;
+            }
+        }
+    }
+    if (out.inp_tokens) {
+        out.n_tokens = abi.ne(out.inp_tokens)[0];
+    } else if (ggml_tensor * embd = abi.graph_get_tensor(graph, "inp_embd")) {
+        out.n_tokens = abi.ne(embd)[1];
+    } else {
+        for (const auto & layer : out.layers) {
+            out.n_tokens = std::max(out.n_tokens, layer.n_rows);
+        }
+    }
+    // rows of what the graph computed for every token (not of a table, not of a recurrent state), taken by an input
+    for (int i = 0; i < out.n_nodes && !out.out_ids; i++) {
+        ggml_tensor * node  = abi.graph_node(graph, i);
+        ggml_tensor * table = abi.op(node) == OP_GET_ROWS ? view_skip(abi, abi.src(node, 0)) : nullptr;
+        ggml_tensor * input = table ? abi.src(node, 1) : nullptr;
+        if (table && abi.op(table) != OP_NONE && abi.ne(abi.src(node, 0))[1] == out.n_tokens &&
+                is_number_input(abi, input) && input != out.inp_tokens && input != out.inp_pos) {
+            out.out_ids = input;
+        }
+    }
+}
+
 moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
     moe_graph out;
     const int n_nodes = abi.graph_n_nodes(graph);
+    out.n_nodes = n_nodes;
 
     // the layers: whoever multiplies with expert matrices
     for (int i = 0; i < n_nodes; i++) {
@@ -98,6 +150,10 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
             continue; // LoRA, adjugate experts
         }
         moe_layer * layer = layer_find(out.layers, number);
+        if (out.layers.empty()) {
+            out.i_experts = i;
+            out.experts   = node;
+        }
         if (!layer) {
             out.layers.emplace_back();
             layer = &out.layers.back();
@@ -164,23 +220,15 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
         }
     }
 
-    out.inp_tokens = abi.graph_get_tensor(graph, "inp_tokens");
-    out.inp_pos    = abi.graph_get_tensor(graph, "inp_pos");
-    for (const char * name : { "out_ids", "inp_out_ids" }) {
-        if (!out.out_ids) {
-            out.out_ids = abi.graph_get_tensor(graph, name);
-        }
-    }
-    if (out.inp_tokens) {
-        out.n_tokens = abi.ne(out.inp_tokens)[0];
-    } else if (ggml_tensor * embd = abi.graph_get_tensor(graph, "inp_embd")) {
-        out.n_tokens = abi.ne(embd)[1];
-    } else {
-        for (const auto & layer : out.layers) {
-            out.n_tokens = std::max(out.n_tokens, layer.n_rows);
-        }
-    }
+    inputs_find(abi, graph, out);
     return out;
+}
+
+bool moe_graph_is_same(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & moe) {
+    if (abi.graph_n_nodes(graph) != moe.n_nodes) {
+        return false;
+    }
+    return !moe.experts || (abi.graph_node(graph, moe.i_experts) == moe.experts && abi.op(moe.experts) == OP_MUL_MAT_ID);
 }
 
 } // namespace moetrace

@@ -253,8 +253,9 @@ int sched_on_compute(sched_t sched, ggml_cgraph * graph, compute_fn compute, set
         }
         s = &sched_get(T, sched);
         graph_trace * g = s->find(graph);
-        if (!g) {
-            s = nullptr; // allocated before tracing began
+        if (!g || !moe_graph_is_same(T.abi, graph, g->moe)) {
+            // allocated before tracing began, or (older releases, when they tidy the KV cache) not allocated at all
+            s = nullptr;
             return;
         }
         if (current_ctx) {
@@ -385,6 +386,19 @@ void context_on_warmup(llama_context * ctx, bool warmup) {
 void context_on_event(llama_context * ctx, event_code code, int32_t sequence, int32_t p0, int32_t p1, int32_t arg) {
     when_active([&](tracer_state & T) {
         context_event_push(context_get(T, ctx), { code, sequence, p0, p1, arg });
+    });
+}
+
+// A context that has decoded nothing yet is not known: samplers that are set while it is made begin no task. A draft
+// model's context, or MTP's, serves the tasks of the main one.
+void context_on_launch(llama_context * ctx, int32_t sequence) {
+    when_active([&](tracer_state & T) {
+        context_trace * launched = context_find(T, ctx);
+        for (auto & c : T.contexts) {
+            if (c.get() == launched || (launched && launched == T.contexts.front().get())) {
+                context_event_push(*c, { EVENT_LAUNCH, sequence, 0, 0, 0 });
+            }
+        }
     });
 }
 

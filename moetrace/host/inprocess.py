@@ -93,20 +93,7 @@ class Generator:
                     on_done(_label_line(job))
 
     def _prepare(self, prompt: Prompt, n_predict: int) -> _Job:
-        if prompt.tokens is not None:
-            tokens = list(prompt.tokens)
-            if max(tokens) >= self._model.n_vocab:
-                raise MoetraceError(
-                    f"prompt {prompt.id}: token {max(tokens)} is not in the model's vocabulary",
-                    why=f"it has {self._model.n_vocab} tokens",
-                    fix="tokenize the prompt with this model",
-                )
-        elif prompt.messages is not None:
-            tokens = self._model.tokenize(self._model.render(prompt.messages))
-        else:
-            tokens = self._model.tokenize(prompt.text or "")
-        if not tokens:
-            raise MoetraceError(f"prompt {prompt.id} is empty", fix="remove it from the prompts")
+        tokens = prompt_tokens(self._model, prompt)
         n = n_predict if prompt.n_predict is None else prompt.n_predict
         if len(tokens) + n > self._model.n_ctx // self._n_parallel:
             raise MoetraceError(
@@ -147,6 +134,31 @@ class Generator:
         scaled = logits.astype(np.float64) / self._temperature
         p = np.exp(scaled - scaled.max())
         return int(self._random.choice(len(p), p=p / p.sum()))
+
+
+def prompt_tokens(model: llama.Llama, prompt: Prompt) -> list[int]:
+    """Give a prompt's token ids: as they stand, of the rendered messages, or of the text.
+
+    Raises
+    ------
+    MoetraceError
+        If it is empty, has a token that the model has not, or its messages cannot be rendered.
+    """
+    if prompt.tokens is not None:
+        tokens = list(prompt.tokens)
+        if max(tokens) >= model.n_vocab:
+            raise MoetraceError(
+                f"prompt {prompt.id}: token {max(tokens)} is not in the model's vocabulary",
+                why=f"it has {model.n_vocab} tokens",
+                fix="tokenize the prompt with this model",
+            )
+    elif prompt.messages is not None:
+        tokens = model.tokenize(model.render(prompt.messages))
+    else:
+        tokens = model.tokenize(prompt.text or "")
+    if not tokens:
+        raise MoetraceError(f"prompt {prompt.id} is empty", fix="remove it from the prompts")
+    return tokens
 
 
 def _label_line(job: _Job) -> dict[str, Any]:
