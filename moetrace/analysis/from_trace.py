@@ -7,6 +7,7 @@ and domains, counts once, and offers each analysis as a method.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, reduce
 from operator import add
 from typing import Any, Literal, Protocol
@@ -96,6 +97,27 @@ def from_trace(
     if not traces:
         raise UsageError("there is no trace to analyse", fix="give at least one")
     return Analysis(traces, phase, top1, max_lag, tuple(names or map(str, range(len(traces)))), progress)
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """Tokens of one layer, for analyses of what experts compute.
+
+    Attributes
+    ----------
+    rows
+        (n,) row numbers in the trace.
+    gate_input, experts, weights
+        (n, D), (n, k), (n, k).
+    prompts
+        (n,) the prompt of each.
+    """
+
+    rows: npt.NDArray[np.int64]
+    gate_input: npt.NDArray[np.float32]
+    experts: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32]
+    prompts: npt.NDArray[np.str_]
 
 
 class Analysis:
@@ -245,6 +267,27 @@ class Analysis:
         """:func:`moetrace.analysis.gate.gate_summary` over prompts."""
         distances = self.gate_distances()
         return gate.gate_summary(distances, distances["prompt"].to_numpy())
+
+    def layer_rows(self, index: int, at_most: int | None = None) -> LayerRows:
+        """Tokens of the layer at ``index`` of the layer axis, evenly spread over the chosen rows; one trace only.
+
+        Rows in which the layer was not computed are left out. Raises ChannelMissingError if the trace has no gate
+        inputs or weights.
+        """
+        trace = self._single("what experts compute")
+        inputs, weights = trace.gate_input, trace.weights  # type: ignore[attr-defined]  # these raise by themselves
+        rows = np.flatnonzero(self._keep(trace) & (np.asarray(trace.state[:, index]) == 1))
+        if at_most is not None and rows.size > at_most:
+            rows = rows[np.linspace(0, rows.size - 1, at_most).astype(np.int64)]
+        k = int(trace.n_expert_used[index])
+        names = np.array(self._prompts(trace, self._names[0]), dtype=np.str_)
+        return LayerRows(
+            rows,
+            np.asarray(inputs[rows, index], np.float32),
+            np.asarray(trace.experts[rows, index, :k], np.int64),
+            np.asarray(weights[rows, index, :k], np.float32),
+            names[np.asarray(trace.request)[rows]],
+        )
 
     def agreement(self, other: Analysis) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Agreement with another capture of the same text, token by token.

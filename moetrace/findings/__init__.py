@@ -21,6 +21,9 @@ __all__ = ["QUESTIONS", "Figure", "Finding", "Question", "Subject", "parameter",
 #: name -> the class in moetrace/findings/NAME.py (- as _), in the order of the report
 QUESTIONS = {
     "load-balance": "LoadBalance",
+    "expert-interference": "ExpertInterference",
+    "expert-merging": "ExpertMerging",
+    "routing-manipulation": "RoutingManipulation",
 }
 
 
