@@ -398,8 +398,9 @@ def merge_candidates(
     alike &= tested.isna() | (tested <= 0.05)
     by = np.select([near & alike, near, alike], ["both", "outputs", "weights"], "")
     found = pairs.assign(by=by).loc[by != ""]
-    by_output = "output_distance" in found and found["output_distance"].notna().any()
-    return found.sort_values("output_distance" if by_output else "cosine_aligned", ascending=bool(by_output))
+    by_output = bool("output_distance" in found and found["output_distance"].notna().any())
+    found = found.sort_values("output_distance" if by_output else "cosine_aligned", ascending=by_output)
+    return pd.DataFrame(found)
 
 
 # -- grouping ----------------------------------------------------------------------------------------------
