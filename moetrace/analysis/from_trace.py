@@ -173,6 +173,27 @@ class Agreement:
         return compare.usage_difference(*self.included, layers=self.layers, n_expert=self.n_expert)
 
 
+@dataclass(frozen=True)
+class LayerRows:
+    """Tokens of one layer, for analyses of what experts compute.
+
+    Attributes
+    ----------
+    rows
+        (n,) row numbers in the trace.
+    gate_input, experts, weights
+        (n, D), (n, k), (n, k).
+    prompts
+        (n,) the prompt of each.
+    """
+
+    rows: npt.NDArray[np.int64]
+    gate_input: npt.NDArray[np.float32]
+    experts: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32]
+    prompts: npt.NDArray[np.str_]
+
+
 class Analysis:
     """Analyses of the chosen rows; counts are made at first use and kept."""
 
@@ -368,6 +389,27 @@ class Analysis:
             for trace, prompt, rows, partners in self._gate_rows()
         )
         return gate.gate_summary(reduce(add, parts), self.layers)
+
+    def layer_rows(self, index: int, at_most: int | None = None) -> LayerRows:
+        """Tokens of the layer at ``index`` of the layer axis, evenly spread over the chosen rows; one trace only.
+
+        Rows in which the layer was not computed are left out. Raises ChannelMissingError if the trace has no gate
+        inputs or weights.
+        """
+        trace = self._single("what experts compute")
+        inputs, weights = trace.gate_input, trace.weights  # type: ignore[attr-defined]  # these raise by themselves
+        rows = np.flatnonzero(self._keep(trace) & (np.asarray(trace.state[:, index]) == 1))
+        if at_most is not None and rows.size > at_most:
+            rows = rows[np.linspace(0, rows.size - 1, at_most).astype(np.int64)]
+        k = int(trace.n_expert_used[index])
+        names = np.array(self._prompts(trace, self._names[0]), dtype=np.str_)
+        return LayerRows(
+            rows,
+            np.asarray(inputs[rows, index], np.float32),
+            np.asarray(trace.experts[rows, index, :k], np.int64),
+            np.asarray(weights[rows, index, :k], np.float32),
+            names[np.asarray(trace.request)[rows]],
+        )
 
     def published_gate(self, at_most: int = 200) -> tuple[pd.DataFrame, pd.DataFrame]:
         """:func:`moetrace.analysis.published.gate_input_analysis` of these traces, all layers: its steps (the

@@ -199,7 +199,7 @@ class _Plan:
 
     def _is_merging(self, layer: int) -> bool:
         group = self._groups[layer].group
-        return len(np.unique(group[group >= 0])) < (group >= 0).sum()
+        return bool(len(np.unique(group[group >= 0])) < (group >= 0).sum())
 
     def data(self, name: str) -> NDArray[Any]:
         """Give a tensor as it is stored."""
