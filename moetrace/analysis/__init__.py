@@ -8,7 +8,13 @@ Pure functions of arrays, in rooms: :mod:`counts` (what everything follows from)
 from __future__ import annotations
 
 from moetrace.analysis.chance import Chance, chance
-from moetrace.analysis.compare import agreement, agreement_summary, align
+from moetrace.analysis.compare import (
+    agreement,
+    agreement_by_depth,
+    agreement_summary,
+    align,
+    usage_difference,
+)
 from moetrace.analysis.counts import (
     RoutingCounts,
     TokenCounts,
@@ -24,10 +30,12 @@ from moetrace.analysis.domain import (
     domain_separation,
     domain_test,
     expert_frequency,
+    expert_usage,
     specialists,
 )
-from moetrace.analysis.from_trace import Analysis, RoutedRows, from_trace
-from moetrace.analysis.gate import gate_distances, gate_summary
+from moetrace.analysis.from_counts import TableAnalysis
+from moetrace.analysis.from_trace import Agreement, Analysis, RoutedRows, from_trace
+from moetrace.analysis.gate import gate_distances, gate_summary, gate_sums
 from moetrace.analysis.layers import (
     DeepDive,
     DepthContrast,
@@ -37,9 +45,11 @@ from moetrace.analysis.layers import (
     load_balance,
 )
 from moetrace.analysis.matched import MatchedSeparation, matched_separation
+from moetrace.analysis.sums import MetricSums
 from moetrace.analysis.temporal import Transitions, persistence, shuffle_test, transitions
 
 __all__ = [
+    "Agreement",
     "Analysis",
     "Chance",
     "DeepDive",
@@ -47,11 +57,14 @@ __all__ = [
     "DomainSeparation",
     "DomainTest",
     "MatchedSeparation",
+    "MetricSums",
     "RoutedRows",
     "RoutingCounts",
+    "TableAnalysis",
     "TokenCounts",
     "Transitions",
     "agreement",
+    "agreement_by_depth",
     "agreement_summary",
     "align",
     "chance",
@@ -64,10 +77,12 @@ __all__ = [
     "domain_separation",
     "domain_test",
     "expert_frequency",
+    "expert_usage",
     "frequent_tokens",
     "from_trace",
     "gate_distances",
     "gate_summary",
+    "gate_sums",
     "load_balance",
     "matched_separation",
     "persistence",
@@ -75,4 +90,5 @@ __all__ = [
     "shuffle_test",
     "specialists",
     "transitions",
+    "usage_difference",
 ]

@@ -125,12 +125,15 @@ class Question(ABC):
         What a trace must hold beyond experts and weights.
     needs_model
         Whether it runs or reads the model (``subject.model``), so that a trace alone does not answer it.
+    compares
+        Whether it sets two traces against each other (``subject.pair``); others take traces together.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     channels: ClassVar[tuple[str, ...]] = ()
     needs_model: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
 
     @abstractmethod
     def answer(self, subject: Subject) -> Finding:

@@ -517,6 +517,16 @@ class Selection(Rows):
         """The trace that this is a selection of."""
         return self._trace
 
+    @property
+    def requests(self) -> pd.DataFrame:
+        """The requests of the whole trace, as :attr:`Trace.requests`: selected rows carry their numbers."""
+        return self._trace.requests
+
+    @property
+    def consumers(self) -> list[list[str]]:
+        """:attr:`Trace.consumers` of the selected layers."""
+        return np.array([*self._trace.consumers, None], dtype=object)[:-1][self._layer_index].tolist()
+
     def __repr__(self) -> str:
         return f"<Selection of {self._trace.path}: {len(self):,} tokens × {len(self.layers)} layers>"
 

@@ -1,0 +1,63 @@
+"""One layer in detail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pandas as pd
+
+from moetrace.analysis import published
+from moetrace.findings.finding import Finding, Question, parameter
+from moetrace.findings.subject import Subject
+from moetrace.findings.wording import best
+
+
+@dataclass(frozen=True)
+class DeepDive(Question):
+    """What does the most domain-specific layer look like, expert by expert?
+
+    Each domain's share of picks for every expert, and its lift over the mean of domains. The layer is the one of
+    largest bias-corrected Cramér's V, unless one is given. As published: the notebook's part 7, the same table three
+    times, once for each of the matrices gate, up and down, of the layer of largest chi-square; one router decision
+    serves all three.
+    """
+
+    name: ClassVar[str] = "deep-dive"
+    title: ClassVar[str] = "One layer in detail"
+
+    layer: int = parameter(-1, "layer to look at; -1: the most domain-specific")
+
+    def answer(self, subject: Subject) -> Finding:
+        """Lay out one layer."""
+        analysis = subject.analysis
+        found = analysis.deep_dive(None if self.layer < 0 else self.layer)
+        percent = found.percent.stack().rename("percent")
+        lift = found.lift.stack().rename("lift").reindex(percent.index)
+        table = pd.concat([percent, lift], axis=1).reset_index()
+        table.insert(0, "layer", found.layer)
+        table["components"] = ", ".join(found.consumers)
+        old = published.deep_dive(analysis.published(), None if self.layer < 0 else self.layer)
+        parts = []
+        for component, frame in old.items():
+            long = frame.stack().rename("percent").reset_index()
+            long.insert(0, "component", component)
+            parts.append(long)
+        sentences = [f"Layer {found.layer}, {'chosen' if self.layer >= 0 else 'the most domain-specific'}."]
+        row = best(table, "lift")
+        if row is not None:
+            sentences[0] = (
+                f"In layer {found.layer}, {'as asked for' if self.layer >= 0 else 'the most domain-specific'}, the largest"
+                f" lift is that of expert {row['expert']:.0f} for {row['domain']}: {row['percent']:.1f} % of its picks,"
+                f" {row['lift']:.1f} times the mean of domains."
+            )
+        caveats = [
+            subject.phase_note,
+            "Picked because it is the largest, it looks larger than it is: specialists has intervals and tests.",
+        ]
+        if len(found.consumers) > 1:
+            caveats.append(
+                f"{', '.join(found.consumers)} share one decision: the published heatmaps of them are one and the same."
+            )
+        tables = {"deep_dive": table, "as_published_components": pd.concat(parts, ignore_index=True)}
+        return self.finding(sentences, tables, caveats)
