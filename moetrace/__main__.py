@@ -30,6 +30,7 @@ COMMANDS = {
     "recover": "Recover",
     "dump": "Dump",
     "analyze": "Analyze",
+    "report": "Report",
     "export": "Export",
     "doctor": "Doctor",
     "preload-path": "PreloadPath",

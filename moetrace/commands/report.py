@@ -8,7 +8,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from moetrace.commands.options import add_option
+from moetrace.commands.options import add_option, paint
 from moetrace.commands.progress import progress_bar
 from moetrace.errors import InputError
 from moetrace.findings import Finding, Subject
@@ -59,7 +59,7 @@ class Report:
                 findings = ask_all(subject, given, update)
             report = write_report(subject, findings, folder)
             width = min(100, shutil.get_terminal_size().columns)
-            sys.stdout.write(summary(report, subject.phase_note, width=width, stream=sys.stdout))
+            sys.stdout.write(summary(report, width=width, paint=paint))
         return 0
 
 

@@ -6,17 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import pandas as pd
 
-from moetrace.analysis import nulls
+from moetrace.analysis import nulls, overview
 from moetrace.findings import Subject
 from moetrace.trace.loss import Loss
-from moetrace.trace.record import State
-from moetrace.trace.requests import Phase
 from moetrace.trace.trace import Trace
-
-_CHUNK = 1 << 18
 
 Weight = Literal["bad", "warn", "good", "note"]
 
@@ -36,16 +31,15 @@ class Captured:
     Attributes
     ----------
     names
-        Of the traces.
+        Of the recordings.
     facts
-        (name, sentence) pairs: model, tokens, layers, experts, channels, requests.
+        (name, sentence) pairs: model, tokens, layers, experts, channels, ….
+    tiles
+        (number, unit) pairs: the same in a few words.
     completeness
         What became of everything that the model computed; the first remark says whether all of it is here.
-    loss
-        The same as numbers, over all traces.
     domains
-        One row per label, then one for requests without: ``domain``, ``prompts``, ``prompt_tokens``,
-        ``generated_tokens``, ``tokens_of_unknown_phase``.
+        One row per domain, as :func:`moetrace.analysis.overview.domains`; no rows for a count table.
     gaps
         One row per layer of which an entry is missing: ``layer``, ``present``, ``not_computed``, ``lost``.
     limits
@@ -54,44 +48,90 @@ class Captured:
 
     names: tuple[str, ...]
     facts: tuple[tuple[str, str], ...]
+    tiles: tuple[tuple[str, str], ...]
     completeness: tuple[Remark, ...]
-    loss: Loss
     domains: pd.DataFrame
     gaps: pd.DataFrame
     limits: tuple[str, ...]
 
 
 def captured(subject: Subject) -> Captured:
-    """Gather it from the subject's traces; every state and phase is counted, chunk by chunk."""
+    """Gather it from the subject's traces or count table."""
+    if subject.table is not None:
+        return _of_table(subject)
     traces = subject.traces
     loss = sum((trace.loss for trace in traces[1:]), traces[0].loss)
+    domains = overview.domains([trace.requests for trace in traces])
+    facts = _facts(subject, traces)
+    named = int((domains["domain"] != "").sum())
     return Captured(
         names=tuple(trace.path.name for trace in traces),
-        facts=_facts(traces),
+        facts=facts,
+        tiles=(
+            (f"{sum(len(t) for t in traces):,}", "tokens"),
+            (f"{domains['prompts'].sum():,}", "prompt" if domains["prompts"].sum() == 1 else "prompts"),
+            (f"{named}", "domain" if named == 1 else "domains"),
+            (f"{subject.analysis.layers.size}", "MoE layers"),
+            (dict(facts)["experts"].removeprefix("top-"), "experts per token"),
+            (f"{loss.lost:,}", "entries lost"),
+        ),
         completeness=_completeness(traces, loss),
-        loss=loss,
-        domains=_domains(traces),
+        domains=domains.assign(domain=domains["domain"].replace("", "(no label)")),
         gaps=_gaps(traces),
         limits=_limits(subject, loss),
     )
 
 
-def _facts(traces: Sequence[Trace]) -> tuple[tuple[str, str], ...]:
-    first = traces[0]
-    told = dict(first.summary())
-    model = told["model"]
-    tokens = sum(len(trace) for trace in traces)
-    decoded = sum(int(np.count_nonzero(np.asarray(t.phase) == Phase.DECODE)) for t in traces)
-    channels = [c for c in first.channels if all(c in trace.channels for trace in traces)]
-    versions = sorted({str(t.facts.get("runtime") or "") for t in traces} - {""})
+def _of_table(subject: Subject) -> Captured:
+    counts = subject.analysis.counts
+    picks = int(counts.included.sum())
+    layers, n_expert = counts.layers.size, counts.n_expert
+    return Captured(
+        names=("count table",),
+        facts=(
+            ("model", "not known: a table of counts"),
+            ("picks", f"{picks:,}"),
+            ("layers", f"{layers}"),
+            ("experts", f"{n_expert} (highest id + 1)"),
+        ),
+        tiles=(
+            (f"{picks:,}", "picks"),
+            (f"{counts.prompts.size}", "domains"),
+            (f"{layers}", "MoE layers"),
+            (f"{n_expert}", "experts"),
+        ),
+        completeness=(Remark("note", "A table of counts does not say what is missing of it."),),
+        domains=pd.DataFrame(columns=["domain"]),
+        gaps=pd.DataFrame(columns=["layer"]),
+        limits=(
+            "Whether domains differ cannot be tested: counts do not tell the prompts of a domain apart.",
+            "Nothing about time, words or gate inputs: for that the tokens must be known.",
+        ),
+    )
+
+
+def _facts(subject: Subject, traces: Sequence[Trace]) -> tuple[tuple[str, str], ...]:
+    told = dict(traces[0].summary())
+    channels = [c for c in traces[0].channels if all(c in trace.channels for trace in traces)]
+    versions = sorted({str(t.facts.get("ggml") or "") for t in traces} - {""})
+    phases = pd.concat([overview.phases(t.phase, t.state, t.request) for t in traces])
+    by_phase = phases.groupby("phase", sort=False)["tokens"].sum()
+    names = {
+        "prefill": "of prompts (prefill)",
+        "decode": "generated (decode)",
+        "unknown": "of unknown phase",
+        "no request": "of no request (warm-up)",
+    }
+    seen = ", ".join(f"{n:,} {names[str(phase)]}" for phase, n in by_phase.items() if n)
     return (
-        ("model", model),
-        ("tokens", f"{tokens:,}, {decoded:,} of them generated (decode)"),
+        ("model", told["model"]),
+        ("tokens", seen or "none"),
         ("requests", f"{sum(len(t.requests) for t in traces):,}"),
         ("layers", told["layers"]),
         ("experts", told["experts"]),
         ("channels", ", ".join(channels)),
-        *((("recorded from", ", ".join(versions)),) if versions else ()),
+        *((("recorded from", f"ggml {', '.join(versions)}"),) if versions else ()),
+        ("looked at here", subject.phase_note),
     )
 
 
@@ -148,53 +188,12 @@ def _completeness(traces: Sequence[Trace], loss: Loss) -> tuple[Remark, ...]:
     return tuple(said)
 
 
-def _domains(traces: Sequence[Trace]) -> pd.DataFrame:
-    names = ["prompt_tokens", "generated_tokens", "tokens_of_unknown_phase"]
-    tokens: dict[str | None, np.ndarray] = {}
-    prompts: dict[str | None, set[object]] = {}
-    for t, trace in enumerate(traces):
-        requests = trace.requests
-        for number, label, given in zip(requests.index, requests["label"], requests["id"], strict=True):
-            key = None if label is None or pd.isna(label) else str(label)
-            prompts.setdefault(key, set()).add((t, number) if given is None or pd.isna(given) else str(given))
-        for start in range(0, len(trace), _CHUNK):
-            piece = slice(start, start + _CHUNK)
-            request = np.asarray(trace.request[piece])
-            codes, labels = trace.label_codes(request)
-            mine = request >= 0
-            table = np.zeros((len(labels) + 1, 3), np.int64)
-            np.add.at(table, (codes[mine], np.minimum(np.asarray(trace.phase[piece])[mine], 2)), 1)
-            for key, row in zip([*labels, None], table, strict=True):
-                tokens[key] = tokens.get(key, np.zeros(3, np.int64)) + row
-    keys = [*sorted(key for key in prompts if key is not None), *([None] if None in prompts else [])]
-    rows = [
-        {"domain": "(no label)" if key is None else key, "prompts": len(prompts[key])}
-        | dict(zip(names, tokens.get(key, np.zeros(3, np.int64)).tolist(), strict=True))
-        for key in keys
-    ]
-    table = pd.DataFrame(rows, columns=["domain", "prompts", *names])
-    return table if table[names[2]].any() else table.drop(columns=names[2])
-
-
 def _gaps(traces: Sequence[Trace]) -> pd.DataFrame:
-    layers = traces[0].layers
-    states = np.zeros((len(layers), 256), np.int64)
-    for trace in traces:
-        if list(trace.layers) != list(layers):
-            continue
-        for start in range(0, len(trace), _CHUNK):
-            piece = np.asarray(trace.state[start : start + _CHUNK])
-            for i in range(len(layers)):
-                states[i] += np.bincount(piece[:, i], minlength=256)
-    lost_rows = sum(trace.loss.rows_lost for trace in traces)
-    table = pd.DataFrame(
-        {
-            "layer": np.asarray(layers),
-            "present": states[:, State.PRESENT],
-            "not_computed": states[:, State.NOT_COMPUTED],
-            "lost": states[:, State.LOST] + lost_rows,
-        }
-    )
+    parts = [
+        overview.layers(t.state, layers=t.layers, n_expert=t.n_expert, n_expert_used=t.n_expert_used) for t in traces
+    ]
+    table = pd.concat(parts).groupby("layer")[["present", "not_computed", "lost"]].sum().reset_index()
+    table["lost"] += sum(trace.loss.rows_lost for trace in traces)
     missing = (table["not_computed"] > 0) | (table["lost"] > 0)
     return table[missing].reset_index(drop=True)
 

@@ -45,16 +45,20 @@ def explorer(
     domains = sorted({str(label) for label in counts.labels.tolist()} - {""})
     labels = np.asarray(counts.labels).astype(str)
     groups = [np.ones(labels.size, bool), *(labels == name for name in domains)]
+    tokens = counts.tokens
+    k = counts.n_expert_used
+    if not tokens.any():  # a count table: shares are of picks
+        tokens, k = counts.included.sum(axis=2), np.ones_like(k)
     arrays: Arrays = {
         "count": np.stack([counts.included[g].sum(axis=0) for g in groups]).astype("<u4"),
-        "tokens": np.stack([counts.tokens[g].sum(axis=0) for g in groups]).astype("<u4"),
+        "tokens": np.stack([tokens[g].sum(axis=0) for g in groups]).astype("<u4"),
     }
-    trace = subject.traces[0]
     head: dict[str, Any] = {
         "domains": domains,
         "layers": counts.layers.tolist(),
-        "n_expert": np.asarray(trace.n_expert).tolist(),
-        "k": counts.n_expert_used.tolist(),
+        "n_expert": np.asarray(subject.analysis.n_expert).tolist(),
+        "k": k.tolist(),
+        "unit": "tokens" if k is counts.n_expert_used else "picks",
     }
     if (lift := _table(findings, _LIFT)) is not None and domains:
         arrays |= _lift_arrays(lift, domains, counts.layers.tolist(), counts.n_expert)

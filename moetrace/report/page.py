@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import inspect
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,7 +21,7 @@ from moetrace.errors import MoetraceError
 from moetrace.findings import QUESTIONS, Finding, Subject, question
 from moetrace.report.captured import Captured, captured
 from moetrace.report.explorer import explorer, pack, table_json
-from moetrace.report.files import write_finding
+from moetrace.report.files import figures_of, write_finding
 from moetrace.report.methods import Method, linked
 from moetrace.report.svg import inline_svg
 
@@ -30,12 +29,13 @@ from moetrace.report.svg import inline_svg
 MAX_BYTES = 5_000_000
 _SMALLER = ((64, 1000), (48, 300), (24, 60), (8, 20))
 
-# Interactive figures that stand in the sections of these questions, in place of the static ones named.
-_WIDGETS = {
-    "separation": ("separation",),
-    "specialists": ("forest",),
-    "persistence": ("persistence",),
-    "transitions": ("transitions",),
+# Question -> interactive figures in its section, each with the static ones whose place it takes ("": all).
+_WIDGETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "domain-separation": {"separation": ("by_layer",)},
+    "specialists": {"forest": ()},
+    "expert-frequency": {"": ("",)},
+    "persistence": {"persistence": ("by_lag",)},
+    "transitions": {"transitions": ("",)},
 }
 
 Progress = Callable[[int, int], None]
@@ -102,6 +102,8 @@ def render_page(subject: Subject, findings: Sequence[Finding], about: Captured) 
     """Give the page as HTML, at most :data:`MAX_BYTES` if that can be reached by leaving out detail."""
     answered = [f for f in findings if f.missing is None]
     sections = [_section(f) for f in answered]
+    opening = next((s for s in sections if s["name"] == "overview"), None)
+    sections = [s for s in sections if s is not opening]
     for max_experts, max_rows in _SMALLER:
         head, arrays = explorer(subject, answered, max_experts=max_experts)
         head["tables"] = {
@@ -109,26 +111,31 @@ def render_page(subject: Subject, findings: Sequence[Finding], about: Captured) 
             for f in answered
             for name, table in f.tables.items()
         }
-        text = _render(subject, sections, findings, about, pack(head, arrays))
+        text = _render(subject, opening, sections, findings, about, pack(head, arrays))
         if len(text.encode()) <= MAX_BYTES:
             break
     return text
 
 
 def _render(
-    subject: Subject, sections: list[dict[str, Any]], findings: Sequence[Finding], about: Captured, data: bytes
+    subject: Subject,
+    opening: dict[str, Any] | None,
+    sections: list[dict[str, Any]],
+    findings: Sequence[Finding],
+    about: Captured,
+    data: bytes,
 ) -> str:
     environment = _environment()
     loader = environment.loader
     assert loader is not None
     script = loader.get_source(environment, "report.js")[0]
-    trace = subject.traces[0]
-    created = trace.meta.get("created_ns")
+    created = subject.traces[0].meta.get("created_ns") if subject.traces else None
+    facts = dict(about.facts)
     return environment.get_template("report.html.j2").render(
         name=", ".join(about.names),
         captured=about,
-        tiles=_tiles(about),
-        experts_line=f"{dict(about.facts)['layers'].split(' ')[0]} layers, {dict(about.facts)['experts']}",
+        experts_line=f"{facts['layers'].split(' ')[0]} layers, {facts['experts']}",
+        opening=opening,
         phase_note=subject.phase_note,
         sections=sections,
         conclusions=any(s["sentences"] for s in sections),
@@ -165,8 +172,8 @@ def _section(finding: Finding) -> dict[str, Any]:
     known = finding.name in QUESTIONS
     doc = inspect.cleandoc(question(finding.name).__doc__ or "") if known else ""
     asks, _, how = doc.partition("\n")
-    figures = question(finding.name)().figures(finding) if known else {}
-    widgets = _WIDGETS.get(finding.name, ())
+    widgets = _WIDGETS.get(finding.name, {})
+    replaced = {name for names in widgets.values() for name in names}
     return {
         "name": finding.name,
         "title": finding.title,
@@ -175,11 +182,11 @@ def _section(finding: Finding) -> dict[str, Any]:
         "sentences": finding.sentences,
         "caveats": [text for text in finding.caveats if text],
         "parameters": ", ".join(f"{name} {value}" for name, value in finding.parameters.items()),
-        "widgets": widgets,
+        "widgets": [name for name in widgets if name],
         "figures": [
             {"svg": inline_svg(figure, f"{finding.name}-{name}-"), "caption": figure.caption}
-            for name, figure in figures.items()
-            if not figure.interactive
+            for name, figure in figures_of(finding).items()
+            if not replaced & {name, ""}
         ],
         "tables": [
             {
@@ -196,21 +203,6 @@ def _section(finding: Finding) -> dict[str, Any]:
 def _table_name(name: str) -> str:
     said = name.replace("_", " ")
     return f"as published: {said[13:]}" if name.startswith("as_published_") else said
-
-
-def _tiles(about: Captured) -> list[tuple[str, str]]:
-    facts = dict(about.facts)
-    tokens, _, decoded = facts["tokens"].partition(", ")
-    domains = about.domains[about.domains["domain"] != "(no label)"]
-    k, _, experts = facts["experts"].removeprefix("top-").partition(" of ")
-    return [
-        (tokens, decoded.replace(" of them", "")),
-        (f"{about.domains['prompts'].sum():,}", "prompts"),
-        (f"{len(domains)}", "domains" if len(domains) != 1 else "domain"),
-        (re.split(r"\s", facts["layers"])[0], "MoE layers"),
-        (f"{k} of {experts}", "experts per token"),
-        (f"{about.loss.lost:,}", "entries lost"),
-    ]
 
 
 def plain_table(table: pd.DataFrame, caption: str) -> Markup:
