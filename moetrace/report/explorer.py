@@ -56,6 +56,7 @@ def explorer(
     head: dict[str, Any] = {
         "domains": domains,
         "layers": counts.layers.tolist(),
+        "start": 0,
         "n_expert": np.asarray(subject.analysis.n_expert).tolist(),
         "k": k.tolist(),
         "unit": "tokens" if k is counts.n_expert_used else "picks",
@@ -73,6 +74,8 @@ def explorer(
     if (table := _table(findings, _SEPARATION)) is not None and len(table) == counts.layers.size:
         names = ["jsd_bits", "jsd_null_q95", "jsd_jackknife", "jsd_low", "jsd_high", "q_value"]
         arrays["separation"] = _numbers(table.sort_values("layer")[names]).T.astype("<f4")
+        strongest = np.nan_to_num(arrays["separation"][[2, 0]], nan=-1.0)
+        head["start"] = int(strongest[0 if (strongest[0] >= 0).any() else 1].argmax())
     if counts.max_lag and counts.transitions.shape[1] and counts.transitions.any():
         arrays |= _step_arrays(counts, max_experts)
     return head, arrays

@@ -72,7 +72,11 @@ def ask_all(
     by_name = {finding.name: finding for finding in given}
     out = []
     for done, name in enumerate(QUESTIONS):
-        out.append(by_name.pop(name, None) or question(name)().ask(subject))
+        asked = question(name)
+        if name in by_name:
+            out.append(by_name.pop(name))
+        elif not asked.compares or len(subject.traces) == 2:
+            out.append(asked().ask(subject))
         if progress:
             progress(done + 1, len(QUESTIONS))
     return (*out, *by_name.values())
@@ -101,7 +105,7 @@ def write_report(subject: Subject, findings: Sequence[Finding], folder: Path) ->
 def render_page(subject: Subject, findings: Sequence[Finding], about: Captured) -> str:
     """Give the page as HTML, at most :data:`MAX_BYTES` if that can be reached by leaving out detail."""
     answered = [f for f in findings if f.missing is None]
-    sections = [_section(f) for f in answered]
+    sections = [_section(f, subject.phase_note) for f in answered]
     opening = next((s for s in sections if s["name"] == "overview"), None)
     sections = [s for s in sections if s is not opening]
     for max_experts, max_rows in _SMALLER:
@@ -167,8 +171,8 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def _section(finding: Finding) -> dict[str, Any]:
-    """What the template needs of an answered question."""
+def _section(finding: Finding, phase_note: str) -> dict[str, Any]:
+    """What the template needs of an answered question; the note on phases is said once, not everywhere."""
     known = finding.name in QUESTIONS
     doc = inspect.cleandoc(question(finding.name).__doc__ or "") if known else ""
     asks, _, how = doc.partition("\n")
@@ -180,8 +184,8 @@ def _section(finding: Finding) -> dict[str, Any]:
         "asks": asks,
         "how": " ".join(how.split()),
         "sentences": finding.sentences,
-        "caveats": [text for text in finding.caveats if text],
-        "parameters": ", ".join(f"{name} {value}" for name, value in finding.parameters.items()),
+        "caveats": [text for text in finding.caveats if text and text != phase_note],
+        "parameters": ", ".join(f"{n} {v}" for n, v in finding.parameters.items() if v not in ("", -1, None)),
         "widgets": [name for name in widgets if name],
         "figures": [
             {"svg": inline_svg(figure, f"{finding.name}-{name}-"), "caption": figure.caption}

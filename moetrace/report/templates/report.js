@@ -23,6 +23,8 @@ const dark = () => luminance(color("surface")) < 0.5;
 const luminance = (hex) => parseInt(hex.slice(3, 5), 16) / 255;
 const known = (x) => x !== null && x !== undefined && !Number.isNaN(x);
 
+const HINT = "Hover, or focus and use the arrow keys, for numbers.";
+
 // -- numbers ------------------------------------------------------------------------------------------------
 
 const whole = (x) => x.toLocaleString("en");
@@ -159,8 +161,9 @@ class Matrix {
     c.font = font;
     const names = Array.from({ length: spec.rows }, (_, r) => spec.rowName(r));
     const left = 20 + Math.min(110, Math.ceil(Math.max(...names.map((n) => c.measureText(n).width)))), bottom = 34, top = 4;
-    const cell = Math.max(spec.least || 4, (this.wide - left - 4) / spec.columns);
-    const tall = spec.square ? Math.max(4, Math.min(cell, 24)) : Math.max(6, Math.min(20, 640 / spec.rows));
+    let cell = Math.max(4, (this.wide - left - 4) / spec.columns);
+    if (spec.square) cell = Math.min(cell, Math.max(4, 620 / spec.columns));
+    const tall = spec.square ? cell : Math.max(6, Math.min(20, 640 / spec.rows));
     const width = Math.floor(left + cell * spec.columns + 4), height = Math.ceil(top + tall * spec.rows + bottom);
     this.canvas.width = width * ratio;
     this.canvas.height = height * ratio;
@@ -200,7 +203,7 @@ class Matrix {
     for (let k = 0; k < spec.columns; k += across)
       c.fillText(spec.columnName(k), left + (k + 0.5) * cell, top + spec.rows * tall + 4);
     c.fillStyle = color("faint");
-    c.fillText(spec.columnTitle, left + Math.min(width - left, this.wide - left) / 2, top + spec.rows * tall + 19);
+    c.fillText(spec.columnTitle, left + Math.min(cell * spec.columns, this.wide - left) / 2, top + spec.rows * tall + 19);
     c.save();
     c.translate(2, top + (spec.rows * tall) / 2);
     c.rotate(-Math.PI / 2);
@@ -250,7 +253,8 @@ class Matrix {
   }
 
   say() {
-    this.readout.textContent = this.at ? this.spec.text(...this.at).replaceAll("\n", " · ") : "";
+    this.readout.textContent = this.at ? this.spec.text(...this.at).replaceAll("\n", " · ") : HINT;
+    this.readout.classList.toggle("empty", !this.at);
   }
 
   key(event) {
@@ -387,7 +391,8 @@ class Chart {
   }
 
   say() {
-    this.readout.textContent = this.at === null ? "" : this.text(this.at).replaceAll("\n", " · ");
+    this.readout.textContent = this.at === null ? HINT : this.text(this.at).replaceAll("\n", " · ");
+    this.readout.classList.toggle("empty", this.at === null);
   }
 
   move(k, event) {
@@ -407,7 +412,7 @@ class Chart {
 class Report {
   constructor(data) {
     this.data = data;
-    this.state = { layer: 0, domain: 0, expert: null, measure: "share", order: "id", family: "overlap", steps: "probability" };
+    this.state = { layer: data.start, domain: 0, expert: null, measure: "share", order: "id", family: "overlap", steps: "probability" };
     this.read();
     this.figures = {};
     const has = (name) => name in data.arrays;
