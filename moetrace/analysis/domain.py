@@ -109,8 +109,7 @@ def expert_frequency(
     names, by_domain = domain_counts(counts, labels)
     _, by_tokens = domain_counts(tokens, labels)
     _, n_layers, e = by_domain.shape
-    with np.errstate(invalid="ignore", divide="ignore"):
-        of_tokens = 100.0 * by_domain / by_tokens[:, :, None].astype(np.float64)
+    of_tokens = 100.0 * by_domain / np.where(by_tokens > 0, by_tokens, np.nan)[:, :, None]
     index = pd.MultiIndex.from_product(
         [layer_numbers(layers, n_layers), names, range(e)], names=["layer", "domain", "expert"]
     )
@@ -144,11 +143,10 @@ def expert_usage(
     _, n_layers, e = c.shape
     rate = nulls.ratio_interval(c, np.broadcast_to(n[:, :, None], c.shape), level)
     total, seen = c.sum(axis=0), n.sum(axis=0)[:, None]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        of_tokens = 100.0 * total / seen
-        never = np.where(seen > 0, np.minimum(300.0 / seen, 100.0), np.nan)
+    seen = np.where(seen > 0, seen, np.nan)
+    of_tokens, never = 100.0 * total / seen, np.minimum(300.0 / seen, 100.0)
     high = np.where(total > 0, np.minimum(100.0 * rate.high, 100.0), never)
-    low = np.where(total > 0, np.maximum(100.0 * rate.low, 0.0), np.where(seen > 0, 0.0, np.nan))
+    low = np.where(total > 0, np.maximum(100.0 * rate.low, 0.0), 0.0 * seen)
     place = np.argsort(np.argsort(-total, axis=1, kind="stable"), axis=1) + 1
     index = pd.MultiIndex.from_product([layer_numbers(layers, n_layers), range(e)], names=["layer", "expert"])
     return pd.DataFrame(

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from moetrace.analysis import compare, domain, gate, layers, matched, published, temporal
+from moetrace.analysis import compare, domain, gate, matched, published, temporal
+from moetrace.analysis import layers as depth
 from moetrace.analysis.counts import (
     MAX_LAG,
     Progress,
@@ -27,6 +28,7 @@ from moetrace.analysis.counts import (
     frequent_tokens,
     reading_order,
 )
+from moetrace.analysis.published import Activations, ExpertFrequency
 from moetrace.analysis.sums import MetricSums
 from moetrace.errors import ChannelMissingError, MoetraceError, UsageError
 
@@ -98,8 +100,8 @@ def from_trace(
         What "first expert" means: the one of largest mixing weight ("weight", where the trace has weights),
         or the first in the router's order ("router"). They differ where selection is biased or grouped.
     names
-        One name per trace, to tell their requests apart (default "0", "1", …). Requests with the same ``id``
-        are one prompt, in whichever trace they are.
+        One name per trace, to tell their requests apart (default "0", "1", …; numbered where two are alike).
+        Requests with the same ``id`` are one prompt, in whichever trace they are.
 
     Raises UsageError if no row is of this phase.
     """
@@ -116,6 +118,8 @@ class Agreement:
     ----------
     sums
         :func:`moetrace.analysis.compare.agreement` summed per prompt.
+    phases
+        The same by phase of A's token: prefill, decode, unknown, those that there are.
     included
         (2, P, L, E) int64: tokens that used the expert, in A and in B, over the compared cells; prompts as in
         ``sums``.
@@ -131,6 +135,7 @@ class Agreement:
     """
 
     sums: MetricSums
+    phases: dict[str, MetricSums]
     included: npt.NDArray[np.int64]
     texts: pd.DataFrame
     only_in: tuple[int, int]
@@ -144,6 +149,17 @@ class Agreement:
         return compare.agreement_summary(
             self.sums, n_expert=self.n_expert, n_expert_used=self.n_expert_used, layers=self.layers
         )
+
+    def by_phase(self) -> pd.DataFrame:
+        """All layers together, by phase: ``phase``, then as :meth:`by_depth`."""
+        parts = []
+        for phase, sums in self.phases.items():
+            table = compare.agreement_by_depth(
+                sums, n_expert=self.n_expert, n_expert_used=self.n_expert_used, layers=self.layers
+            )
+            table = table[table["depth"] == "all"].drop(columns=["depth", "layers"])
+            parts.append(table.assign(phase=phase)[["phase", *table.columns]])
+        return pd.concat(parts, ignore_index=True)
 
     def by_depth(self) -> pd.DataFrame:
         """:func:`moetrace.analysis.compare.agreement_by_depth`."""
@@ -169,7 +185,9 @@ class Analysis:
         progress: Progress | None,
     ) -> None:
         self.phase = phase
-        self._traces, self._top1, self._max_lag, self._names = tuple(traces), top1, max_lag, tuple(names)
+        self._traces, self._top1, self._max_lag = tuple(traces), top1, max_lag
+        alike = len(set(names)) < len(names)
+        self._names = tuple(f"{name}.{i}" if alike else name for i, name in enumerate(names))
         self._progress = progress
         for trace in traces:
             if list(trace.layers) != list(traces[0].layers) or list(trace.n_expert) != list(
@@ -210,7 +228,9 @@ class Analysis:
 
         Of all token ids if they fit into 512 MiB, else of the most frequent ones.
         """
-        each = 8 * len(self._traces[0].layers) * max(self._traces[0].n_expert)
+        for trace in self._traces:
+            _ = trace.experts  # or ChannelMissingError
+        each = 8 * len(self.layers) * int(max(self.n_expert))
         at_most = max(1, _TOKEN_BYTES // each)
         every = [t.token_ids[self._keep(t) & self._labelled(t)] for t in self._traces]
         tokens = None
@@ -268,15 +288,15 @@ class Analysis:
 
     def depth_contrast(
         self, early: Iterable[int] | None = None, late: Iterable[int] | None = None
-    ) -> layers.DepthContrast:
+    ) -> depth.DepthContrast:
         """:func:`moetrace.analysis.layers.depth_contrast`."""
         c = self._domains
-        return layers.depth_contrast(c.included, c.labels, layers=c.layers, early=early, late=late)
+        return depth.depth_contrast(c.included, c.labels, layers=c.layers, early=early, late=late)
 
-    def deep_dive(self, layer: int | None = None) -> layers.DeepDive:
+    def deep_dive(self, layer: int | None = None) -> depth.DeepDive:
         """:func:`moetrace.analysis.layers.deep_dive`."""
         c = self._domains
-        return layers.deep_dive(
+        return depth.deep_dive(
             c.included,
             c.labels,
             layers=c.layers,
@@ -288,12 +308,12 @@ class Analysis:
     def domain_entropy(self) -> pd.DataFrame:
         """:func:`moetrace.analysis.layers.domain_entropy`."""
         c = self._domains
-        return layers.domain_entropy(c.included, c.labels, layers=c.layers, n_expert=self.n_expert)
+        return depth.domain_entropy(c.included, c.labels, layers=c.layers, n_expert=self.n_expert)
 
     def load_balance(self) -> pd.DataFrame:
         """:func:`moetrace.analysis.layers.load_balance`; unlabelled prompts count too."""
         c = self.counts
-        return layers.load_balance(c.included, c.tokens, layers=c.layers, n_expert=self.n_expert)
+        return depth.load_balance(c.included, c.tokens, layers=c.layers, n_expert=self.n_expert)
 
     def persistence(self) -> pd.DataFrame:
         """:func:`moetrace.analysis.temporal.persistence`; unlabelled prompts count too."""
@@ -439,6 +459,8 @@ class Analysis:
         e, n_layers = int(max(mine.n_expert)), len(mine.layers)
         included = np.zeros((2, prompts.size, n_layers, e), dtype=np.int64)
         total: MetricSums | None = None
+        by_phase: dict[str, MetricSums] = {}
+        phase = np.asarray(mine.phase)[rows[0][a]]
         for start in range(0, a.size, _CHUNK):
             piece = slice(start, start + _CHUNK)
             ids = [_present(mine, rows[0][a[piece]]), _present(theirs, rows[1][b[piece]])]
@@ -451,6 +473,11 @@ class Analysis:
             )
             part = MetricSums.of(who[piece], metrics)
             total = part if total is None else total + part
+            for name, code in _PHASES.items():
+                here = phase[piece] == code
+                if here.any():
+                    some = MetricSums.of(who[piece][here], {m: v[here] for m, v in metrics.items()})
+                    by_phase[name] = by_phase[name] + some if name in by_phase else some
             both = ~np.isnan(metrics["overlap"])
             at = np.searchsorted(prompts, who[piece])
             for side, x in zip(included, ids, strict=True):
@@ -461,6 +488,7 @@ class Analysis:
         with_rows = [set(keys_of["prompt"].unique()) for keys_of in keys]
         return Agreement(
             total,
+            by_phase,
             included,
             texts,
             (len(with_rows[0] - with_rows[1]), len(with_rows[1] - with_rows[0])),
@@ -470,7 +498,7 @@ class Analysis:
             mine.n_expert_used,
         )
 
-    def published(self, top: int | None = None) -> published.Activations:
+    def published(self, top: int | None = None) -> Activations:
         """The chosen, labelled rows as the notebook's table, for the functions of
         :mod:`moetrace.analysis.published`.
 
@@ -514,7 +542,7 @@ class Analysis:
             parts.append(
                 published.Activations.from_rows(
                     trace.experts,
-                    pd.Categorical.from_codes(np.repeat(code, n), list(kinds)),
+                    pd.Categorical.from_codes(np.repeat(code, n), pd.Index([str(k) for k in kinds])),
                     np.repeat(offset, n) + np.arange(order.rows.size),
                     n_expert=max(trace.n_expert),
                     layers=trace.layers,
@@ -525,7 +553,7 @@ class Analysis:
             )
         return reduce(add, parts)
 
-    def published_frequency(self) -> published.ExpertFrequency:
+    def published_frequency(self) -> ExpertFrequency:
         """:func:`moetrace.analysis.published.expert_frequency` of the chosen rows, prompts in order of their
         names; unlabelled prompts count too.
         """

@@ -10,17 +10,17 @@ from pathlib import Path
 
 from moetrace.commands.options import add_option, paint
 from moetrace.commands.progress import progress_bar
+from moetrace.commands.showing import opened, subject_of
 from moetrace.errors import InputError
-from moetrace.findings import Finding, Subject
-from moetrace.trace.trace import open_trace
+from moetrace.findings import Finding
 
 
 class Report:
     """Make a report of a trace: a page to look at, figures, tables.
 
     Asks every question that the trace can answer and writes into DIR: report.html, one file that needs no
-    network and no other file; figures/ as PNG and PDF; tables/ as CSV; each finding as JSON. Several traces of
-    one model are taken together. Questions that need the model are asked if it is given (that takes a while),
+    network and no other file; figures/ as PNG and PDF; tables/ as CSV; each finding as JSON. Of a trace, of several
+    taken together, of another program's recording (docs/import.md), or of a count table. Questions that need the model are asked if it is given (that takes a while),
     or were asked before: moetrace analyze NAME -m model.gguf -o DIR, then --findings DIR.
     """
 
@@ -28,9 +28,14 @@ class Report:
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Add the options."""
-        parser.add_argument("traces", nargs="+", metavar="T.moet", help="traces of one model")
+        parser.add_argument(
+            "recordings", nargs="+", metavar="T.moet", help="traces of one model, or recordings"
+        )
         add_option(parser, "-o", "--output", metavar="DIR", help="folder; default: T-report")
         add_option(parser, "--phase", choices=["prefill", "decode", "unknown", "all"], help="rows to look at")
+        add_option(
+            parser, "--layers", metavar="LIST", help="layers to look at, for example 0-5,23; default: all"
+        )
         add_option(
             parser, "--findings", nargs="+", default=[], metavar="DIR", help="findings (JSON) that were made before"
         )
@@ -45,16 +50,10 @@ class Report:
         from moetrace.report.summary import summary
 
         given = read_findings(args.findings)
-        folder = Path(args.output or f"{Path(args.traces[0]).name.removesuffix('.moet')}-report")
+        folder = Path(args.output or f"{Path(args.recordings[0]).stem}-report")
         with ExitStack() as stack:
-            traces = [stack.enter_context(open_trace(path)) for path in args.traces]
-            subject = Subject(
-                traces,
-                names=[trace.path.stem for trace in traces],
-                phase=args.phase,
-                model=Path(args.model) if args.model else None,
-                seed=args.seed,
-            )
+            recordings = opened(args.recordings, stack)
+            subject = subject_of(recordings, args, Path(args.model) if args.model else None)
             with progress_bar("questions") as update:
                 findings = ask_all(subject, given, update)
             report = write_report(subject, findings, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pandas as pd
 
 from moetrace.analysis import published
@@ -32,24 +33,31 @@ class DeepDive(Question):
         """Lay out one layer."""
         analysis = subject.analysis
         found = analysis.deep_dive(None if self.layer < 0 else self.layer)
-        percent = found.percent.stack().rename("percent")
-        lift = found.lift.stack().rename("lift").reindex(percent.index)
-        table = pd.concat([percent, lift], axis=1).reset_index()
+        domains, experts = found.percent.shape
+        table = pd.DataFrame(
+            {
+                "domain": np.repeat(found.percent.index.to_numpy(), experts),
+                "expert": np.tile(found.percent.columns.to_numpy(), domains),
+                "percent": found.percent.to_numpy().reshape(-1),
+                "lift": found.lift.to_numpy().reshape(-1),
+            }
+        )
         table.insert(0, "layer", found.layer)
         table["components"] = ", ".join(found.consumers)
         old = published.deep_dive(analysis.published(), None if self.layer < 0 else self.layer)
         parts = []
         for component, frame in old.items():
-            long = frame.stack().rename("percent").reset_index()
+            long = frame.reset_index().melt("domain", var_name="expert_id", value_name="percent")
+            long["expert_id"] = long["expert_id"].astype(int)
             long.insert(0, "component", component)
             parts.append(long)
-        sentences = [f"Layer {found.layer}, {'chosen' if self.layer >= 0 else 'the most domain-specific'}."]
-        row = best(table, "lift")
-        if row is not None:
+        sentences = [f"Layer {found.layer}. There is one domain, so there is nothing to compare it with."]
+        row = best(table.assign(beyond=table["percent"] * (1 - 1 / table["lift"])), "beyond")
+        if row is not None and table["domain"].nunique() > 1:
             sentences[0] = (
-                f"In layer {found.layer}, {'as asked for' if self.layer >= 0 else 'the most domain-specific'}, the largest"
-                f" lift is that of expert {row['expert']:.0f} for {row['domain']}: {row['percent']:.1f} % of its picks,"
-                f" {row['lift']:.1f} times the mean of domains."
+                f"In layer {found.layer}, {'as asked for' if self.layer >= 0 else 'the most domain-specific'},"
+                f" {row['domain']} stands out most with expert {row['expert']:.0f}: {row['percent']:.1f} % of its"
+                f" picks, {row['lift']:.1f} times the mean of domains."
             )
         caveats = [
             subject.phase_note,

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pandas as pd
 
-from moetrace.analysis import layers, published
+from moetrace.analysis import Analysis, layers, published
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
@@ -48,8 +48,7 @@ class DepthContrast(Question):
         early = f"early ones ({layer_list(found.early_layers)})"
         if pd.isna(found.low):
             sentence = (
-                f"Whether {what} separate domains more than {early} cannot be said: a domain has a single prompt, or no"
-                " token in one of these layers."
+                f"Whether {what} separate domains more than {early} cannot be said: {self._why(analysis)}."
             )
         else:
             verdict = "more" if found.low > 0 else "less" if found.high < 0 else None
@@ -91,6 +90,14 @@ class DepthContrast(Question):
                 (7.0, 2.2),
             )
         }
+
+    def _why(self, analysis: Analysis) -> str:
+        test = analysis.domain_test(n_permutations=1)
+        if test.n_domains < 2:
+            return "there is only one domain"
+        if not test.testable:
+            return "that takes several prompts of each domain"
+        return "a domain has a single prompt, or no token in one of these layers"
 
 
 def _layers(text: str, option: str) -> list[int] | None:

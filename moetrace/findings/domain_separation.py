@@ -47,6 +47,10 @@ class DomainSeparation(Question):
                 f"Tested with {found.n_prompts} prompts of {found.n_domains} domains; prompts are taken to be"
                 " exchangeable if domain does not matter, so they should be alike in length and kind."
             )
+            caveats.append(
+                "The test asks whether labels matter at all, the interval how far apart domains of such prompts are:"
+                " a few unusual prompts widen the interval, so it may reach 0 where the test rejects."
+            )
         caveats += [
             "Different words alone separate domains: matched-separation compares at the same token ids.",
             "The published chi-square takes every pick for an independent observation and each of three matrices"

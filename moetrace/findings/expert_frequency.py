@@ -63,7 +63,7 @@ class ExpertFrequency(Question):
         sentences.append(
             f"{len(unused):,} of {len(usage):,} experts were never chosen"
             + (
-                f"; each may still be chosen by up to {unused['high'].max():.2g} % of tokens."
+                f"; each may still be chosen by up to {unused['high'].max():.3g} % of tokens."
                 if len(unused) and unused["high"].notna().any()
                 else "."
             )
@@ -72,7 +72,7 @@ class ExpertFrequency(Question):
         try:
             frequency = analysis.expert_frequency()
         except UsageError as e:
-            caveats.append(f"Not by domain: {str(e).splitlines()[0]}.")
+            caveats.append(f"Not by domain: {e.what}.")
         else:
             tables["expert_frequency"] = frequency
             sentences += _by_domain(frequency)

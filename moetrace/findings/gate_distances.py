@@ -41,9 +41,13 @@ class GateDistances(Question):
                 f"Gate inputs are {word} alike between layers {row['layer']:.0f} and {row['next_layer']:.0f}: cosine"
                 f" {span(row['mean'], row['low'], row['high'])}; between different tokens {other:.3f}."
             )
-        above = int((wide["cosine_similarity"] > wide["cosine_unpaired"]).sum())
+        ends = summary.pivot(index="layer", columns="metric", values=["low", "high"])
+        above = ends["low"]["cosine_similarity"] > ends["high"]["cosine_unpaired"]
         sentences.append(
-            f"In {above} of {len(wide)} pairs of layers a token's cosine is above that between different tokens."
+            f"In {int(above.sum())} of {len(wide)} pairs of layers a token's cosine is above that between different"
+            " tokens, their 95 % intervals apart."
+            if ends["low"]["cosine_similarity"].notna().any()
+            else "With a single prompt there are no intervals."
         )
         steps, aggregate = analysis.published_gate(self.tokens)
         tables = {
@@ -54,7 +58,8 @@ class GateDistances(Question):
         }
         caveats = [
             subject.phase_note,
-            "Gate inputs are normalised and share a large mean, so cosines are high whatever the token.",
+            "A cosine says something about the token as far as it is above that between different tokens (here: the"
+            " next one of the same text).",
             f"per_token and as_published_steps list the first {self.tokens} tokens.",
         ]
         return self.finding(sentences, tables, caveats)

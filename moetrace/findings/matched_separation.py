@@ -50,8 +50,8 @@ class MatchedSeparation(Question):
             strongest = best(tested, "jsd_matched_bits")
             if strongest is not None:
                 sentences.append(
-                    f"It is largest in layer {strongest['layer']:.0f}: {strongest['jsd_matched_bits']:.3f} bits with the"
-                    f" words taken out, where prompts alone give {strongest['jsd_matched_null_mean']:.3f};"
+                    f"It is largest in layer {strongest['layer']:.0f}: {strongest['jsd_matched_bits']:.3f} bits with"
+                    f" the words taken out, where prompts alone give {strongest['jsd_matched_null_mean']:.3f};"
                     f" {strongest['jsd_bits']:.3f} as the domains are."
                 )
         if found.coverage == found.coverage:

@@ -54,7 +54,7 @@ class Persistence(Question):
                 f"Neighbouring tokens share more experts than tokens of the same prompt in random order"
                 f" {of_layers(stay['layer'], len(known))}"
                 + (f", and fewer in layer {layer_list(leave['layer'])}" if len(leave) else "")
-                + " (95 % intervals of each layer, not corrected for many layers)."
+                + "; that is by 95 % intervals of each layer, not corrected for many layers."
             )
             row = best(known, "overlap_excess")
             if row is not None:
@@ -77,7 +77,7 @@ class Persistence(Question):
         try:
             tables["as_published_lag1"] = published_lag1(analysis.published(), int(max(analysis.n_expert)))
         except UsageError as e:
-            caveats.append(f"The published lag 1 needs domains: {str(e).splitlines()[0]}.")
+            caveats.append(f"The published lag 1 needs domains: {e.what}.")
         return self.finding(sentences, tables, caveats)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:

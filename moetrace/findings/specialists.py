@@ -11,7 +11,7 @@ from moetrace.analysis import domain, published
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import span
+from moetrace.findings.wording import best, span
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Specialists(Question):
         if not test.testable:
             out = [
                 f"Which experts are specialists {test.verdict}.",
-                *_largest(kinds[kinds["lift"].notna()], "The largest lift seen"),
+                *(_largest(kinds, "The largest lift seen") if test.n_domains > 1 else []),
             ]
         else:
             out = [
@@ -80,8 +80,8 @@ class Specialists(Question):
         )
         caveats = [
             subject.phase_note,
-            "A specialist uses more of its picks for a domain's prompts; words can be the reason"
-            " (matched-separation). Intervals cover slightly less than 95 % (docs/statistics.md).",
+            "The strongest is the one whose interval begins highest. Words can be the reason why a domain prefers an"
+            " expert (matched-separation). Intervals cover slightly less than 95 % (docs/statistics.md).",
         ]
         return self.finding(out, tables, caveats)
 
@@ -106,9 +106,11 @@ class Specialists(Question):
 
 
 def _largest(table: pd.DataFrame, what: str) -> list[str]:
-    if not len(table):
+    """By the lower end of the interval, where there is one: rare experts have large lifts by chance."""
+    by = "low" if table["low"].notna().any() else "lift"
+    row = best(table, by)
+    if row is None:
         return []
-    row = table.loc[table["lift"].idxmax()]
     return [
         f"{what}: expert {row['expert']} of layer {row['layer']} for {row['domain']}, lift"
         f" {span(row['lift'], row['low'], row['high'], '.1f')}."

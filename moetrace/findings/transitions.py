@@ -76,14 +76,14 @@ class Transitions(Question):
             )
         caveats = [
             subject.phase_note,
-            "Pairs that are not listed never occurred and were expected less than once. The largest of many lifts is large by chance too; no test is made"
-            " of single pairs.",
+            "Pairs that are not listed never occurred and were expected less than once. The largest of many lifts is"
+            " large by chance too; no test is made of single pairs.",
         ]
         try:
             old = analysis.published()
             tables["as_published_transitions"] = _published(old, self.layer, int(max(analysis.n_expert)))
         except UsageError as e:
-            caveats.append(f"The published matrices need domains: {str(e).splitlines()[0]}.")
+            caveats.append(f"The published matrices need domains: {e.what}.")
         return self.finding(sentences, tables, caveats)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:

@@ -73,9 +73,11 @@ async function unpack(text) {
 const CIVIDIS = "00224e002e6a1a386f32436d434e6c535a6d61656f6f70737d7c788c88789b9476aba072bcae6ccdbb63dec958f0d846fee838";
 const PUOR = "2d004b5326878073acb1aad1d8daebf7f7f6fee0b6fcb761e08214b257067f3b08";
 
-function ramp(hex, middle) {
+// on a dark ground the middle is dark and what is far from it bright
+const PUOR_DARK = "cdbcffa592ea7d6cbf5b5090434163353b435a4a2f8a6520bd7f14f2a02bffd596";
+
+function ramp(hex) {
   const stops = hex.match(/.{6}/g).map((c) => [0, 2, 4].map((i) => parseInt(c.slice(i, i + 2), 16)));
-  if (middle) stops[(stops.length - 1) / 2] = [1, 3, 5].map((i) => parseInt(middle.slice(i, i + 2), 16));
   const table = [];
   for (let i = 0; i < 256; i++) {
     const x = (i / 255) * (stops.length - 1), a = stops[Math.floor(x)], b = stops[Math.ceil(x)];
@@ -87,7 +89,7 @@ function ramp(hex, middle) {
 // linear from 0 to high, or ratios around 1 from 1/4 to 4
 function scaleOf(kind, high) {
   const ratio = kind === "ratio";
-  const table = ramp(ratio ? PUOR : CIVIDIS, ratio && dark() ? "#3a4048" : "");
+  const table = ramp(!ratio ? CIVIDIS : dark() ? PUOR_DARK : PUOR);
   const place = (v) => (ratio ? (v > 0 ? (Math.log2(v) + 2) / 4 : 0) : v / (high || 1));
   return { table, color: (v) => table[Math.max(0, Math.min(255, Math.round(255 * place(v))))] };
 }
