@@ -33,6 +33,7 @@ COMMANDS = {
     "stats": "Stats",
     "analyze": "Analyze",
     "compare": "Compare",
+    "report": "Report",
     "export": "Export",
     "doctor": "Doctor",
     "preload-path": "PreloadPath",
