@@ -229,9 +229,7 @@ void graph_sources::make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & 
             not_understood.push_back(index);
             continue;
         }
-        // ids are read with the weights: asking inside the pattern would undo a fused top-k on a GPU
-        ggml_tensor * last = layer.weights && layout.off_weights ? layer.weights : layer.ids;
-        add(layer.ids, last, layout.off_experts, layout.id_bytes, K, layer.k, 1);
+        add(layer.ids, layout.off_weights ? layer.ids_last : layer.ids, layout.off_experts, layout.id_bytes, K, layer.k, 1);
         if (layer.weights) {
             const int row_dim = abi.ne(layer.weights)[0] == 1 && abi.ne(layer.weights)[1] == layer.k ? 2 : 1;
             add(layer.weights, layer.weights, layout.off_weights, 4, K, layer.k, row_dim);

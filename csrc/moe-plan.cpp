@@ -76,6 +76,35 @@ static moe_layer * layer_find(std::vector<moe_layer> & layers, int number) {
     return nullptr;
 }
 
+// Where to read the ids while the graph runs: with the weights, since asking inside the pattern would undo a fused top-k
+// on a GPU. Older releases make the weights after the experts were computed, and the ids' memory may be given away
+// before they are done: there, after the last node that uses the ids.
+static void ids_last_find(ggml_abi & abi, ggml_cgraph * graph, int n_nodes, std::vector<moe_layer> & layers) {
+    struct range { int first = -1, last = -1; };
+    std::vector<range> used(layers.size());
+    for (int i = 0; i < n_nodes; i++) {
+        ggml_tensor * node = abi.graph_node(graph, i);
+        const op_kind op = abi.op(node);
+        if (op != OP_MUL_MAT_ID && op != OP_GET_ROWS && op != OP_ADD_ID) {
+            continue;
+        }
+        for (size_t l = 0; l < layers.size(); l++) {
+            if (same_memory(abi, abi.src(node, op == OP_GET_ROWS ? 1 : 2), layers[l].ids)) {
+                used[l] = { used[l].first < 0 ? i : used[l].first, i };
+            }
+        }
+    }
+    for (size_t l = 0; l < layers.size(); l++) {
+        moe_layer & layer = layers[l];
+        layer.ids_last = !layer.weights ? layer.ids : abi.graph_node(graph, used[l].last);
+        for (int i = used[l].first; layer.weights && i <= used[l].last; i++) {
+            if (abi.graph_node(graph, i) == layer.weights) {
+                layer.ids_last = layer.weights;
+            }
+        }
+    }
+}
+
 // numbers that the host sets before the graph runs
 static bool is_number_input(ggml_abi & abi, ggml_tensor * t) {
     return t && abi.op(t) == OP_NONE && abi.type(t) == TYPE_I32;
@@ -220,6 +249,7 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
         }
     }
 
+    ids_last_find(abi, graph, n_nodes, out.layers);
     inputs_find(abi, graph, out);
     return out;
 }

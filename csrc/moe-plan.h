@@ -24,6 +24,7 @@ struct moe_layer {
     ggml_tensor * logits     = nullptr; // [n_expert, n_rows], the router's linear output with its bias
     ggml_tensor * scores     = nullptr; // [n_expert, n_rows], what top-k selected on
     ggml_tensor * gate_input = nullptr; // [n_embd, n_rows], what the router read
+    ggml_tensor * ids_last   = nullptr; // node after which the ids are read while the graph runs; not later, their memory may go
     int           n_expert   = 0;
     int           k          = 0;
     int64_t       n_rows     = 0;
