@@ -21,7 +21,10 @@ END = "<!-- /releases -->"
 
 def full_table(found: list[dict[str, Any]]) -> str:
     """What was tried on each release, and what it cannot do."""
-    lines = ["| release | of | llama.cpp | ggml | traced | not known to it | requests |", "|" + " --- |" * 7]
+    lines = [
+        "| release | of | llama.cpp | ggml | traced | does not load | its own server fails | requests |",
+    ]
+    lines.append("|" + " --- |" * 8)
     for one in found:
         cells = [
             one["release"],
@@ -29,7 +32,8 @@ def full_table(found: list[dict[str, Any]]) -> str:
             one["llama.cpp"] or "as packaged",
             one["ggml"] or "does not say",
             ", ".join(one["traced"]) or f"refused: {one['refused']}",
-            ", ".join(one["unknown"]) or "",
+            ", ".join(one["unknown"]),
+            ", ".join(one["broken"]),
             "announced by the server" if one["requests"] == "announced" else "told by positions",
         ]
         lines.append("| " + " | ".join(cells) + " |")

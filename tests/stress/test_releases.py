@@ -31,6 +31,7 @@ from test_server import check_identity, prompts_of_mixed_length
 from test_synthetic_models import TEXT, selection_scores
 
 import moetrace
+from moetrace.errors import MoetraceError
 from moetrace.host.client import Answer, ServerClient, drive
 from moetrace.host.prompts import Prompt
 from moetrace.host.runtime import loaded_libraries, probe
@@ -114,6 +115,7 @@ def result_of(release: Release) -> dict[str, Any]:
             "refused": found.error,
             "traced": [],
             "unknown": [],
+            "broken": [],
         }
     return results[release.name]
 
@@ -180,6 +182,13 @@ def test_a_model_is_traced_rightly(release, name, model_file, tmp_path):
             result_of(release)["unknown"].append(name)
             pytest.skip(f"{release.name} does not load {name}")
         texts = [answer.text for answer in answer_alone(client)]
+        try:
+            drive(client, prompts_of_mixed_length(20), settings=SETTINGS)
+        except MoetraceError:
+            plain.wait(60)
+            assert "GGML_ASSERT" in log.read_text(errors="replace")
+            result_of(release)["broken"].append(name)
+            pytest.skip(f"{release.name}'s own server ends on requests that overlap, with {name}")
     assert len(set(texts)) > 4, "a model that always says the same would prove nothing"
 
     for collector in ("tap", "callback"):
@@ -313,7 +322,7 @@ def test_the_tables_say_what_was_found(release):
     found = result_of(release)
     if release.name not in dict(stated_releases()):
         pytest.skip(f"{release.name} is not in releases.txt: it has no line in the tables")
-    if set(found["traced"]) | set(found["unknown"]) != set(NAMES):
+    if {*found["traced"], *found["unknown"], *found["broken"]} != set(NAMES):
         pytest.skip("not every architecture was tried in this run, or one of them failed")
     assert found["refused"] or len(found["traced"]) >= 3
     stored = {one["release"]: one for one in json.loads(FOUND.read_text())} if FOUND.is_file() else {}
