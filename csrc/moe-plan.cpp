@@ -6,6 +6,8 @@
 
 namespace moetrace {
 
+static constexpr int64_t MAX_EXPERTS = 65535; // in a layer; ids are stored in two bytes, and one means none
+
 bool layer_name_parse(const char * name, int & layer, const char ** tensor) {
     const char * start = strstr(name, "blk.");
     if (!start || (start != name && start[-1] != '.')) {
@@ -65,6 +67,12 @@ static bool is_mixing_weight(ggml_abi & abi, ggml_tensor * t, const moe_layer & 
         }
     }
     return false;
+}
+
+// [width, rows], in numbers that can be read
+static bool is_table(const ggml_abi & abi, const ggml_tensor * t, int64_t width) {
+    const int64_t * ne = abi.ne(t);
+    return abi.is_readable(t) && ne[0] == width && ne[2] == 1 && ne[3] == 1;
 }
 
 static moe_layer * layer_find(std::vector<moe_layer> & layers, int number) {
@@ -178,6 +186,11 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
         if (!matrix) {
             continue; // LoRA, adjugate experts
         }
+        if (abi.type(ids) != TYPE_I32 || !abi.is_readable(ids) || abi.ne(ids)[0] < 1 || abi.ne(ids)[0] > MAX_EXPERTS || abi.ne(experts)[2] < 1 ||
+                abi.ne(experts)[2] > MAX_EXPERTS) {
+            out.trouble = "expert ids are not a table of 32-bit integers";
+            continue;
+        }
         moe_layer * layer = layer_find(out.layers, number);
         if (out.layers.empty()) {
             out.i_experts = i;
@@ -193,9 +206,6 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
             layer->n_expert = (int) abi.ne(experts)[2];
         } else if (layer->ids != ids) {
             out.trouble = "the expert matrices of one layer do not share their ids";
-        }
-        if (abi.type(ids) != TYPE_I32 || layer->k <= 0 || layer->n_expert <= 0) {
-            out.trouble = "expert ids are not 32-bit integers";
         }
         layer->matrices |= matrix;
     }
@@ -246,6 +256,21 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
                     }
                 }
             }
+        }
+    }
+
+    // what has not one row per token, as wide as its layer, is something else of the same name
+    for (auto & layer : out.layers) {
+        for (ggml_tensor ** t : { &layer.logits, &layer.scores }) {
+            if (*t && !is_table(abi, *t, layer.n_expert)) {
+                *t = nullptr;
+            }
+        }
+        if (layer.gate_input && !is_table(abi, layer.gate_input, abi.ne(layer.gate_input)[0])) {
+            layer.gate_input = nullptr;
+        }
+        if (layer.weights && (!abi.is_readable(layer.weights) || abi.ne(layer.weights)[3] != 1)) {
+            layer.weights = nullptr;
         }
     }
 
