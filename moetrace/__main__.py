@@ -24,6 +24,7 @@ COMMANDS = {
     "start": "Start",
     "stop": "Stop",
     "status": "Status",
+    "resume": "Resume",
     "import": "Import",
     "info": "Info",
     "verify": "Verify",
