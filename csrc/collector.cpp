@@ -12,7 +12,7 @@ namespace moetrace {
 // model_shape
 //
 
-static constexpr int64_t MAX_WIDTH = 1 << 28; // values per row; more make no record
+static constexpr int64_t MAX_WIDTH = 1 << 22; // values per row; more make no record
 
 // values per row and the dimension that counts the rows; false if rows are not outermost
 static bool rows_shape(const ggml_abi & abi, const ggml_tensor * t, int64_t n, int & row_dim, int64_t & width) {

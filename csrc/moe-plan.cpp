@@ -7,6 +7,7 @@
 namespace moetrace {
 
 static constexpr int64_t MAX_EXPERTS = 65535; // in a layer; ids are stored in two bytes, and one means none
+static constexpr int64_t MAX_EMBD    = 1 << 22;
 
 bool layer_name_parse(const char * name, int & layer, const char ** tensor) {
     const char * start = strstr(name, "blk.");
@@ -300,7 +301,8 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
                 *t = nullptr;
             }
         }
-        if (layer.gate_input && !is_table(abi, layer.gate_input, abi.ne(layer.gate_input)[0])) {
+        const int64_t n_embd = layer.gate_input ? abi.ne(layer.gate_input)[0] : 0;
+        if (n_embd > MAX_EMBD || (layer.gate_input && !is_table(abi, layer.gate_input, n_embd))) {
             layer.gate_input = nullptr;
         }
         if (layer.weights && (!abi.is_readable(layer.weights) || abi.ne(layer.weights)[3] != 1)) {

@@ -22,6 +22,7 @@ struct tracer_state : tracer_env {
     std::vector<std::unique_ptr<context_trace>> contexts;
     std::vector<std::unique_ptr<sched_trace>>   scheds;
     batch_mirror mirror;
+    const void * cleared = nullptr; // memory of a context that has computed nothing yet
 };
 
 tracer_state & tracer() {
@@ -91,6 +92,7 @@ context_trace & context_get(tracer_state & T, llama_context * ctx) {
     if (ensure_attached(T)) {
         c.model  = T.facts.get_model  ? T.facts.get_model(ctx)  : nullptr;
         c.memory = T.facts.get_memory ? T.facts.get_memory(ctx) : nullptr;
+        c.cleared = c.memory && c.memory == T.cleared;
     }
     return c;
 }
@@ -443,6 +445,7 @@ void memory_on_event(void * memory, event_code code, int32_t sequence, int32_t p
                 return;
             }
         }
+        T.cleared = code == EVENT_CLEAR ? memory : T.cleared;
     });
 }
 
