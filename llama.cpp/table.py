@@ -50,8 +50,12 @@ def short_table(found: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Write or check both files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not as it should be")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if a table is not as it should be"
+    )
     args = parser.parse_args()
     found = json.loads((HERE / "releases.json").read_text())
     tables = {HERE / "README.md": full_table(found), HERE.parent / "README.md": short_table(found)}
@@ -67,7 +71,10 @@ def main() -> int:
             continue
         stale = True
         if args.check:
-            print(f"{path}: the table is not what releases.json says; run python llama.cpp/table.py", file=sys.stderr)
+            print(
+                f"{path}: the table is not what releases.json says; run python llama.cpp/table.py",
+                file=sys.stderr,
+            )
         else:
             path.write_text(written)
     return 1 if args.check and stale else 0

@@ -32,6 +32,8 @@ SIZES = {
     "race_records": (100_000, 10_000_000),
     "faults_of_host": (12, None),
     "faults_of_drain": (60, None),
+    "models_of_each_release": (2, None),
+    "load_seconds": (15, 600),  # on the plain server, and again on the traced one
 }
 
 Figures = Callable[..., None]

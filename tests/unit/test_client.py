@@ -13,7 +13,12 @@ from moetrace.host.prompts import Prompt
 #: the parts that differ, of answers to a prompt of 10 tokens of which 6 were cached, with 3 tokens generated
 ANSWERS: dict[str, dict[str, Any]] = {
     "November 2024": {"timings": {"prompt_n": 4}, "tokens_evaluated": 10, "tokens_cached": 12},
-    "May 2025": {"timings": {"prompt_n": 4}, "tokens_evaluated": 10, "tokens_cached": 12, "tokens": [7, 8, 9]},
+    "May 2025": {
+        "timings": {"prompt_n": 4},
+        "tokens_evaluated": 10,
+        "tokens_cached": 12,
+        "tokens": [7, 8, 9],
+    },
     "October 2026": {"timings": {"prompt_n": 4, "cache_n": 6}, "tokens_evaluated": 10, "tokens": [7, 8, 9]},
 }
 
