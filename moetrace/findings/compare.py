@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moetrace.findings.finding import Finding, Question
+from moetrace.findings.finding import Figure, Finding, Question
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, number, span
 
@@ -101,3 +101,15 @@ class Compare(Question):
             if n:
                 notes.append(f"{number(n, 'prompt')} only in {trace.path.name}.")
         return notes
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Agreement by layer."""
+        from moetrace import plot
+
+        table = finding.tables["summary"]
+        return {
+            "by_layer": Figure(
+                lambda ax: plot.agreement(table, ax=ax),
+                "Agreement of the two captures by layer, with 95 % intervals over prompts; dotted: chance.",
+            )
+        }

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from moetrace.analysis import published
-from moetrace.findings.finding import Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best
 
@@ -69,3 +69,30 @@ class DeepDive(Question):
             )
         tables = {"deep_dive": table, "as_published_components": pd.concat(parts, ignore_index=True)}
         return self.finding(sentences, tables, caveats)
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Domain by expert, for each matrix that the ids went to, and the lift."""
+        from moetrace import plot
+
+        table = finding.tables["deep_dive"]
+        layer = table["layer"].iloc[0]
+        percent, lift = (
+            table.pivot(index="domain", columns="expert", values=name) for name in ("percent", "lift")
+        )
+        consumers = tuple(name for name in str(table["components"].iloc[0]).split(", ") if name)
+        height = 1.1 + 0.17 * len(percent) * max(1, len(consumers))
+        return {
+            "components": Figure(
+                lambda ax: plot.components(percent, consumers, ax=ax),
+                f"Layer {layer}: share of each domain's picks by expert, once per expert matrix. The blocks are alike,"
+                " because one decision serves all of them.",
+                (7.0, height),
+            ),
+            "lift": Figure(
+                lambda ax: plot.heatmap(
+                    lift.rename_axis(index="", columns="expert"), label="lift", scale="lift", ax=ax
+                ),
+                f"Layer {layer}: lift of each domain over the mean of domains, by expert.",
+                (7.0, 1.3 + 0.2 * len(lift)),
+            ),
+        }

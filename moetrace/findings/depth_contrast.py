@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import pandas as pd
 
-from moetrace.analysis import Analysis, published
+from moetrace.analysis import Analysis, layers, published
 from moetrace.errors import UsageError
-from moetrace.findings.finding import Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import layer_list, span
 
@@ -72,6 +72,25 @@ class DepthContrast(Question):
         ]
         return self.finding([sentence], {"contrast": table, "as_published_early_late": old}, caveats)
 
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Early, late, and their difference."""
+        from moetrace import plot
+
+        row = finding.tables["contrast"].iloc[0]
+        found = layers.DepthContrast(
+            tuple(_layers(str(row["early_layers"]), "") or ()),
+            tuple(_layers(str(row["late_layers"]), "") or ()),
+            *(float(row[name]) for name in ("early", "late", "difference", "low", "high")),
+        )
+        return {
+            "contrast": Figure(
+                lambda ax: plot.depth_contrast(found, ax=ax),
+                "Mean divergence of domains in early and in late layers, and their difference with its 95 % interval"
+                " over prompts.",
+                (7.0, 2.2),
+            )
+        }
+
     def _why(self, analysis: Analysis) -> str:
         test = analysis.domain_test(n_permutations=1)
         if test.n_domains < 2:
@@ -86,7 +105,7 @@ def _layers(text: str, option: str) -> list[int] | None:
     if not text:
         return None
     out: list[int] = []
-    for part in text.split(","):
+    for part in text.replace(" ", "").split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
             raise UsageError(f"{option} {text} is no list of layers", fix=f"write it like {option} 0-5,7")

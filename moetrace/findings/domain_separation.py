@@ -9,7 +9,7 @@ import pandas as pd
 
 from moetrace.analysis import published
 from moetrace.analysis.domain import DomainTest
-from moetrace.findings.finding import Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, of_layers, span
 
@@ -63,6 +63,19 @@ class DomainSeparation(Question):
             "as_published_most_specific": top,
         }
         return self.finding(sentences(found, self.alpha) + old_sentence(layers), tables, caveats)
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Separation by depth."""
+        from moetrace import plot
+
+        table = finding.tables["domain_test"]
+        return {
+            "by_layer": Figure(
+                lambda ax: plot.separation(table, ax=ax, alpha=self.alpha),
+                "Divergence of the domains by layer: as measured (points), corrected for bias with its 95 % interval"
+                " (line and band), and what prompts alone produce (grey).",
+            )
+        }
 
 
 def sentences(found: DomainTest, alpha: float) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moetrace.findings.finding import Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, span
 
@@ -68,3 +68,17 @@ class GateDistances(Question):
             f"per_token and as_published_steps list the first {self.tokens} tokens.",
         ]
         return self.finding(sentences, tables, caveats)
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Cosine and Euclidean distance between consecutive layers."""
+        from moetrace import plot
+
+        table = finding.tables["summary"]
+        return {
+            metric: Figure(
+                lambda ax, metric=metric: plot.gate_distances(table, metric, ax=ax),  # type: ignore[misc]
+                f"{what} between a layer's gate input and the next one's, with 95 % intervals over prompts.",
+                (7.0, 3.0),
+            )
+            for metric, what in (("cosine_similarity", "Cosine"), ("l2_normalized", "Euclidean distance"))
+        }

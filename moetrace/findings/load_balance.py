@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, number, span
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -49,12 +46,12 @@ class LoadBalance(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Jain's index by layer, with its interval."""
+        from moetrace import plot
+
         table = finding.tables["load_balance"]
-
-        def draw(ax: Axes) -> Axes:
-            ax.fill_between(table["layer"], table["jain_low"], table["jain_high"], alpha=0.25, linewidth=0)
-            ax.plot(table["layer"], table["jain"], marker="o", markersize=3)
-            ax.set(xlabel="layer", ylabel="Jain index (1: even)", ylim=(0, 1))
-            return ax
-
-        return {"jain": Figure(draw, "Evenness of load by layer, with its 95 % interval over prompts.")}
+        return {
+            "jain": Figure(
+                lambda ax: plot.load_balance(table, ax=ax),
+                "Evenness of load by layer, with its 95 % interval over prompts.",
+            )
+        }

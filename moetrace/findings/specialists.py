@@ -9,7 +9,7 @@ import pandas as pd
 
 from moetrace.analysis import domain, published
 from moetrace.errors import UsageError
-from moetrace.findings.finding import Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, span
 
@@ -84,6 +84,25 @@ class Specialists(Question):
             " expert (matched-separation). Intervals cover slightly less than 95 % (docs/statistics.md).",
         ]
         return self.finding(out, tables, caveats)
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """The surest specialists, and how many there are by layer."""
+        from moetrace import plot
+
+        table = finding.tables["specialists"]
+        shown = min(24, int((table["kind"] == "specialist").sum()))
+        return {
+            "forest": Figure(
+                lambda ax: plot.specialists(table, ax=ax),
+                "The experts that most surely prefer a domain: lift over the mean of domains, with 95 % intervals.",
+                (7.0, 1.6 + 0.2 * max(3, shown)),
+            ),
+            "kinds": Figure(
+                lambda ax: plot.kinds(table, ax=ax),
+                "Specialists, generalists, and experts about which the prompts do not say, by layer.",
+                (7.0, 3.0),
+            ),
+        }
 
 
 def _largest(table: pd.DataFrame, what: str) -> list[str]:
