@@ -32,6 +32,10 @@ QUESTIONS = {
     "persistence": "Persistence",
     "transitions": "Transitions",
     "gate-distances": "GateDistances",
+    "token-patterns": "TokenPatterns",
+    "cold-experts": "ColdExperts",
+    "expert-circuits": "ExpertCircuits",
+    "generation-dynamics": "GenerationDynamics",
     "compare": "Compare",
 }
 
