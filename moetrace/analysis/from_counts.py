@@ -90,3 +90,9 @@ class TableAnalysis(Analysis):
 
     matched_separation = persistence = shuffle_test = transitions = _no_tokens
     gate_distances = gate_summary = agreement = _no_tokens
+
+    @property
+    def token_rows(self) -> NoReturn:
+        self._no_tokens()
+
+    predictions = token_rows

@@ -32,6 +32,10 @@ QUESTIONS = {
     "persistence": "Persistence",
     "transitions": "Transitions",
     "gate-distances": "GateDistances",
+    "attention-prediction": "AttentionPrediction",
+    "context-attention-routing": "ContextAttentionRouting",
+    "task-prediction": "TaskPrediction",
+    "expert-cache": "ExpertCache",
     "compare": "Compare",
 }
 
