@@ -128,7 +128,9 @@ class Attention:
         at = np.searchsorted(self._keys, keys, side="right") - 1  # of several the last holds
         there = at >= 0
         there[there] = self._keys[at[there]] == keys[there]
-        return np.where(there, self._order[np.maximum(at, 0)] if len(self._order) else -1, -1).astype(np.int64)
+        return np.where(there, self._order[np.maximum(at, 0)] if len(self._order) else -1, -1).astype(
+            np.int64
+        )
 
     def row(self, serial: int, layer: int) -> tuple[NDArray[np.float32], int] | None:
         """Give one row, or None if it is not there.

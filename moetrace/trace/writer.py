@@ -73,7 +73,9 @@ class ContextWriter:
         specs = {"rows": layout.row_columns, "events": EVENT_COLUMNS}
         if "attention" in meta.get("channels", ()):
             specs |= {"attention_values": VALUES_TABLE, "attention": ATTENTION_TABLE}
-        for name in specs:  # of a recorder that died before it had listed the context: nothing is sealed there
+        for (
+            name
+        ) in specs:  # of a recorder that died before it had listed the context: nothing is sealed there
             if (path / name).exists():
                 shutil.rmtree(path / name)
         tables = {

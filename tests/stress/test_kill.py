@@ -130,7 +130,9 @@ def unreleased(folder: Path, ring: Path) -> None:
         with Ring(ring) as opened:
             assert opened.tail == 0
         return
-    blocks = [int(table.ledger["rows"][-1]) if len(table.ledger) else 0 for table in (store.events, store.rows)]
+    blocks = [
+        int(table.ledger["rows"][-1]) if len(table.ledger) else 0 for table in (store.events, store.rows)
+    ]
     with Ring(ring) as opened:
         twice = store.events.n_rows + store.rows.n_rows - opened.tail
     assert twice in (0, blocks[0], blocks[1], sum(blocks)), (twice, blocks)
@@ -152,7 +154,9 @@ def check_rows(folder: Path, ring: Path) -> int:
     expected = expected_rows(np.asarray(rows["serial"]))
     for name in ("token", "position", "sequence", "batch", "flags", "experts", "weights"):
         np.testing.assert_array_equal(rows[name], expected[name], err_msg=name)
-    if rows.n_rows and int(rows["serial"][-1]) + 1 == rows.n_rows:  # nothing lost: phases and requests are known
+    if (
+        rows.n_rows and int(rows["serial"][-1]) + 1 == rows.n_rows
+    ):  # nothing lost: phases and requests are known
         np.testing.assert_array_equal(rows["phase"], expected["phase"])
         began = np.stack([expected["sequence"], expected["began"]])
         pairs, of_pair = np.unique(began, axis=1, return_inverse=True)
@@ -231,7 +235,9 @@ def test_native_hosts(stage: Stage, tmp_path: Path, size: Callable[[str], int], 
         "kill",
         **{
             "SIGKILLs with the C++ producer as the host": f"{sum(kills.values()):,}: "
-            + ", ".join(f"{n:,} of the {who}" if who != "both" else f"{n:,} of both" for who, n in kills.items()),
+            + ", ".join(
+                f"{n:,} of the {who}" if who != "both" else f"{n:,} of both" for who, n in kills.items()
+            ),
             "rows checked, C++ producer": f"{n_rows:,} in {n_traces:,} traces; 0 lost, wrong or twice",
         },
     )
@@ -295,7 +301,9 @@ def check_server(folder: Path, clients: Clients) -> int:
         for i, number in enumerate(numbers):
             mine = np.flatnonzero(request == number)
             np.testing.assert_array_equal(position[mine], np.arange(len(mine)))
-            whole = clients.sent[slot][i] + (clients.answers[slot][i][:-1] if i < len(clients.answers[slot]) else [])
+            whole = clients.sent[slot][i] + (
+                clients.answers[slot][i][:-1] if i < len(clients.answers[slot]) else []
+            )
             if i < len(clients.answers[slot]):
                 assert len(mine) == len(whole)
             n = min(len(mine), len(whole))
@@ -367,7 +375,9 @@ def test_llama_server(
         "kill",
         **{
             "SIGKILLs with llama-server, 4 busy slots": f"{sum(kills.values()):,}: "
-            + ", ".join(f"{n:,} of the {who}" if who != "both" else f"{n:,} of both" for who, n in kills.items()),
+            + ", ".join(
+                f"{n:,} of the {who}" if who != "both" else f"{n:,} of both" for who, n in kills.items()
+            ),
             "rows checked, llama-server": f"{n_rows:,} of {n_answers:,} answered requests, {n_starts:,} servers; "
             "0 lost, wrong or twice",
         },
