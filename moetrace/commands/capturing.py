@@ -41,6 +41,17 @@ def add_capture_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_intervene_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--intervene``, which may be given several times."""
+    parser.add_argument(
+        "--intervene",
+        action="append",
+        metavar="SPEC",
+        help="change the routing: ablate:7:3,12, force:*:5, bias:7:3=+1.5 or replay:OTHER.moet, with @slot=N or "
+        "@request=ID for the tokens of one; may be given several times",
+    )
+
+
 def capture_options(args: argparse.Namespace, *, paused: bool = False) -> CaptureOptions:
     """Give the options that were chosen.
 
