@@ -1,8 +1,8 @@
 """How often the tests of experts, pairs and searches reject where there is nothing to find.
 
-    python tests/stats/experts_calibration.py [--runs 1000]
+    python tests/stats/experts_calibration.py [--runs 1000] [--write docs/statistics.md]
 
-Prints a Markdown table. Null worlds: experts drawn independently of each other, so that none resembles another;
+Prints a Markdown table; with --write puts it between the marks of that page. Null worlds: experts drawn independently of each other, so that none resembles another;
 inputs are correlated and far from zero mean, and prompts differ; searches that are the same search.
 """
 
@@ -120,4 +120,14 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=1000)
-    print(markdown(calibrate(parser.parse_args().runs)))
+    parser.add_argument("--write", type=Path, metavar="PAGE")
+    args = parser.parse_args()
+    text = markdown(calibrate(args.runs))
+    print(text)
+    if args.write:
+        start, end = "<!-- experts-calibration -->", "<!-- /experts-calibration -->"
+        before, _, rest = args.write.read_text(encoding="utf-8").partition(start)
+        _, found, after = rest.partition(end)
+        if not found:
+            sys.exit(f"{args.write} has no marks {start} … {end}")
+        args.write.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
