@@ -2,8 +2,9 @@
 
     python tests/stats/experts_calibration.py [--runs 1000] [--write docs/statistics.md]
 
-Prints a Markdown table; with --write puts it between the marks of that page. Null worlds: experts drawn independently of each other, so that none resembles another;
-inputs are correlated and far from zero mean, and prompts differ; searches that are the same search.
+Prints a Markdown table; with --write puts it between the marks of that page. Null worlds: experts drawn independently
+of each other, so that none resembles another; inputs are correlated and far from zero mean, and prompts differ;
+searches that are the same search.
 """
 
 from __future__ import annotations
