@@ -119,13 +119,13 @@ static bool is_trial(const tracer_env & env, const context_trace & c) {
     if (c.launched || entries.empty() || entries.size() > 2) {
         return false;
     }
-    if (c.cleared && entries.size() == 2 && entries[0].token == 0 && entries[1].token == 0) {
+    if ((c.cleared || c.n_batches == 0) && entries.size() == 2 && entries[0].token == 0 && entries[1].token == 0) {
         return true;
     }
-    if (c.n_batches > 0 || !env.facts.get_vocab || !env.facts.vocab_bos || !env.facts.vocab_eos || !c.model) {
+    if (c.n_batches > 0 || !env.facts.vocab_bos || !env.facts.vocab_eos || !c.model) {
         return false;
     }
-    const void * vocab = env.facts.get_vocab(c.model);
+    const void * vocab = env.facts.get_vocab ? env.facts.get_vocab(c.model) : c.model;
     std::vector<int32_t> expected;
     for (int32_t token : { env.facts.vocab_bos(vocab), env.facts.vocab_eos(vocab) }) {
         if (token >= 0) {

@@ -29,23 +29,26 @@ struct llama_facts {
     uint32_t (*n_seq_max)(const llama_context *) = nullptr;
     void *   (*get_memory)(const llama_context *) = nullptr;
     const void * (*get_vocab)(const llama_model *) = nullptr;
-    int32_t  (*vocab_bos)(const void *) = nullptr;
+    int32_t  (*vocab_bos)(const void *) = nullptr; // of a model where there is no get_vocab
     int32_t  (*vocab_eos)(const void *) = nullptr;
 
     void find() {
-        const auto look = [](auto *& out, const char * name) { out = (std::decay_t<decltype(out)>) symbol_find(name); };
+        const auto look = [](auto *& out, const char * name, const char * older = nullptr) {
+            void * address = symbol_find(name);
+            out = (std::decay_t<decltype(out)>) (address || !older ? address : symbol_find(older));
+        };
         look(get_model,  "llama_get_model");
         look(meta_val,   "llama_model_meta_val_str");
         look(desc,       "llama_model_desc");
-        look(n_layer,    "llama_model_n_layer");
-        look(n_embd,     "llama_model_n_embd");
+        look(n_layer,    "llama_model_n_layer", "llama_n_layer");
+        look(n_embd,     "llama_model_n_embd", "llama_n_embd");
         look(n_ctx,      "llama_n_ctx");
         look(n_ubatch,   "llama_n_ubatch");
         look(n_seq_max,  "llama_n_seq_max");
         look(get_memory, "llama_get_memory");
         look(get_vocab,  "llama_model_get_vocab");
-        look(vocab_bos,  "llama_vocab_bos");
-        look(vocab_eos,  "llama_vocab_eos");
+        look(vocab_bos,  get_vocab ? "llama_vocab_bos" : "llama_token_bos");
+        look(vocab_eos,  get_vocab ? "llama_vocab_eos" : "llama_token_eos");
     }
 };
 

@@ -28,7 +28,7 @@ using eval_callback = bool (*)(ggml_tensor * t, bool ask, void * user_data);
 enum op_kind : uint8_t {
     OP_OTHER, OP_NONE, OP_MUL_MAT, OP_MUL_MAT_ID, OP_ADD, OP_ADD_ID, OP_MUL, OP_DIV, OP_SCALE, OP_SOFT_MAX,
     OP_GET_ROWS, OP_SET_ROWS, OP_ARGSORT, OP_TOP_K, OP_VIEW, OP_RESHAPE, OP_PERMUTE, OP_TRANSPOSE, OP_CONT, OP_CPY,
-    OP_CLAMP, OP_UNARY, OP_UNKNOWN = 255,
+    OP_CLAMP, OP_UNARY, OP_ROPE, OP_UNKNOWN = 255,
 };
 
 enum tensor_type : int32_t { // numbers of the GGUF file format: they do not change
@@ -67,7 +67,10 @@ struct ggml_abi {
     // Whether the tensor's bytes are in host memory (then `data` may be read directly).
     bool is_host(const ggml_tensor * t) const;
 
-    // bytes from the first to the last element, strides included
+    // Whether its numbers can be read: a type that is understood, and a shape and strides that memory can have.
+    bool is_readable(const ggml_tensor * t) const;
+
+    // bytes from the first to the last element, strides included; of a readable tensor
     size_t span(const ggml_tensor * t) const;
 
     // --- functions

@@ -6,6 +6,9 @@
 
 namespace moetrace {
 
+static constexpr int64_t MAX_EXPERTS = 65535; // in a layer; ids are stored in two bytes, and one means none
+static constexpr int64_t MAX_EMBD    = 1 << 22;
+
 bool layer_name_parse(const char * name, int & layer, const char ** tensor) {
     const char * start = strstr(name, "blk.");
     if (!start || (start != name && start[-1] != '.')) {
@@ -93,6 +96,12 @@ static void groups_find(ggml_abi & abi, moe_layer & layer) {
     }
 }
 
+// [width, rows], in numbers that can be read
+static bool is_table(const ggml_abi & abi, const ggml_tensor * t, int64_t width) {
+    const int64_t * ne = abi.ne(t);
+    return abi.is_readable(t) && ne[0] == width && ne[2] == 1 && ne[3] == 1;
+}
+
 static moe_layer * layer_find(std::vector<moe_layer> & layers, int number) {
     for (auto & layer : layers) {
         if (layer.layer == number) {
@@ -102,9 +111,90 @@ static moe_layer * layer_find(std::vector<moe_layer> & layers, int number) {
     return nullptr;
 }
 
+// Where to read the ids while the graph runs: with the weights, since asking inside the pattern would undo a fused top-k
+// on a GPU. Older releases make the weights after the experts were computed, and the ids' memory may be given away
+// before they are done: there, after the last node that uses the ids.
+static void ids_last_find(ggml_abi & abi, ggml_cgraph * graph, int n_nodes, std::vector<moe_layer> & layers) {
+    struct range { int first = -1, last = -1; };
+    std::vector<range> used(layers.size());
+    for (int i = 0; i < n_nodes; i++) {
+        ggml_tensor * node = abi.graph_node(graph, i);
+        const op_kind op = abi.op(node);
+        if (op != OP_MUL_MAT_ID && op != OP_GET_ROWS && op != OP_ADD_ID) {
+            continue;
+        }
+        for (size_t l = 0; l < layers.size(); l++) {
+            if (same_memory(abi, abi.src(node, op == OP_GET_ROWS ? 1 : 2), layers[l].ids)) {
+                used[l] = { used[l].first < 0 ? i : used[l].first, i };
+            }
+        }
+    }
+    for (size_t l = 0; l < layers.size(); l++) {
+        moe_layer & layer = layers[l];
+        layer.ids_last = !layer.weights ? layer.ids : abi.graph_node(graph, used[l].last);
+        for (int i = used[l].first; layer.weights && i <= used[l].last; i++) {
+            if (abi.graph_node(graph, i) == layer.weights) {
+                layer.ids_last = layer.weights;
+            }
+        }
+    }
+}
+
+// numbers that the host sets before the graph runs
+static bool is_number_input(ggml_abi & abi, ggml_tensor * t) {
+    return t && abi.op(t) == OP_NONE && abi.type(t) == TYPE_I32;
+}
+
+// The graph's inputs, by name. Multi-token prediction leaves the tokens without one, and releases of 2025 the positions
+// and the output rows: they are known by what they are used for.
+static void inputs_find(ggml_abi & abi, ggml_cgraph * graph, moe_graph & out) {
+    out.inp_tokens = abi.graph_get_tensor(graph, "inp_tokens");
+    out.inp_pos    = abi.graph_get_tensor(graph, "inp_pos");
+    for (const char * name : { "out_ids", "inp_out_ids" }) {
+        if (!out.out_ids) {
+            out.out_ids = abi.graph_get_tensor(graph, name);
+        }
+    }
+    for (int i = 0; i < out.n_nodes && !(out.inp_tokens && out.inp_pos); i++) {
+        ggml_tensor * node  = abi.graph_node(graph, i);
+        ggml_tensor * input = abi.src(node, 1);
+        const op_kind op = abi.op(node);
+        if (op == OP_ROPE && !out.inp_pos && is_number_input(abi, input)) {
+            out.inp_pos = input;
+        } else if (op == OP_GET_ROWS && abi.src(node, 0) && is_number_input(abi, input)) {
+            const char * table = abi.name(abi.src(node, 0));
+            if (!out.inp_tokens && (strcmp(table, "token_embd.weight") == 0 || strstr(table, "nextn.embed_tokens.weight"))) {
+                out.inp_tokens = input;
+            } else if (!out.inp_pos && strcmp(table, "position_embd.weight") == 0) {
+                out.inp_pos = input;
+            }
+        }
+    }
+    if (out.inp_tokens) {
+        out.n_tokens = abi.ne(out.inp_tokens)[0];
+    } else if (ggml_tensor * embd = abi.graph_get_tensor(graph, "inp_embd")) {
+        out.n_tokens = abi.ne(embd)[1];
+    } else {
+        for (const auto & layer : out.layers) {
+            out.n_tokens = std::max(out.n_tokens, layer.n_rows);
+        }
+    }
+    // rows of what the graph computed for every token (not of a table, not of a recurrent state), taken by an input
+    for (int i = 0; i < out.n_nodes && !out.out_ids; i++) {
+        ggml_tensor * node  = abi.graph_node(graph, i);
+        ggml_tensor * table = abi.op(node) == OP_GET_ROWS ? view_skip(abi, abi.src(node, 0)) : nullptr;
+        ggml_tensor * input = table ? abi.src(node, 1) : nullptr;
+        if (table && abi.op(table) != OP_NONE && abi.ne(abi.src(node, 0))[1] == out.n_tokens &&
+                is_number_input(abi, input) && input != out.inp_tokens && input != out.inp_pos) {
+            out.out_ids = input;
+        }
+    }
+}
+
 moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
     moe_graph out;
     const int n_nodes = abi.graph_n_nodes(graph);
+    out.n_nodes = n_nodes;
 
     // the layers: whoever multiplies with expert matrices
     for (int i = 0; i < n_nodes; i++) {
@@ -123,7 +213,16 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
         if (!matrix) {
             continue; // LoRA, adjugate experts
         }
+        if (abi.type(ids) != TYPE_I32 || !abi.is_readable(ids) || abi.ne(ids)[0] < 1 || abi.ne(ids)[0] > MAX_EXPERTS || abi.ne(experts)[2] < 1 ||
+                abi.ne(experts)[2] > MAX_EXPERTS) {
+            out.trouble = "expert ids are not a table of 32-bit integers";
+            continue;
+        }
         moe_layer * layer = layer_find(out.layers, number);
+        if (out.layers.empty()) {
+            out.i_experts = i;
+            out.experts   = node;
+        }
         if (!layer) {
             out.layers.emplace_back();
             layer = &out.layers.back();
@@ -134,9 +233,6 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
             layer->n_expert = (int) abi.ne(experts)[2];
         } else if (layer->ids != ids) {
             out.trouble = "the expert matrices of one layer do not share their ids";
-        }
-        if (abi.type(ids) != TYPE_I32 || layer->k <= 0 || layer->n_expert <= 0) {
-            out.trouble = "expert ids are not 32-bit integers";
         }
         layer->matrices |= matrix;
     }
@@ -198,23 +294,32 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
         }
     }
 
-    out.inp_tokens = abi.graph_get_tensor(graph, "inp_tokens");
-    out.inp_pos    = abi.graph_get_tensor(graph, "inp_pos");
-    for (const char * name : { "out_ids", "inp_out_ids" }) {
-        if (!out.out_ids) {
-            out.out_ids = abi.graph_get_tensor(graph, name);
+    // what has not one row per token, as wide as its layer, is something else of the same name
+    for (auto & layer : out.layers) {
+        for (ggml_tensor ** t : { &layer.logits, &layer.choice.scores }) {
+            if (*t && !is_table(abi, *t, layer.n_expert)) {
+                *t = nullptr;
+            }
+        }
+        const int64_t n_embd = layer.gate_input ? abi.ne(layer.gate_input)[0] : 0;
+        if (n_embd > MAX_EMBD || (layer.gate_input && !is_table(abi, layer.gate_input, n_embd))) {
+            layer.gate_input = nullptr;
+        }
+        if (layer.weights && (!abi.is_readable(layer.weights) || abi.ne(layer.weights)[3] != 1)) {
+            layer.weights = nullptr;
         }
     }
-    if (out.inp_tokens) {
-        out.n_tokens = abi.ne(out.inp_tokens)[0];
-    } else if (ggml_tensor * embd = abi.graph_get_tensor(graph, "inp_embd")) {
-        out.n_tokens = abi.ne(embd)[1];
-    } else {
-        for (const auto & layer : out.layers) {
-            out.n_tokens = std::max(out.n_tokens, layer.n_rows);
-        }
-    }
+
+    ids_last_find(abi, graph, n_nodes, out.layers);
+    inputs_find(abi, graph, out);
     return out;
+}
+
+bool moe_graph_is_same(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & moe) {
+    if (abi.graph_n_nodes(graph) != moe.n_nodes) {
+        return false;
+    }
+    return !moe.experts || (abi.graph_node(graph, moe.i_experts) == moe.experts && abi.op(moe.experts) == OP_MUL_MAT_ID);
 }
 
 } // namespace moetrace

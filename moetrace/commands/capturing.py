@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -87,8 +88,10 @@ def human_size(n: float) -> str:
     raise AssertionError
 
 
-def report_trace(path: Path, stream: IO[str] = sys.stderr) -> None:
-    """Say what was written, loudly what was lost, and what to type next."""
+def report_trace(
+    path: Path, stream: IO[str] = sys.stderr, *, following: Sequence[str] = ("info", "stats")
+) -> None:
+    """Say what was written, loudly what was lost, and what to type next: these subcommands."""
     size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
     with open_trace(path) as trace:
         for name in trace.contexts:
@@ -97,7 +100,8 @@ def report_trace(path: Path, stream: IO[str] = sys.stderr) -> None:
             loss = context.loss
             lost = f"{loss.rows_lost:,} rows lost"
             print(f"  {red(lost, stream) if loss.rows_lost else lost}; {_own_time(context)}", file=stream)
-    print(f"Next: moetrace info {path}", file=stream)
+    for i, command in enumerate(following):
+        print(f"{'     ' if i else 'Next:'} moetrace {command} {path}", file=stream)
 
 
 def _describe(trace: Trace) -> str:

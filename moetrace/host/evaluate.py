@@ -392,7 +392,7 @@ class Evaluator:
         self, windows: Sequence[_Window], number: int, prompts: Sequence[Prompt]
     ) -> Iterator[tuple[NDArray[np.float32], int]]:
         """Compute windows that go together; gives (logits that count, tokens computed) piece by piece."""
-        for sequence in range(len(windows)):
+        for sequence in range(_SEQUENCES):  # also those that this group does not use: their cells count
             self.model.forget(sequence)
         start = time.monotonic_ns()
         entries = [

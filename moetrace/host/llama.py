@@ -111,6 +111,9 @@ class Llama:
         As llama.cpp's ``-b``, ``-ub``, ``-t``, ``-ngl``, ``-fa`` and ``--override-kv`` (numbers only).
     n_cpu_moe
         Keep the experts of the first so many layers in the CPU's memory, as ``--n-cpu-moe``; -1: of all.
+    eval_callback
+        A graph-evaluation callback of the caller's own and its user data, as llama.cpp's ``cb_eval``; tracing
+        chains it.
     verbose
         Show llama.cpp's log on standard error.
 
@@ -133,6 +136,7 @@ class Llama:
         flash_attention: bool | None = None,
         n_cpu_moe: int = 0,
         overrides: Mapping[str, int] | None = None,
+        eval_callback: tuple[ctypes.c_void_p, ctypes.c_void_p] | None = None,
         verbose: bool = False,
     ) -> None:
         self._api = api = _llama_cpp()
@@ -162,6 +166,9 @@ class Llama:
         context.n_threads = context.n_threads_batch = n_threads or min(os.cpu_count() or 1, 16)
         if flash_attention is not None:
             context.flash_attn_type = int(flash_attention)
+        if eval_callback is not None:
+            function, context.cb_eval_user_data = eval_callback
+            context.cb_eval = ctypes.cast(function, api.ggml_backend_sched_eval_callback)
         self._ctx = api.llama_init_from_model(self._model, context)
         if not self._ctx:
             self.close()
