@@ -20,7 +20,7 @@ from test_synthetic_models import TEXT, mixing_weights
 
 import moetrace
 from moetrace import data
-from moetrace.errors import UsageError
+from moetrace.errors import MoetraceError, UsageError
 from moetrace.host.client import Answer, drive
 from moetrace.host.prompts import Prompt
 from moetrace.synthetic import ARCHITECTURES, Architecture, Gating
@@ -546,6 +546,19 @@ def test_run_refuses_before_it_starts_anything(runtime, model_file, tmp_path):
         assert run.returncode == 2
         assert says in run.stderr
         assert not path.exists()
+
+
+def test_what_the_server_refuses_is_told(runtime, model_file, tmp_path):
+    """The file says top-4 of 16, the server is told to use 8: too few are left, which only its graph shows."""
+    model, program = model_file("qwen3moe"), runtime.tool("llama-server")
+    arguments = ["-t", "1", "-c", "512", "--override-kv", "qwen3moe.expert_used_count=int:8"]
+    spec = "ablate:1:0,1,2,3,4,5,6,7,8"
+    with pytest.raises(MoetraceError, match="did not take intervention 1") as e:
+        moetrace.serve(
+            model, output=tmp_path / "t.moet", arguments=arguments, program=str(program), intervene=spec
+        )
+    assert e.value.why == "layer 1: leaves 7 experts, 8 are used"
+    assert not moetrace.open(tmp_path / "t.moet").live
 
 
 def test_a_trace_that_is_not_live(plain):
