@@ -567,6 +567,33 @@ def test_a_trace_that_is_not_live(plain):
     assert "not being recorded" in run.stderr
 
 
+def test_the_model_goes_on_by_itself_when_tracing_has_ended(runtime, model_file, tmp_path):
+    """llama.cpp keeps the graph, and with it the callback, from before."""
+    code = """
+        import sys
+        from pathlib import Path
+        from moetrace.host import llama
+        from moetrace.host.intervene import Interventions
+        from moetrace.host.options import CaptureOptions
+        model, out = sys.argv[1:]
+        llama.start(CaptureOptions(collector="callback", on_full="drop").settings(Path(out)))
+        with llama.Llama(model, n_ctx=64, n_threads=1) as loaded:
+            tokens = loaded.tokenize("Some words to compute")
+            def logits():
+                loaded.forget(0)
+                loaded.decode([(token, i, 0, True) for i, token in enumerate(tokens)])
+                return loaded.outputs(len(tokens)).copy()
+            plain = logits()
+            Interventions(Path(out), "ablate:*:3,4,5", model).assign({})
+            changed = logits()
+            llama.stop()
+            print((changed != plain).any(), (logits() == plain).all(), (logits() == plain).all())
+    """
+    run = python(code, model_file("olmoe"), tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["True"] * 3
+
+
 def test_two_recordings_in_one_process_are_refused(runtime, model_file, tmp_path):
     code = """
         import sys, moetrace
