@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from moetrace.errors import MoetraceError, TraceError
 from moetrace.host.drain import Drain

@@ -234,4 +234,3 @@ def _take(ring: Ring, writer: ContextWriter) -> int:
     records, gone = ring.snapshot()
     writer.catch_up(records)
     return gone - max(0, ring.head - ring.capacity - ring.tail)
-

@@ -73,7 +73,9 @@ class ContextWriter:
         specs = {"rows": layout.row_columns, "events": EVENT_COLUMNS}
         if "attention" in meta.get("channels", ()):
             specs |= {"attention_values": VALUES_TABLE, "attention": ATTENTION_TABLE}
-        for name in specs:  # of a recorder that died before it had listed the context: nothing is sealed there
+        for (
+            name
+        ) in specs:  # of a recorder that died before it had listed the context: nothing is sealed there
             if (path / name).exists():
                 shutil.rmtree(path / name)
         tables = {
@@ -274,7 +276,7 @@ class TraceWriter:
         writer.path, writer.fsync, writer._meta = store.path, fsync, dict(store.meta)
         writer._listed = np.array(store.requests["request"])
         highest = [int(context.rows["request"].max(initial=-1)) for context in store.contexts]
-        writer._request_numbers = itertools.count(1 + max(highest + [int(writer._listed.max(initial=-1))]))
+        writer._request_numbers = itertools.count(1 + max([*highest, int(writer._listed.max(initial=-1))]))
         writer.requests = TableWriter.resume(store.path / "requests", fsync=fsync)
         writer.contexts = []
         for index, context in enumerate(store.contexts):

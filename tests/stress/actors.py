@@ -29,7 +29,7 @@ from moetrace.host.drain import Drain
 from moetrace.host.options import CaptureOptions
 from moetrace.host.resume import ResumedRecording
 from moetrace.host.server import TracedProcess
-from moetrace.trace.record import Counter, EventCode, OnFull, RecordKind, record_dtype
+from moetrace.trace.record import Counter, EventCode, RecordKind, record_dtype
 from moetrace.trace.recover import recover
 from moetrace.trace.ring import process_alive
 from moetrace.trace.writer import TraceWriter

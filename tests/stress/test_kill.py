@@ -11,14 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from actors import expected_rows
-from conftest import ROOT, Figures
+from scale import ROOT, Figures, Size
 
 import moetrace
 from moetrace.errors import MoetraceError, TraceError
@@ -44,13 +44,14 @@ class Actor:
     def hear(self, key: str) -> Any:
         """Wait until it says ``key``; an error that it says instead is raised."""
         deadline = time.monotonic() + PATIENCE
+        told, last = self._stage.told[self._number], False
         while time.monotonic() < deadline:
-            told = self._stage.told[self._number]
             try:
-                line = told.get(timeout=0.5)
+                line = told.get(timeout=5 if last else 0.5)
             except queue.Empty:
-                if key != "pid" and not process_alive(self.pid):
+                if last:
                     break
+                last = key != "pid" and not process_alive(self.pid)  # what it said may still be on its way
                 continue
             if "error" in line:
                 raise MoetraceError(line["error"])
@@ -130,7 +131,9 @@ def unreleased(folder: Path, ring: Path) -> None:
         with Ring(ring) as opened:
             assert opened.tail == 0
         return
-    blocks = [int(table.ledger["rows"][-1]) if len(table.ledger) else 0 for table in (store.events, store.rows)]
+    blocks = [
+        int(table.ledger["rows"][-1]) if len(table.ledger) else 0 for table in (store.events, store.rows)
+    ]
     with Ring(ring) as opened:
         twice = store.events.n_rows + store.rows.n_rows - opened.tail
     assert twice in (0, blocks[0], blocks[1], sum(blocks)), (twice, blocks)
@@ -152,7 +155,9 @@ def check_rows(folder: Path, ring: Path) -> int:
     expected = expected_rows(np.asarray(rows["serial"]))
     for name in ("token", "position", "sequence", "batch", "flags", "experts", "weights"):
         np.testing.assert_array_equal(rows[name], expected[name], err_msg=name)
-    if rows.n_rows and int(rows["serial"][-1]) + 1 == rows.n_rows:  # nothing lost: phases and requests are known
+    if (
+        rows.n_rows and int(rows["serial"][-1]) + 1 == rows.n_rows
+    ):  # nothing lost: phases and requests are known
         np.testing.assert_array_equal(rows["phase"], expected["phase"])
         began = np.stack([expected["sequence"], expected["began"]])
         pairs, of_pair = np.unique(began, axis=1, return_inverse=True)
@@ -164,7 +169,7 @@ def check_rows(folder: Path, ring: Path) -> int:
 
 
 @pytest.mark.timeout(3600)
-def test_native_hosts(stage: Stage, tmp_path: Path, size: Callable[[str], int], figures: Figures) -> None:
+def test_native_hosts(stage: Stage, tmp_path: Path, size: Size, figures: Figures) -> None:
     """GIVEN the C++ producer and the drain WHEN either, both or a recovery is killed THEN nothing is lost or wrong."""
     wanted = size("kills_of_native_hosts")
     random = np.random.default_rng(2024)
@@ -231,7 +236,9 @@ def test_native_hosts(stage: Stage, tmp_path: Path, size: Callable[[str], int], 
         "kill",
         **{
             "SIGKILLs with the C++ producer as the host": f"{sum(kills.values()):,}: "
-            + ", ".join(f"{n:,} of the {who}" if who != "both" else f"{n:,} of both" for who, n in kills.items()),
+            + ", ".join(
+                f"{n:,} of the {who}" if who != "both" else f"{n:,} of both" for who, n in kills.items()
+            ),
             "rows checked, C++ producer": f"{n_rows:,} in {n_traces:,} traces; 0 lost, wrong or twice",
         },
     )
@@ -295,7 +302,9 @@ def check_server(folder: Path, clients: Clients) -> int:
         for i, number in enumerate(numbers):
             mine = np.flatnonzero(request == number)
             np.testing.assert_array_equal(position[mine], np.arange(len(mine)))
-            whole = clients.sent[slot][i] + (clients.answers[slot][i][:-1] if i < len(clients.answers[slot]) else [])
+            whole = clients.sent[slot][i] + (
+                clients.answers[slot][i][:-1] if i < len(clients.answers[slot]) else []
+            )
             if i < len(clients.answers[slot]):
                 assert len(mine) == len(whole)
             n = min(len(mine), len(whole))
@@ -306,7 +315,7 @@ def check_server(folder: Path, clients: Clients) -> int:
 @pytest.mark.runtime
 @pytest.mark.timeout(3600)
 def test_llama_server(
-    stage: Stage, runtime: Any, model_file: Any, tmp_path: Path, size: Callable[[str], int], figures: Figures
+    stage: Stage, runtime: Any, model_file: Any, tmp_path: Path, size: Size, figures: Figures
 ) -> None:
     """GIVEN llama-server with 4 busy slots WHEN it, its drain or both are killed THEN nothing is lost or wrong."""
     wanted = size("kills_of_llama_server")
@@ -367,7 +376,9 @@ def test_llama_server(
         "kill",
         **{
             "SIGKILLs with llama-server, 4 busy slots": f"{sum(kills.values()):,}: "
-            + ", ".join(f"{n:,} of the {who}" if who != "both" else f"{n:,} of both" for who, n in kills.items()),
+            + ", ".join(
+                f"{n:,} of the {who}" if who != "both" else f"{n:,} of both" for who, n in kills.items()
+            ),
             "rows checked, llama-server": f"{n_rows:,} of {n_answers:,} answered requests, {n_starts:,} servers; "
             "0 lost, wrong or twice",
         },
