@@ -369,7 +369,9 @@ def test_the_tables_say_what_was_found(release, figures):
     )
     stored = {one["release"]: one for one in json.loads(FOUND.read_text())} if FOUND.is_file() else {}
     if os.environ.get("MOETRACE_WRITE"):
-        stored[found["release"]] = found
+        stored = {name: one for name, one in stored.items() if one.keys() == found.keys()} | {
+            release.name: found
+        }
         ranked = [stored[name] for name, _ in stated_releases() if name in stored]
         FOUND.write_text(json.dumps(ranked, indent=2) + "\n")
         subprocess.run([sys.executable, ROOT / "llama.cpp" / "table.py"], check=True)
