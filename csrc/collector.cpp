@@ -12,7 +12,7 @@ namespace moetrace {
 // model_shape
 //
 
-static constexpr int64_t MAX_WIDTH = 1 << 28; // values per row; more make no record
+static constexpr int64_t MAX_WIDTH = 1 << 22; // values per row; more make no record
 
 // values per row and the dimension that counts the rows; false if rows are not outermost
 static bool rows_shape(const ggml_abi & abi, const ggml_tensor * t, int64_t n, int & row_dim, int64_t & width) {
@@ -59,8 +59,11 @@ bool model_shape::learn(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & m
         shape.has[0]   = true;
         shape.has[1]  |= layer.weights    != nullptr;
         shape.has[2]  |= layer.logits     != nullptr;
-        shape.has[3]  |= layer.scores     != nullptr;
+        shape.has[3]  |= layer.choice.scores != nullptr;
         shape.has[4]  |= layer.gate_input != nullptr;
+        shape.n_group      = layer.n_group;
+        shape.n_group_used = layer.n_group_used;
+        shape.selects      = layer.selects();
         if (layer.gate_input) {
             shape.n_embd = (int) abi.ne(layer.gate_input)[0];
         }
@@ -240,7 +243,8 @@ void graph_sources::make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & 
             add(layer.weights, layer.weights, layout.off_weights, 4, K, layer.k, row_dim);
         }
         add(layer.logits, layer.logits, layout.off_logits, 4, E, layer.n_expert, 1);
-        add(layer.scores, layer.scores, layout.off_scores, 4, E, layer.n_expert, 1);
+        // an intervention may change them up to then
+        add(layer.choice.scores, layer.choice.selector, layout.off_scores, 4, E, layer.n_expert, 1);
         if (layer.gate_input) {
             add(layer.gate_input, layer.gate_input, layout.off_gate_input, 4, D, abi.ne(layer.gate_input)[0], 1);
         }

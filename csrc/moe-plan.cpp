@@ -7,6 +7,7 @@
 namespace moetrace {
 
 static constexpr int64_t MAX_EXPERTS = 65535; // in a layer; ids are stored in two bytes, and one means none
+static constexpr int64_t MAX_EMBD    = 1 << 22;
 
 bool layer_name_parse(const char * name, int & layer, const char ** tensor) {
     const char * start = strstr(name, "blk.");
@@ -49,24 +50,50 @@ static bool same_memory(ggml_abi & abi, ggml_tensor * a, ggml_tensor * b) {
     return a == b || (a && b && abi.root(a) == abi.root(b) && abi.view_offs(a) == abi.view_offs(b));
 }
 
-// whether t was made from the router's probabilities gathered at the layer's ids
-static bool is_mixing_weight(ggml_abi & abi, ggml_tensor * t, const moe_layer & layer) {
+// the router's probabilities, if t was made from those gathered at the layer's ids; otherwise nullptr
+static ggml_tensor * weights_table(ggml_abi & abi, ggml_tensor * t, const moe_layer & layer) {
     for (int depth = 0; t && depth < 16; depth++) {
         switch (abi.op(t)) {
             case OP_GET_ROWS: {
                 // a per-expert scale is gathered at the same ids, but from a weight, not from a result
                 ggml_tensor * table = view_skip(abi, abi.src(t, 0));
-                return table && abi.op(table) != OP_NONE && same_memory(abi, abi.src(t, 1), layer.ids);
+                return table && abi.op(table) != OP_NONE && same_memory(abi, abi.src(t, 1), layer.ids) ? table : nullptr;
             }
             case OP_VIEW: case OP_RESHAPE: case OP_CONT: case OP_SCALE: case OP_SOFT_MAX: case OP_DIV:
             case OP_CLAMP: case OP_UNARY: case OP_ADD: case OP_MUL:
                 t = abi.src(t, 0);
                 break;
             default:
-                return false;
+                return nullptr;
         }
     }
-    return false;
+    return nullptr;
+}
+
+static bool is_selector(ggml_abi & abi, ggml_tensor * t) {
+    return t && (abi.op(t) == OP_ARGSORT || abi.op(t) == OP_TOP_K);
+}
+
+// The group mask of DeepSeek-V3: the scores of the chosen groups, put back into a tensor of -inf. The groups were
+// chosen by the sum of each one's two best scores.
+static void groups_find(ggml_abi & abi, moe_layer & layer) {
+    ggml_tensor * masked = view_skip(abi, layer.choice.scores);
+    ggml_tensor * kept   = masked && abi.op(masked) == OP_SET_ROWS ? abi.src(masked, 0) : nullptr;
+    if (!kept || abi.op(kept) != OP_GET_ROWS) {
+        return;
+    }
+    layer.group_choice.scores = abi.src(kept, 0);
+    layer.n_group      = (int) abi.ne(layer.group_choice.scores)[1];
+    layer.n_group_used = (int) abi.ne(abi.src(kept, 1))[0];
+
+    ggml_tensor * t = view_skip(abi, abi.src(kept, 1));
+    for (int step = 0; t && step < 2; step++) { // the groups' argsort, their sums
+        t = view_skip(abi, abi.src(t, 0));
+    }
+    t = t && abi.op(t) == OP_GET_ROWS ? view_skip(abi, abi.src(t, 1)) : nullptr;
+    if (is_selector(abi, t) && same_memory(abi, abi.src(t, 0), layer.group_choice.scores)) {
+        layer.group_choice.selector = t;
+    }
 }
 
 // [width, rows], in numbers that can be read
@@ -219,8 +246,10 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
     // what the ids were chosen from
     for (auto & layer : out.layers) {
         ggml_tensor * t = view_skip(abi, layer.ids);
-        if (t && (abi.op(t) == OP_ARGSORT || abi.op(t) == OP_TOP_K)) {
-            layer.scores = abi.src(t, 0);
+        if (is_selector(abi, t)) {
+            layer.choice.selector = t;
+            layer.choice.scores = abi.src(t, 0);
+            groups_find(abi, layer);
         }
     }
 
@@ -250,9 +279,15 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
                     ggml_tensor * t = abi.src(node, s);
                     ggml_tensor * other = abi.src(node, 1 - s);
                     // the experts' outputs (or inputs) have k columns, one per weight
-                    if (t && other && abi.ne(other)[1] == layer.k && abi.ne(other)[2] == layer.n_rows &&
-                            abi.ne(t)[0] == 1 && abi.ne(t)[1] == layer.k && is_mixing_weight(abi, t, layer)) {
+                    if (!t || !other || abi.ne(other)[1] != layer.k || abi.ne(other)[2] != layer.n_rows ||
+                            abi.ne(t)[0] != 1 || abi.ne(t)[1] != layer.k) {
+                        continue;
+                    }
+                    if (ggml_tensor * table = weights_table(abi, t, layer)) {
                         layer.weights = t;
+                        for (selection * choice : { &layer.choice, &layer.group_choice }) {
+                            choice->reread = choice->scores && abi.root(table) == abi.root(choice->scores);
+                        }
                     }
                 }
             }
@@ -261,12 +296,13 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
 
     // what has not one row per token, as wide as its layer, is something else of the same name
     for (auto & layer : out.layers) {
-        for (ggml_tensor ** t : { &layer.logits, &layer.scores }) {
+        for (ggml_tensor ** t : { &layer.logits, &layer.choice.scores }) {
             if (*t && !is_table(abi, *t, layer.n_expert)) {
                 *t = nullptr;
             }
         }
-        if (layer.gate_input && !is_table(abi, layer.gate_input, abi.ne(layer.gate_input)[0])) {
+        const int64_t n_embd = layer.gate_input ? abi.ne(layer.gate_input)[0] : 0;
+        if (n_embd > MAX_EMBD || (layer.gate_input && !is_table(abi, layer.gate_input, n_embd))) {
             layer.gate_input = nullptr;
         }
         if (layer.weights && (!abi.is_readable(layer.weights) || abi.ne(layer.weights)[3] != 1)) {

@@ -20,7 +20,30 @@ __all__ = ["QUESTIONS", "Figure", "Finding", "Question", "Subject", "parameter",
 
 #: name -> the class in moetrace/findings/NAME.py (- as _), in the order of the report
 QUESTIONS = {
+    "overview": "Overview",
+    "domain-separation": "DomainSeparation",
+    "matched-separation": "MatchedSeparation",
+    "specialists": "Specialists",
+    "deep-dive": "DeepDive",
+    "depth-contrast": "DepthContrast",
+    "expert-frequency": "ExpertFrequency",
+    "domain-entropy": "DomainEntropy",
     "load-balance": "LoadBalance",
+    "persistence": "Persistence",
+    "transitions": "Transitions",
+    "gate-distances": "GateDistances",
+    "token-patterns": "TokenPatterns",
+    "cold-experts": "ColdExperts",
+    "expert-circuits": "ExpertCircuits",
+    "generation-dynamics": "GenerationDynamics",
+    "attention-prediction": "AttentionPrediction",
+    "context-attention-routing": "ContextAttentionRouting",
+    "task-prediction": "TaskPrediction",
+    "expert-cache": "ExpertCache",
+    "compare": "Compare",
+    "expert-interference": "ExpertInterference",
+    "expert-merging": "ExpertMerging",
+    "routing-manipulation": "RoutingManipulation",
 }
 
 

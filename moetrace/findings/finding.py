@@ -75,6 +75,11 @@ class Finding:
             tables = {
                 name: pd.DataFrame(t["data"], columns=t["columns"]) for name, t in given.pop("tables").items()
             }
+            # a column of nothing but null: numbers that are not known, not objects
+            tables = {
+                name: t.astype({c: "float64" for c in t if t[c].dtype == object and t[c].isna().all()})
+                for name, t in tables.items()
+            }
             given |= {key: tuple(given[key]) for key in ("sentences", "caveats")}
             return cls(**given, tables=tables)
         except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -125,12 +130,15 @@ class Question(ABC):
         What a trace must hold beyond experts and weights.
     needs_model
         Whether it runs or reads the model (``subject.model``), so that a trace alone does not answer it.
+    compares
+        Whether it sets two traces against each other (``subject.pair``); others take traces together.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     channels: ClassVar[tuple[str, ...]] = ()
     needs_model: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
 
     @abstractmethod
     def answer(self, subject: Subject) -> Finding:

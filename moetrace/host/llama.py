@@ -20,6 +20,7 @@ from moetrace.errors import MoetraceError, RuntimeMissingError
 from moetrace.host.runtime import preload_path
 
 _tracer: ctypes.CDLL | None = None
+_started = False
 
 
 #: the newest of the functions used: of January and June 2025
@@ -56,17 +57,30 @@ def start(settings: Mapping[str, str]) -> None:
     Raises
     ------
     MoetraceError
-        If a value is refused.
+        If a value is refused, or this process is being traced already.
     """
+    global _started
+    if _started:
+        raise MoetraceError(
+            "this process is recording already", why="it has one tracer", fix="end the other recording first"
+        )
     text = "\n".join(f"{key}={value}" for key, value in settings.items() if value)
     error = ctypes.create_string_buffer(512)
     if tracer().moetrace_start(text.encode(), error, ctypes.c_size_t(len(error))) != 0:
         raise MoetraceError("the tracer refused its settings", why=error.value.decode())
+    _started = True
 
 
 def stop() -> None:
     """Stop tracing and close the rings."""
+    global _started
     tracer().moetrace_stop()
+    _started = False
+
+
+def intervene(number: int) -> None:
+    """Put intervention ``number`` of the trace (csrc/intervene.h) in force from the next graph on; 0: none."""
+    tracer().moetrace_intervene(ctypes.c_uint32(number))
 
 
 def _has(params: ctypes.Structure, name: str) -> bool:
@@ -281,6 +295,28 @@ class Llama:
         """Give the logits of entry ``index`` of the last batch, float32 (n_vocab,); a copy."""
         pointer = self._api.llama_get_logits_ith(self._ctx, index)
         return np.ctypeslib.as_array(pointer, (self.n_vocab,)).copy()
+
+    def outputs(self, n: int) -> NDArray[np.float32]:
+        """Give the logits of the last batch's ``n`` entries with ``output``, in their order.
+
+        Returns
+        -------
+        float32 (n, n_vocab)
+            A view of llama.cpp's memory: it holds until the next batch.
+        """
+        if n == 0:
+            return np.empty((0, self.n_vocab), np.float32)
+        return np.ctypeslib.as_array(self._api.llama_get_logits(self._ctx), (n, self.n_vocab))
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the model's texts begin with a BOS token."""
+        return bool(self._api.llama_vocab_get_add_bos(self._vocab))
+
+    @property
+    def bos(self) -> int:
+        """The BOS token; -1 if there is none."""
+        return int(self._api.llama_vocab_bos(self._vocab))
 
     def close(self) -> None:
         """Free the context and the model."""

@@ -18,9 +18,12 @@ from moetrace.errors import MoetraceError, TraceError
 from moetrace.trace.attention import ATTENTION_TABLE, VALUES_TABLE, AttentionAssembler
 from moetrace.trace.columns import Table, TableWriter
 from moetrace.trace.jsonfile import read_json, write_json
+from moetrace.trace.loss import settle_counters
+from moetrace.trace.record import OnFull
 from moetrace.trace.requests import REQUEST_TABLE, RequestAssigner, allot_again, replay
+from moetrace.trace.ring import Ring
 from moetrace.trace.rows import EVENT_COLUMNS, Columns, Layout, events_from_records, rows_from_records
-from moetrace.trace.storage import disk_error
+from moetrace.trace.storage import disk_error, lock_folder
 from moetrace.trace.store import CONTEXT_NAME, FORMAT, META_NAME, VERSION, ContextStore, TraceStore
 
 _TABLES = ("rows", "events", "attention_values", "attention")
@@ -70,7 +73,9 @@ class ContextWriter:
         specs = {"rows": layout.row_columns, "events": EVENT_COLUMNS}
         if "attention" in meta.get("channels", ()):
             specs |= {"attention_values": VALUES_TABLE, "attention": ATTENTION_TABLE}
-        for name in specs:  # of a recorder that died before it had listed the context: nothing is sealed there
+        for (
+            name
+        ) in specs:  # of a recorder that died before it had listed the context: nothing is sealed there
             if (path / name).exists():
                 shutil.rmtree(path / name)
         tables = {
@@ -177,6 +182,16 @@ class ContextWriter:
             table.close()
 
 
+def final_counters(ring: Ring, writer: ContextWriter) -> dict[str, int]:
+    """Give what context.json says of a ring that is read to its end."""
+    counters, n_rows, n_events = ring.counters, writer.rows.sealed, writer.events.sealed
+    if ring.on_full == OnFull.OVERWRITE:
+        # only the reader knows what it came too late for
+        counters["rows_overwritten"] = max(counters["rows_committed"] - n_rows, 0)
+        counters["events_overwritten"] = max(counters["events_committed"] - n_events, 0)
+    return counters if ring.closed else settle_counters(counters, n_rows, n_events, writer.end)
+
+
 class TraceWriter:
     """A trace folder being written.
 
@@ -230,6 +245,7 @@ class TraceWriter:
         _make_room(self.path, force=force)
         try:
             self.path.mkdir(mode=0o700, parents=True)
+            self._lock = lock_folder(self.path)
         except OSError as e:
             raise disk_error(self.path, e) from e
         self.requests = TableWriter.create(self.path / "requests", REQUEST_TABLE, fsync=fsync)
@@ -241,24 +257,22 @@ class TraceWriter:
         """Open a trace whose recorder died, to go on with it.
 
         Each context's tables end at their last sealed block; :meth:`ContextWriter.catch_up` takes what its ring
-        holds beyond. The caller sees to it that nobody else writes.
+        holds beyond. The caller sees to it that nobody else writes, and that nothing lies behind the last good
+        block (:attr:`Table.hidden`): it would be overwritten.
 
         Raises
         ------
         TraceError
-            If it is no trace, or is damaged so that going on would hide rows for good.
+            If it is no trace, or its tables cannot be found.
         MoetraceError
             If it cannot be written.
         """
         store = TraceStore(path)
-        for table in store.tables().values():
-            if table.hidden:
-                raise TraceError(
-                    f"{table.path} is damaged",
-                    why=table.hidden,
-                    fix=f"stop the host, then see what `moetrace recover {path}` says",
-                )
         writer = cls.__new__(cls)
+        try:
+            writer._lock = lock_folder(store.path)
+        except OSError as e:
+            raise disk_error(store.path, e) from e
         writer.path, writer.fsync, writer._meta = store.path, fsync, dict(store.meta)
         writer._listed = np.array(store.requests["request"])
         highest = [int(context.rows["request"].max(initial=-1)) for context in store.contexts]
@@ -335,13 +349,16 @@ class TraceWriter:
         }
         self._meta.update(exit_code=exit_code, state=state)
         self._write_meta()
-        self.requests.close()
+        self.detach()
 
     def detach(self) -> None:
-        """Let go of the trace as it is, live: somebody else may :meth:`resume` it."""
+        """Let go of the files and of the trace as it is: somebody else may :meth:`resume` it."""
         self.requests.close()
         for context in self.contexts:
             context.detach()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _write_meta(self) -> None:
         write_json(self.path / META_NAME, self._meta, fsync=self.fsync)
@@ -371,6 +388,7 @@ def _make_room(path: Path, *, force: bool) -> None:
             f"the trace {path} exists", fix="choose another name with -o, or replace it with --force"
         )
     try:
+        os.close(lock_folder(path))  # not while it is being recorded
         shutil.rmtree(path)
     except OSError as e:
         raise disk_error(path, e) from e

@@ -23,6 +23,7 @@ WHOLE = os.environ.get("MOETRACE_STRESS") == "whole"
 SIZES = {
     "kills_of_native_hosts": (24, 700),
     "kills_of_llama_server": (3, 300),
+    "drains_per_llama_server": (1, 6),
     "cuts": (300, None),  # None: all
     "flips": (400, None),
     "edits": (200, 100_000),

@@ -51,7 +51,7 @@ def test_cpp(
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     command = [
-        build / f"fuzz-{target}", corpus, CORPUS / target, f"-max_total_time={seconds}", "-timeout=20",
+        build / f"fuzz-{target}", corpus, CORPUS / target, f"-max_total_time={seconds}", "-timeout=60",
         "-rss_limit_mb=2048", "-print_final_stats=1", "-close_fd_mask=1",
     ]  # fmt: skip
     # rings are files: in memory, if there is room

@@ -28,7 +28,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
         *field = end;
         end   += bytes;
     }
-    f.size     = ((end + 7) & ~(size_t) 7) + 8*(size_t) in.below(8);
+    f.size     = ((end + 7) & ~(size_t) 7) + 8*(1 + (size_t) in.below(8)); // the last word is no field's: LIE_SET_OUTPUT_2
     f.first_op = 1 + (int) in.below(200);
     f.noise    = in.byte();
     f.lies     = (uint32_t) in.word() & LIE_ALL;
