@@ -57,7 +57,7 @@ class Report:
             with progress_bar("questions") as update:
                 findings = ask_all(subject, given, update)
             report = write_report(subject, findings, folder)
-            width = min(100, shutil.get_terminal_size().columns)
+            width = min(120, shutil.get_terminal_size().columns)
             sys.stdout.write(summary(report, width=width, paint=paint))
         return 0
 

@@ -17,13 +17,14 @@ from moetrace.plot.load import load_balance
 from moetrace.plot.persistence import persistence, persistence_by_layer, strongest_layer
 from moetrace.plot.separation import matched_separation, separation
 from moetrace.plot.specialists import kinds, specialists
-from moetrace.plot.style import DARK, LIGHT, OKABE_ITO, style
+from moetrace.plot.style import DARK, LIGHT, OKABE_ITO, Theme, style
 from moetrace.plot.transitions import transitions
 
 __all__ = [
     "DARK",
     "LIGHT",
     "OKABE_ITO",
+    "Theme",
     "agreement",
     "components",
     "depth_contrast",
