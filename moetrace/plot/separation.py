@@ -37,7 +37,9 @@ def separation(table: pd.DataFrame, *, ax: Axes | None = None, alpha: float = 0.
     ):
         if which.any():
             y = table["jsd_bits"].to_numpy()[which]
-            ax.scatter(x[which], y, s=16, facecolor=fill, edgecolor=ink(), linewidth=0.9, zorder=3, label=label)
+            ax.scatter(
+                x[which], y, s=16, facecolor=fill, edgecolor=ink(), linewidth=0.9, zorder=3, label=label
+            )
     layer_axis(ax, x)
     ax.set(ylabel="Jensen-Shannon divergence (bits)", ylim=(0, None))
     if not np.isfinite(table["jsd_bits"]).any():
@@ -56,7 +58,11 @@ def matched_separation(table: pd.DataFrame, *, ax: Axes | None = None, alpha: fl
     ax.plot(x, table["jsd_bits"], color=OKABE_ITO[1], linestyle="--", label="words and all")
     ax.plot(x, table["jsd_matched_bits"], color=OKABE_ITO[0], label="words taken out")
     ax.plot(
-        x, table["jsd_matched_null_mean"], color=faint(), linestyle=":", label="prompts alone, words taken out"
+        x,
+        table["jsd_matched_null_mean"],
+        color=faint(),
+        linestyle=":",
+        label="prompts alone, words taken out",
     )
     found = (table["q_value"] <= alpha).to_numpy()
     if found.any():

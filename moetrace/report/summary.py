@@ -12,7 +12,9 @@ _TITLE = 32  # columns of titles
 _SIGNS = {"bad": ("✕", "1;31"), "warn": ("!", "1;33"), "good": ("✓", "1;32"), "note": ("·", "2")}
 
 
-def summary(report: Report, *, width: int = 100, paint: Callable[[str, str], str] = lambda text, code: text) -> str:
+def summary(
+    report: Report, *, width: int = 100, paint: Callable[[str, str], str] = lambda text, code: text
+) -> str:
     """Give it as text.
 
     Parameters
@@ -76,7 +78,7 @@ def _entry(title: str, lines: list[str], width: int, color: Callable[[str], str]
     n = max(len(heads), len(said))
     heads, said = heads + [""] * (n - len(heads)), said + [""] * (n - len(said))
     rows = zip(heads, said, strict=True)
-    return [f"  {color(h) if h else h}{' ' * (_TITLE - len(h))}{s[len(indent):]}".rstrip() for h, s in rows]
+    return [f"  {color(h) if h else h}{' ' * (_TITLE - len(h))}{s[len(indent) :]}".rstrip() for h, s in rows]
 
 
 def _wrapped(text: str, indent: str, width: int) -> list[str]:

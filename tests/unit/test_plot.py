@@ -33,13 +33,25 @@ def routed(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
     return Subject([moetrace.open(path)]).analysis
 
 
+def kinds(a: Analysis) -> pd.DataFrame:
+    return analysis.specialists(a.domain_lift(n_boot=50, n_permutations=99))
+
+
+def lifts(a: Analysis) -> pd.DataFrame:
+    return a.domain_lift(n_boot=50, n_permutations=19)
+
+
+def tested(a: Analysis) -> pd.DataFrame:
+    return a.domain_test(n_permutations=19).table
+
+
 DRAWINGS: dict[str, tuple[Callable[[Analysis], Axes], str, str]] = {
     "usage": (lambda a: plot.usage(a.expert_frequency(), "code"), "expert", "layer"),
-    "usage_lift": (lambda a: plot.usage(a.domain_lift(n_boot=50, n_permutations=19), "code", measure="lift"), "expert", "layer"),
-    "separation": (lambda a: plot.separation(a.domain_test(n_permutations=19).table), "layer", "bits"),
-    "matched": (lambda a: plot.matched_separation(a.matched_separation(n_permutations=19).table), "layer", "bits"),
-    "specialists": (lambda a: plot.specialists(analysis.specialists(a.domain_lift(n_boot=50, n_permutations=99))), "lift", ""),
-    "kinds": (lambda a: plot.kinds(analysis.specialists(a.domain_lift(n_boot=50, n_permutations=19))), "layer", "experts"),
+    "usage_lift": (lambda a: plot.usage(lifts(a), "code", measure="lift"), "expert", "layer"),
+    "separation": (lambda a: plot.separation(tested(a)), "layer", "bits"),
+    "matched": (lambda a: plot.matched_separation(a.matched_separation().table), "layer", "bits"),
+    "specialists": (lambda a: plot.specialists(kinds(a)), "lift", ""),
+    "kinds": (lambda a: plot.kinds(kinds(a)), "layer", "experts"),
     "persistence": (lambda a: plot.persistence(a.persistence()), "lag (tokens)", "experts shared"),
     "persistence_by_layer": (lambda a: plot.persistence_by_layer(a.persistence()), "layer", "excess"),
     "entropy": (lambda a: plot.entropy(a.domain_entropy()), "layer", "bits"),
@@ -107,25 +119,35 @@ def test_the_strongest_specialists_are_drawn_with_their_intervals() -> None:
     table = pd.DataFrame(
         {
             "layer": [0, 0, 1], "expert": [1, 2, 3], "kind": ["specialist", "undecided", "specialist"],
-            "domain": ["code", "code", "math"], "lift": [2.0, 9.0, 3.0], "low": [1.5, 0.1, 2.0], "high": [2.5, 20.0, 4.0],
-            "p_family": [0.01, 0.9, 0.02],
+            "domain": ["code", "code", "math"], "lift": [2.0, 9.0, 3.0],
+            "low": [1.5, 0.1, 2.0], "high": [2.5, 20.0, 4.0], "p_family": [0.01, 0.9, 0.02],
         }
     )  # fmt: skip
     ax = plot.specialists(table)
     assert [t.get_text() for t in ax.get_yticklabels()] == ["layer 1, expert 3", "layer 0, expert 1"]
-    spans = [segment[:, 0].tolist() for c in ax.collections if hasattr(c, "get_segments") for segment in c.get_segments()]
+    spans = [
+        segment[:, 0].tolist()
+        for c in ax.collections
+        if hasattr(c, "get_segments")
+        for segment in c.get_segments()
+    ]
     assert [1.5, 2.5] in spans
     assert [2.0, 4.0] in spans
 
 
 @pytest.mark.parametrize(
-    "name", ["domain-separation", "specialists", "persistence", "transitions", "expert-frequency", "deep-dive"]
+    "name",
+    ["domain-separation", "specialists", "persistence", "transitions", "expert-frequency", "deep-dive"],
 )
-def test_a_finding_from_json_draws_what_the_new_one_draws(routed: Analysis, tmp_path: Path, name: str) -> None:
+def test_a_finding_from_json_draws_what_the_new_one_draws(
+    routed: Analysis, tmp_path: Path, name: str
+) -> None:
     with moetrace.open(traces.domain_trace(tmp_path / "t.moet", prompts=1, n_predict=20)) as trace:
         finding = question(name)().answer(Subject([trace]))
     again = Finding.from_json(finding.to_json())
-    for figure, other in zip(question(name)().figures(finding).values(), question(name)().figures(again).values(), strict=True):
+    for figure, other in zip(
+        question(name)().figures(finding).values(), question(name)().figures(again).values(), strict=True
+    ):
         pictures = []
         for each in (figure, other):
             canvas = plt.figure(figsize=(4, 3), dpi=50)

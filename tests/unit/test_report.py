@@ -121,7 +121,9 @@ def test_every_answer_has_its_section_and_every_table_its_file(small: SimpleName
             assert f"{finding.name}-{name}" in head["tables"]
             assert head["tables"][f"{finding.name}-{name}"]["rows"] == len(table)
             assert (small.folder / "tables" / f"{finding.name}-{name}.csv").is_file()
-    files = [a["href"] for t, a in small.page.elements if t == "a" and (a["href"] or "").startswith("tables/")]
+    files = [
+        a["href"] for t, a in small.page.elements if t == "a" and (a["href"] or "").startswith("tables/")
+    ]
     assert files
     assert all((small.folder / name).is_file() for name in files)
     anchors = [a["href"] for t, a in small.page.elements if t == "a" and (a["href"] or "").startswith("#")]
@@ -140,7 +142,9 @@ def test_what_is_missing_is_listed_with_reason_and_fix(small: SimpleNamespace) -
     assert "gate-distances" in [f.name for f in small.report.findings if f.missing]
     assert "missing" in small.page.ids
     assert "fix: capture it again with --capture experts,weights,gate_input" in small.page.text
-    assert "fix: capture it again with --capture experts,weights,gate_input" in summary(small.report, width=120)
+    assert "fix: capture it again with --capture experts,weights,gate_input" in summary(
+        small.report, width=120
+    )
 
 
 def test_loss_comes_first_and_loud(small: SimpleNamespace) -> None:
@@ -256,12 +260,15 @@ def test_the_page_stays_below_5_mb_at_92_layers_of_160_experts(tmp_path: Path) -
         [range(92), [f"domain{i}" for i in range(5)], range(160)], names=["layer", "domain", "expert"]
     )
     lift = pd.DataFrame(
-        {name: rng.lognormal(size=int(np.prod(shape))) for name in ("share", "lift", "low", "high", "p_family")}, index=index
+        {
+            name: rng.lognormal(size=int(np.prod(shape)))
+            for name in ("share", "lift", "low", "high", "p_family")
+        },
+        index=index,
     ).reset_index()
     time = moetrace.analysis.persistence(counts)
-    separation = pd.DataFrame(
-        {"layer": range(92), **{n: rng.random(92) for n in ("jsd_bits", "jsd_null_q95", "jsd_jackknife", "jsd_low", "jsd_high", "q_value")}}
-    )  # fmt: skip
+    names = ("jsd_bits", "jsd_null_q95", "jsd_jackknife", "jsd_low", "jsd_high", "q_value")
+    separation = pd.DataFrame({"layer": range(92)} | {name: rng.random(92) for name in names})
     steps = pd.DataFrame({n: rng.integers(0, 160, 200_000) for n in ("layer", "from", "to", "count")})
     kinds = lift[lift["domain"] == "domain0"].assign(kind="specialist").reset_index(drop=True)
     entropy = moetrace.analysis.domain_entropy(counts.included, counts.labels)
@@ -294,7 +301,9 @@ def test_findings_made_elsewhere_get_their_section(
 ) -> None:
     monkeypatch.setattr("moetrace.report.page.QUESTIONS", {"overview": "", "load-balance": ""})
     path = traces.domain_trace(tmp_path / "t.moet")
-    made = Finding("expert-merging", "Merging", ("Two experts are alike.",), (), {"pairs": pd.DataFrame({"a": [1]})})
+    made = Finding(
+        "expert-merging", "Merging", ("Two experts are alike.",), (), {"pairs": pd.DataFrame({"a": [1]})}
+    )
     (tmp_path / "given").mkdir()
     (tmp_path / "given" / "expert-merging.json").write_text(made.to_json(), encoding="utf-8")
     arguments = ["report", str(path), "-o", str(tmp_path / "out"), "--findings", str(tmp_path / "given")]

@@ -212,7 +212,11 @@ def domain_trace(
         rows["time_ns"] = 1000 * rows["serial"].astype(np.int64)
         rows["state"] = 1
         rows["state"][:5, -1] = 2
-        logits = taste[domain] + 0.3 * rng.normal(size=(n_layers, n_expert)) + rng.gumbel(size=(n, n_layers, n_expert))
+        logits = (
+            taste[domain]
+            + 0.3 * rng.normal(size=(n_layers, n_expert))
+            + rng.gumbel(size=(n, n_layers, n_expert))
+        )
         rows["experts"] = np.argsort(-logits, axis=2)[:, :, :k]
         rows["experts"][:5, -1] = 255 if n_expert <= 255 else 65535
         parts.append(rows)
@@ -221,4 +225,6 @@ def domain_trace(
         serial, batch = serial + n, int(rows["batch"][-1]) + 1
     records = np.concatenate(parts)
     lost = (records["kind"] == RecordKind.ROW) & np.isin(records["serial"], lose)
-    return write_trace(path, [Context(layout, records[~lost], lost=int(lost.sum()))], block=4096, labels=labels)
+    return write_trace(
+        path, [Context(layout, records[~lost], lost=int(lost.sum()))], block=4096, labels=labels
+    )
