@@ -41,14 +41,14 @@ def lifts(a: Analysis) -> pd.DataFrame:
     return a.domain_lift(n_boot=50, n_permutations=19)
 
 
-def tested(a: Analysis) -> pd.DataFrame:
+def separated(a: Analysis) -> pd.DataFrame:
     return a.domain_test(n_permutations=19).table
 
 
 DRAWINGS: dict[str, tuple[Callable[[Analysis], Axes], str, str]] = {
     "usage": (lambda a: plot.usage(a.expert_frequency(), "code"), "expert", "layer"),
     "usage_lift": (lambda a: plot.usage(lifts(a), "code", measure="lift"), "expert", "layer"),
-    "separation": (lambda a: plot.separation(tested(a)), "layer", "bits"),
+    "separation": (lambda a: plot.separation(separated(a)), "layer", "bits"),
     "matched": (lambda a: plot.matched_separation(a.matched_separation().table), "layer", "bits"),
     "specialists": (lambda a: plot.specialists(kinds(a)), "lift", ""),
     "kinds": (lambda a: plot.kinds(kinds(a)), "layer", "experts"),
