@@ -58,8 +58,11 @@ bool model_shape::learn(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & m
         shape.has[0]   = true;
         shape.has[1]  |= layer.weights    != nullptr;
         shape.has[2]  |= layer.logits     != nullptr;
-        shape.has[3]  |= layer.scores     != nullptr;
+        shape.has[3]  |= layer.choice.scores != nullptr;
         shape.has[4]  |= layer.gate_input != nullptr;
+        shape.n_group      = layer.n_group;
+        shape.n_group_used = layer.n_group_used;
+        shape.selects      = layer.selects();
         if (layer.gate_input) {
             shape.n_embd = (int) abi.ne(layer.gate_input)[0];
         }
@@ -237,7 +240,8 @@ void graph_sources::make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & 
             add(layer.weights, layer.weights, layout.off_weights, 4, K, layer.k, row_dim);
         }
         add(layer.logits, layer.logits, layout.off_logits, 4, E, layer.n_expert, 1);
-        add(layer.scores, layer.scores, layout.off_scores, 4, E, layer.n_expert, 1);
+        // an intervention may change them up to then
+        add(layer.choice.scores, layer.choice.selector, layout.off_scores, 4, E, layer.n_expert, 1);
         if (layer.gate_input) {
             add(layer.gate_input, layer.gate_input, layout.off_gate_input, 4, D, abi.ne(layer.gate_input)[0], 1);
         }

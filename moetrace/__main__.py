@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": "Demo",
     "start": "Start",
     "stop": "Stop",
+    "intervene": "Intervene",
     "status": "Status",
     "import": "Import",
     "info": "Info",

@@ -93,4 +93,6 @@ class TableAnalysis(Analysis):
         )
 
     matched_separation = persistence = shuffle_test = transitions = _no_tokens
-    gate_distances = gate_summary = agreement = _no_tokens
+    gate_distances = gate_summary = agreement = pieces = request_column = _no_tokens
+    text = property(_no_tokens)
+    vocabulary = property(_no_tokens)

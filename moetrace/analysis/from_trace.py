@@ -29,6 +29,7 @@ from moetrace.analysis.counts import (
     reading_order,
 )
 from moetrace.analysis.published import Activations, ExpertFrequency
+from moetrace.analysis.routed import RoutedText
 from moetrace.analysis.sums import MetricSums
 from moetrace.errors import ChannelMissingError, MoetraceError, UsageError
 
@@ -170,6 +171,27 @@ class Agreement:
     def usage(self) -> pd.DataFrame:
         """:func:`moetrace.analysis.compare.usage_difference`."""
         return compare.usage_difference(*self.included, layers=self.layers, n_expert=self.n_expert)
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """Tokens of one layer, for analyses of what experts compute.
+
+    Attributes
+    ----------
+    rows
+        (n,) row numbers in the trace.
+    gate_input, experts, weights
+        (n, D), (n, k), (n, k).
+    prompts
+        (n,) the prompt of each.
+    """
+
+    rows: npt.NDArray[np.int64]
+    gate_input: npt.NDArray[np.float32]
+    experts: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32]
+    prompts: npt.NDArray[np.str_]
 
 
 class Analysis:
@@ -368,6 +390,27 @@ class Analysis:
         )
         return gate.gate_summary(reduce(add, parts), self.layers)
 
+    def layer_rows(self, index: int, at_most: int | None = None) -> LayerRows:
+        """Tokens of the layer at ``index`` of the layer axis, evenly spread over the chosen rows; one trace only.
+
+        Rows in which the layer was not computed are left out. Raises ChannelMissingError if the trace has no gate
+        inputs or weights.
+        """
+        trace = self._single("what experts compute")
+        inputs, weights = trace.gate_input, trace.weights  # type: ignore[attr-defined]  # these raise by themselves
+        rows = np.flatnonzero(self._keep(trace) & (np.asarray(trace.state[:, index]) == 1))
+        if at_most is not None and rows.size > at_most:
+            rows = rows[np.linspace(0, rows.size - 1, at_most).astype(np.int64)]
+        k = int(trace.n_expert_used[index])
+        names = np.array(self._prompts(trace, self._names[0]), dtype=np.str_)
+        return LayerRows(
+            rows,
+            np.asarray(inputs[rows, index], np.float32),
+            np.asarray(trace.experts[rows, index, :k], np.int64),
+            np.asarray(weights[rows, index, :k], np.float32),
+            names[np.asarray(trace.request)[rows]],
+        )
+
     def published_gate(self, at_most: int = 200) -> tuple[pd.DataFrame, pd.DataFrame]:
         """:func:`moetrace.analysis.published.gate_input_analysis` of these traces, all layers: its steps (the
         first ``at_most``) and its aggregate.
@@ -395,7 +438,9 @@ class Analysis:
         if total is None or not steps:
             raise UsageError("no ubatch has its row 0 in the trace", fix="choose another phase")
         aggregate = gate.gate_summary(total, self.layers)
-        aggregate = aggregate[aggregate["metric"].isin(published.AGGREGATED) & (n > 1)]
+        aggregate = aggregate[
+            aggregate["metric"].isin(published.AGGREGATED) & (aggregate["tokens"] > 0) & (n > 1)
+        ]
         return (
             pd.concat(steps, ignore_index=True),
             aggregate[["layer", "next_layer", "metric", "mean", "std"]].reset_index(drop=True),
@@ -601,6 +646,78 @@ class Analysis:
             return tuple(self._traces[0].consumers[0])
         except MoetraceError:
             return ()
+
+    @cached_property
+    def text(self) -> RoutedText:
+        """The chosen rows as whole texts in reading order; a copy. One request per prompt: the first.
+
+        Numbers and weights are as the trace has them; a cell that was not computed or is lost has no expert.
+        """
+        n_expert = int(max(self.n_expert))
+        parts: list[tuple[RoutedRows, npt.NDArray[np.int64]]] = []
+        sizes: list[int] = []
+        prompts: list[str] = []
+        labels: list[str] = []
+        seen: set[str] = set()
+        for trace, name in zip(self._traces, self._names, strict=True):
+            order = reading_order(trace.request, trace.positions, self._keep(trace), self._shifted(trace))
+            names, domains = self._prompts(trace, name), self._labels(trace)
+            pieces = []
+            for i, number in enumerate(order.requests.tolist()):
+                if names[number] not in seen:
+                    seen.add(names[number])
+                    prompts.append(names[number])
+                    labels.append(domains[number])
+                    pieces.append(order.rows[order.request_starts[i] : order.request_starts[i + 1]])
+            sizes += [piece.size for piece in pieces]
+            parts.append((trace, np.concatenate([*pieces, np.empty(0, dtype=np.int64)])))
+        columns = [_channel(trace, "weights") for trace, _ in parts]
+        weights = [
+            None if column is None else np.asarray(column[rows])
+            for column, (_, rows) in zip(columns, parts, strict=True)
+        ]
+        known = [part for part in weights if part is not None]
+        return RoutedText(
+            np.concatenate([_present(trace, rows) for trace, rows in parts]),
+            np.concatenate(([0], np.cumsum(sizes))).astype(np.int64),
+            n_expert,
+            weights=np.concatenate(known) if self._top1 == "weight" and len(known) == len(parts) else None,
+            tokens=np.concatenate([trace.token_ids[rows] for trace, rows in parts]),
+            positions=np.concatenate([trace.positions[rows] for trace, rows in parts]),
+            prompts=prompts,
+            labels=labels,
+            layers=self.layers,
+        )
+
+    @cached_property
+    def vocabulary(self) -> list[bytes]:
+        """The text of each token id, as bytes. Raises MoetraceError if the trace does not know it."""
+        for trace in self._traces:
+            found: list[bytes] | None = getattr(getattr(trace, "trace", trace), "vocabulary", None)
+            if found is not None:
+                return found
+        raise MoetraceError(
+            "the recording does not know the text of its tokens",
+            why="it has no vocabulary.json, and its model file is not where it was",
+            fix="record it with moetrace, or put the model back",
+        )
+
+    def pieces(self, text: RoutedText) -> list[bytes]:
+        """The text of each of these rows' tokens, as bytes; of ids that have none, nothing."""
+        words, n = self.vocabulary, len(self.vocabulary)
+        return [words[t] if 0 <= t < n else b"" for t in np.asarray(text.tokens).tolist()]
+
+    def request_column(self, name: str) -> dict[str, Any]:
+        """Prompt -> what the clients said about it under this key; only those who said something."""
+        out: dict[str, Any] = {}
+        for trace, given in zip(self._traces, self._names, strict=True):
+            requests = trace.requests
+            if name in requests:
+                names = self._prompts(trace, given)
+                for number, value in requests[name].items():
+                    if value is not None and not (isinstance(value, float) and np.isnan(value)):
+                        out.setdefault(names[int(str(number))], value)
+        return out
 
     @cached_property
     def _domains(self) -> RoutingCounts:

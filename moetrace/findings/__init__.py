@@ -33,6 +33,9 @@ QUESTIONS = {
     "transitions": "Transitions",
     "gate-distances": "GateDistances",
     "compare": "Compare",
+    "expert-interference": "ExpertInterference",
+    "expert-merging": "ExpertMerging",
+    "routing-manipulation": "RoutingManipulation",
 }
 
 

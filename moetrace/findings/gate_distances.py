@@ -34,12 +34,13 @@ class GateDistances(Question):
         cosine = summary[summary["metric"] == "cosine_similarity"]
         sentences = []
         for row, word in ((best(cosine, "mean", least=True), "least"), (best(cosine, "mean"), "most")):
-            if row is None:
+            if row is None or (word == "most" and len(cosine) == 1):
                 continue
             other = wide[wide["layer"] == row["layer"]]["cosine_unpaired"].iloc[0]
             sentences.append(
                 f"Gate inputs are {word} alike between layers {row['layer']:.0f} and {row['next_layer']:.0f}: cosine"
-                f" {span(row['mean'], row['low'], row['high'])}; between different tokens {other:.3f}."
+                f" {span(row['mean'], row['low'], row['high'])}"
+                + (f"; between different tokens {other:.3f}." if other == other else ".")
             )
         ends = summary.pivot(index="layer", columns="metric", values=["low", "high"])
         above = ends["low"]["cosine_similarity"] > ends["high"]["cosine_unpaired"]
@@ -49,10 +50,14 @@ class GateDistances(Question):
             if ends["low"]["cosine_similarity"].notna().any()
             else "With a single prompt there are no intervals."
         )
+        each = analysis.gate_distances(self.tokens).drop(columns="row")
+        token = each.groupby(["prompt", "layer"], sort=False).cumcount()
+        each.insert(0, "token", token)
+        each.insert(0, "prompt", each.pop("prompt"))
         steps, aggregate = analysis.published_gate(self.tokens)
         tables = {
             "summary": summary,
-            "per_token": analysis.gate_distances(self.tokens),
+            "per_token": each,
             "as_published_steps": steps,
             "as_published_aggregate": aggregate,
         }

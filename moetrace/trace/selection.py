@@ -198,6 +198,12 @@ class Rows:
         output: NDArray[np.bool_] = (self.flags & RowFlag.OUTPUT) != 0
         return output
 
+    @property
+    def intervened(self) -> NDArray[np.bool_]:
+        """Where an intervention was in force for the token (:attr:`Trace.interventions`), (N,), bool; a new array."""
+        intervened: NDArray[np.bool_] = (self.flags & RowFlag.INTERVENED) != 0
+        return intervened
+
     # -- facts ---------------------------------------------------------------------------------------
 
     @property
