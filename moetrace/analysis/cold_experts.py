@@ -55,7 +55,8 @@ def cold_experts(
     ``threshold``; ``prompts`` that use it; ``verdict``: "cold", "in use" (cluster_low ≥ threshold) or "undecided".
 
     An expert's design effect is its variance between prompts (a ratio estimate's) over the binomial one, at least 1.
-    Where too few picks allow none (under 5, or one prompt), that of its layer's other experts holds, in the mean.
+    With fewer than 30 picks it is at least the mean of its layer's experts that have 5 or more. A single prompt
+    allows none, and tokens count as independent.
     """
     c = np.asarray(counts, dtype=np.float64)
     n = np.asarray(tokens, dtype=np.float64)
@@ -80,7 +81,9 @@ def cold_experts(
         if p_prompts > 1
         else 1.0
     )
-    effective = total / (np.where(known, effect, mean) * widen)
+    # Few picks say little about their own spread: then not less than that of the layer's others.
+    spread = np.where(known, np.where(used < 30, np.maximum(effect, mean), effect), mean)
+    effective = total / (spread * widen)
     low, high = clopper_pearson(used, np.broadcast_to(total, used.shape), level)
     scaled = np.nan_to_num(rate) * effective
     cluster_low, cluster_high = clopper_pearson(scaled, effective, level)

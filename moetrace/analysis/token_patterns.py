@@ -323,7 +323,9 @@ def pattern_summary(
             & (table["concentration"] >= specialist_threshold)
         ].copy()
         good.insert(2, "of", size)
-        holds = good["p_words"] <= alpha if size == "type" else good["words"] > 1
+        holds = good["words"] > 1
+        if size == "type":
+            holds &= good["p_words"] <= alpha
         good["kind"] = np.where(holds, size, "words")
         stands.append(good.drop(columns=["p_words"], errors="ignore"))
     specialists = pd.concat(stands, ignore_index=True)
@@ -500,7 +502,9 @@ def _with_words(
 
 
 def _beyond_words(text: RoutedText, typed: TypedText, n_permutations: int, seed: int) -> Floats:
-    """Family-wise p-values (L, E, types) of a type's rate, types handed out anew among equally frequent words."""
+    """Family-wise p-values (L, E, types) of the mean rate of a type's words, types handed out anew among words that
+    are about as frequent.
+    """
     n_types = len(typed.names)
     words, word = np.unique(typed.word, return_inverse=True)
     n_words = words.size
@@ -522,15 +526,14 @@ def _beyond_words(text: RoutedText, typed: TypedText, n_permutations: int, seed:
         per_word = _indicator(word[known], n_words)
         used = np.asarray(per_word @ text.member(layer, np.flatnonzero(known)), dtype=np.float64)
         n = np.bincount(word[known], minlength=n_words).astype(np.float64)
+        # Every word counts once, so that a single frequent one cannot carry its type.
+        rate = np.divide(used, n[:, None], out=np.zeros_like(used), where=n[:, None] > 0)
         null = np.empty((n_permutations + 1, n_types, text.n_expert))
         for draw, mine in enumerate(codes):
             groups = _indicator(mine, n_types)
-            total = groups @ n
+            total = (groups @ (n > 0))[:, None]
             null[draw] = np.divide(
-                groups @ used,
-                total[:, None],
-                out=np.zeros((n_types, text.n_expert)),
-                where=total[:, None] > 0,
+                groups @ rate, total, out=np.zeros((n_types, text.n_expert)), where=total > 0
             )
         spread = null.std(axis=0)
         still = spread < 1e-12

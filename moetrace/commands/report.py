@@ -37,7 +37,12 @@ class Report:
             parser, "--layers", metavar="LIST", help="layers to look at, for example 0-5,23; default: all"
         )
         add_option(
-            parser, "--findings", nargs="+", default=[], metavar="DIR", help="findings (JSON) that were made before"
+            parser,
+            "--findings",
+            nargs="+",
+            default=[],
+            metavar="DIR",
+            help="findings (JSON) that were made before",
         )
         add_option(parser, "-m", "--model", metavar="FILE", help="GGUF file: ask what needs the model, too")
         add_option(
@@ -68,7 +73,9 @@ def read_findings(paths: list[str]) -> list[Finding]:
     for path in map(Path, paths):
         files = sorted(path.glob("*.json")) if path.is_dir() else [path]
         if not files:
-            raise InputError(f"{path} holds no findings", fix="write them with `moetrace analyze NAME -o DIR`")
+            raise InputError(
+                f"{path} holds no findings", fix="write them with `moetrace analyze NAME -o DIR`"
+            )
         for file in files:
             try:
                 text = file.read_text(encoding="utf-8")

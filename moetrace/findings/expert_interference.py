@@ -115,7 +115,7 @@ class ExpertInterference(Question):
         self, subject: Subject, model: ModelFile
     ) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
         trace, rows, pairs, caveats = subject.trace, [], [], []
-        numbers = [int(number) for number in trace.layers]
+        numbers = [int(number) for number in subject.analysis.counts.layers]
         if not LayerExperts(model, numbers[0]).reads_gate_input:
             trace.gate_input  # noqa: B018  # raises ChannelMissingError
             names = [

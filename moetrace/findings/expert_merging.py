@@ -19,6 +19,7 @@ from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.held_out import TEXT_HELP, compared_with
 from moetrace.findings.subject import Subject
+from moetrace.findings.wording import layer_list
 from moetrace.host.merged import write_merged
 from moetrace.trace.experts import LayerExperts
 from moetrace.trace.model import ModelFile
@@ -143,14 +144,14 @@ class ExpertMerging(Question):
         self, subject: Subject, model: ModelFile
     ) -> tuple[pd.DataFrame, pd.DataFrame, dict[int, np.ndarray[Any, Any]], list[str]]:
         """All pairs of all layers; the published comparison; how often each expert was used."""
-        analysis, trace = subject.analysis, subject.trace
-        numbers = [int(number) for number in trace.layers]
+        analysis = subject.analysis
+        numbers = [int(number) for number in analysis.counts.layers]
         included = analysis.counts.included.sum(axis=0)
         parts, published, use, caveats = [], [], {}, []
         unseen = sorted(set(model.moe_layers) - set(numbers))
         if unseen:
             caveats.append(
-                f"Layers {', '.join(map(str, unseen))} were not computed: their experts are compared by weights only."
+                f"Of layers {layer_list(unseen)} nothing was looked at: their experts are compared by weights only."
             )
         for layer in model.moe_layers:
             experts = LayerExperts(model, layer)

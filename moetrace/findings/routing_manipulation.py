@@ -78,11 +78,12 @@ class RoutingManipulation(Question):
             n_expert = max(layout.n_expert)
             first = targets[0][0]
             triggers, control = self._published_triggers(probe, trace, words, first[0])
-        included = subject.analysis.counts.included.sum(axis=0)
-        rates = included / max(float(subject.analysis.counts.tokens.sum()), 1)
+        counts = subject.analysis.counts
+        rates = counts.included.sum(axis=0) / np.maximum(counts.tokens.sum(axis=0), 1)[:, None]
+        seen = {int(layer): rates[i] for i, layer in enumerate(counts.layers)}
         inputs["rarest_rate"] = [
-            min(float(rates[layer, expert]) if layer < len(rates) else np.nan for layer, expert in path_)
-            for path_ in targets
+            min(float(seen[number][e]) if (number := layout.layers[i]) in seen else np.nan for i, e in each)
+            for each in targets
         ]
         tables = {
             "success": found,

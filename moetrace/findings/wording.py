@@ -45,6 +45,11 @@ def of_layers(layers: Iterable[Any], n: int) -> str:
     return f"in layer{'s' if len(numbers) > 1 else ''} {layer_list(numbers)} ({len(numbers)} of {n})"
 
 
+def p_value(p: float) -> str:
+    """``p = 0.032``, ``p = 0.001``."""
+    return f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
+
+
 def best(table: pd.DataFrame, column: str, *, least: bool = False) -> dict[str, Any] | None:
     """The row of the largest (or least) value of a column, NaN left out; None if there is none."""
     values = table[column].to_numpy(dtype=np.float64)

@@ -64,7 +64,11 @@ def explorer(
     if (lift := _table(findings, _LIFT)) is not None and domains:
         arrays |= _lift_arrays(lift, domains, counts.layers.tolist(), counts.n_expert)
     if (table := _table(findings, _PERSISTENCE)) is not None:
-        names = [f"{f}{part}" for f in ("overlap", "top1") for part in ("", "_shuffle", "_marginal", "_low", "_high")]
+        names = [
+            f"{f}{part}"
+            for f in ("overlap", "top1")
+            for part in ("", "_shuffle", "_marginal", "_low", "_high")
+        ]
         lags = sorted(set(table["lag"].tolist()))
         shape = (len(names), counts.layers.size, len(lags))
         ordered = table.sort_values(["layer", "lag"])

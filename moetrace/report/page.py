@@ -224,6 +224,6 @@ def plain_table(table: pd.DataFrame, caption: str) -> Markup:
         for row in table.itertuples(index=False)
     )
     head = cells("th", [str(c).replace("_", " ") for c in table.columns])
-    return Markup('<div class="wide"><table><caption>{}</caption><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>').format(
-        caption, head, rows
-    )
+    return Markup(
+        '<div class="wide"><table><caption>{}</caption><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
+    ).format(caption, head, rows)

@@ -11,7 +11,9 @@ from moetrace.report.page import Report
 _SIGNS = {"bad": ("✕", "1;31"), "warn": ("!", "1;33"), "good": ("✓", "1;32"), "note": ("·", "2")}
 
 
-def summary(report: Report, *, width: int = 100, paint: Callable[[str, str], str] = lambda text, code: text) -> str:
+def summary(
+    report: Report, *, width: int = 100, paint: Callable[[str, str], str] = lambda text, code: text
+) -> str:
     """Give it as text.
 
     Parameters

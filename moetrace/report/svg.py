@@ -64,6 +64,4 @@ def _text(piece: str, prefix: str) -> str:
 
 
 def _themed(piece: str) -> str:
-    return re.sub(
-        r"#[0-9a-fA-F]{6}\b", lambda found: _VARIABLES.get(found[0].lower(), found[0]), piece
-    )
+    return re.sub(r"#[0-9a-fA-F]{6}\b", lambda found: _VARIABLES.get(found[0].lower(), found[0]), piece)

@@ -107,8 +107,14 @@ def peek_reader(path: Path) -> int | None:
     return None if header is None else int(header["reader_pid"])
 
 
+def peek_host(path: Path) -> int | None:
+    """Give the process number of a ring's host (0: it has closed the ring), or None if there is no such ring."""
+    header = _peek(path)
+    return None if header is None else 0 if header["closed"] else int(header["host_pid"])
+
+
 def process_alive(pid: int) -> bool:
-    """Say whether a process of this number runs (its name is not looked at)."""
+    """Say whether a process of this number runs (its name is not looked at); a zombie does not."""
     if pid <= 0:
         return False
     try:
@@ -117,7 +123,10 @@ def process_alive(pid: int) -> bool:
         return False
     except (PermissionError, OverflowError):
         return True
-    return True
+    try:  # where there is no /proc, a zombie counts until its parent has looked
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (OSError, IndexError):
+        return True
 
 
 def live_rings(trace: Path) -> Iterator[Ring]:

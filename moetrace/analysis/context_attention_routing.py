@@ -62,7 +62,7 @@ def routing_similarity(experts: npt.NDArray[Any], n_expert: int) -> Floats:
     return np.asarray(used @ used.T / max(used.sum(axis=1).max(initial=0.0), 1.0))
 
 
-def context_test(
+def context_attention_routing(
     attention: npt.NDArray[np.float64],
     routing: npt.NDArray[np.float64],
     position: npt.ArrayLike,
@@ -77,12 +77,12 @@ def context_test(
     n = len(attention)
     if n < FEWEST:
         raise UsageError(f"{n} contexts are too few", fix=f"give {FEWEST} or more")
-    rng = np.random.default_rng((seed, 6))
+    nan, rng = float("nan"), np.random.default_rng((seed, 6))
     i, j = np.triu_indices(n, 1)
     x = _standard(attention[i, j])
     y = routing[i, j]
     if x is None or _standard(y) is None:
-        return ContextTest(n, *[float("nan")] * 5, float(attention[i, j].mean()), float(y.mean()))
+        return ContextTest(n, nan, nan, nan, nan, nan, float(attention[i, j].mean()), float(y.mean()))
     order = np.lexsort((rng.random(n), np.asarray(position)))
     strata = np.array_split(order, max(1, n // _STRATUM))
     reached = np.empty(n_permutations + 1)
