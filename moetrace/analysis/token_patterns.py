@@ -190,7 +190,9 @@ def join_words(pieces: Sequence[bytes], starts: npt.ArrayLike) -> Words:
             first[begin[r] + i], last[begin[r] + i] = base + np.maximum(
                 np.searchsorted(at, [a, b], "right") - 1, 0
             )
-        words += [unit[2] for unit in units] or [" "]
+        words += [
+            unit[2].encode("utf-8", "surrogateescape").decode("utf-8", "replace") for unit in units
+        ] or [" "]
         word_starts.append(len(words))
     return Words(tuple(words), np.array(word_starts, dtype=np.int64), first, last)
 
