@@ -21,7 +21,7 @@ from moetrace.errors import UsageError
 Floats = npt.NDArray[np.float64]
 
 # Contexts of neighbouring positions that are exchanged with each other.
-_STRATUM = 6
+_STRATUM = 3
 #: fewer contexts than this are not tested
 FEWEST = 8
 
