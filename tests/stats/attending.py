@@ -27,8 +27,8 @@ class Attending:
     """A world of ``n_prompts`` texts, two layers of ``n_expert`` experts, top-``k``, ``n_heads`` heads."""
 
     plant: Plant = "nothing"
-    n_prompts: int = 24
-    length: tuple[int, int] = (24, 48)
+    n_prompts: int = 18
+    length: tuple[int, int] = (20, 40)
     n_expert: int = 16
     k: int = 2
     n_heads: int = 2
