@@ -12,8 +12,9 @@ static bool number_after(const char * name, const char * prefix, int & number) {
     if (strncmp(name, prefix, length) != 0 || name[length] < '0' || name[length] > '9') {
         return false;
     }
-    number = atoi(name + length);
-    return true;
+    const long value = strtol(name + length, nullptr, 10);
+    number = (int) value;
+    return value <= 1'000'000;
 }
 
 std::vector<attention_source> attention_find(ggml_abi & abi, ggml_cgraph * graph, const config & cfg) {
@@ -105,7 +106,11 @@ bool attention_read(const ggml_abi & abi, const attention_source & source, const
         int64_t row, int64_t cell, const kv_cells & cells, attention_row & out) {
     const int64_t * ne = abi.ne(source.probs);
     const size_t *  nb = abi.nb(source.probs);
-    if (abi.type(source.probs) != TYPE_F32 || nb[0] != 4 || ne[1] <= 0 || row/ne[1] >= ne[3]) {
+    if (abi.type(source.probs) != TYPE_F32 || !abi.is_readable(source.probs) || nb[0] != 4 || ne[1] < 1 || row/ne[1] >= ne[3]) {
+        return false;
+    }
+    if (source.mask && (!abi.is_readable(source.mask) || abi.ne(source.mask)[0] < ne[0] || abi.ne(source.mask)[1] < ne[1] ||
+            abi.ne(source.mask)[3] < 1)) {
         return false;
     }
     const int64_t stream = row/ne[1];

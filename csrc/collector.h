@@ -21,6 +21,9 @@ struct model_shape {
         int     n_expert = 0;
         int     k        = 0;
         int     n_embd   = 0; // of the gate input
+        int     n_group  = 0;
+        int     n_group_used = 0;
+        bool    selects  = false; // by scores, so that interventions can change its choice
         uint8_t matrices = 0;
         bool    has[6]   = {}; // by channel bit: experts, weights, logits, scores, gate_input, attention
     };
@@ -40,6 +43,7 @@ struct row_layout {
     std::vector<int>        k;        // per layer
     std::vector<uint8_t>    matrices; // per layer
     std::vector<std::string> tensors; // names, in the order of their fields
+    std::vector<int64_t>     tensor_widths; // values per token of each
     std::vector<std::string> refused; // named tensors that have no row per token
     int      k_max    = 0;
     int      e_max    = 0;

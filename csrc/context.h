@@ -9,6 +9,7 @@
 #include "ggml-abi.h"
 #include "moe-plan.h"
 #include "ring.h"
+#include "score-patch.h"
 
 #include <memory>
 #include <string>
@@ -79,6 +80,8 @@ struct graph_trace {
     std::vector<attention_source> attention;
     bool          warmup = false;
     const void *  bound_to = nullptr; // the context whose layout the sources fit
+    graph_patches patches;            // made once an intervention needs them
+    bool          has_patches = false;
 
     const attention_source * attention_at(const ggml_tensor * t) const {
         for (const auto & source : attention) {
@@ -155,8 +158,13 @@ struct context_trace {
     output_rows         outputs;
     std::vector<int32_t> tokens, positions, out_ids; // inputs that were not in host memory
 
+    intervention        rules;
+    uint32_t            intervention_seen = 0; // the control word, when it was last looked at
+    std::vector<intervened_row> rows;
+
     // the graph that is being computed
-    graph_trace *       running = nullptr;
+    graph_trace *       running = nullptr; // if it is recorded
+    graph_trace *       patched = nullptr; // if its routing is changed
     uint64_t            hook_ns = 0;
 
     void count(ring_counter c, uint64_t n = 1) {

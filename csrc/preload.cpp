@@ -269,6 +269,11 @@ MOETRACE_API void moetrace_stop() {
     tracer_stop();
 }
 
+// Puts an intervention in force from the next graph on; 0: none (csrc/intervene.h).
+MOETRACE_API void moetrace_intervene(uint32_t number) {
+    tracer_intervene(number);
+}
+
 // What can be traced in this process, as JSON. Returns the length it would need.
 MOETRACE_API size_t moetrace_probe(char * out, size_t size) {
     const std::string text = tracer_probe();

@@ -18,6 +18,9 @@ namespace moetrace {
 bool tracer_start(const char * text, std::string & error);
 void tracer_stop();
 
+// Puts intervention `number` (TRACE/interventions/NUMBER.bin) in force in all contexts; 0: none.
+void tracer_intervene(uint32_t number);
+
 // What can be traced in this process, as JSON: symbols, layout, trouble. Used by `moetrace doctor`.
 std::string tracer_probe();
 

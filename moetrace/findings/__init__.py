@@ -32,11 +32,18 @@ QUESTIONS = {
     "persistence": "Persistence",
     "transitions": "Transitions",
     "gate-distances": "GateDistances",
+    "token-patterns": "TokenPatterns",
+    "cold-experts": "ColdExperts",
+    "expert-circuits": "ExpertCircuits",
+    "generation-dynamics": "GenerationDynamics",
     "attention-prediction": "AttentionPrediction",
     "context-attention-routing": "ContextAttentionRouting",
     "task-prediction": "TaskPrediction",
     "expert-cache": "ExpertCache",
     "compare": "Compare",
+    "expert-interference": "ExpertInterference",
+    "expert-merging": "ExpertMerging",
+    "routing-manipulation": "RoutingManipulation",
 }
 
 

@@ -76,7 +76,11 @@ class TaskPrediction(Question):
             gained = span(row["gain"], row["low"], row["high"], ".1%")
             sentences.append(
                 f"It beats every baseline {of_layers(sure['layer'], len(more))} (95 % intervals)"
-                + (f", at most by {gained} over {row['than']} in layer {row['layer']:.0f}." if len(sure) else ".")
+                + (
+                    f", at most by {gained} over {row['than']} in layer {row['layer']:.0f}."
+                    if len(sure)
+                    else "."
+                )
             )
         tested = gains[gains["p_value"].notna()]
         if len(tested):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from moetrace.errors import InputError, MoetraceError, UsageError
 from moetrace.host import llama
 from moetrace.host.inprocess import prompt_tokens, tracing
+from moetrace.host.intervene import Given, Interventions, model_routers
 from moetrace.host.model import store_vocabulary
 from moetrace.host.options import CaptureOptions
 from moetrace.host.prompts import Prompt, read_prompts
@@ -270,6 +272,7 @@ class Evaluator:
             keys[_expert_used_key(model, n_expert_used)] = n_expert_used
         self.context = context
         self._model_path = os.fspath(model)
+        self._n_expert_used = n_expert_used
         self._stack = contextlib.ExitStack()
         self._folder: Path | None = None
         llama.tracer()  # before anything imports llama_cpp
@@ -283,6 +286,9 @@ class Evaluator:
                 self._stack.callback(writer.close)
                 self._stack.callback(store_vocabulary, writer.path, self._model_path)
                 self._stack.enter_context(tracing(writer, chosen))
+                self._control = writer.path
+            else:
+                self._control = self._stack.enter_context(_watching())
             self.model = self._stack.enter_context(
                 llama.Llama(
                     model,
@@ -307,6 +313,7 @@ class Evaluator:
         *,
         chunks: bool = False,
         logits: str | os.PathLike[str] | None = None,
+        intervene: Given = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Evaluation:
         """Score texts.
@@ -321,6 +328,8 @@ class Evaluator:
             the second half is scored; what is left at the end of a text is dropped.
         logits
             A ``.npy`` file to keep the logits in, 4 bytes × vocabulary per scored token; written as they come.
+        intervene
+            What to change about the routing meanwhile: see :func:`moetrace.capture`.
         on_progress
             Called with (tokens computed, tokens).
 
@@ -328,9 +337,13 @@ class Evaluator:
         ------
         InputError
             If there is no token to score.
+        UsageError
+            If the model cannot do what ``intervene`` asks for.
         MoetraceError
-            If llama.cpp fails.
+            If llama.cpp fails, or its graph does not allow the intervention.
         """
+        routers = model_routers(self._model_path, self._n_expert_used)
+        interventions = Interventions(self._control, intervene, routers)
         prompts = read_prompts(texts)
         bos = self.model.bos if self.model.adds_bos else None
         windows = list(_windows([prompt_tokens(self.model, p) for p in prompts], self.context, chunks, bos))
@@ -359,17 +372,21 @@ class Evaluator:
             )
         done = computed = 0
         n_tokens = sum(len(w.tokens) for w in windows)
-        for group, first in _packed(windows, self.model.n_batch):
-            for rows, fed in self._compute(group, first, prompts):
-                span = slice(done, done + len(rows))
-                out.nll[span] = token_nll(rows, out.token[span])
-                out.top[span] = rows.argmax(axis=1)
-                if kept is not None:
-                    kept[span] = rows
-                done += len(rows)
-                computed += fed
-                if on_progress is not None:
-                    on_progress(computed, n_tokens)
+        try:
+            for group, first in _packed(windows, self.model.n_batch):
+                interventions.assign({slot: prompts[w.text].id for slot, w in enumerate(group)})
+                for rows, fed in self._compute(group, first, prompts):
+                    span = slice(done, done + len(rows))
+                    out.nll[span] = token_nll(rows, out.token[span])
+                    out.top[span] = rows.argmax(axis=1)
+                    if kept is not None:
+                        kept[span] = rows
+                    done += len(rows)
+                    computed += fed
+                    if on_progress is not None:
+                        on_progress(computed, n_tokens)
+        finally:
+            interventions.end()
         return out
 
     def _compute(
@@ -446,6 +463,28 @@ def _packed(windows: Sequence[_Window], n_batch: int) -> Iterator[tuple[list[_Wi
         yield group, len(windows) - len(group)
 
 
+_watched: tuple[tempfile.TemporaryDirectory[str], int] | None = None  # and how many evaluators need it
+
+
+@contextlib.contextmanager
+def _watching() -> Iterator[Path]:
+    """Trace without recording, so that routing can be intervened on; evaluators that record nothing share it."""
+    global _watched
+    folder, users = _watched or (tempfile.TemporaryDirectory(prefix="moetrace-"), 0)
+    if users == 0:
+        options = CaptureOptions(collector="callback", on_full="drop", ring_size=1 << 16, paused=True)
+        llama.start(options.settings(Path(folder.name)))
+    _watched = folder, users + 1
+    try:
+        yield Path(folder.name)
+    finally:
+        users = _watched[1] - 1
+        _watched = (folder, users) if users else None
+        if users == 0:
+            llama.stop()
+            folder.cleanup()
+
+
 def _expert_used_key(model: str | os.PathLike[str], n: int) -> str:
     with ModelFile(model) as file:
         if not 1 <= n <= file.n_expert:  # llama.cpp ends the process
@@ -463,9 +502,12 @@ def evaluate(
     *,
     chunks: bool = False,
     logits: str | os.PathLike[str] | None = None,
+    intervene: Given = None,
     on_progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Evaluation:
     """Load a model, score texts, and let go of it: :meth:`Evaluator.evaluate` with :class:`Evaluator`'s options."""
     with Evaluator(model, **options) as evaluator:
-        return evaluator.evaluate(texts, chunks=chunks, logits=logits, on_progress=on_progress)
+        return evaluator.evaluate(
+            texts, chunks=chunks, logits=logits, intervene=intervene, on_progress=on_progress
+        )

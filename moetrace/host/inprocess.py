@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from moetrace.errors import MoetraceError
 from moetrace.host import llama
 from moetrace.host.drain import Drain
+from moetrace.host.intervene import Given, Interventions, model_routers
 from moetrace.host.model import store_vocabulary
 from moetrace.host.options import CaptureOptions
 from moetrace.host.prompts import Prompt, read_prompts
@@ -54,6 +55,8 @@ class Generator:
     all_outputs
         Ask for the logits of every token. Without it llama.cpp leaves the last layer's rows of all but each
         prompt's last token out, and the trace marks them so.
+    interventions
+        What to change about the routing while prompts are decoded.
     """
 
     def __init__(
@@ -64,8 +67,10 @@ class Generator:
         temperature: float = 0.0,
         seed: int = 0,
         all_outputs: bool = False,
+        interventions: Interventions | None = None,
     ) -> None:
         self._model = model
+        self._interventions = interventions
         self._n_parallel = n_parallel
         self._temperature = temperature
         self._random = np.random.default_rng(seed)
@@ -86,11 +91,15 @@ class Generator:
                     self._model.forget(sequence)
                     job.from_ns = time.monotonic_ns()
                     running[sequence] = job
+            if self._interventions is not None:
+                self._interventions.assign({slot: job.prompt.id for slot, job in running.items()})
             self._step(running)
             for job in list(running.values()):
                 if job.n_left == 0 and (len(job.generated) >= job.n_predict or self._ended(job)):
                     del running[job.sequence]
                     on_done(_label_line(job))
+        if self._interventions is not None:
+            self._interventions.end()
 
     def _prepare(self, prompt: Prompt, n_predict: int) -> _Job:
         tokens = prompt_tokens(self._model, prompt)
@@ -206,6 +215,7 @@ def capture(
     all_outputs: bool = False,
     force: bool = False,
     verbose: bool = False,
+    intervene: Given = None,
     on_progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Trace:
@@ -235,6 +245,9 @@ def capture(
         See :class:`moetrace.host.llama.Llama`.
     temperature, seed
         Sampling; 0 is greedy.
+    intervene
+        What to change about the routing: one or several interventions, as text (``"ablate:7:3,12"``) or as
+        :class:`moetrace.trace.intervention.Intervention`. ``@request=ID`` speaks of the prompt with that id.
     on_progress
         Called with (prompts done, prompts).
 
@@ -246,7 +259,8 @@ def capture(
     Raises
     ------
     MoetraceError
-        If the model or a prompt does not fit, or the trace cannot be written. What was captured is kept.
+        If the model or a prompt does not fit, an intervention is refused, or the trace cannot be written. What
+        was captured is kept.
     """
     chosen = CaptureOptions.of(channels, **options)
     items = read_prompts(prompts)
@@ -257,6 +271,9 @@ def capture(
     folder = (
         Path(output) if output is not None else Path(tempfile.mkdtemp(prefix="moetrace-")) / "capture.moet"
     )
+    interventions = Interventions(
+        folder, intervene, model_routers(str(model))
+    )  # refused before anything happens
     trace = TraceWriter(folder, command=["moetrace", "capture"], model_path=str(model), force=force)
     done = 0
 
@@ -285,7 +302,12 @@ def capture(
             ) as loaded,
         ):
             generator = Generator(
-                loaded, n_parallel=n_parallel, temperature=temperature, seed=seed, all_outputs=all_outputs
+                loaded,
+                n_parallel=n_parallel,
+                temperature=temperature,
+                seed=seed,
+                all_outputs=all_outputs,
+                interventions=interventions,
             )
             generator.run(items, n_predict, on_done)
         if not drain.contexts:

@@ -20,6 +20,7 @@ from moetrace.errors import MoetraceError, RuntimeMissingError
 from moetrace.host.runtime import preload_path
 
 _tracer: ctypes.CDLL | None = None
+_started = False
 
 
 def tracer() -> ctypes.CDLL:
@@ -52,17 +53,30 @@ def start(settings: Mapping[str, str]) -> None:
     Raises
     ------
     MoetraceError
-        If a value is refused.
+        If a value is refused, or this process is being traced already.
     """
+    global _started
+    if _started:
+        raise MoetraceError(
+            "this process is recording already", why="it has one tracer", fix="end the other recording first"
+        )
     text = "\n".join(f"{key}={value}" for key, value in settings.items() if value)
     error = ctypes.create_string_buffer(512)
     if tracer().moetrace_start(text.encode(), error, ctypes.c_size_t(len(error))) != 0:
         raise MoetraceError("the tracer refused its settings", why=error.value.decode())
+    _started = True
 
 
 def stop() -> None:
     """Stop tracing and close the rings."""
+    global _started
     tracer().moetrace_stop()
+    _started = False
+
+
+def intervene(number: int) -> None:
+    """Put intervention ``number`` of the trace (csrc/intervene.h) in force from the next graph on; 0: none."""
+    tracer().moetrace_intervene(ctypes.c_uint32(number))
 
 
 def _llama_cpp() -> Any:

@@ -14,9 +14,9 @@ from moetrace.plot.entropy import entropy
 from moetrace.plot.gate import gate_distances
 from moetrace.plot.heatmap import heatmap, usage
 from moetrace.plot.load import load_balance
-from moetrace.plot.persistence import persistence, persistence_by_layer
-from moetrace.plot.separation import separation
-from moetrace.plot.specialists import specialists
+from moetrace.plot.persistence import persistence, persistence_by_layer, strongest_layer
+from moetrace.plot.separation import matched_separation, separation
+from moetrace.plot.specialists import kinds, specialists
 from moetrace.plot.style import DARK, LIGHT, OKABE_ITO, style
 from moetrace.plot.transitions import transitions
 
@@ -30,11 +30,14 @@ __all__ = [
     "entropy",
     "gate_distances",
     "heatmap",
+    "kinds",
     "load_balance",
+    "matched_separation",
     "persistence",
     "persistence_by_layer",
     "separation",
     "specialists",
+    "strongest_layer",
     "style",
     "transitions",
     "usage",

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from moetrace.plot.style import LIGHT, axes, short
+from moetrace.plot.style import DARK, LIGHT, axes, faint, short
 
 #: Lift is shown from 1/LIFT to LIFT; what lies beyond takes the outermost colour.
 LIFT = 4.0
@@ -61,7 +61,9 @@ def heatmap(
     if scale == "lift":
         bar.ax.yaxis.set_major_locator(FixedLocator([1 / 4, 1 / 2, 1, 2, 4]))
         bar.ax.yaxis.set_minor_locator(NullLocator())
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"1/{1 / v:.0f}" if v < 0.9 else f"{v:.0f}"))
+        bar.ax.yaxis.set_major_formatter(
+            FuncFormatter(lambda v, _: f"1/{1 / v:.0f}" if v < 0.9 else f"{v:.0f}")
+        )
     return ax
 
 
@@ -79,9 +81,10 @@ def usage(
     ----------
     frequency
         Of :func:`moetrace.analysis.expert_frequency` (for "lift": of :func:`moetrace.analysis.domain_lift`),
-        one row per (layer, domain, expert).
+        one row per (layer, domain, expert); or of :func:`moetrace.analysis.expert_usage`, one per (layer,
+        expert).
     domain
-        Which; None: the mean over domains, which all weigh the same.
+        Which; None: all prompts where the table has no domains, else the mean over domains.
     high
         Top of the colour scale, to compare domains; the largest value of all domains if None.
     """
@@ -99,15 +102,15 @@ def usage(
     ax = heatmap(
         matrix, label=labels[measure], scale="lift" if measure == "lift" else "linear", high=high, ax=ax
     )
-    ax.set(xlabel="expert", ylabel="layer", title="all domains" if domain is None else short(domain, 60))
+    ax.set(xlabel="expert", ylabel="layer", title="all prompts" if domain is None else short(domain, 60))
     return ax
 
 
 def hatch_missing(ax: Axes) -> None:
     """Hatch the axes' ground: it shows where a cell is missing."""
     dark = mpl.colors.to_rgb(mpl.rcParams["axes.facecolor"])[0] < 0.5
-    ax.set_facecolor(LIGHT["missing"] if not dark else "#2A3037")
-    ax.patch.set(hatch="////", edgecolor=mpl.rcParams["hatch.color"], linewidth=0)
+    ax.set_facecolor((DARK if dark else LIGHT)["missing"])
+    ax.patch.set(hatch="////", edgecolor=faint(), linewidth=0)
 
 
 def _ticks(ax: Axes, which: Literal["x", "y"], labels: pd.Index[Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moetrace.errors import MoetraceError
-from moetrace.findings import Finding, question
+from moetrace.findings import QUESTIONS, Figure, Finding, question
 
 
 def write_finding(finding: Finding, folder: Path) -> list[Path]:
@@ -14,6 +14,8 @@ def write_finding(finding: Finding, folder: Path) -> list[Path]:
     Raises MoetraceError if a file cannot be written.
     """
     from matplotlib.figure import Figure as Canvas
+
+    from moetrace.plot.style import style
 
     written: list[Path] = []
     try:
@@ -24,8 +26,8 @@ def write_finding(finding: Finding, folder: Path) -> list[Path]:
         for name, table in finding.tables.items():
             written.append(folder / "tables" / f"{finding.name}-{name}.csv")
             table.to_csv(written[-1], index=False)
-        if finding.missing is None:
-            for name, figure in question(finding.name)().figures(finding).items():
+        for name, figure in figures_of(finding).items():
+            with style():
                 canvas = Canvas(figsize=figure.size, layout="constrained")
                 figure.draw(canvas.add_subplot())
                 for ending in ("png", "pdf"):
@@ -34,3 +36,10 @@ def write_finding(finding: Finding, folder: Path) -> list[Path]:
     except OSError as e:
         raise MoetraceError(f"{e.filename or folder} cannot be written", why=e.strerror or str(e)) from e
     return written
+
+
+def figures_of(finding: Finding) -> dict[str, Figure]:
+    """Figures of a finding; none if it was not answered, or is of a question that is not ours."""
+    if finding.missing is not None or finding.name not in QUESTIONS:
+        return {}
+    return question(finding.name)().figures(finding)

@@ -175,3 +175,86 @@ def small_trace(path: Path, **options: Any) -> Path:
         {"request": i, "id": f"p{i}", "label": label} for i, label in enumerate(["code", "math", "code"])
     ]
     return write_trace(path, [context], **{"labels": labels, **options})
+
+
+def labelled_records(
+    layout: Layout,
+    rng: np.random.Generator,
+    *,
+    n_domains: int = 3,
+    n_prompts: int = 4,
+    effect: float = 1.5,
+    n_prompt: int = 6,
+    n_decode: tuple[int, int] = (8, 20),
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tell of requests of several domains whose experts differ, two at a time in turn over two slots.
+
+    Gives the records and, for each, the number of its request. Request r is of domain r % n_domains. Each token
+    uses its domain's favourites more, by ``effect`` in logits; prompts differ by a normal 0.5.
+    """
+    n_layers, big = len(layout.layers), max(layout.n_expert)
+    taste = rng.normal(0, effect, (n_domains, n_layers, big))
+    parts: list[tuple[np.ndarray, int]] = []
+    batch = 0
+    for first in range(0, n_domains * n_prompts, 2):
+        pair = [r for r in (first, first + 1) if r < n_domains * n_prompts]
+        rows = []
+        for slot, request in enumerate(pair):
+            for code in (EventCode.LAUNCH, EventCode.SEQ_RM):
+                parts.append((event(layout, 0, code, slot, 0 if code == EventCode.SEQ_RM else -1), request))
+            n = n_prompt + int(rng.integers(*n_decode))
+            made = random_records(layout, n, rng)
+            made["kind"], made["sequence"], made["position"] = 0, slot, np.arange(n)
+            made["token"], made["flags"], made["state"] = (
+                rng.integers(0, 12, n),
+                np.arange(n) >= n_prompt - 1,
+                1,
+            )
+            logits = taste[request % n_domains] + rng.normal(0, 0.5, (n_layers, big))
+            logits = logits + rng.normal(0, 1, (n, n_layers, big))
+            for layer, e in enumerate(layout.n_expert):
+                logits[:, layer, e:] = -np.inf
+            if "experts" in made.dtype.names:
+                k = made["experts"].shape[2]
+                made["experts"] = np.argsort(-logits, axis=2)[:, :, :k]
+                for layer, own in enumerate(layout.n_expert_used):
+                    made["experts"][:, layer, own:] = layout.sentinel
+            if "weights" in made.dtype.names:
+                made["weights"] = -np.sort(-rng.random(made["weights"].shape), axis=2)
+            rows.append(made)
+        for t in range(max(len(made) for made in rows)):
+            for slot, made in enumerate(rows):
+                if t < len(made):
+                    one = made[t : t + 1].copy()
+                    one["batch"] = one["step"] = batch + max(0, t - n_prompt + 1)
+                    one["row"] = slot + len(rows) * t * (t < n_prompt)
+                    parts.append((one, pair[slot]))
+        batch += max(len(made) for made in rows)
+        parts += [(event(layout, 0, EventCode.LAUNCH, slot), request) for slot, request in enumerate(pair)]
+    records = np.concatenate([part for part, _ in parts])
+    owner = np.concatenate([np.full(len(part), request) for part, request in parts])
+    return records, owner
+
+
+def labelled_trace(
+    path: Path,
+    layout: Layout,
+    records: np.ndarray,
+    owner: np.ndarray,
+    requests: Any = None,
+    *,
+    n_domains: int = 3,
+    labels: bool = True,
+) -> Path:
+    """Write a trace of some of the requests of :func:`labelled_records`."""
+    chosen = sorted(set(owner.tolist())) if requests is None else sorted(requests)
+    mine = records[np.isin(owner, chosen)].copy()
+    is_row = mine["kind"] == RecordKind.ROW
+    before = np.cumsum(is_row) - is_row
+    mine["serial"] = before
+    mine["time_ns"][is_row] = 1000 * before[is_row].astype(np.int64)
+    said = [
+        {"request": i, "id": f"p{r:02d}", **({"label": "abcdefgh"[r % n_domains]} if labels else {})}
+        for i, r in enumerate(chosen)
+    ]
+    return write_trace(path, [Context(layout, mine)], block=64, labels=said)
