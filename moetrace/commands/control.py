@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moetrace.errors import TraceError
 from moetrace.trace.ring import Ring, ring_is_ready
+from moetrace.trace.store import ring_paths
 
 
 def live_rings(trace: Path) -> Iterator[Ring]:
@@ -18,7 +19,7 @@ def live_rings(trace: Path) -> Iterator[Ring]:
     TraceError
         If the trace is not being recorded.
     """
-    paths = [path for path in sorted(trace.glob("ctx*/ring")) if ring_is_ready(path)]
+    paths = [path for path in ring_paths(trace) if ring_is_ready(path)]
     if not paths:
         raise TraceError(
             f"{trace} is not being recorded",
