@@ -98,14 +98,12 @@ LAYOUT = make_layout()
 RING = bytes(ring_bytes(LAYOUT, 4))
 
 #: what the text formats are made of, so that a guess gets beyond the first look
-WORDS = st.sampled_from(
-    [
-        *["layer_id,expert_ids", "gate_input", "expert_ids", "domain,layer,expert,count", "domain", "code", "input_ids", "exp_ids"],
-        *["predicted_token_ids", "token", "layers", "experts", "prompt", "messages", "label", "id", "n_predict", "role", "content", "null", "true"],
-        *['0', '1', '2', '31', '-1', '65536', '1e9', 'nan', 'inf', '0.5', ',', '{', '}', '[', ']', ':', '"', 'é'],
-        *(" ", "\t", "\n", "\r\n", "\ufeff", "\0", "9" * 20),
-    ]
-)
+PIECES = """
+layer_id,expert_ids gate_input expert_ids domain,layer,expert,count domain code input_ids exp_ids label id n_predict
+predicted_token_ids token layers experts prompt messages role content null true 0 1 2 31 -1 65536 1e9 nan inf 0.5 , é
+{ } [ ] : "
+"""
+WORDS = st.sampled_from([*PIECES.split(), *(" ", "\t", "\n", "\r\n", "\ufeff", "\0", "9" * 20)])
 TEXTS = st.one_of(
     st.lists(WORDS, max_size=60).map("".join).map(str.encode),
     st.lists(st.lists(WORDS, max_size=8).map(",".join), max_size=20).map("\n".join).map(str.encode),
