@@ -1,4 +1,4 @@
-"""What tracing costs, side by side in one process.
+"""What tracing costs, side by side in one process, and what others cost that people use for it today.
 
     python benchmarks/bench_overhead.py [--repeats N] [--threads T] [--model FILE] [--write]
 
@@ -6,22 +6,28 @@ A model of realistic cost (gpt-oss's shape: 24 layers, 32 experts, top-4, about 
 generated once and loaded once. Machines drift by more than what is measured, so what is compared lies as close in
 time as can be: within a repeat of a recording variant, recording is switched off and on from token to token, and the
 ratio is that of the medians of the two kinds of tokens (prompts likewise). "Loaded, paused" is compared with nothing
-being traced (the library is loaded, its hooks pass through) moment by moment, and is less certain for it. Intervals
-are Student's t on the logarithms of the repeats' ratios. A drain writes the trace meanwhile, as in a real recording.
+being traced (the library is loaded, its hooks pass through) moment by moment, and is less certain for it. The others'
+callbacks (alternatives.c) are switched like ours; asking them about every node is in both of their figures, which is
+to their advantage. llama-imatrix has no such switch: whole processes, in turn with llama-perplexity on the same text,
+plain and traced. Intervals are Student's t on the logarithms of the repeats' ratios. A drain writes the trace
+meanwhile, as in a real recording.
 ``--write`` puts the table into docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import math
 import os
 import platform
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +39,7 @@ from moetrace.host import llama
 from moetrace.host.drain import Drain
 from moetrace.host.inprocess import tracing
 from moetrace.host.options import CaptureOptions
+from moetrace.host.runtime import find_tool
 from moetrace.synthetic import write_model
 from moetrace.trace.writer import TraceWriter
 
@@ -46,6 +53,10 @@ VARIANTS: dict[str, dict[str, object]] = {
     "callback: + logits": {"channels": "experts,weights,logits", "collector": "callback"},
     "callback: + gate input": {"channels": "experts,weights,gate_input", "collector": "callback"},
 }
+#: what others do: the mode of alternatives.c
+ALTERNATIVES = {"others: ffn_moe_topk printed as CSV": 1, "others: all router logits kept": 2}
+#: whole processes on the same text
+TOOLS = ("plain", "traced", "imatrix")
 
 
 @dataclass
@@ -58,27 +69,65 @@ class Runs:
     bytes_per_token: float = math.nan
     lost: int = 0
 
+    def add(self, timing: Timing) -> None:
+        """Take down one repeat."""
+        self.prefill.append((timing[0], timing[2]))
+        self.decode.append((timing[1], timing[3]))
+
 
 Timing = tuple[float, float, float, float]  # prompt and token, switched on; prompt and token, switched off
+Switch = Callable[[bool], None]
+
+
+class Alternative:
+    """A callback of alternatives.c, on or off."""
+
+    def __init__(self, folder: Path) -> None:
+        library = folder / "alternatives.so"
+        source = Path(__file__).with_name("alternatives.c")
+        compiler = os.environ.get("CC", "cc")
+        subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
+        llama._llama_cpp()
+        from llama_cpp._ggml import libggml
+
+        ctypes.CDLL(libggml._name, ctypes.RTLD_GLOBAL)  # for the functions that the callback calls
+        self._lib = ctypes.CDLL(str(library))
+        self._lib.alternative_new.restype = ctypes.c_void_p
+        path = os.fsencode(folder / "alternative.csv")
+        self._data = ctypes.c_void_p(
+            self._lib.alternative_new(SHAPE["n_expert"], SHAPE["n_expert_used"], path)
+        )
+
+    @property
+    def eval_callback(self) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+        """As :class:`moetrace.host.llama.Llama` takes it."""
+        return ctypes.cast(self._lib.alternative_eval, ctypes.c_void_p), self._data
+
+    def set(self, mode: int) -> None:
+        """Record (1: CSV, 2: logits) or not (0)."""
+        self._lib.alternative_set(self._data, mode)
+
+    def forget(self) -> None:
+        """Free the logits that were kept."""
+        self._lib.alternative_forget(self._data)
 
 
 def run_moment(variant: str, model: llama.Llama, folder: Path, args: argparse.Namespace, runs: Runs) -> None:
-    """Run one variant for a moment and take its numbers down."""
+    """Run one variant of ours for a moment and take its numbers down."""
     options = VARIANTS[variant]
     path = folder / "t.moet"
     shutil.rmtree(path, ignore_errors=True)
     trace = TraceWriter(path)
     if options.get("paused"):
-        off = time_tokens(model, args, None)
+        off = time_tokens(model, args)
         with tracing(trace, CaptureOptions.of(**options)):  # type: ignore[arg-type]
-            on = time_tokens(model, args, None)
+            on = time_tokens(model, args)
         timing: Timing = (on[0], on[1], off[0], off[1])
     else:
         with tracing(trace, CaptureOptions.of(**options)) as drain:  # type: ignore[arg-type]
-            timing = time_tokens(model, args, drain)
+            timing = time_tokens(model, args, pausing(drain))
     trace.close()
-    runs.prefill.append((timing[0], timing[2]))
-    runs.decode.append((timing[1], timing[3]))
+    runs.add(timing)
     if options.get("paused"):
         return
     with moetrace.open(path) as recorded:
@@ -87,36 +136,70 @@ def run_moment(variant: str, model: llama.Llama, folder: Path, args: argparse.Na
         runs.lost += recorded.loss.rows_lost
 
 
-def time_tokens(model: llama.Llama, args: argparse.Namespace, drain: Drain | None) -> Timing:
-    """Compute prompts and then single tokens, each recorded or not by turns; gives median seconds of each kind.
+def pausing(drain: Drain) -> Switch:
+    """A switch that pauses what a drain records."""
 
-    Without a drain nothing is switched and both kinds are the same.
+    def switch(on: bool) -> None:
+        while not on and not drain.contexts:
+            time.sleep(0.001)  # the first prompt makes the ring
+        if drain.contexts:
+            drain.contexts[0].ring.paused = not on
+
+    return switch
+
+
+def time_tokens(model: llama.Llama, args: argparse.Namespace, switch: Switch | None = None) -> Timing:
+    """Compute prompts and then single tokens, switched on and off by turns; gives median seconds of each kind.
+
+    Without a switch both kinds are the same.
     """
     n, tokens = args.prefill, np.random.default_rng(0).integers(0, 500, args.prefill + args.decode).tolist()
     prompts: tuple[list[float], list[float]] = ([], [])
     singles: tuple[list[float], list[float]] = ([], [])
 
-    def timed(entries: list[tuple[int, int, int, bool]], off: bool) -> float:
-        if drain is not None and drain.contexts:
-            drain.contexts[0].ring.paused = off
+    def timed(entries: list[tuple[int, int, int, bool]], on: bool) -> float:
+        if switch is not None:
+            switch(on)
         start = time.perf_counter()
         model.decode(entries)
         return time.perf_counter() - start
 
     for i in range(4):
         model.forget(0)
-        seconds = timed([(token, j, 0, j == n - 1) for j, token in enumerate(tokens[:n])], off=i % 2 == 1)
-        while drain is not None and not drain.contexts:
-            time.sleep(0.001)  # the first one makes the ring
-        prompts[i % 2].append(seconds)
+        entries = [(token, j, 0, j == n - 1) for j, token in enumerate(tokens[:n])]
+        prompts[i % 2].append(timed(entries, i % 2 == 0))
     for i, token in enumerate(tokens[n:], start=n):
-        seconds = timed([(token, i, 0, True)], off=i % 2 == 1)
+        seconds = timed([(token, i, 0, True)], i % 2 == 0)
         if i >= n + 4:  # the first ones build their graph
             singles[i % 2].append(seconds)
     on, off = ((p[1:] or p, t) for p, t in zip(prompts, singles, strict=True))
-    if drain is None:
+    if switch is None:
         on = off = (on[0] + off[0], on[1] + off[1])
     return (*(float(np.median(x)) for x in on), *(float(np.median(x)) for x in off))  # type: ignore[return-value]
+
+
+def time_tools(model: Path, folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of llama-perplexity, of the same traced, and of llama-imatrix, on the same text."""
+    text = folder / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40 * args.prefill, encoding="utf-8")
+    common = ["-m", model, "-f", text, "-c", "512", "--chunks", "2", "-t", str(args.threads)]
+    perplexity = [find_tool("llama-perplexity"), *common]
+    commands = {
+        "plain": perplexity,
+        "traced": [
+            *f"{sys.executable} -m moetrace run --force -o".split(),
+            folder / "p.moet",
+            "--",
+            *perplexity,
+        ],
+        "imatrix": [find_tool("llama-imatrix"), *common, "-o", folder / "imatrix.gguf"],
+    }
+    seconds = {}
+    for name in random.sample(TOOLS, len(TOOLS)):
+        start = time.perf_counter()
+        subprocess.run(commands[name], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        seconds[name] = time.perf_counter() - start
+    return seconds
 
 
 def ratio(seconds: list[tuple[float, float]]) -> tuple[float, float, float]:
@@ -168,20 +251,44 @@ def main() -> None:
     try:
         path = args.model or write_model(folder / "model.gguf", "gpt-oss", quantization="F16", **SHAPE)
         size = path.stat().st_size
-        measured = {name: Runs() for name in VARIANTS}
-        with llama.Llama(path, n_ctx=args.prefill + args.decode, n_threads=args.threads) as model:
+        measured = {name: Runs() for name in (*VARIANTS, *ALTERNATIVES)}
+        tools: list[dict[str, float]] = []
+        other = Alternative(folder)
+        sizes = {"n_ctx": args.prefill + args.decode, "n_threads": args.threads}
+        with (
+            llama.Llama(path, **sizes) as model,
+            llama.Llama(path, eval_callback=other.eval_callback, **sizes) as watched,
+        ):
             for _ in range(2):  # the file is read, and the processor awake
-                time_tokens(model, args, None)
+                time_tokens(model, args)
             for repeat in range(args.repeats):
                 print(f"repeat {repeat + 1} of {args.repeats}", file=sys.stderr)
-                for name in random.sample(list(VARIANTS), len(VARIANTS)):
-                    run_moment(name, model, folder, args, measured[name])
+                for name in random.sample(list(measured), len(measured)):
+                    if name in VARIANTS:
+                        run_moment(name, model, folder, args, measured[name])
+                        continue
+                    mode = ALTERNATIVES[name]
+                    timing = time_tokens(watched, args, lambda on, mode=mode: other.set(mode if on else 0))
+                    measured[name].add(timing)
+                    other.set(0)
+                    other.forget()
+                if args.section == "overhead":
+                    tools.append(time_tools(path, folder, args))
         head = (
             f"{args.repeats} repeats, {args.threads} thread(s) of {os.cpu_count()} cores ({platform.machine()}), "
             f"{size / 2**30:.2f} GiB of weights, a prompt of {args.prefill} tokens "
             f"and {args.decode} one by one. Ratios are of speeds: recording to paused, and paused to not traced."
         )
         text = [head, "", *table(measured, args.prefill)]
+        for name, what in (("traced", "llama-perplexity under moetrace"), ("imatrix", "llama-imatrix")):
+            if tools:
+                figures = ratio([(t[name], t["plain"]) for t in tools])
+                text += [
+                    "",
+                    "{}, whole process, to plain llama-perplexity on the same text: {:.3f} [{:.3f}, {:.3f}].".format(
+                        what, *figures
+                    ),
+                ]
         print("\n".join(text))
         if args.write:
             write_section(ROOT / "docs" / "benchmarks.md", args.section, text)

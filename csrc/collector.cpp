@@ -59,8 +59,11 @@ bool model_shape::learn(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & m
         shape.has[0]   = true;
         shape.has[1]  |= layer.weights    != nullptr;
         shape.has[2]  |= layer.logits     != nullptr;
-        shape.has[3]  |= layer.scores     != nullptr;
+        shape.has[3]  |= layer.choice.scores != nullptr;
         shape.has[4]  |= layer.gate_input != nullptr;
+        shape.n_group      = layer.n_group;
+        shape.n_group_used = layer.n_group_used;
+        shape.selects      = layer.selects();
         if (layer.gate_input) {
             shape.n_embd = (int) abi.ne(layer.gate_input)[0];
         }
@@ -234,15 +237,14 @@ void graph_sources::make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & 
             not_understood.push_back(index);
             continue;
         }
-        // ids are read with the weights: asking inside the pattern would undo a fused top-k on a GPU
-        ggml_tensor * last = layer.weights && layout.off_weights ? layer.weights : layer.ids;
-        add(layer.ids, last, layout.off_experts, layout.id_bytes, K, layer.k, 1);
+        add(layer.ids, layout.off_weights ? layer.ids_last : layer.ids, layout.off_experts, layout.id_bytes, K, layer.k, 1);
         if (layer.weights) {
             const int row_dim = abi.ne(layer.weights)[0] == 1 && abi.ne(layer.weights)[1] == layer.k ? 2 : 1;
             add(layer.weights, layer.weights, layout.off_weights, 4, K, layer.k, row_dim);
         }
         add(layer.logits, layer.logits, layout.off_logits, 4, E, layer.n_expert, 1);
-        add(layer.scores, layer.scores, layout.off_scores, 4, E, layer.n_expert, 1);
+        // an intervention may change them up to then
+        add(layer.choice.scores, layer.choice.selector, layout.off_scores, 4, E, layer.n_expert, 1);
         if (layer.gate_input) {
             add(layer.gate_input, layer.gate_input, layout.off_gate_input, 4, D, abi.ne(layer.gate_input)[0], 1);
         }

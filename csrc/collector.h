@@ -21,6 +21,9 @@ struct model_shape {
         int     n_expert = 0;
         int     k        = 0;
         int     n_embd   = 0; // of the gate input
+        int     n_group  = 0;
+        int     n_group_used = 0;
+        bool    selects  = false; // by scores, so that interventions can change its choice
         uint8_t matrices = 0;
         bool    has[6]   = {}; // by channel bit: experts, weights, logits, scores, gate_input, attention
     };

@@ -17,7 +17,7 @@ static constexpr struct { channel bit; const char * name; } CHANNEL_NAMES[] = {
 };
 
 static constexpr const char * KEYS[] = {
-    "trace", "capture", "layers", "collector", "on_full", "ring_size", "block_ms", "paused",
+    "trace", "capture", "layers", "collector", "on_full", "ring_size", "block_ms", "paused", "intervention",
 };
 
 const char * channel_name(channel c) {
@@ -138,6 +138,7 @@ bool config_parse(const std::string & text, config & out, std::string & error) {
         else if (key == "ring_size") { ok = number_parse(value, number); out.ring_bytes = number; }
         else if (key == "block_ms")  { ok = number_parse(value, number) && number < 1'000'000'000'000ull; out.block_ns = number*1'000'000; }
         else if (key == "paused")    { ok = number_parse(value, number); out.paused = number != 0; }
+        else if (key == "intervention") { ok = number_parse(value, number) && number <= UINT32_MAX; out.intervention = (uint32_t) number; }
         else                         { ok = false; }
         if (!ok) {
             error = key + ": " + (error.empty() ? "bad value '" + value + "'" : error);

@@ -35,11 +35,14 @@ struct config {
     uint64_t                 ring_bytes = 16u << 20;
     uint64_t                 block_ns   = 10'000'000'000ull;
     bool                     paused     = false;
+    uint32_t                 intervention = 0; // in force from the beginning; 0: none
+    bool                     intervene_all = false; // in drafts' contexts too
 
     bool has_layer(int layer) const;
 };
 
-// "key=value" lines; the keys are trace, capture, layers, collector, on_full, ring_size, block_ms, paused.
+// "key=value" lines; the keys are trace, capture, layers, collector, on_full, ring_size, block_ms, paused,
+// intervention.
 // On a bad value `error` says which and false is returned.
 bool config_parse(const std::string & text, config & out, std::string & error);
 

@@ -55,11 +55,12 @@ static std::string model_meta(const llama_facts & facts, const llama_model * mod
     return text;
 }
 
-static std::string context_meta(const tracer_env & env, const context_trace & c) {
+static std::string context_meta(const tracer_env & env, const sched_trace & s, const context_trace & c) {
     static constexpr const char * COUNTERS[] = {
         "rows_produced", "rows_committed", "rows_lost_full", "rows_lost_error", "rows_overwritten",
         "events_committed", "events_lost", "events_overwritten", "rows_warmup", "rows_paused", "rows_unrouted",
         "rows_unidentified", "graphs", "batches", "wait_ns", "hook_ns", "sync_ns", "attention_lost",
+        "rows_intervened",
     };
     static_assert(sizeof(COUNTERS)/sizeof(COUNTERS[0]) == COUNT_N, "a counter has no name");
 
@@ -99,6 +100,10 @@ static std::string context_meta(const tracer_env & env, const context_trace & c)
     out += ",\"n_expert\":" + json_list(layout.n_expert, number);
     out += ",\"n_expert_used\":" + json_list(layout.k, number);
     out += ",\"consumers\":" + json_list(layout.matrices, json_matrices);
+    out += ",\"routers\":" + json_list(router_shapes(s.shape), [&](const router_shape & r) {
+        return "[" + number(r.layer) + "," + number(r.n_expert) + "," + number(r.k) + "," + number(r.n_group) + "," +
+            number(r.n_group_used) + "," + number(r.selects) + "]";
+    });
     out += ",\"counter_names\":" + json_list(std::vector<std::string>(std::begin(COUNTERS), std::end(COUNTERS)), json_string);
     return out + "}";
 }
@@ -114,13 +119,13 @@ static bool is_trial(const tracer_env & env, const context_trace & c) {
     if (c.launched || entries.empty() || entries.size() > 2) {
         return false;
     }
-    if (c.cleared && entries.size() == 2 && entries[0].token == 0 && entries[1].token == 0) {
+    if ((c.cleared || c.n_batches == 0) && entries.size() == 2 && entries[0].token == 0 && entries[1].token == 0) {
         return true;
     }
-    if (c.n_batches > 0 || !env.facts.get_vocab || !env.facts.vocab_bos || !env.facts.vocab_eos || !c.model) {
+    if (c.n_batches > 0 || !env.facts.vocab_bos || !env.facts.vocab_eos || !c.model) {
         return false;
     }
-    const void * vocab = env.facts.get_vocab(c.model);
+    const void * vocab = env.facts.get_vocab ? env.facts.get_vocab(c.model) : c.model;
     std::vector<int32_t> expected;
     for (int32_t token : { env.facts.vocab_bos(vocab), env.facts.vocab_eos(vocab) }) {
         if (token >= 0) {
@@ -217,11 +222,12 @@ void context_open(tracer_env & env, sched_trace & s, context_trace & c) {
 
     ring_params params;
     params.fields   = c.layout.fields;
-    params.meta     = context_meta(env, c);
+    params.meta     = context_meta(env, s, c);
     params.bytes    = env.cfg.ring_bytes;
     params.on_full  = env.cfg.on_full;
     params.block_ns = env.cfg.block_ns;
     params.paused   = env.cfg.paused;
+    params.intervention = env.cfg.intervene_all || strcmp(c.role, "main") == 0 ? env.cfg.intervention : 0;
     std::string error;
     if (!c.ring.create(folder + "/ring", params, error)) {
         rmdir(folder.c_str());

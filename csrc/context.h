@@ -9,6 +9,7 @@
 #include "ggml-abi.h"
 #include "moe-plan.h"
 #include "ring.h"
+#include "score-patch.h"
 
 #include <memory>
 #include <string>
@@ -28,23 +29,26 @@ struct llama_facts {
     uint32_t (*n_seq_max)(const llama_context *) = nullptr;
     void *   (*get_memory)(const llama_context *) = nullptr;
     const void * (*get_vocab)(const llama_model *) = nullptr;
-    int32_t  (*vocab_bos)(const void *) = nullptr;
+    int32_t  (*vocab_bos)(const void *) = nullptr; // of a model where there is no get_vocab
     int32_t  (*vocab_eos)(const void *) = nullptr;
 
     void find() {
-        const auto look = [](auto *& out, const char * name) { out = (std::decay_t<decltype(out)>) symbol_find(name); };
+        const auto look = [](auto *& out, const char * name, const char * older = nullptr) {
+            void * address = symbol_find(name);
+            out = (std::decay_t<decltype(out)>) (address || !older ? address : symbol_find(older));
+        };
         look(get_model,  "llama_get_model");
         look(meta_val,   "llama_model_meta_val_str");
         look(desc,       "llama_model_desc");
-        look(n_layer,    "llama_model_n_layer");
-        look(n_embd,     "llama_model_n_embd");
+        look(n_layer,    "llama_model_n_layer", "llama_n_layer");
+        look(n_embd,     "llama_model_n_embd", "llama_n_embd");
         look(n_ctx,      "llama_n_ctx");
         look(n_ubatch,   "llama_n_ubatch");
         look(n_seq_max,  "llama_n_seq_max");
         look(get_memory, "llama_get_memory");
         look(get_vocab,  "llama_model_get_vocab");
-        look(vocab_bos,  "llama_vocab_bos");
-        look(vocab_eos,  "llama_vocab_eos");
+        look(vocab_bos,  get_vocab ? "llama_vocab_bos" : "llama_token_bos");
+        look(vocab_eos,  get_vocab ? "llama_vocab_eos" : "llama_token_eos");
     }
 };
 
@@ -76,6 +80,8 @@ struct graph_trace {
     std::vector<attention_source> attention;
     bool          warmup = false;
     const void *  bound_to = nullptr; // the context whose layout the sources fit
+    graph_patches patches;            // made once an intervention needs them
+    bool          has_patches = false;
 
     const attention_source * attention_at(const ggml_tensor * t) const {
         for (const auto & source : attention) {
@@ -152,8 +158,13 @@ struct context_trace {
     output_rows         outputs;
     std::vector<int32_t> tokens, positions, out_ids; // inputs that were not in host memory
 
+    intervention        rules;
+    uint32_t            intervention_seen = 0; // the control word, when it was last looked at
+    std::vector<intervened_row> rows;
+
     // the graph that is being computed
-    graph_trace *       running = nullptr;
+    graph_trace *       running = nullptr; // if it is recorded
+    graph_trace *       patched = nullptr; // if its routing is changed
     uint64_t            hook_ns = 0;
 
     void count(ring_counter c, uint64_t n = 1) {

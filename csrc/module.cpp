@@ -1,5 +1,6 @@
 // What Python needs from the native side: atomic words of a mapped ring, and a producer for tests.
 
+#include "intervene.h"
 #include "record.h"
 #include "ring.h"
 
@@ -86,7 +87,23 @@ static uint64_t ring_push(ring_writer & ring, const py::buffer & records) {
     return n;
 }
 
+// layer, n_expert, k, n_group, n_group_used, selects
+using router_spec = std::tuple<int, int, int, int, int, bool>;
+
+// Why routers of these shapes cannot do what an intervention's file asks for; empty if they can.
+static std::string intervention_check(const py::bytes & file, const std::vector<router_spec> & specs) {
+    const std::string_view bytes = file;
+    std::vector<router_shape> routers;
+    for (const auto & [layer, n_expert, k, n_group, n_group_used, selects] : specs) {
+        routers.push_back({ layer, n_expert, k, n_group, n_group_used, selects });
+    }
+    intervention rules;
+    std::string error;
+    return rules.parse({ bytes.begin(), bytes.end() }, error) && rules.fits(routers, error) ? "" : error;
+}
+
 PYBIND11_MODULE(_native, m) {
+    m.def("intervention_check", &intervention_check, py::arg("file"), py::arg("routers"));
     m.def("load_acquire",    &load_acquire<uint64_t>,  py::arg("buffer"), py::arg("offset"));
     m.def("load_acquire32",  &load_acquire<uint32_t>,  py::arg("buffer"), py::arg("offset"));
     m.def("store_release",   &store_release<uint64_t>, py::arg("buffer"), py::arg("offset"), py::arg("value"));

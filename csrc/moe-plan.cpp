@@ -50,24 +50,50 @@ static bool same_memory(ggml_abi & abi, ggml_tensor * a, ggml_tensor * b) {
     return a == b || (a && b && abi.root(a) == abi.root(b) && abi.view_offs(a) == abi.view_offs(b));
 }
 
-// whether t was made from the router's probabilities gathered at the layer's ids
-static bool is_mixing_weight(ggml_abi & abi, ggml_tensor * t, const moe_layer & layer) {
+// the router's probabilities, if t was made from those gathered at the layer's ids; otherwise nullptr
+static ggml_tensor * weights_table(ggml_abi & abi, ggml_tensor * t, const moe_layer & layer) {
     for (int depth = 0; t && depth < 16; depth++) {
         switch (abi.op(t)) {
             case OP_GET_ROWS: {
                 // a per-expert scale is gathered at the same ids, but from a weight, not from a result
                 ggml_tensor * table = view_skip(abi, abi.src(t, 0));
-                return table && abi.op(table) != OP_NONE && same_memory(abi, abi.src(t, 1), layer.ids);
+                return table && abi.op(table) != OP_NONE && same_memory(abi, abi.src(t, 1), layer.ids) ? table : nullptr;
             }
             case OP_VIEW: case OP_RESHAPE: case OP_CONT: case OP_SCALE: case OP_SOFT_MAX: case OP_DIV:
             case OP_CLAMP: case OP_UNARY: case OP_ADD: case OP_MUL:
                 t = abi.src(t, 0);
                 break;
             default:
-                return false;
+                return nullptr;
         }
     }
-    return false;
+    return nullptr;
+}
+
+static bool is_selector(ggml_abi & abi, ggml_tensor * t) {
+    return t && (abi.op(t) == OP_ARGSORT || abi.op(t) == OP_TOP_K);
+}
+
+// The group mask of DeepSeek-V3: the scores of the chosen groups, put back into a tensor of -inf. The groups were
+// chosen by the sum of each one's two best scores.
+static void groups_find(ggml_abi & abi, moe_layer & layer) {
+    ggml_tensor * masked = view_skip(abi, layer.choice.scores);
+    ggml_tensor * kept   = masked && abi.op(masked) == OP_SET_ROWS ? abi.src(masked, 0) : nullptr;
+    if (!kept || abi.op(kept) != OP_GET_ROWS) {
+        return;
+    }
+    layer.group_choice.scores = abi.src(kept, 0);
+    layer.n_group      = (int) abi.ne(layer.group_choice.scores)[1];
+    layer.n_group_used = (int) abi.ne(abi.src(kept, 1))[0];
+
+    ggml_tensor * t = view_skip(abi, abi.src(kept, 1));
+    for (int step = 0; t && step < 2; step++) { // the groups' argsort, their sums
+        t = view_skip(abi, abi.src(t, 0));
+    }
+    t = t && abi.op(t) == OP_GET_ROWS ? view_skip(abi, abi.src(t, 1)) : nullptr;
+    if (is_selector(abi, t) && same_memory(abi, abi.src(t, 0), layer.group_choice.scores)) {
+        layer.group_choice.selector = t;
+    }
 }
 
 // [width, rows], in numbers that can be read
@@ -85,9 +111,90 @@ static moe_layer * layer_find(std::vector<moe_layer> & layers, int number) {
     return nullptr;
 }
 
+// Where to read the ids while the graph runs: with the weights, since asking inside the pattern would undo a fused top-k
+// on a GPU. Older releases make the weights after the experts were computed, and the ids' memory may be given away
+// before they are done: there, after the last node that uses the ids.
+static void ids_last_find(ggml_abi & abi, ggml_cgraph * graph, int n_nodes, std::vector<moe_layer> & layers) {
+    struct range { int first = -1, last = -1; };
+    std::vector<range> used(layers.size());
+    for (int i = 0; i < n_nodes; i++) {
+        ggml_tensor * node = abi.graph_node(graph, i);
+        const op_kind op = abi.op(node);
+        if (op != OP_MUL_MAT_ID && op != OP_GET_ROWS && op != OP_ADD_ID) {
+            continue;
+        }
+        for (size_t l = 0; l < layers.size(); l++) {
+            if (same_memory(abi, abi.src(node, op == OP_GET_ROWS ? 1 : 2), layers[l].ids)) {
+                used[l] = { used[l].first < 0 ? i : used[l].first, i };
+            }
+        }
+    }
+    for (size_t l = 0; l < layers.size(); l++) {
+        moe_layer & layer = layers[l];
+        layer.ids_last = !layer.weights ? layer.ids : abi.graph_node(graph, used[l].last);
+        for (int i = used[l].first; layer.weights && i <= used[l].last; i++) {
+            if (abi.graph_node(graph, i) == layer.weights) {
+                layer.ids_last = layer.weights;
+            }
+        }
+    }
+}
+
+// numbers that the host sets before the graph runs
+static bool is_number_input(ggml_abi & abi, ggml_tensor * t) {
+    return t && abi.op(t) == OP_NONE && abi.type(t) == TYPE_I32;
+}
+
+// The graph's inputs, by name. Multi-token prediction leaves the tokens without one, and releases of 2025 the positions
+// and the output rows: they are known by what they are used for.
+static void inputs_find(ggml_abi & abi, ggml_cgraph * graph, moe_graph & out) {
+    out.inp_tokens = abi.graph_get_tensor(graph, "inp_tokens");
+    out.inp_pos    = abi.graph_get_tensor(graph, "inp_pos");
+    for (const char * name : { "out_ids", "inp_out_ids" }) {
+        if (!out.out_ids) {
+            out.out_ids = abi.graph_get_tensor(graph, name);
+        }
+    }
+    for (int i = 0; i < out.n_nodes && !(out.inp_tokens && out.inp_pos); i++) {
+        ggml_tensor * node  = abi.graph_node(graph, i);
+        ggml_tensor * input = abi.src(node, 1);
+        const op_kind op = abi.op(node);
+        if (op == OP_ROPE && !out.inp_pos && is_number_input(abi, input)) {
+            out.inp_pos = input;
+        } else if (op == OP_GET_ROWS && abi.src(node, 0) && is_number_input(abi, input)) {
+            const char * table = abi.name(abi.src(node, 0));
+            if (!out.inp_tokens && (strcmp(table, "token_embd.weight") == 0 || strstr(table, "nextn.embed_tokens.weight"))) {
+                out.inp_tokens = input;
+            } else if (!out.inp_pos && strcmp(table, "position_embd.weight") == 0) {
+                out.inp_pos = input;
+            }
+        }
+    }
+    if (out.inp_tokens) {
+        out.n_tokens = abi.ne(out.inp_tokens)[0];
+    } else if (ggml_tensor * embd = abi.graph_get_tensor(graph, "inp_embd")) {
+        out.n_tokens = abi.ne(embd)[1];
+    } else {
+        for (const auto & layer : out.layers) {
+            out.n_tokens = std::max(out.n_tokens, layer.n_rows);
+        }
+    }
+    // rows of what the graph computed for every token (not of a table, not of a recurrent state), taken by an input
+    for (int i = 0; i < out.n_nodes && !out.out_ids; i++) {
+        ggml_tensor * node  = abi.graph_node(graph, i);
+        ggml_tensor * table = abi.op(node) == OP_GET_ROWS ? view_skip(abi, abi.src(node, 0)) : nullptr;
+        ggml_tensor * input = table ? abi.src(node, 1) : nullptr;
+        if (table && abi.op(table) != OP_NONE && abi.ne(abi.src(node, 0))[1] == out.n_tokens &&
+                is_number_input(abi, input) && input != out.inp_tokens && input != out.inp_pos) {
+            out.out_ids = input;
+        }
+    }
+}
+
 moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
     moe_graph out;
     const int n_nodes = abi.graph_n_nodes(graph);
+    out.n_nodes = n_nodes;
 
     // the layers: whoever multiplies with expert matrices
     for (int i = 0; i < n_nodes; i++) {
@@ -112,6 +219,10 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
             continue;
         }
         moe_layer * layer = layer_find(out.layers, number);
+        if (out.layers.empty()) {
+            out.i_experts = i;
+            out.experts   = node;
+        }
         if (!layer) {
             out.layers.emplace_back();
             layer = &out.layers.back();
@@ -135,8 +246,10 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
     // what the ids were chosen from
     for (auto & layer : out.layers) {
         ggml_tensor * t = view_skip(abi, layer.ids);
-        if (t && (abi.op(t) == OP_ARGSORT || abi.op(t) == OP_TOP_K)) {
-            layer.scores = abi.src(t, 0);
+        if (is_selector(abi, t)) {
+            layer.choice.selector = t;
+            layer.choice.scores = abi.src(t, 0);
+            groups_find(abi, layer);
         }
     }
 
@@ -166,9 +279,15 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
                     ggml_tensor * t = abi.src(node, s);
                     ggml_tensor * other = abi.src(node, 1 - s);
                     // the experts' outputs (or inputs) have k columns, one per weight
-                    if (t && other && abi.ne(other)[1] == layer.k && abi.ne(other)[2] == layer.n_rows &&
-                            abi.ne(t)[0] == 1 && abi.ne(t)[1] == layer.k && is_mixing_weight(abi, t, layer)) {
+                    if (!t || !other || abi.ne(other)[1] != layer.k || abi.ne(other)[2] != layer.n_rows ||
+                            abi.ne(t)[0] != 1 || abi.ne(t)[1] != layer.k) {
+                        continue;
+                    }
+                    if (ggml_tensor * table = weights_table(abi, t, layer)) {
                         layer.weights = t;
+                        for (selection * choice : { &layer.choice, &layer.group_choice }) {
+                            choice->reread = choice->scores && abi.root(table) == abi.root(choice->scores);
+                        }
                     }
                 }
             }
@@ -177,7 +296,7 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
 
     // what has not one row per token, as wide as its layer, is something else of the same name
     for (auto & layer : out.layers) {
-        for (ggml_tensor ** t : { &layer.logits, &layer.scores }) {
+        for (ggml_tensor ** t : { &layer.logits, &layer.choice.scores }) {
             if (*t && !is_table(abi, *t, layer.n_expert)) {
                 *t = nullptr;
             }
@@ -191,23 +310,16 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
         }
     }
 
-    out.inp_tokens = abi.graph_get_tensor(graph, "inp_tokens");
-    out.inp_pos    = abi.graph_get_tensor(graph, "inp_pos");
-    for (const char * name : { "out_ids", "inp_out_ids" }) {
-        if (!out.out_ids) {
-            out.out_ids = abi.graph_get_tensor(graph, name);
-        }
-    }
-    if (out.inp_tokens) {
-        out.n_tokens = abi.ne(out.inp_tokens)[0];
-    } else if (ggml_tensor * embd = abi.graph_get_tensor(graph, "inp_embd")) {
-        out.n_tokens = abi.ne(embd)[1];
-    } else {
-        for (const auto & layer : out.layers) {
-            out.n_tokens = std::max(out.n_tokens, layer.n_rows);
-        }
-    }
+    ids_last_find(abi, graph, n_nodes, out.layers);
+    inputs_find(abi, graph, out);
     return out;
+}
+
+bool moe_graph_is_same(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & moe) {
+    if (abi.graph_n_nodes(graph) != moe.n_nodes) {
+        return false;
+    }
+    return !moe.experts || (abi.graph_node(graph, moe.i_experts) == moe.experts && abi.op(moe.experts) == OP_MUL_MAT_ID);
 }
 
 } // namespace moetrace

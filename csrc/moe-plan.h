@@ -16,18 +16,32 @@ enum expert_matrix : uint8_t { // which expert matrices consumed a layer's ids
     MATRIX_GATE_UP = 1u << 3,
 };
 
+// Where a choice is made: scores that a top-k reads.
+struct selection {
+    ggml_tensor * scores   = nullptr; // [n_expert, n_rows], or [n_expert per group, groups, n_rows]
+    ggml_tensor * selector = nullptr; // the argsort or top-k
+    bool          reread   = false;   // the mixing weights are taken from the scores too
+};
+
 // The router of one layer, as the graph spells it. Tensors that an architecture lacks are nullptr.
 struct moe_layer {
     int           layer      = -1;
     ggml_tensor * ids        = nullptr; // [k, n_rows] i32, often a strided view of an argsort
     ggml_tensor * weights    = nullptr; // [1, k, n_rows] or [k, n_rows], as multiplied with the experts
     ggml_tensor * logits     = nullptr; // [n_expert, n_rows], the router's linear output with its bias
-    ggml_tensor * scores     = nullptr; // [n_expert, n_rows], what top-k selected on
     ggml_tensor * gate_input = nullptr; // [n_embd, n_rows], what the router read
+    selection     choice;             // of the experts; its scores are [n_expert, n_rows]
+    selection     group_choice;       // of the groups of experts that they are chosen from, if there are groups
+    int           n_group      = 0;
+    int           n_group_used = 0;
+    ggml_tensor * ids_last   = nullptr; // node after which the ids are read while the graph runs; not later, their memory may go
     int           n_expert   = 0;
     int           k          = 0;
     int64_t       n_rows     = 0;
     uint8_t       matrices   = 0; // expert_matrix
+
+    // Whether the choice is made by scores and can be followed to the weights.
+    bool selects() const { return choice.selector && weights && (!group_choice.scores || group_choice.selector); }
 };
 
 struct moe_graph {
@@ -37,10 +51,18 @@ struct moe_graph {
     ggml_tensor * out_ids    = nullptr; // [n_outputs] i32: rows that the last layer keeps
     int64_t       n_tokens   = 0;
     const char *  trouble    = nullptr; // set if the graph routes in a way that is not understood
+
+    // to know the graph again: another one may be built at its address
+    int           n_nodes    = 0;
+    int           i_experts  = -1;      // of the first node that multiplies with experts
+    ggml_tensor * experts    = nullptr; // that node
 };
 
 // Walks the graph. Call it before the scheduler splits the graph: splitting replaces sources by copies.
 moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph);
+
+// Whether this still is the graph that was read.
+bool moe_graph_is_same(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & moe);
 
 // Layer number and tensor of "blk.N.TENSOR"; false for any other name.
 bool layer_name_parse(const char * name, int & layer, const char ** tensor);

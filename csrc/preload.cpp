@@ -128,38 +128,64 @@ MOETRACE_HOOK(void, llama_batch_ext_free, (llama_batch_ext * batch)) {
 // what happens to sequences between batches
 //
 
+// An older name of a function may call the newer one, through our hook again: the outer call alone is reported.
+namespace {
+class outer_call {
+  public:
+    outer_call() : counts(depth++ == 0) {}
+    ~outer_call() { depth--; }
+
+    template <typename F, typename... Args>
+    void report(F && on, Args... args) const {
+        if (counts) {
+            on(args...);
+        }
+    }
+
+  private:
+    static thread_local int depth;
+    const bool counts;
+};
+thread_local int outer_call::depth = 0;
+} // namespace
+
 // llama-server calls this for a slot when it starts a task and when it ends one
 MOETRACE_HOOK(bool, llama_set_sampler, (llama_context * ctx, llama_seq_id seq_id, llama_sampler * sampler)) {
-    context_on_event(ctx, EVENT_LAUNCH, seq_id, 0, 0, 0);
+    context_on_launch(ctx, seq_id);
     return real_llama_set_sampler()(ctx, seq_id, sampler);
 }
 
 // The memory functions went by three families of names; `on` is how an event is reported for each.
 #define MOETRACE_MEMORY_HOOKS(prefix, owner_t, on)                                                              \
     MOETRACE_HOOK(bool, prefix##_seq_rm, (owner_t owner, llama_seq_id seq_id, llama_pos p0, llama_pos p1)) {    \
+        const outer_call call;                                                                                  \
         const bool ok = real_##prefix##_seq_rm()(owner, seq_id, p0, p1);                                        \
         if (ok) {                                                                                               \
-            on(owner, EVENT_SEQ_RM, seq_id, p0, p1, 0);                                                         \
+            call.report(on, owner, EVENT_SEQ_RM, seq_id, p0, p1, 0);                                            \
         }                                                                                                       \
         return ok;                                                                                              \
     }                                                                                                           \
     MOETRACE_HOOK(void, prefix##_seq_add, (owner_t owner, llama_seq_id seq_id, llama_pos p0, llama_pos p1,      \
             llama_pos delta)) {                                                                                 \
-        on(owner, EVENT_SEQ_ADD, seq_id, p0, p1, delta);                                                        \
+        const outer_call call;                                                                                  \
+        call.report(on, owner, EVENT_SEQ_ADD, seq_id, p0, p1, delta);                                           \
         real_##prefix##_seq_add()(owner, seq_id, p0, p1, delta);                                                \
     }                                                                                                           \
     MOETRACE_HOOK(void, prefix##_seq_cp, (owner_t owner, llama_seq_id src, llama_seq_id dst, llama_pos p0,      \
             llama_pos p1)) {                                                                                    \
-        on(owner, EVENT_SEQ_CP, src, p0, p1, dst);                                                              \
+        const outer_call call;                                                                                  \
+        call.report(on, owner, EVENT_SEQ_CP, src, p0, p1, dst);                                                 \
         real_##prefix##_seq_cp()(owner, src, dst, p0, p1);                                                      \
     }                                                                                                           \
     MOETRACE_HOOK(void, prefix##_seq_keep, (owner_t owner, llama_seq_id seq_id)) {                              \
-        on(owner, EVENT_SEQ_KEEP, seq_id, 0, -1, 0);                                                            \
+        const outer_call call;                                                                                  \
+        call.report(on, owner, EVENT_SEQ_KEEP, seq_id, 0, -1, 0);                                               \
         real_##prefix##_seq_keep()(owner, seq_id);                                                              \
     }                                                                                                           \
     MOETRACE_HOOK(void, prefix##_seq_div, (owner_t owner, llama_seq_id seq_id, llama_pos p0, llama_pos p1,      \
             int divisor)) {                                                                                     \
-        on(owner, EVENT_SEQ_DIV, seq_id, p0, p1, divisor);                                                      \
+        const outer_call call;                                                                                  \
+        call.report(on, owner, EVENT_SEQ_DIV, seq_id, p0, p1, divisor);                                         \
         real_##prefix##_seq_div()(owner, seq_id, p0, p1, divisor);                                              \
     }
 
@@ -168,49 +194,57 @@ MOETRACE_MEMORY_HOOKS(llama_kv_self,  llama_context *, context_on_event)
 MOETRACE_MEMORY_HOOKS(llama_kv_cache, llama_context *, context_on_event)
 
 MOETRACE_HOOK(void, llama_memory_clear, (llama_memory_t memory, bool data)) {
-    memory_on_event(memory, EVENT_CLEAR, -1, 0, -1, 0);
+    const outer_call call;
+    call.report(memory_on_event, memory, EVENT_CLEAR, -1, 0, -1, 0);
     real_llama_memory_clear()(memory, data);
 }
 
 MOETRACE_HOOK(void, llama_kv_self_clear, (llama_context * ctx)) {
-    context_on_event(ctx, EVENT_CLEAR, -1, 0, -1, 0);
+    const outer_call call;
+    call.report(context_on_event, ctx, EVENT_CLEAR, -1, 0, -1, 0);
     real_llama_kv_self_clear()(ctx);
 }
 
 MOETRACE_HOOK(void, llama_kv_cache_clear, (llama_context * ctx)) {
-    context_on_event(ctx, EVENT_CLEAR, -1, 0, -1, 0);
+    const outer_call call;
+    call.report(context_on_event, ctx, EVENT_CLEAR, -1, 0, -1, 0);
     real_llama_kv_cache_clear()(ctx);
 }
 
-static size_t restored(llama_context * ctx, llama_seq_id sequence, size_t bytes) {
+static size_t restored(llama_context * ctx, llama_seq_id sequence, size_t bytes, const outer_call & call) {
     if (bytes > 0) {
-        context_on_event(ctx, EVENT_RESTORE, sequence, 0, bytes < INT_MAX ? (int32_t) bytes : INT_MAX, 0);
+        call.report(context_on_event, ctx, EVENT_RESTORE, sequence, 0, bytes < INT_MAX ? (int32_t) bytes : INT_MAX, 0);
     }
     return bytes;
 }
 
 MOETRACE_HOOK(size_t, llama_state_seq_set_data, (llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq_id)) {
-    return restored(ctx, seq_id, real_llama_state_seq_set_data()(ctx, src, size, seq_id));
+    const outer_call call;
+    return restored(ctx, seq_id, real_llama_state_seq_set_data()(ctx, src, size, seq_id), call);
 }
 
 MOETRACE_HOOK(size_t, llama_state_seq_set_data_ext, (llama_context * ctx, const uint8_t * src, size_t size,
         llama_seq_id seq_id, uint32_t flags)) {
-    return restored(ctx, seq_id, real_llama_state_seq_set_data_ext()(ctx, src, size, seq_id, flags));
+    const outer_call call;
+    return restored(ctx, seq_id, real_llama_state_seq_set_data_ext()(ctx, src, size, seq_id, flags), call);
 }
 
 MOETRACE_HOOK(size_t, llama_state_seq_load_file, (llama_context * ctx, const char * path, llama_seq_id seq_id,
         llama_token * tokens, size_t capacity, size_t * n_tokens)) {
-    return restored(ctx, seq_id, real_llama_state_seq_load_file()(ctx, path, seq_id, tokens, capacity, n_tokens));
+    const outer_call call;
+    return restored(ctx, seq_id, real_llama_state_seq_load_file()(ctx, path, seq_id, tokens, capacity, n_tokens), call);
 }
 
 MOETRACE_HOOK(size_t, llama_state_set_data, (llama_context * ctx, const uint8_t * src, size_t size)) {
-    return restored(ctx, -1, real_llama_state_set_data()(ctx, src, size));
+    const outer_call call;
+    return restored(ctx, -1, real_llama_state_set_data()(ctx, src, size), call);
 }
 
 MOETRACE_HOOK(bool, llama_state_load_file, (llama_context * ctx, const char * path, llama_token * tokens,
         size_t capacity, size_t * n_tokens)) {
+    const outer_call call;
     const bool ok = real_llama_state_load_file()(ctx, path, tokens, capacity, n_tokens);
-    restored(ctx, -1, ok ? 1 : 0);
+    restored(ctx, -1, ok ? 1 : 0, call);
     return ok;
 }
 
@@ -233,6 +267,11 @@ MOETRACE_API int moetrace_start(const char * text, char * error, size_t size) {
 
 MOETRACE_API void moetrace_stop() {
     tracer_stop();
+}
+
+// Puts an intervention in force from the next graph on; 0: none (csrc/intervene.h).
+MOETRACE_API void moetrace_intervene(uint32_t number) {
+    tracer_intervene(number);
 }
 
 // What can be traced in this process, as JSON. Returns the length it would need.

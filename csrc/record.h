@@ -21,7 +21,7 @@ namespace moetrace {
 
 constexpr char     RING_MAGIC[8]      = { 'M', 'O', 'E', 'T', 'R', 'I', 'N', 'G' };
 constexpr uint16_t RING_VERSION_MAJOR = 1; // a reader refuses a newer major version
-constexpr uint16_t RING_VERSION_MINOR = 0; // a newer minor version only adds
+constexpr uint16_t RING_VERSION_MINOR = 1; // a newer minor version only adds
 
 // what the producer does when the reader has not kept up
 enum ring_on_full : uint32_t {
@@ -48,7 +48,7 @@ enum record_flag : uint32_t {
     ROW_OUTPUT             = 1u << 0, // llama.cpp was asked for this token's logits or embedding
     ROW_EMBEDDING_INPUT    = 1u << 1, // the input was a vector, so token is -1
     ROW_ENCODE             = 1u << 2, // computed by an encoder (no KV cache)
-    ROW_INTERVENED         = 1u << 3, // an intervention changed this token's routing
+    ROW_INTERVENED         = 1u << 3, // an intervention was in force for this token
     ROW_SEQUENCE_UNCERTAIN = 1u << 4, // two sequences fit this row equally well
     ROW_UNIDENTIFIED       = 1u << 5, // no batch entry fits this row: sequence is -1
     ROW_TRIAL              = 1u << 6, // a batch that llama.cpp runs for itself (warm-up, memory trial): no request
@@ -67,6 +67,7 @@ enum event_code : int32_t {
     EVENT_PAUSE     = 9, // recording was switched off; arg0 rows have gone unrecorded when it comes on again
     EVENT_RESUME    = 10,
     EVENT_FAILED    = 11, // a ubatch failed after its routing was recorded
+    EVENT_INTERVENE = 12, // intervention number arg1 is in force from here on; 0: none
 };
 
 // state of one (token, layer)
@@ -126,6 +127,7 @@ enum ring_counter : uint32_t {
     COUNT_HOOK_NS,            // time spent in the tracer's own code while recording, waiting excluded
     COUNT_SYNC_NS,            // of that, time in which the backend was made to finish
     COUNT_ATTENTION_LOST,     // attention chunks that found no room
+    COUNT_ROWS_INTERVENED,    // computed with an intervention in force, recorded or not
     COUNT_N,
 };
 
@@ -163,8 +165,13 @@ struct ring_header {
     std::atomic<uint64_t> reader_beat_ns;    // CLOCK_MONOTONIC of the reader's last sign of life
     std::atomic<uint32_t> reader_pid;        // 0: nobody reads
 
-    // control, written by `moetrace start|stop` and read by the host before each graph
+    // control, written by `moetrace start|stop|intervene` and read by the host before each graph
     alignas(64) std::atomic<uint32_t> paused;
+    std::atomic<uint32_t> intervention;         // number of the wanted one (csrc/intervene.h); 0: none
+    // the host's answer to it
+    std::atomic<uint32_t> intervention_active;  // number of the one in force
+    std::atomic<uint32_t> intervention_refused; // number of the last one that was refused; set after the reason
+    char intervention_why[48];                  // the reason, zero-terminated
 };
 static_assert(sizeof(ring_header) == 640, "ring_header is part of the file format");
 static_assert(sizeof(std::atomic<uint64_t>) == 8 && sizeof(std::atomic<uint32_t>) == 4,

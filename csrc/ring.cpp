@@ -128,6 +128,7 @@ bool ring_writer::create(const std::string & path, const ring_params & params, s
     h->epoch_ns      = (int64_t) (clock_read(CLOCK_REALTIME) - clock_ns());
     h->host_pid      = (uint32_t) getpid();
     h->paused.store(params.paused ? 1 : 0, std::memory_order_relaxed);
+    h->intervention.store(params.intervention, std::memory_order_relaxed);
 
     uint8_t * bytes = (uint8_t *) base;
     if (!fields.empty()) {

@@ -21,6 +21,7 @@ struct ring_params {
     ring_on_full on_full  = RING_BLOCK;
     uint64_t     block_ns = 10'000'000'000ull;
     bool         paused   = false;
+    uint32_t     intervention = 0;
 };
 
 // lays the fields out behind the head; returns the stride, a multiple of 64

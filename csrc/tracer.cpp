@@ -108,16 +108,23 @@ sched_trace & sched_get(tracer_state & T, sched_t sched) {
     return *T.scheds.back();
 }
 
-const char * context_role(const tracer_state & T, const context_trace & c) {
-    for (const auto & other : T.contexts) {
-        if (other.get() == &c) {
-            return "main";
-        }
-        if (other->ring.is_open() || other->state == context_state::failed) {
-            return other->model && other->model == c.model ? "mtp" : "draft";
+// The oldest of the contexts that there are: the host makes and warms up the one that it serves with first. A draft
+// model's context may well be the first that records rows.
+const context_trace * context_main(const tracer_state & T) {
+    for (const auto & c : T.contexts) {
+        if (c->ctx) {
+            return c.get();
         }
     }
-    return "other";
+    return nullptr;
+}
+
+const char * context_role(const tracer_state & T, const context_trace & c) {
+    const context_trace * first = context_main(T);
+    if (!first || first == &c) {
+        return "main";
+    }
+    return first->model && first->model == c.model ? "mtp" : "draft";
 }
 
 // the callback: asked before a node is computed, called again after it
@@ -126,14 +133,20 @@ bool callback_trampoline(ggml_tensor * t, bool ask, void * user_data) {
     context_trace & c = *s.context;
     const int first = c.running ? c.running->sources.find(t) : -1;
     const attention_source * attention = c.running ? c.running->attention_at(t) : nullptr;
+    const bool patched = c.patched && c.patched->patches.wants(t);
     if (ask) {
         s.user_asked = s.user_callback && s.user_callback(t, true, s.user_data);
-        return first >= 0 || attention || s.user_asked;
+        return first >= 0 || attention || patched || s.user_asked;
     }
-    if (first >= 0 || attention) {
+    if (first >= 0 || attention || patched) {
         const uint64_t start = clock_ns();
         guarded([&] {
-            ubatch_read_node(tracer(), c, t, first, attention);
+            if (first >= 0 || attention) {
+                ubatch_read_node(tracer(), c, t, first, attention);
+            }
+            if (patched) {
+                c.patched->patches.follow(tracer().abi, t, c.rules, c.rows, c.outputs);
+            }
         });
         c.hook_ns += clock_ns() - start;
     }
@@ -208,6 +221,18 @@ void tracer_stop() {
     T.contexts.clear();
 }
 
+void tracer_intervene(uint32_t number) {
+    when_active([&](tracer_state & T) {
+        T.cfg.intervention  = number;
+        T.cfg.intervene_all = true;
+        for (auto & c : T.contexts) {
+            if (c->ring.is_open()) {
+                c->ring.header()->intervention.store(number, std::memory_order_release);
+            }
+        }
+    });
+}
+
 void sched_on_callback(sched_t sched, eval_callback callback, void * user_data) {
     when_active([&](tracer_state & T) {
         sched_trace & s = sched_get(T, sched);
@@ -255,8 +280,9 @@ int sched_on_compute(sched_t sched, ggml_cgraph * graph, compute_fn compute, set
         }
         s = &sched_get(T, sched);
         graph_trace * g = s->find(graph);
-        if (!g) {
-            s = nullptr; // allocated before tracing began
+        if (!g || !moe_graph_is_same(T.abi, graph, g->moe)) {
+            // allocated before tracing began, or (older releases, when they tidy the KV cache) not allocated at all
+            s = nullptr;
             return;
         }
         if (current_ctx) {
@@ -270,6 +296,7 @@ int sched_on_compute(sched_t sched, ggml_cgraph * graph, compute_fn compute, set
         if (c.state == context_state::waiting) {
             c.role = context_role(T, c);
         }
+        c.patched  = nullptr;
         recorded   = ubatch_begin(T, *s, *g);
         c.running  = recorded ? g : nullptr;
         c.hook_ns  = 0;
@@ -278,7 +305,9 @@ int sched_on_compute(sched_t sched, ggml_cgraph * graph, compute_fn compute, set
         return compute(sched, graph);
     }
 
-    const bool by_callback = recorded && collector_choose(T.cfg) == COLLECTOR_CALLBACK;
+    context_trace & c = *s->context;
+    // only a callback can change tensors; then it reads them too, while they are what the top-k saw
+    const bool by_callback = c.patched || (recorded && collector_choose(T.cfg) == COLLECTOR_CALLBACK);
     if (by_callback || s->chained) {
         // the scheduler keeps its callback until the next graph is built, so set it each time it changes
         if (by_callback) {
@@ -289,7 +318,6 @@ int sched_on_compute(sched_t sched, ggml_cgraph * graph, compute_fn compute, set
         s->chained = by_callback;
     }
     s->user_aborted = false;
-    context_trace & c = *s->context;
     uint64_t own_ns = clock_ns() - start;
 
     const int status = compute(sched, graph);
@@ -311,6 +339,7 @@ int sched_on_compute(sched_t sched, ggml_cgraph * graph, compute_fn compute, set
         }
         c.n_steps++;
         c.running = nullptr;
+        c.patched = nullptr;
     });
     if (recorded) {
         own_ns += clock_ns() - after + c.hook_ns + s->prepare_ns - s->setup_ns;
@@ -387,6 +416,24 @@ void context_on_warmup(llama_context * ctx, bool warmup) {
 void context_on_event(llama_context * ctx, event_code code, int32_t sequence, int32_t p0, int32_t p1, int32_t arg) {
     when_active([&](tracer_state & T) {
         context_event_push(context_get(T, ctx), { code, sequence, p0, p1, arg });
+    });
+}
+
+// A context that has decoded nothing yet is not known: samplers that are set while it is made begin no task. A draft
+// model's context, or MTP's, serves the tasks of the main one, unless each sequence has one of its own (before summer
+// 2026): of which sequence one is does not show.
+void context_on_launch(llama_context * ctx, int32_t sequence) {
+    when_active([&](tracer_state & T) {
+        const auto n_sequences = [&](const context_trace & c) {
+            return T.facts.n_seq_max && c.ctx ? T.facts.n_seq_max(c.ctx) : 0;
+        };
+        const context_trace * launched = context_find(T, ctx);
+        const bool is_main = launched && launched == context_main(T);
+        for (auto & c : T.contexts) {
+            if (c.get() == launched || (is_main && n_sequences(*c) == n_sequences(*launched))) {
+                context_event_push(*c, { EVENT_LAUNCH, sequence, 0, 0, 0 });
+            }
+        }
     });
 }
 

@@ -18,6 +18,9 @@ namespace moetrace {
 bool tracer_start(const char * text, std::string & error);
 void tracer_stop();
 
+// Puts intervention `number` (TRACE/interventions/NUMBER.bin) in force in all contexts; 0: none.
+void tracer_intervene(uint32_t number);
+
 // What can be traced in this process, as JSON: symbols, layout, trouble. Used by `moetrace doctor`.
 std::string tracer_probe();
 
@@ -60,6 +63,7 @@ class batch_scope {
 
 void context_on_free(llama_context * ctx);
 void context_on_warmup(llama_context * ctx, bool warmup);
+void context_on_launch(llama_context * ctx, int32_t sequence); // a server gave the sequence a task, or ended one
 void context_on_event(llama_context * ctx, event_code code, int32_t sequence, int32_t p0, int32_t p1, int32_t arg);
 void memory_on_event(void * memory, event_code code, int32_t sequence, int32_t p0, int32_t p1, int32_t arg);
 

@@ -50,7 +50,8 @@ static void heads_fill(context_trace & c, const int32_t * tokens, const int32_t 
         head->n_sequences = who.n_sequences;
         head->row         = row;
         head->flags       = (who.uncertain ? ROW_SEQUENCE_UNCERTAIN : 0u) | (who.found ? 0u : ROW_UNIDENTIFIED) |
-            (who.vector ? ROW_EMBEDDING_INPUT : 0u) | (c.encode ? ROW_ENCODE : 0u) | (c.trial ? ROW_TRIAL : 0u) | (c.outputs.ids ? 0u : ROW_OUTPUT);
+            (who.vector ? ROW_EMBEDDING_INPUT : 0u) | (c.encode ? ROW_ENCODE : 0u) | (c.trial ? ROW_TRIAL : 0u) | (c.outputs.ids ? 0u : ROW_OUTPUT) |
+            (c.patched && c.rows[row].touched ? ROW_INTERVENED : 0u);
         n_unidentified += !who.found;
     }
     for (int64_t i = 0; c.outputs.ids && i < c.outputs.n; i++) {
@@ -67,6 +68,7 @@ static void graph_bind(tracer_env & env, sched_trace & s, graph_trace & g) {
     context_trace & c = *s.context;
     g.sources.make(env.abi, g.graph, g.moe, c.layout, env.cfg);
     g.bound_to = &c;
+    g.has_patches = false;
     g.tokens    = input_find(env.abi, g.moe.inp_tokens, g.moe.n_tokens);
     g.positions = input_find(env.abi, g.moe.inp_pos,    g.moe.n_tokens);
     g.out_ids   = input_find(env.abi, g.moe.out_ids,    1);
@@ -96,6 +98,67 @@ static void cells_follow(tracer_env & env, context_trace & c, const graph_trace 
         const int32_t * positions = input_read(env.abi, g.positions, c.positions);
         c.cells.write(source.group, list.data(), positions, c.identities);
     }
+}
+
+static void intervention_refuse(context_trace & c, uint32_t number, const std::string & why) {
+    say("intervention " + std::to_string(number) + " is refused: " + why);
+    ring_header * h = c.ring.header();
+    h->intervention_refused.store(0, std::memory_order_relaxed); // nobody reads a reason that is being written
+    memset(h->intervention_why, 0, sizeof(h->intervention_why));
+    memcpy(h->intervention_why, why.data(), std::min(why.size(), sizeof(h->intervention_why) - 1));
+    h->intervention_refused.store(number, std::memory_order_release);
+}
+
+static void intervention_enter(context_trace & c, uint32_t number) {
+    c.ring.header()->intervention_active.store(number, std::memory_order_release);
+    context_event_push(c, { EVENT_INTERVENE, -1, 0, 0, (int32_t) number });
+}
+
+// looks at the control word; one that is refused leaves in force what was
+static void intervention_look(tracer_env & env, sched_trace & s, context_trace & c) {
+    const uint32_t wanted = c.ring.header()->intervention.load(std::memory_order_acquire);
+    if (wanted == c.intervention_seen) {
+        return;
+    }
+    c.intervention_seen = wanted;
+    intervention next;
+    std::string error;
+    const std::string path = env.cfg.dir + "/interventions/" + std::to_string(wanted) + ".bin";
+    if (wanted && (!next.read(path, error) || !next.fits(router_shapes(s.shape), error))) {
+        intervention_refuse(c, wanted, error);
+        return;
+    }
+    c.rules = std::move(next);
+    intervention_enter(c, wanted);
+}
+
+// which rows the rules are about; without any the graph runs as it would
+static void intervention_begin(tracer_env & env, context_trace & c, graph_trace & g, const int32_t * positions) {
+    c.rows.assign(c.identities.size(), intervened_row());
+    uint64_t n_touched = 0;
+    for (size_t i = 0; i < c.rows.size(); i++) {
+        const row_identity & who = c.identities[i];
+        intervened_row & row = c.rows[i];
+        row.sequence = who.found ? who.sequence : -1;
+        row.position = positions ? positions[i] : who.position;
+        row.touched  = c.rules.touches(row.sequence, row.position);
+        n_touched   += row.touched;
+    }
+    if (n_touched == 0) {
+        return;
+    }
+    if (!g.has_patches) {
+        g.patches.make(env.abi, g.graph, g.moe);
+        g.has_patches = true;
+    }
+    if (const char * why = g.patches.begin(c.rules, c.rows, c.outputs)) {
+        intervention_refuse(c, c.intervention_seen, why);
+        c.rules.clear();
+        intervention_enter(c, 0);
+        return;
+    }
+    c.patched = &g;
+    c.count(COUNT_ROWS_INTERVENED, n_touched);
 }
 
 // Before the graph runs: who its rows are. False if it is not recorded.
@@ -135,6 +198,11 @@ bool ubatch_begin(tracer_env & env, sched_trace & s, graph_trace & g) {
     } else {
         c.identities.assign(n, row_identity());
     }
+    c.outputs = outputs_read(env, c, g);
+    intervention_look(env, s, c);
+    if (!c.rules.is_empty() && !c.trial) {
+        intervention_begin(env, c, g, positions); // also while paused
+    }
     if (paused) {
         c.count(COUNT_ROWS_PAUSED, n);
         c.n_unrecorded += n;
@@ -146,7 +214,6 @@ bool ubatch_begin(tracer_env & env, sched_trace & s, graph_trace & g) {
         c.serial += n;
         return false;
     }
-    c.outputs = outputs_read(env, c, g);
     heads_fill(c, tokens, positions);
     for (int index : g.sources.not_understood) {
         rows_mark_lost(c.layout, index, c.block);
@@ -307,7 +374,7 @@ void graph_keep(tracer_env & env, const moe_graph & moe, ggml_cgraph * graph) {
         keep(layer.ids);
         if (env.cfg.channels & CHANNEL_WEIGHTS)    { keep(layer.weights); }
         if (env.cfg.channels & CHANNEL_LOGITS)     { keep(layer.logits); }
-        if (env.cfg.channels & CHANNEL_SCORES)     { keep(layer.scores); }
+        if (env.cfg.channels & CHANNEL_SCORES)     { keep(layer.choice.scores); }
         if (env.cfg.channels & CHANNEL_GATE_INPUT) { keep(layer.gate_input); }
     }
     if (!env.cfg.tensors.empty()) {

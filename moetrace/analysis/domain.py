@@ -84,7 +84,11 @@ def domain_counts(counts: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[tuple[s
 
 
 def expert_frequency(
-    counts: npt.ArrayLike, tokens: npt.ArrayLike, labels: npt.ArrayLike, layers: npt.ArrayLike | None = None
+    counts: npt.ArrayLike,
+    tokens: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    layers: npt.ArrayLike | None = None,
+    n_expert: npt.ArrayLike | None = None,
 ) -> pd.DataFrame:
     """Domain × expert frequency of every layer, all experts kept.
 
@@ -94,6 +98,8 @@ def expert_frequency(
         (P, L, E) tokens that used the expert and (P, L) tokens, as ``included`` and ``tokens`` of the counts.
     labels
         (P,) domains.
+    n_expert
+        (L,) experts that each layer has, where layers differ; E if not given.
 
     Returns one row per (layer, domain, expert): ``count``; ``percent`` of the domain's picks in this layer
     (sums to 100, as in the notebook); ``percent_of_tokens`` of the domain's tokens that used the expert (sums
@@ -103,8 +109,7 @@ def expert_frequency(
     names, by_domain = domain_counts(counts, labels)
     _, by_tokens = domain_counts(tokens, labels)
     _, n_layers, e = by_domain.shape
-    with np.errstate(invalid="ignore", divide="ignore"):
-        of_tokens = 100.0 * by_domain / by_tokens[:, :, None].astype(np.float64)
+    of_tokens = 100.0 * by_domain / np.where(by_tokens > 0, by_tokens, np.nan)[:, :, None]
     index = pd.MultiIndex.from_product(
         [layer_numbers(layers, n_layers), names, range(e)], names=["layer", "domain", "expert"]
     )
@@ -116,7 +121,45 @@ def expert_frequency(
             "percent_of_tokens": of_tokens.transpose(order).reshape(-1),
         },
         index=index,
-    ).reset_index()
+    )[_existing(n_expert, n_layers, e, len(names))].reset_index()
+
+
+def expert_usage(
+    counts: npt.ArrayLike,
+    tokens: npt.ArrayLike,
+    *,
+    layers: npt.ArrayLike | None = None,
+    n_expert: npt.ArrayLike | None = None,
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """How often each expert of every layer is used, all prompts together; arrays as for
+    :func:`expert_frequency`.
+
+    Returns one row per (layer, expert): ``count``; ``percent`` of the layer's picks; ``percent_of_tokens`` that
+    used it, with ``low`` and ``high`` (jackknife over prompts; for an expert that was never used 0 and the rule
+    of three, 3/tokens); ``rank`` in its layer, 1 for the most used, equal counts by expert id.
+    """
+    c, n = np.asarray(counts, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
+    _, n_layers, e = c.shape
+    rate = nulls.ratio_interval(c, np.broadcast_to(n[:, :, None], c.shape), level)
+    total, seen = c.sum(axis=0), n.sum(axis=0)[:, None]
+    seen = np.where(seen > 0, seen, np.nan)
+    of_tokens, never = 100.0 * total / seen, np.minimum(300.0 / seen, 100.0)
+    high = np.where(total > 0, np.minimum(100.0 * rate.high, 100.0), never)
+    low = np.where(total > 0, np.maximum(100.0 * rate.low, 0.0), 0.0 * seen)
+    place = np.argsort(np.argsort(-total, axis=1, kind="stable"), axis=1) + 1
+    index = pd.MultiIndex.from_product([layer_numbers(layers, n_layers), range(e)], names=["layer", "expert"])
+    return pd.DataFrame(
+        {
+            "count": total.astype(np.int64).reshape(-1),
+            "percent": 100.0 * info.shares(total).reshape(-1),
+            "percent_of_tokens": of_tokens.reshape(-1),
+            "low": low.reshape(-1),
+            "high": high.reshape(-1),
+            "rank": place.reshape(-1),
+        },
+        index=index,
+    )[_existing(n_expert, n_layers, e, 1)].reset_index()
 
 
 @dataclass(frozen=True)
@@ -201,12 +244,14 @@ def domain_test(
         jsd_null = (null if statistic == "jsd" else _statistics(c, codes, len(domains), "jsd"))[1:]
         p, family = nulls.permutation_p(null), nulls.max_t(null)
         q = nulls.benjamini_hochberg(p)
+    # an arrangement that leaves a domain without tokens in a layer has no value there
+    jsd_chance = [layer[~np.isnan(layer)] for layer in jsd_null.T]
     table = pd.DataFrame(
         {
             "layer": layer_numbers(layers, n_layers),
             "jsd_bits": info.jsd_bits(info.shares(per_layer)),
-            "jsd_null_mean": jsd_null.mean(axis=0),
-            "jsd_null_q95": np.quantile(jsd_null, 0.95, axis=0),
+            "jsd_null_mean": [layer.mean() if layer.size else np.nan for layer in jsd_chance],
+            "jsd_null_q95": [np.quantile(layer, 0.95) if layer.size else np.nan for layer in jsd_chance],
             "jsd_jackknife": jsd.estimate,
             "jsd_low": jsd.low,
             "jsd_high": jsd.high,
@@ -325,6 +370,7 @@ def domain_lift(
     labels: npt.ArrayLike,
     *,
     layers: npt.ArrayLike | None = None,
+    n_expert: npt.ArrayLike | None = None,
     n_boot: int = N_BOOT,
     n_permutations: int = N_PERMUTATIONS,
     strata: npt.ArrayLike | None = None,
@@ -334,13 +380,15 @@ def domain_lift(
     """How much more often a domain uses an expert than domains do on average.
 
     lift = P(expert | domain) / mean over domains of P(expert | domain), from pooled counts (P, L, E).
+    ``n_expert`` (L,) leaves out experts that a layer does not have, where layers differ.
 
     Returns one row per (layer, domain, expert): ``count``, ``share`` (of the domain's picks), ``lift`` with
     ``low`` and ``high`` (cluster bootstrap: each domain's prompts redrawn; expanded percentile interval,
-    Hesterberg 2015), and ``p_family``: permutation p-value of |share − mean share|, prompts exchanged between
-    domains, corrected by max-T over all experts and domains of the layer. An expert that nobody used has lift
-    NaN. With a single prompt in the domain the interval is NaN, and ``p_family`` is NaN where domains cannot
-    be tested (:func:`moetrace.analysis.nulls.feasibility`).
+    Hesterberg 2015; where a domain never chose the expert, widened by the rule of three, which no redrawing
+    shows), and ``p_family``: permutation p-value of |share − mean share|, prompts exchanged between domains,
+    corrected by max-T over all experts and domains of the layer. An expert that nobody used has lift NaN. With
+    a single prompt in the domain the interval is NaN, and ``p_family`` is NaN where domains cannot be tested
+    (:func:`moetrace.analysis.nulls.feasibility`).
     """
     c = _prompt_counts(counts)
     domains = Domains.of(labels)
@@ -360,6 +408,9 @@ def domain_lift(
         for i, tail in enumerate(tails):
             if not np.isnan(tail):
                 low[layer, i], high[layer, i] = _percentiles(drawn[:, i], tail)
+        least, largest = _beyond_zero(member @ c[:, layer])
+        low[layer] = np.minimum(low[layer], least)
+        high[layer] = np.where(member @ c[:, layer] > 0, high[layer], np.maximum(high[layer], largest))
         if codes is not None:
             null = np.concatenate([info.shares(s) for _, s in nulls.pooled(c[:, layer], codes, d)])
             gap = np.abs(null - null.mean(axis=1, keepdims=True))
@@ -379,7 +430,7 @@ def domain_lift(
             "p_family": p_family.reshape(-1),
         },
         index=index,
-    ).reset_index()
+    )[_existing(n_expert, n_layers, e, d)].reset_index()
 
 
 def specialists(lift: pd.DataFrame, *, alpha: float = 0.05, margin: float = 1.5) -> pd.DataFrame:
@@ -414,6 +465,20 @@ def _lift(sums: npt.ArrayLike) -> Floats:
     return np.asarray(np.divide(share, mean, out=np.full_like(share, np.nan), where=mean > 0))
 
 
+def _beyond_zero(sums: npt.ArrayLike) -> tuple[Floats, Floats]:
+    """Least and largest lift (D, E) of counts (D, E) if experts that a domain never chose have share 3/picks there.
+
+    The rule of three: so large a share may go unseen. Bootstrap samples cannot show it.
+    """
+    c = np.asarray(sums, dtype=np.float64)
+    share = info.shares(c)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        may = np.where(c > 0, share, np.minimum(3.0 / c.sum(axis=-1, keepdims=True), 1.0))
+        least = share / may.mean(axis=0)
+        largest = may / np.where(c > 0, may.mean(axis=0), (share.sum(axis=0) + may) / len(c))
+    return least, largest
+
+
 def _percentiles(drawn: Floats, tail: float) -> tuple[Floats, Floats]:
     """Lower and upper percentile of draws (B, E); an expert absent from some draws counts there as lift 1."""
     unused = np.isnan(drawn)
@@ -436,6 +501,13 @@ def _same_prompts(counts: Floats, domains: Domains) -> None:
         raise UsageError(
             f"{counts.shape[0]} prompts but {domains.codes.size} labels", fix="give one label per prompt"
         )
+
+
+def _existing(n_expert: npt.ArrayLike | None, n_layers: int, e: int, repeat: int) -> npt.NDArray[np.bool_]:
+    """Which rows of a (layer, ..., expert) product are experts that the layer has."""
+    own = np.full(n_layers, e) if n_expert is None else np.asarray(n_expert)
+    there = np.arange(e)[None, :] < own[:, None]
+    return np.repeat(there, repeat, axis=0).reshape(-1)
 
 
 def layer_numbers(layers: npt.ArrayLike | None, n_layers: int) -> Ints:

@@ -6,7 +6,8 @@ and domains, counts once, and offers each analysis as a method.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, reduce
 from operator import add
 from typing import Any, Literal, Protocol
@@ -15,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from moetrace.analysis import compare, domain, gate, layers, matched, published, temporal
+from moetrace.analysis import compare, domain, gate, matched, published, temporal
+from moetrace.analysis import layers as depth
 from moetrace.analysis.counts import (
     MAX_LAG,
     Progress,
@@ -26,11 +28,20 @@ from moetrace.analysis.counts import (
     frequent_tokens,
     reading_order,
 )
+from moetrace.analysis.from_tokens import Predictions
+from moetrace.analysis.published import Activations, ExpertFrequency
+from moetrace.analysis.routed import RoutedText
+from moetrace.analysis.rows import TokenRows
+from moetrace.analysis.sums import MetricSums
 from moetrace.errors import ChannelMissingError, MoetraceError, UsageError
 
 Phase = Literal["prefill", "decode", "unknown", "all"]
 _PHASES = {"prefill": 0, "decode": 1, "unknown": 2}
 
+NO_DOMAIN = "no request of the trace has a domain"
+LABEL_THEM = "label requests (moetrace drive --label-key domain)"
+
+_CHUNK = 1 << 13  # rows looked at together
 # Token counts of all ids may take this much memory; beyond it the most frequent ids are kept.
 _TOKEN_BYTES = 512 << 20
 
@@ -54,6 +65,10 @@ class RoutedRows(Protocol):
     def request(self) -> npt.NDArray[np.int64]: ...
     @property
     def phase(self) -> npt.NDArray[np.uint8]: ...
+    @property
+    def step(self) -> npt.NDArray[np.uint32]: ...
+    @property
+    def row(self) -> npt.NDArray[np.uint32]: ...
     @property
     def requests(self) -> pd.DataFrame:
         """One row per request, the index its number; ``label``, ``id`` and ``n_shifts`` where known."""
@@ -88,14 +103,97 @@ def from_trace(
         What "first expert" means: the one of largest mixing weight ("weight", where the trace has weights),
         or the first in the router's order ("router"). They differ where selection is biased or grouped.
     names
-        One name per trace, to tell their requests apart (default "0", "1", …). Requests with the same ``id``
-        are one prompt, in whichever trace they are.
+        One name per trace, to tell their requests apart (default "0", "1", …; numbered where two are alike).
+        Requests with the same ``id`` are one prompt, in whichever trace they are.
 
     Raises UsageError if no row is of this phase.
     """
     if not traces:
         raise UsageError("there is no trace to analyse", fix="give at least one")
     return Analysis(traces, phase, top1, max_lag, tuple(names or map(str, range(len(traces)))), progress)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two captures A and B of the same text agree.
+
+    Attributes
+    ----------
+    sums
+        :func:`moetrace.analysis.compare.agreement` summed per prompt.
+    phases
+        The same by phase of A's token: prefill, decode, unknown, those that there are.
+    included
+        (2, P, L, E) int64: tokens that used the expert, in A and in B, over the compared cells; prompts as in
+        ``sums``.
+    texts
+        :func:`moetrace.analysis.compare.align`'s table: which texts were compared how far.
+    only_in
+        Prompts that only A has, and only B.
+    published
+        :func:`moetrace.analysis.published.compare_gate_experts`'s aggregate of every layer; None without the
+        logits of both.
+    layers, n_expert, n_expert_used
+        (L,) of the model.
+    """
+
+    sums: MetricSums
+    phases: dict[str, MetricSums]
+    included: npt.NDArray[np.int64]
+    texts: pd.DataFrame
+    only_in: tuple[int, int]
+    published: pd.DataFrame | None
+    layers: npt.NDArray[np.int64]
+    n_expert: npt.NDArray[np.int64]
+    n_expert_used: npt.NDArray[np.int64]
+
+    def by_layer(self) -> pd.DataFrame:
+        """:func:`moetrace.analysis.compare.agreement_summary`."""
+        return compare.agreement_summary(
+            self.sums, n_expert=self.n_expert, n_expert_used=self.n_expert_used, layers=self.layers
+        )
+
+    def by_phase(self) -> pd.DataFrame:
+        """All layers together, by phase: ``phase``, then as :meth:`by_depth`."""
+        parts = []
+        for phase, sums in self.phases.items():
+            table = compare.agreement_by_depth(
+                sums, n_expert=self.n_expert, n_expert_used=self.n_expert_used, layers=self.layers
+            )
+            table = table[table["depth"] == "all"].drop(columns=["depth", "layers"])
+            parts.append(table.assign(phase=phase)[["phase", *table.columns]])
+        return pd.concat(parts, ignore_index=True)
+
+    def by_depth(self) -> pd.DataFrame:
+        """:func:`moetrace.analysis.compare.agreement_by_depth`."""
+        return compare.agreement_by_depth(
+            self.sums, n_expert=self.n_expert, n_expert_used=self.n_expert_used, layers=self.layers
+        )
+
+    def usage(self) -> pd.DataFrame:
+        """:func:`moetrace.analysis.compare.usage_difference`."""
+        return compare.usage_difference(*self.included, layers=self.layers, n_expert=self.n_expert)
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """Tokens of one layer, for analyses of what experts compute.
+
+    Attributes
+    ----------
+    rows
+        (n,) row numbers in the trace.
+    gate_input, experts, weights
+        (n, D), (n, k), (n, k).
+    prompts
+        (n,) the prompt of each.
+    """
+
+    rows: npt.NDArray[np.int64]
+    gate_input: npt.NDArray[np.float32]
+    experts: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32]
+    prompts: npt.NDArray[np.str_]
 
 
 class Analysis:
@@ -111,7 +209,9 @@ class Analysis:
         progress: Progress | None,
     ) -> None:
         self.phase = phase
-        self._traces, self._top1, self._max_lag, self._names = tuple(traces), top1, max_lag, tuple(names)
+        self._traces, self._top1, self._max_lag = tuple(traces), top1, max_lag
+        alike = len(set(names)) < len(names)
+        self._names = tuple(f"{name}.{i}" if alike else name for i, name in enumerate(names))
         self._progress = progress
         for trace in traces:
             if list(trace.layers) != list(traces[0].layers) or list(trace.n_expert) != list(
@@ -152,11 +252,18 @@ class Analysis:
 
         Of all token ids if they fit into 512 MiB, else of the most frequent ones.
         """
-        each = 8 * len(self._traces[0].layers) * max(self._traces[0].n_expert)
+        for trace in self._traces:
+            _ = trace.experts  # or ChannelMissingError
+        each = 8 * len(self.layers) * int(max(self.n_expert))
         at_most = max(1, _TOKEN_BYTES // each)
         every = [t.token_ids[self._keep(t) & self._labelled(t)] for t in self._traces]
         tokens = None
-        if sum(np.unique(part).size for part in every) > at_most:
+        if not any((part >= 0).any() for part in every):
+            raise UsageError(
+                "no labelled request of the recording has token ids",
+                fix="capture with moetrace, which records them",
+            )
+        if np.unique(np.concatenate([np.unique(part) for part in every])).size > at_most:
             owner = [t.request[self._keep(t) & self._labelled(t)] for t in self._traces]
             step = np.cumsum([0] + [_width(t) for t in self._traces[:-1]])
             owners = np.concatenate([o + s for o, s in zip(owner, step, strict=True)])
@@ -169,10 +276,25 @@ class Analysis:
         ]
         return reduce(add, parts)
 
+    @property
+    def layers(self) -> npt.NDArray[np.int64]:
+        """(L,) llama.cpp's layer numbers."""
+        return np.asarray(self._traces[0].layers)
+
+    @property
+    def n_expert(self) -> npt.NDArray[np.int64]:
+        """(L,) experts that each layer has."""
+        return np.asarray(self._traces[0].n_expert)
+
+    def expert_usage(self) -> pd.DataFrame:
+        """:func:`moetrace.analysis.domain.expert_usage`; unlabelled prompts count too."""
+        c = self.counts
+        return domain.expert_usage(c.included, c.tokens, layers=c.layers, n_expert=self.n_expert)
+
     def expert_frequency(self) -> pd.DataFrame:
         """:func:`moetrace.analysis.domain.expert_frequency`."""
         c = self._domains
-        return domain.expert_frequency(c.included, c.tokens, c.labels, c.layers)
+        return domain.expert_frequency(c.included, c.tokens, c.labels, c.layers, self.n_expert)
 
     def domain_test(self, **options: Any) -> domain.DomainTest:
         """:func:`moetrace.analysis.domain.domain_test`, with its options."""
@@ -182,7 +304,7 @@ class Analysis:
     def domain_lift(self, **options: Any) -> pd.DataFrame:
         """:func:`moetrace.analysis.domain.domain_lift`, with its options."""
         c = self._domains
-        return domain.domain_lift(c.included, c.labels, layers=c.layers, **options)
+        return domain.domain_lift(c.included, c.labels, layers=c.layers, n_expert=self.n_expert, **options)
 
     def matched_separation(self, **options: Any) -> matched.MatchedSeparation:
         """:func:`moetrace.analysis.matched.matched_separation`, with its options."""
@@ -190,28 +312,32 @@ class Analysis:
 
     def depth_contrast(
         self, early: Iterable[int] | None = None, late: Iterable[int] | None = None
-    ) -> layers.DepthContrast:
+    ) -> depth.DepthContrast:
         """:func:`moetrace.analysis.layers.depth_contrast`."""
         c = self._domains
-        return layers.depth_contrast(c.included, c.labels, layers=c.layers, early=early, late=late)
+        return depth.depth_contrast(c.included, c.labels, layers=c.layers, early=early, late=late)
 
-    def deep_dive(self, layer: int | None = None) -> layers.DeepDive:
+    def deep_dive(self, layer: int | None = None) -> depth.DeepDive:
         """:func:`moetrace.analysis.layers.deep_dive`."""
         c = self._domains
-        try:
-            consumers = tuple(self._traces[0].consumers[0])
-        except MoetraceError:
-            consumers = ()
-        return layers.deep_dive(c.included, c.labels, layers=c.layers, layer=layer, consumers=consumers)
+        return depth.deep_dive(
+            c.included,
+            c.labels,
+            layers=c.layers,
+            layer=layer,
+            n_expert=self.n_expert,
+            consumers=self._consumers,
+        )
 
     def domain_entropy(self) -> pd.DataFrame:
         """:func:`moetrace.analysis.layers.domain_entropy`."""
         c = self._domains
-        return layers.domain_entropy(c.included, c.labels, layers=c.layers)
+        return depth.domain_entropy(c.included, c.labels, layers=c.layers, n_expert=self.n_expert)
 
     def load_balance(self) -> pd.DataFrame:
         """:func:`moetrace.analysis.layers.load_balance`; unlabelled prompts count too."""
-        return layers.load_balance(self.counts.included, self.counts.tokens, layers=self.counts.layers)
+        c = self.counts
+        return depth.load_balance(c.included, c.tokens, layers=c.layers, n_expert=self.n_expert)
 
     def persistence(self) -> pd.DataFrame:
         """:func:`moetrace.analysis.temporal.persistence`; unlabelled prompts count too."""
@@ -229,92 +355,419 @@ class Analysis:
         """:func:`moetrace.analysis.temporal.transitions`."""
         return temporal.transitions(self.counts, layer)
 
-    def gate_distances(self) -> pd.DataFrame:
+    def gate_distances(self, at_most: int | None = None) -> pd.DataFrame:
         """:func:`moetrace.analysis.gate.gate_distances` of the chosen rows, and each row's ``prompt``.
 
-        Raises ChannelMissingError if the trace has no gate inputs.
+        Prompt by prompt, each token's partner (for ``cosine_unpaired``) being the next one of its request, the
+        first one for the last. ``at_most`` so many tokens, where the whole would be too large. ``row`` counts
+        within each trace. Raises ChannelMissingError if a trace has no gate inputs.
         """
-        trace = self._single("gate distances")
-        values = trace.gate_input  # type: ignore[attr-defined]  # raises ChannelMissingError by itself
-        rows = reading_order(trace.request, trace.positions, self._keep(trace), self._shifted(trace)).rows
-        out = gate.gate_distances(values, rows, state=trace.state, layers=trace.layers)
-        names = np.array(self._prompts(trace, self._names[0]), dtype=np.str_)
-        return out.assign(prompt=names[trace.request[out["row"].to_numpy(dtype=np.int64)]])
+        parts, left = [], np.inf if at_most is None else at_most
+        for trace, prompt, rows, partners in self._gate_rows():
+            rows, partners = rows[: int(min(rows.size, left))], partners[: int(min(rows.size, left))]
+            left -= rows.size
+            found = gate.gate_distances(
+                trace.gate_input,  # type: ignore[attr-defined]
+                rows,
+                partners=partners,
+                state=trace.state,
+                layers=trace.layers,
+            )
+            parts.append(found.assign(prompt=prompt))
+            if left <= 0:
+                break
+        return pd.concat(parts, ignore_index=True)
 
     def gate_summary(self) -> pd.DataFrame:
-        """:func:`moetrace.analysis.gate.gate_summary` over prompts."""
-        distances = self.gate_distances()
-        return gate.gate_summary(distances, distances["prompt"].to_numpy())
+        """:func:`moetrace.analysis.gate.gate_summary` over prompts, in memory that does not grow with rows."""
+        parts = (
+            gate.gate_sums(
+                trace.gate_input,  # type: ignore[attr-defined]
+                rows,
+                [prompt] * rows.size,
+                partners=partners,
+                state=trace.state,
+            )
+            for trace, prompt, rows, partners in self._gate_rows()
+        )
+        return gate.gate_summary(reduce(add, parts), self.layers)
 
-    def agreement(self, other: Analysis) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Agreement with another capture of the same text, token by token.
+    def layer_rows(self, index: int, at_most: int | None = None) -> LayerRows:
+        """Tokens of the layer at ``index`` of the layer axis, evenly spread over the chosen rows; one trace only.
 
-        Returns :func:`moetrace.analysis.compare.agreement_summary` and the alignment of each prompt
-        (:func:`moetrace.analysis.compare.align`). ``coverage_k`` needs the other capture's ``scores`` or
-        ``logits``.
+        Rows in which the layer was not computed are left out. Raises ChannelMissingError if the trace has no gate
+        inputs or weights.
+        """
+        trace = self._single("what experts compute")
+        inputs, weights = trace.gate_input, trace.weights  # type: ignore[attr-defined]  # these raise by themselves
+        rows = np.flatnonzero(self._keep(trace) & (np.asarray(trace.state[:, index]) == 1))
+        if at_most is not None and rows.size > at_most:
+            rows = rows[np.linspace(0, rows.size - 1, at_most).astype(np.int64)]
+        k = int(trace.n_expert_used[index])
+        names = np.array(self._prompts(trace, self._names[0]), dtype=np.str_)
+        return LayerRows(
+            rows,
+            np.asarray(inputs[rows, index], np.float32),
+            np.asarray(trace.experts[rows, index, :k], np.int64),
+            np.asarray(weights[rows, index, :k], np.float32),
+            names[np.asarray(trace.request)[rows]],
+        )
+
+    def published_gate(self, at_most: int = 200) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """:func:`moetrace.analysis.published.gate_input_analysis` of these traces, all layers: its steps (the
+        first ``at_most``) and its aggregate.
+
+        The script takes row 0 of every ubatch, of whatever phase; prompts come in order of their names.
+        """
+        total: MetricSums | None = None
+        steps: list[pd.DataFrame] = []
+        n = 0
+        for trace, _, rows, _ in self._gate_rows(every_phase=True):
+            values = trace.gate_input  # type: ignore[attr-defined]
+            mine = rows[np.asarray(trace.row)[rows] == 0]
+            if not mine.size:
+                continue
+            whole = (np.asarray(trace.state[mine]) == 1).all(axis=1)
+            part = gate.gate_sums(values, mine, np.zeros(mine.size, dtype=np.int64), state=trace.state)
+            total = part if total is None else total + part
+            shown = mine[whole][: max(at_most - n, 0)]
+            if shown.size:
+                found = gate.gate_distances(values, shown, state=trace.state, layers=trace.layers)
+                step = np.repeat(n + np.arange(shown.size) + 1, len(self.layers) - 1)
+                found.insert(0, "step", step)
+                steps.append(found[["step", "layer", "next_layer", *published.SHOWN]])
+            n += mine.size
+        if total is None or not steps:
+            raise UsageError("no ubatch has its row 0 in the trace", fix="choose another phase")
+        aggregate = gate.gate_summary(total, self.layers)
+        aggregate = aggregate[
+            aggregate["metric"].isin(published.AGGREGATED) & (aggregate["tokens"] > 0) & (n > 1)
+        ]
+        return (
+            pd.concat(steps, ignore_index=True),
+            aggregate[["layer", "next_layer", "metric", "mean", "std"]].reset_index(drop=True),
+        )
+
+    def _gate_rows(
+        self, every_phase: bool = False
+    ) -> Iterator[tuple[RoutedRows, str, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """Trace, prompt, rows and partners of every request, prompts in order of their names."""
+        for trace in self._traces:
+            if trace.gate_input.shape[1] < 2:  # type: ignore[attr-defined]  # raises ChannelMissingError by itself
+                raise UsageError(
+                    "there is one MoE layer: no next one to compare it with", fix="capture two layers or more"
+                )
+        found = []
+        for number, (trace, name) in enumerate(zip(self._traces, self._names, strict=True)):
+            keep = np.asarray(trace.request) >= 0 if every_phase else self._keep(trace)
+            order = reading_order(trace.request, trace.positions, keep, self._shifted(trace))
+            names = self._prompts(trace, name)
+            starts = order.request_starts
+            for i, request in enumerate(order.requests.tolist()):
+                found.append((names[request], number, request, order.rows[starts[i] : starts[i + 1]]))
+        for prompt, number, _, rows in sorted(found, key=lambda each: each[:3]):
+            partners = np.roll(rows, -1) if rows.size > 1 else np.full(1, -1)
+            yield self._traces[number], prompt, rows, partners
+
+    def agreement(self, other: Analysis) -> Agreement:
+        """Agreement with another capture of the same text, token by token: :class:`Agreement`.
+
+        ``coverage_k`` needs the other capture's ``scores`` or ``logits``. Raises UsageError if the captures
+        differ in layers or experts, or have no prompt in common.
         """
         mine, theirs = self._single("a comparison"), other._single("a comparison")
+        for name in ("layers", "n_expert", "n_expert_used"):
+            a, b = getattr(mine, name), getattr(theirs, name)
+            if not np.array_equal(a, b):
+                raise UsageError(
+                    f"these captures cannot be compared: {name} differ ({a.tolist()} and {b.tolist()})",
+                    fix="compare captures of models of the same shape",
+                )
+        names = [
+            np.array(one._prompts(trace, ""), dtype=np.str_) for one, trace in ((self, mine), (other, theirs))
+        ]
+        every = np.unique(np.concatenate(names))
         rows, keys = [], []
-        for one, trace in ((self, mine), (other, theirs)):
+        for one, trace, given in ((self, mine, names[0]), (other, theirs, names[1])):
             r = reading_order(trace.request, trace.positions, one._keep(trace), one._shifted(trace)).rows
-            names = np.array(one._prompts(trace, one._names[0]), dtype=np.str_)
             rows.append(r)
             columns = {
-                "prompt": names[trace.request[r]],
+                "prompt": np.searchsorted(every, given)[trace.request[r]],
                 "position": trace.positions[r],
                 "token": trace.token_ids[r],
             }
             keys.append(pd.DataFrame(columns))
-        a, b, report = compare.align(keys[0], keys[1])
+        a, b, texts = compare.align(keys[0], keys[1])
+        texts["prompt"] = every[texts["prompt"].to_numpy()]
         scores = _channel(theirs, "scores")
         scores = _channel(theirs, "logits") if scores is None else scores
-        metrics = compare.agreement(
-            _present(mine, rows[0][a]),
-            _present(theirs, rows[1][b]),
-            n_expert=max(mine.n_expert),
-            scores_b=None if scores is None else np.asarray(scores[rows[1][b]]),
+        who = every[keys[0]["prompt"].to_numpy()[a]]
+        prompts = np.unique(who)
+        e, n_layers = int(max(mine.n_expert)), len(mine.layers)
+        included = np.zeros((2, prompts.size, n_layers, e), dtype=np.int64)
+        total: MetricSums | None = None
+        by_phase: dict[str, MetricSums] = {}
+        phase = np.asarray(mine.phase)[rows[0][a]]
+        for start in range(0, a.size, _CHUNK):
+            piece = slice(start, start + _CHUNK)
+            ids = [_present(mine, rows[0][a[piece]]), _present(theirs, rows[1][b[piece]])]
+            metrics = compare.agreement(
+                ids[0],
+                ids[1],
+                n_expert=e,
+                scores_b=None if scores is None else np.asarray(scores[rows[1][b[piece]]]),
+                n_expert_used=mine.n_expert_used,
+            )
+            part = MetricSums.of(who[piece], metrics)
+            total = part if total is None else total + part
+            for name, code in _PHASES.items():
+                here = phase[piece] == code
+                if here.any():
+                    some = MetricSums.of(who[piece][here], {m: v[here] for m, v in metrics.items()})
+                    by_phase[name] = by_phase[name] + some if name in by_phase else some
+            both = ~np.isnan(metrics["overlap"])
+            at = np.searchsorted(prompts, who[piece])
+            for side, x in zip(included, ids, strict=True):
+                token, layer, rank = np.nonzero((x < e) & both[:, :, None])
+                np.add.at(side, (at[token], layer, x[token, layer, rank]), 1)
+        if total is None:
+            raise UsageError("the captures have no token in common", fix="capture the same prompts with both")
+        with_rows = [set(keys_of["prompt"].unique()) for keys_of in keys]
+        return Agreement(
+            total,
+            by_phase,
+            included,
+            texts,
+            (len(with_rows[0] - with_rows[1]), len(with_rows[1] - with_rows[0])),
+            _published_agreement(mine, theirs, rows[0][a], rows[1][b]),
+            mine.layers,
+            mine.n_expert,
+            mine.n_expert_used,
         )
-        summary = compare.agreement_summary(
-            metrics,
-            keys[0]["prompt"].to_numpy()[a],
-            n_expert=max(mine.n_expert),
-            n_expert_used=max(mine.n_expert_used),
-            layers=mine.layers,
-        )
-        return summary, report
 
-    def published(self, top: int | None = None) -> published.Activations:
+    def published(self, top: int | None = None) -> Activations:
         """The chosen, labelled rows as the notebook's table, for the functions of
         :mod:`moetrace.analysis.published`.
 
-        ``token_id`` numbers a domain's tokens in reading order. One entry per consumer of the ids (gate, up,
-        down).
+        ``token_id`` numbers a domain's tokens, prompts in order of their names, each in reading order. One entry
+        per consumer of the ids (gate, up, down). Raises UsageError if no request has a label.
         """
-        trace = self._single("the published analyses")
-        keep = self._keep(trace) & self._labelled(trace)
-        rows = reading_order(trace.request, trace.positions, keep, self._shifted(trace)).rows
-        labels = np.array(self._labels(trace), dtype=np.str_)[trace.request[rows]]
-        token_id = pd.Series(labels).groupby(labels).cumcount().to_numpy()
-        consumers = trace.consumers[0] or published.COMPONENTS
-        return published.Activations.from_rows(
-            trace.experts,
-            labels,
-            token_id,
-            n_expert=max(trace.n_expert),
-            layers=trace.layers,
-            components=consumers,
-            top=top,
-            rows=rows,
+        if not any(self._labelled(trace).any() for trace in self._traces):
+            raise UsageError(NO_DOMAIN, fix=LABEL_THEM)
+        names = np.unique(
+            np.concatenate(
+                [
+                    np.array(self._prompts(t, n), dtype=np.str_)
+                    for t, n in zip(self._traces, self._names, strict=True)
+                ]
+            )
         )
+        orders, ranks = [], []
+        for trace, name in zip(self._traces, self._names, strict=True):
+            keep = self._keep(trace) & self._labelled(trace)
+            order = reading_order(trace.request, trace.positions, keep, self._shifted(trace))
+            mine = np.array(self._prompts(trace, name), dtype=np.str_)[order.requests]
+            orders.append(order)
+            ranks.append(np.searchsorted(names, mine))
+        # where each request's tokens begin among those of its domain
+        domains = [
+            np.array(self._labels(t), dtype=np.str_)[o.requests]
+            for t, o in zip(self._traces, orders, strict=True)
+        ]
+        sizes = np.concatenate([np.diff(order.request_starts) for order in orders])
+        sort = np.lexsort((np.concatenate(ranks), np.concatenate(domains)))
+        begin = np.empty(sizes.size, dtype=np.int64)
+        begin[sort] = np.cumsum(sizes[sort]) - sizes[sort]
+        parts, done = [], 0
+        for trace, order, labels in zip(self._traces, orders, domains, strict=True):
+            n = np.diff(order.request_starts)
+            offset = begin[done : done + n.size] - order.request_starts[:-1]
+            done += n.size
+            if not n.size:
+                continue
+            kinds, code = np.unique(labels, return_inverse=True)
+            parts.append(
+                published.Activations.from_rows(
+                    trace.experts,
+                    pd.Categorical.from_codes(np.repeat(code, n), pd.Index([str(k) for k in kinds])),
+                    np.repeat(offset, n) + np.arange(order.rows.size),
+                    n_expert=max(trace.n_expert),
+                    layers=trace.layers,
+                    components=self._consumers or published.COMPONENTS,
+                    top=top,
+                    rows=order.rows,
+                )
+            )
+        return reduce(add, parts)
+
+    def published_frequency(self) -> ExpertFrequency:
+        """:func:`moetrace.analysis.published.expert_frequency` of the chosen rows, prompts in order of their
+        names; unlabelled prompts count too.
+        """
+        n_layers, e = len(self.layers), int(max(self.n_expert))
+        counts = np.zeros((n_layers, e), dtype=np.int64)
+        best: dict[tuple[int, int], tuple[Any, ...]] = {}
+        for number, (trace, name) in enumerate(zip(self._traces, self._names, strict=True)):
+            names = self._prompts(trace, name)
+            request = np.asarray(trace.request)
+            order = reading_order(request, trace.positions, self._keep(trace), self._shifted(trace))
+            sort = sorted(range(order.requests.size), key=lambda i: (names[order.requests[i]], i))
+            pieces = [order.rows[order.request_starts[i] : order.request_starts[i + 1]] for i in sort]
+            rows = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+            new = np.zeros((n_layers, e), dtype=bool)
+            for start in range(0, rows.size, _CHUNK):
+                mine = rows[start : start + _CHUNK]
+                ids = _present(trace, mine).transpose(1, 0, 2).astype(np.int64)  # (L, m, k)
+                key = np.minimum(ids, e) + np.arange(n_layers)[:, None, None] * (e + 1)
+                found = np.bincount(key.reshape(-1), minlength=n_layers * (e + 1)).reshape(n_layers, e + 1)
+                fresh = (found[:, :e] > 0) & ~new
+                counts += found[:, :e]
+                if not fresh.any():
+                    continue
+                new |= fresh
+                at = dict(zip(*np.unique(key.reshape(-1), return_index=True), strict=True))
+                for layer, expert in zip(*np.nonzero(fresh), strict=True):
+                    place = int(at[layer * (e + 1) + expert]) % (ids.shape[1] * ids.shape[2])
+                    i, rank = divmod(place, ids.shape[2])
+                    row = int(mine[i])
+                    step = int(trace.step[row])
+                    where = (names[request[row]], number, step, int(layer), start + i, rank)
+                    cell = (int(layer), int(expert))
+                    best[cell] = min(best.get(cell, where), where)
+        # the log goes ubatch by ubatch, in it layer by layer, in it row by row
+        ascending = {where: i for i, where in enumerate(sorted(best.values()))}
+        place = np.full((n_layers, e), len(ascending))
+        for cell, where in best.items():
+            place[cell] = ascending[where]
+        return published.frequency_of_counts(counts, self.layers, place, place.min(axis=0))
+
+    @property
+    def _consumers(self) -> tuple[str, ...]:
+        """The matrices that the ids went to, where the recording says so."""
+        try:
+            return tuple(self._traces[0].consumers[0])
+        except MoetraceError:
+            return ()
+
+    @cached_property
+    def text(self) -> RoutedText:
+        """The chosen rows as whole texts in reading order; a copy. One request per prompt: the first.
+
+        Numbers and weights are as the trace has them; a cell that was not computed or is lost has no expert.
+        """
+        n_expert = int(max(self.n_expert))
+        parts: list[tuple[RoutedRows, npt.NDArray[np.int64]]] = []
+        sizes: list[int] = []
+        prompts: list[str] = []
+        labels: list[str] = []
+        seen: set[str] = set()
+        for trace, name in zip(self._traces, self._names, strict=True):
+            order = reading_order(trace.request, trace.positions, self._keep(trace), self._shifted(trace))
+            names, domains = self._prompts(trace, name), self._labels(trace)
+            pieces = []
+            for i, number in enumerate(order.requests.tolist()):
+                if names[number] not in seen:
+                    seen.add(names[number])
+                    prompts.append(names[number])
+                    labels.append(domains[number])
+                    pieces.append(order.rows[order.request_starts[i] : order.request_starts[i + 1]])
+            sizes += [piece.size for piece in pieces]
+            parts.append((trace, np.concatenate([*pieces, np.empty(0, dtype=np.int64)])))
+        columns = [_channel(trace, "weights") for trace, _ in parts]
+        weights = [
+            None if column is None else np.asarray(column[rows])
+            for column, (_, rows) in zip(columns, parts, strict=True)
+        ]
+        known = [part for part in weights if part is not None]
+        return RoutedText(
+            np.concatenate([_present(trace, rows) for trace, rows in parts]),
+            np.concatenate(([0], np.cumsum(sizes))).astype(np.int64),
+            n_expert,
+            weights=np.concatenate(known) if self._top1 == "weight" and len(known) == len(parts) else None,
+            tokens=np.concatenate([trace.token_ids[rows] for trace, rows in parts]),
+            positions=np.concatenate([trace.positions[rows] for trace, rows in parts]),
+            prompts=prompts,
+            labels=labels,
+            layers=self.layers,
+        )
+
+    @cached_property
+    def vocabulary(self) -> list[bytes]:
+        """The text of each token id, as bytes. Raises MoetraceError if the trace does not know it."""
+        for trace in self._traces:
+            found: list[bytes] | None = getattr(getattr(trace, "trace", trace), "vocabulary", None)
+            if found is not None:
+                return found
+        raise MoetraceError(
+            "the recording does not know the text of its tokens",
+            why="it has no vocabulary.json, and its model file is not where it was",
+            fix="record it with moetrace, or put the model back",
+        )
+
+    def pieces(self, text: RoutedText) -> list[bytes]:
+        """The text of each of these rows' tokens, as bytes; of ids that have none, nothing."""
+        words, n = self.vocabulary, len(self.vocabulary)
+        return [words[t] if 0 <= t < n else b"" for t in np.asarray(text.tokens).tolist()]
+
+    def request_column(self, name: str) -> dict[str, Any]:
+        """Prompt -> what the clients said about it under this key; only those who said something."""
+        out: dict[str, Any] = {}
+        for trace, given in zip(self._traces, self._names, strict=True):
+            requests = trace.requests
+            if name in requests:
+                names = self._prompts(trace, given)
+                for number, value in requests[name].items():
+                    if value is not None and not (isinstance(value, float) and np.isnan(value)):
+                        out.setdefault(names[int(str(number))], value)
+        return out
+
+    @cached_property
+    def token_rows(self) -> TokenRows:
+        """The chosen rows in reading order, requests of one prompt together; a copy. Cells that are not there have
+        no expert.
+        """
+        n_expert, parts, names, labels, before = int(max(self.n_expert)), [], [], [], 0
+        for source, (trace, name) in enumerate(zip(self._traces, self._names, strict=True)):
+            order = reading_order(trace.request, trace.positions, self._keep(trace), self._shifted(trace))
+            rows = order.rows
+            number = np.asarray(trace.request)[rows]
+            names.append(np.array(self._prompts(trace, name), dtype=np.str_)[number])
+            labels.append(np.array(self._labels(trace), dtype=np.str_)[number])
+            run = before + np.searchsorted(order.run_starts, np.arange(rows.size), side="right")
+            before += order.run_starts.size
+            experts = _present(trace, rows)
+            columns = (trace.token_ids[rows], trace.positions[rows], np.full(rows.size, source), rows)
+            parts.append((experts, run, *(np.asarray(c).astype(np.int64) for c in columns)))
+        every = np.concatenate(names)
+        prompts, first, prompt = np.unique(every, return_index=True, return_inverse=True)
+        chosen = np.argsort(prompt, kind="stable")
+        experts, run, token, position, source_of, row = (
+            np.concatenate(part)[chosen] for part in zip(*parts, strict=True)
+        )
+        return TokenRows(
+            experts=experts,
+            n_expert=n_expert,
+            layers=self.layers.astype(np.int64),
+            prompts=prompts,
+            labels=np.concatenate(labels)[first],
+            prompt=prompt[chosen].astype(np.int64),
+            run=run,
+            token=token,
+            position=position,
+            source=source_of,
+            row=row,
+        )
+
+    @cached_property
+    def predictions(self) -> Predictions:
+        """What attention, contexts and early layers tell about experts, and what a cache of experts would hit."""
+        return Predictions(self._traces, self.token_rows)
 
     @cached_property
     def _domains(self) -> RoutingCounts:
         counts = self.counts.labelled()
         if not counts.prompts.size:
-            raise UsageError(
-                "no request of the trace has a domain",
-                fix="label requests (moetrace drive --label-key domain)",
-            )
+            raise UsageError(NO_DOMAIN, fix=LABEL_THEM)
         return counts
 
     def _keep(self, trace: RoutedRows) -> npt.NDArray[np.bool_]:
@@ -380,6 +833,35 @@ def _channel(trace: RoutedRows, name: str) -> npt.NDArray[Any] | None:
         return column
     except (AttributeError, ChannelMissingError):
         return None
+
+
+def _published_agreement(
+    one: RoutedRows, two: RoutedRows, a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]
+) -> pd.DataFrame | None:
+    """``compare_gate_experts.py`` of rows a of one and b of two: layer_id, metric, mean, std (ddof 0)."""
+    logits = [_channel(trace, "logits") for trace in (one, two)]
+    if logits[0] is None or logits[1] is None:
+        return None
+    total: MetricSums | None = None
+    for start in range(0, a.size, _CHUNK):
+        x = np.asarray(logits[0][a[start : start + _CHUNK]])
+        y = np.asarray(logits[1][b[start : start + _CHUNK]])
+        known = np.isfinite(x).all(axis=2) & np.isfinite(y).all(axis=2)
+        columns: dict[str, npt.NDArray[np.float64]] = {}
+        for layer, k in enumerate(one.n_expert_used):
+            e = int(one.n_expert[layer])
+            here = known[:, layer]
+            found = published.compare_gate_experts(x[here, layer, :e], y[here, layer, :e], int(k)).samples
+            for metric in found:
+                column = columns.setdefault(str(metric), np.full(known.shape, np.nan))
+                column[here, layer] = found[metric]
+        part = MetricSums.of(np.zeros(x.shape[0], dtype=np.int64), columns)
+        total = part if total is None else total + part
+    if total is None:
+        return None
+    table = total.table()
+    table.insert(0, "layer_id", np.asarray(one.layers)[table.pop("place").to_numpy()])
+    return table[["layer_id", "metric", "tokens", "mean", "std"]]
 
 
 def _present(trace: RoutedRows, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.unsignedinteger]:

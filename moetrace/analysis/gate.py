@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from moetrace.analysis import nulls
+from moetrace.analysis.sums import MetricSums
 from moetrace.errors import UsageError
 
 METRICS = (
@@ -19,6 +22,7 @@ METRICS = (
     "max_abs_diff",
     "mean_abs_diff",
 )
+SUMMED = (*METRICS, "cosine_unpaired")
 
 
 def pair_distances(a: npt.ArrayLike, b: npt.ArrayLike) -> dict[str, nulls.Floats]:
@@ -50,6 +54,7 @@ def gate_distances(
     gate_input: npt.NDArray[np.float32],
     rows: npt.ArrayLike,
     *,
+    partners: npt.ArrayLike | None = None,
     state: npt.NDArray[np.uint8] | None = None,
     layers: npt.ArrayLike | None = None,
     chunk: int = 64,
@@ -62,92 +67,109 @@ def gate_distances(
         (N, L, D) f4, may be memory-mapped: what each layer's router read. Only ``chunk`` rows are held at a
         time.
     rows
-        Row numbers to look at: those of one phase (the published script means decode but lets prompt batches
-        in).
+        (M,) row numbers to look at: those of one phase (the published script means decode but lets prompt
+        batches in).
+    partners
+        (M,) for each of them, the row of another token; negative: there is none. By default the next of
+        ``rows``, after the last the first.
     state
         (N, L): pairs with a cell other than 1 are left out.
 
     Returns one row per (row, consecutive pair of layers): ``row``, ``layer``, ``next_layer``, the
     :data:`METRICS`, and ``cosine_unpaired``: the cosine between this layer of this token and the next layer
-    of another token (the next of ``rows``), the level that two unrelated tokens have. ``cosine_similarity``
-    means little until it is above that. NaN for a single token.
+    of its partner, the level that two different tokens have. ``cosine_similarity`` means little until it is
+    above that. NaN without a partner. A frame of all tokens is large: :func:`gate_sums` does not grow.
     """
-    if gate_input.ndim != 3:
-        raise UsageError(f"gate_input has shape {gate_input.shape}", fix="give (rows, layers, n_embd)")
-    where = np.asarray(rows, dtype=np.int64)
     numbers = np.arange(gate_input.shape[1]) if layers is None else np.asarray(layers)
     parts: list[pd.DataFrame] = []
-    for start in range(0, where.size, chunk):
-        mine = where[start : start + chunk]
-        other = np.roll(where, -1)[start : start + chunk]
-        x, z = np.asarray(gate_input[mine]), np.asarray(gate_input[other])
-        metrics = pair_distances(x[:, :-1], x[:, 1:])
-        unpaired = pair_distances(x[:, :-1], z[:, 1:])["cosine_similarity"]
-        if where.size < 2:
-            unpaired = np.full_like(unpaired, np.nan)
-        there = np.isfinite(metrics["euclidean"])
-        if state is not None:
-            known = np.asarray(state[mine]) == 1
-            there &= known[:, :-1] & known[:, 1:]
-            unpaired = np.where(np.asarray(state[other])[:, 1:] == 1, unpaired, np.nan)
-        token, pair = np.nonzero(there)
+    for mine, metrics in _distances(gate_input, rows, partners, state, chunk):
+        token, pair = np.nonzero(~np.isnan(metrics["euclidean"]))
+        there = (token, pair)
         parts.append(
             pd.DataFrame(
                 {
                     "row": mine[token],
                     "layer": numbers[pair],
                     "next_layer": numbers[pair + 1],
-                    **{name: metrics[name][there] for name in METRICS},
-                    "cosine_unpaired": unpaired[there],
+                    **{name: values[there] for name, values in metrics.items()},
                 }
             )
         )
     if not parts:
-        return pd.DataFrame(
-            columns=["row", "layer", "next_layer", *METRICS, "cosine_unpaired"], dtype=np.float64
-        )
+        return pd.DataFrame(columns=["row", "layer", "next_layer", *SUMMED], dtype=np.float64)
     return pd.concat(parts, ignore_index=True)
 
 
-def gate_summary(distances: pd.DataFrame, prompts: npt.ArrayLike, level: float = 0.95) -> pd.DataFrame:
-    """Aggregate :func:`gate_distances` per pair of layers; ``prompts`` (rows of the frame) names each row's
-    prompt.
+def gate_sums(
+    gate_input: npt.NDArray[np.float32],
+    rows: npt.ArrayLike,
+    prompts: npt.ArrayLike,
+    *,
+    partners: npt.ArrayLike | None = None,
+    state: npt.NDArray[np.uint8] | None = None,
+    chunk: int = 64,
+) -> MetricSums:
+    """Sums of the distances of :func:`gate_distances` per prompt; ``prompts`` (M,) names each row's. They add.
+
+    Memory does not grow with the rows.
+    """
+    if gate_input.ndim == 3 and gate_input.shape[1] < 2:
+        raise UsageError(
+            "there is one MoE layer: no next one to compare it with", fix="capture two layers or more"
+        )
+    names = np.asarray(prompts).astype(np.str_)
+    if names.size != np.asarray(rows).size:
+        raise UsageError(
+            f"{names.size} prompts for {np.asarray(rows).size} rows", fix="name every row's prompt"
+        )
+    total, start = None, 0
+    for mine, metrics in _distances(gate_input, rows, partners, state, chunk):
+        part = MetricSums.of(names[start : start + mine.size], metrics)
+        total, start = part if total is None else total + part, start + mine.size
+    if total is None:
+        raise UsageError("there are no rows to compare", fix="choose a phase that has rows")
+    return total
+
+
+def gate_summary(sums: MetricSums, layers: npt.ArrayLike | None = None, level: float = 0.95) -> pd.DataFrame:
+    """Aggregate :func:`gate_sums` per pair of layers.
 
     Returns one row per (layer, next_layer, metric): ``tokens``, ``mean`` and ``std`` (ddof 0, as published),
     and ``low``, ``high`` for the mean over prompts (jackknife; NaN for fewer than two prompts).
     """
-    names = [*METRICS, "cosine_unpaired"]
-    who = pd.factorize(np.asarray(prompts))[0]
-    if who.size != len(distances):
-        raise UsageError(
-            f"{who.size} prompts for {len(distances)} distances", fix="name the prompt of every row"
-        )
-    out = []
-    for (layer, after), part in distances.groupby(["layer", "next_layer"], sort=True):
-        values = part[names].to_numpy(dtype=np.float64)
-        mine = pd.factorize(who[distances.index.get_indexer(part.index)])[0]
-        known = ~np.isnan(values)
-        sums, sizes = np.zeros((2, int(mine.max()) + 1, len(names)))
-        np.add.at(sums, mine, np.where(known, values, 0.0))
-        np.add.at(sizes, mine, known)
-        interval = nulls.ratio_interval(sums, sizes, level)
-        n = sizes.sum(axis=0)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            mean = sums.sum(axis=0) / n
-            std = np.sqrt(np.where(known, (values - mean) ** 2, 0.0).sum(axis=0) / n)
-        out.append(
-            pd.DataFrame(
-                {
-                    "layer": layer,
-                    "next_layer": after,
-                    "metric": names,
-                    "tokens": n.astype(np.int64),
-                    "mean": mean,
-                    "std": std,
-                    "low": interval.low,
-                    "high": interval.high,
-                }
-            )
-        )
-    columns = ["layer", "next_layer", "metric", "tokens", "mean", "std", "low", "high"]
-    return pd.concat(out, ignore_index=True) if out else pd.DataFrame(columns=columns)
+    table = sums.table(level)
+    numbers = np.arange(sums.tokens.shape[1] + 1) if layers is None else np.asarray(layers)
+    place = table.pop("place").to_numpy()
+    table.insert(0, "layer", numbers[place])
+    table.insert(1, "next_layer", numbers[place + 1])
+    return table
+
+
+def _distances(
+    gate_input: npt.NDArray[np.float32],
+    rows: npt.ArrayLike,
+    partners: npt.ArrayLike | None,
+    state: npt.NDArray[np.uint8] | None,
+    chunk: int,
+) -> Iterator[tuple[nulls.Ints, dict[str, nulls.Floats]]]:
+    """Rows (m,) and :data:`SUMMED` of them, each (m, L − 1), NaN where a cell is not there; chunk by chunk."""
+    if gate_input.ndim != 3:
+        raise UsageError(f"gate_input has shape {gate_input.shape}", fix="give (rows, layers, n_embd)")
+    where = np.asarray(rows, dtype=np.int64)
+    if partners is None:
+        other = np.roll(where, -1) if where.size > 1 else np.full(where.shape, -1)
+    else:
+        other = np.asarray(partners, dtype=np.int64)
+    for start in range(0, where.size, chunk):
+        mine, theirs = where[start : start + chunk], other[start : start + chunk]
+        x, z = np.asarray(gate_input[mine]), np.asarray(gate_input[theirs])
+        metrics = pair_distances(x[:, :-1], x[:, 1:])
+        unpaired = pair_distances(x[:, :-1], z[:, 1:])["cosine_similarity"]
+        there = np.isfinite(metrics["euclidean"])
+        known = np.broadcast_to((theirs >= 0)[:, None], unpaired.shape)
+        if state is not None:
+            here = np.asarray(state[mine]) == 1
+            there &= here[:, :-1] & here[:, 1:]
+            known = known & (np.asarray(state[theirs])[:, 1:] == 1)
+        metrics["cosine_unpaired"] = np.where(known, unpaired, np.nan)
+        yield mine, {name: np.where(there, values, np.nan) for name, values in metrics.items()}

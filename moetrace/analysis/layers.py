@@ -103,22 +103,26 @@ def deep_dive(
     *,
     layer: int | None = None,
     layers: npt.ArrayLike | None = None,
+    n_expert: npt.ArrayLike | None = None,
     consumers: Sequence[str] = (),
 ) -> DeepDive:
     """Usage of every expert by every domain in one layer (counts (P, L, E), labels (P,)).
 
-    By default the layer whose domains lie furthest apart (bias-corrected Cramér's V).
+    By default the layer whose domains lie furthest apart (bias-corrected Cramér's V), the first where none has a
+    V (one domain). ``n_expert`` (L,) are the experts of each layer, where layers differ.
     """
     names, by_domain = domain_counts(counts, labels)
     numbers = np.arange(by_domain.shape[1]) if layers is None else np.asarray(layers)
     if layer is None:
-        where = int(np.nanargmax(info.cramers_v(by_domain.transpose(1, 0, 2))[1]))
+        v = info.cramers_v(by_domain.transpose(1, 0, 2))[1]
+        where = 0 if np.isnan(v).all() else int(np.nanargmax(v))
     else:
         found = np.flatnonzero(numbers == layer)
         if not found.size:
             raise UsageError(f"layer {layer} is not in the counts", fix=f"choose one of {numbers.tolist()}")
         where = int(found[0])
-    share = info.shares(by_domain[:, where])
+    own = by_domain.shape[2] if n_expert is None else int(np.asarray(n_expert)[where])
+    share = info.shares(by_domain[:, where, :own])
     mean = share.mean(axis=0)
     index, columns = pd.Index(names, name="domain"), pd.RangeIndex(share.shape[1], name="expert")
     lift = np.divide(share, mean, out=np.full_like(share, np.nan), where=mean > 0)
@@ -131,7 +135,12 @@ def deep_dive(
 
 
 def domain_entropy(
-    counts: npt.ArrayLike, labels: npt.ArrayLike, *, layers: npt.ArrayLike | None = None, level: float = 0.95
+    counts: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    *,
+    layers: npt.ArrayLike | None = None,
+    n_expert: npt.ArrayLike | None = None,
+    level: float = 0.95,
 ) -> pd.DataFrame:
     """How evenly each domain uses a layer's experts.
 
@@ -139,6 +148,8 @@ def domain_entropy(
     ----------
     counts, labels
         (P, L, E) tokens that used the expert; (P,) domains.
+    n_expert
+        (L,) experts that each layer has, where layers differ; E if not given.
 
     Returns one row per (layer, domain): ``picks``, ``experts_used``; ``entropy_bits`` (plug-in, as
     published), ``entropy_miller_madow_bits``, ``entropy_jackknife_bits`` with ``low`` and ``high`` (prompts
@@ -149,6 +160,7 @@ def domain_entropy(
     c = np.asarray(counts, dtype=np.float64)
     domains = Domains.of(labels)
     numbers = np.arange(c.shape[1]) if layers is None else np.asarray(layers)
+    own = np.full(c.shape[1], c.shape[2]) if n_expert is None else np.asarray(n_expert)
     parts = []
     for d, name in enumerate(domains.names):
         mine = c[domains.codes == d]
@@ -168,7 +180,7 @@ def domain_entropy(
                     "entropy_jackknife_bits": knife.estimate,
                     "low": knife.low,
                     "high": knife.high,
-                    "max_bits": float(np.log2(c.shape[2])),
+                    "max_bits": np.log2(own),
                     "perplexity": 2.0 ** info.miller_madow_bits(total),
                 }
             )
@@ -177,7 +189,12 @@ def domain_entropy(
 
 
 def load_balance(
-    counts: npt.ArrayLike, tokens: npt.ArrayLike, *, layers: npt.ArrayLike | None = None, level: float = 0.95
+    counts: npt.ArrayLike,
+    tokens: npt.ArrayLike,
+    *,
+    layers: npt.ArrayLike | None = None,
+    n_expert: npt.ArrayLike | None = None,
+    level: float = 0.95,
 ) -> pd.DataFrame:
     """How evenly load falls on a layer's experts, all prompts together.
 
@@ -185,6 +202,8 @@ def load_balance(
     ----------
     counts, tokens
         (P, L, E) tokens that used the expert and (P, L) tokens.
+    n_expert
+        (L,) experts that each layer has, where layers differ; E if not given.
 
     Returns one row per layer: ``tokens``; ``hottest`` and ``hottest_rate`` (share of tokens that use the most
     used expert), ``peak`` (its load over uniform load); ``cv`` (population standard deviation of load over
@@ -194,28 +213,29 @@ def load_balance(
     """
     c, n = np.asarray(counts, dtype=np.float64), np.asarray(tokens, dtype=np.float64).sum(axis=0)
     total = c.sum(axis=0)
-    e = c.shape[2]
-    mean = total.mean(axis=1)
+    own = np.full(c.shape[1], c.shape[2]) if n_expert is None else np.asarray(n_expert)
+    mean = total.sum(axis=1) / own
 
     def jain(load: nulls.Floats) -> nulls.Floats:
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.asarray(load.sum(axis=-1) ** 2 / (load.shape[-1] * (load**2).sum(axis=-1)))
+            return np.asarray(load.sum(axis=-1) ** 2 / (own * (load**2).sum(axis=-1)))
 
-    knife = nulls.jackknife(jain(total), np.stack([jain(total - own) for own in c]), level=level)
+    knife = nulls.jackknife(jain(total), np.stack([jain(total - each) for each in c]), level=level)
     hottest: Ints = total.argmax(axis=1)
+    spread = np.sqrt(np.maximum((total**2).sum(axis=1) / own - mean**2, 0.0))
     with np.errstate(invalid="ignore", divide="ignore"):
         return pd.DataFrame(
             {
                 "layer": np.arange(c.shape[1]) if layers is None else np.asarray(layers),
                 "tokens": n.astype(np.int64),
                 "hottest": hottest,
-                "hottest_rate": total.max(axis=1) / n,
+                "hottest_rate": total.max(axis=1) / np.where(n > 0, n, np.nan),
                 "peak": total.max(axis=1) / mean,
-                "cv": total.std(axis=1) / mean,
+                "cv": spread / mean,
                 "jain": jain(total),
-                "jain_low": np.clip(knife.low, 1 / e, 1.0),
-                "jain_high": np.clip(knife.high, 1 / e, 1.0),
-                "unused": (total == 0).sum(axis=1),
+                "jain_low": np.clip(knife.low, 1 / own, 1.0),
+                "jain_high": np.clip(knife.high, 1 / own, 1.0),
+                "unused": own - (total > 0).sum(axis=1),
                 "unused_rate_bound": np.where(n > 0, np.minimum(3.0 / n, 1.0), np.nan),
             }
         )

@@ -120,12 +120,13 @@ def permutation_p(null: npt.ArrayLike) -> Floats:
     """One-sided p-values from statistics (1 + B, ...), row 0 observed: (1 + #{null ≥ observed})/(B + 1).
 
     Phipson & Smyth (2010): never 0, and exact for exchangeable prompts. Equal arrangements must not count as
-    smaller because of rounding, so 1e-9 of the statistic is forgiven. NaN where the observed one is NaN.
+    smaller because of rounding, so 1e-9 of the statistic is forgiven. NaN where the observed one is NaN; an
+    arrangement without a value (a domain left without tokens) counts as extreme.
     """
     t = np.asarray(null, dtype=np.float64)
     slack = 1e-9 * np.abs(t[0]) + 1e-15
     with np.errstate(invalid="ignore"):
-        p = (1.0 + (t[1:] >= t[0] - slack).sum(axis=0)) / t.shape[0]
+        p = (1.0 + (~(t[1:] < t[0] - slack)).sum(axis=0)) / t.shape[0]
     return np.where(np.isnan(t[0]), np.nan, p)
 
 
@@ -138,10 +139,13 @@ def max_t(null: npt.ArrayLike) -> Floats:
     statistic without spread cannot reject and gets p = 1. NaN stays NaN.
     """
     t = np.asarray(null, dtype=np.float64)
-    spread = t.std(axis=0)
-    still = ~(spread > 1e-12 * (1e-300 + np.abs(t).max(axis=0)))
+    known = ~np.isnan(t)
+    n = np.maximum(known.sum(axis=0), 1)
+    mean = np.where(known, t, 0.0).sum(axis=0) / n
+    spread = np.sqrt((np.where(known, t - mean, 0.0) ** 2).sum(axis=0) / n)
+    still = ~(spread > 1e-12 * (1e-300 + np.where(known, np.abs(t), 0.0).max(axis=0)))
     with np.errstate(invalid="ignore", divide="ignore"):
-        z = np.where(still | np.isnan(t), -np.inf, (t - t.mean(axis=0)) / spread)
+        z = np.where(still | ~known, -np.inf, (t - mean) / spread)
     largest = z.max(axis=-1, keepdims=True)
     p = (1.0 + (largest[1:] >= z[0] - 1e-9).sum(axis=0)) / t.shape[0]
     return np.where(np.isnan(t[0]), np.nan, p)

@@ -130,6 +130,8 @@ class Activations:
             raise UsageError("there are no activations", fix="choose rows that have routing")
         numbers = np.arange(n_layers) if layers is None else np.asarray(layers)
 
+        d = d.astype(np.int32)
+
         def first(domain: int, layer: int, component: int) -> tuple[Ints, Ints]:
             mine = np.flatnonzero(d == domain)
             ids = experts[mine if where is None else where[mine], layer, 0].astype(np.int64)
@@ -143,6 +145,59 @@ class Activations:
             _different(d, tokens, len(domains)),
             first,
         )
+
+    @classmethod
+    def from_counts(
+        cls,
+        counts: npt.ArrayLike,
+        domains: Sequence[str],
+        *,
+        layers: npt.ArrayLike | None = None,
+        components: Sequence[str] = COMPONENTS,
+    ) -> Activations:
+        """From counts (D, L, E) alone, domains in any order. There are no tokens: ``tokens_per_domain`` is 0
+        and ``first`` raises UsageError.
+        """
+        c = np.asarray(counts, dtype=np.int64)
+        order = np.argsort(np.asarray(domains))
+        numbers = np.arange(c.shape[1]) if layers is None else np.asarray(layers)
+
+        def first(domain: int, layer: int, component: int) -> tuple[Ints, Ints]:
+            raise UsageError("counts have no order of tokens", fix="give a recording of tokens")
+
+        once = c[order].transpose(1, 0, 2)
+        return cls(
+            tuple(str(domains[i]) for i in order),
+            tuple(int(number) for number in numbers),
+            tuple(components),
+            np.broadcast_to(once, (len(components), *once.shape)),
+            np.zeros(len(order), dtype=np.int64),
+            first,
+        )
+
+    def __add__(self, other: Activations) -> Activations:
+        """Entries of both, tokens being different ones. Raises UsageError if layers or components differ."""
+        if (self.layers, self.components) != (other.layers, other.components):
+            raise UsageError("activations of different models do not add: layers or components differ")
+        domains = tuple(sorted({*self.domains, *other.domains}))
+        width = max(self.table.shape[3], other.table.shape[3])
+        table = np.zeros((*self.table.shape[:2], len(domains), width), dtype=np.int64)
+        tokens = np.zeros(len(domains), dtype=np.int64)
+        for part in (self, other):
+            where = [domains.index(name) for name in part.domains]
+            table[:, :, where, : part.table.shape[3]] += part.table
+            tokens[where] += part.tokens_per_domain
+
+        def first(domain: int, layer: int, component: int) -> tuple[Ints, Ints]:
+            found = [
+                part.first(part.domains.index(domains[domain]), layer, component)
+                for part in (self, other)
+                if domains[domain] in part.domains
+            ]
+            token_id, expert_id = (np.concatenate(column) for column in zip(*found, strict=True))
+            return token_id, expert_id
+
+        return Activations(domains, self.layers, self.components, table, tokens, first)
 
     def counts(self, layer: int, component: str) -> pd.DataFrame:
         """What ``pivot_table(aggfunc="size", fill_value=0)`` gives: domains × experts, those that occur.
@@ -160,6 +215,8 @@ class Activations:
         if key not in self._pivots:
             full = self.table[key[1], key[0]]
             rows, cols = full.any(axis=1), full.any(axis=0)
+            if not rows.any():
+                raise UsageError(f"no activations in layer {layer}", fix="choose another layer")
             self._pivots[key] = pd.DataFrame(
                 full[rows][:, cols],
                 index=self._domain_index if rows.all() else self._domain_index[rows],
@@ -466,14 +523,37 @@ def expert_frequency(layer_id: npt.ArrayLike, expert_ids: npt.ArrayLike) -> Expe
     Ties keep the order of first appearance (``Counter.most_common``).
     """
     layers, ids = np.asarray(layer_id), np.asarray(expert_ids).astype(np.int64)
+    numbers = np.unique(layers)
+    e = int(ids.max(initial=-1)) + 1
+    counts = np.zeros((numbers.size, e), dtype=np.int64)
+    place = np.full((numbers.size, e), ids.size)
+    for i, layer in enumerate(numbers):
+        mine = np.flatnonzero(layers == layer)
+        seen, first, count = np.unique(ids[mine].reshape(-1), return_index=True, return_counts=True)
+        there = seen >= 0
+        counts[i, seen[there]] = count[there]
+        place[i, seen[there]] = (
+            mine[first[there] // ids.shape[1]] * ids.shape[1] + first[there] % ids.shape[1]
+        )
+    return frequency_of_counts(counts, numbers, place, place.min(axis=0, initial=ids.size))
+
+
+def frequency_of_counts(
+    counts: npt.ArrayLike, layers: npt.ArrayLike, place: npt.ArrayLike, world_place: npt.ArrayLike
+) -> ExpertFrequency:
+    """:func:`expert_frequency` from counts (L, E) and from where each expert first appears: ``place`` (L, E)
+    within its layer, ``world_place`` (E,) in the whole log. Any numbers that ascend as the log does.
+    """
+    c, where = np.asarray(counts, dtype=np.int64), np.asarray(place)
+    numbers = np.asarray(layers)
     totals, top, bottom = [], [], []
-    for layer in np.unique(layers):
-        ranked = _most_common(ids[layers == layer])
+    for i, layer in enumerate(numbers):
+        ranked = _most_common(c[i], where[i])
         ranked.insert(0, "layer_id", int(layer))
-        totals.append((int(layer), int(ranked["count"].sum()), len(ranked)))
+        totals.append((int(layer), int(c[i].sum()), len(ranked)))
         top.append(ranked.head(10))
         bottom.append(ranked.tail(5))
-    world = _most_common(ids)
+    world = _most_common(c.sum(axis=0), np.asarray(world_place))
     return ExpertFrequency(
         pd.DataFrame(totals, columns=["layer_id", "selections", "unique"]),
         pd.concat(top, ignore_index=True),
@@ -497,8 +577,8 @@ class GateInputs:
     aggregate: pd.DataFrame
 
 
-_SHOWN = ("cosine_similarity", "euclidean", "l2_normalized", "pearson_corr", "mean_abs_diff")
-_AGGREGATED = ("cosine_similarity", "cosine_distance", *_SHOWN[1:])
+SHOWN = ("cosine_similarity", "euclidean", "l2_normalized", "pearson_corr", "mean_abs_diff")
+AGGREGATED = ("cosine_similarity", "cosine_distance", *SHOWN[1:])
 
 
 def gate_input_analysis(
@@ -528,19 +608,19 @@ def gate_input_analysis(
         for a, b in pairwise(layers):
             if a in step and b in step:
                 metrics = {name: float(v) for name, v in pair_distances(step[a], step[b]).items()}
-                pooled.append({"layer": a, "next_layer": b, **{m: metrics[m] for m in _AGGREGATED}})
+                pooled.append({"layer": a, "next_layer": b, **{m: metrics[m] for m in AGGREGATED}})
                 if all(number in step for number in layers):
-                    shown.append({"step": n, "layer": a, "next_layer": b, **{m: metrics[m] for m in _SHOWN}})
+                    shown.append({"step": n, "layer": a, "next_layer": b, **{m: metrics[m] for m in SHOWN}})
     aggregate = []
     if len(steps) > 1 and pooled:
         for pair, part in pd.DataFrame(pooled).groupby(["layer", "next_layer"], sort=True):
-            for metric in _AGGREGATED:
+            for metric in AGGREGATED:
                 known = part[metric].dropna()
                 if len(known):
                     aggregate.append((*pair, metric, float(known.mean()), float(known.std(ddof=0))))
     return GateInputs(
         len(steps),
-        pd.DataFrame(shown, columns=["step", "layer", "next_layer", *_SHOWN]),
+        pd.DataFrame(shown, columns=["step", "layer", "next_layer", *SHOWN]),
         pd.DataFrame(aggregate, columns=["layer", "next_layer", "metric", "mean", "std"]),
     )
 
@@ -611,13 +691,13 @@ def _different(domain: Ints, token_id: npt.NDArray[Any], n_domains: int) -> Ints
     return np.asarray(seen.sum(axis=1), dtype=np.int64)
 
 
-def _most_common(ids: Ints) -> pd.DataFrame:
-    flat = ids.reshape(-1)
-    flat = flat[flat >= 0]
-    experts, first, count = np.unique(flat, return_index=True, return_counts=True)
-    rank = np.lexsort((first, -count))
+def _most_common(counts: Ints, place: npt.NDArray[Any]) -> pd.DataFrame:
+    """Experts that occur, by count, then by where they first appear."""
+    experts = np.flatnonzero(counts)
+    experts = experts[np.lexsort((place[experts], -counts[experts]))]
+    count = counts[experts]
     return pd.DataFrame(
-        {"expert_id": experts[rank], "count": count[rank], "percent": count[rank] / max(flat.size, 1) * 100}
+        {"expert_id": experts, "count": count, "percent": count / max(int(count.sum()), 1) * 100}
     )
 
 

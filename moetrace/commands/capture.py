@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from moetrace.commands.capturing import add_capture_options, capture_options, output_path, report_trace
+from moetrace.commands.capturing import (
+    add_capture_options,
+    add_intervene_option,
+    capture_options,
+    output_path,
+    report_trace,
+)
 from moetrace.commands.options import add_option
 from moetrace.commands.progress import progress_bar
 
@@ -54,6 +60,7 @@ class Capture:
         add_option(parser, "--force", action="store_true", help="replace the trace if it exists")
         add_option(parser, "-v", "--verbose", action="store_true", help="show llama.cpp's log")
         add_capture_options(parser)
+        add_intervene_option(parser)
 
     def run(self, args: argparse.Namespace) -> int:
         """Capture."""
@@ -67,6 +74,7 @@ class Capture:
                 args.file,
                 path,
                 n_predict=args.n_predict,
+                intervene=args.intervene,
                 channels=options.channels,
                 n_parallel=args.parallel,
                 n_ctx=args.ctx_size,

@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from moetrace.commands.capturing import add_capture_options, capture_options, output_path, report_trace
+from moetrace.commands.capturing import (
+    add_capture_options,
+    add_intervene_option,
+    capture_options,
+    output_path,
+    report_trace,
+)
 from moetrace.commands.options import add_option, red
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.host.server import TracedProcess
@@ -32,6 +38,7 @@ class Run:
         )
         add_option(parser, "-q", "--quiet", action="store_true", help="print nothing but errors and loss")
         add_capture_options(parser)
+        add_intervene_option(parser)
 
     def run(self, args: argparse.Namespace) -> int:
         """Run it."""
@@ -45,7 +52,9 @@ class Run:
             told.append(error)
             warn(error)
 
-        traced = TracedProcess(args.rest, path, options, force=args.force, on_error=on_error)
+        traced = TracedProcess(
+            args.rest, path, options, force=args.force, intervene=args.intervene, on_error=on_error
+        )
         code = traced.wait()
         trouble: MoetraceError | None = None
         try:

@@ -6,12 +6,12 @@ import argparse
 import json
 from pathlib import Path
 
-from moetrace.commands.control import live_rings
 from moetrace.commands.options import add_option, red
+from moetrace.trace.ring import live_rings
 
 
 class Status:
-    """Show how a live recording goes: rows, losses, whether it is paused."""
+    """Show how a live recording goes: rows, losses, whether it is paused or intervened on."""
 
     passthrough = False
 
@@ -29,6 +29,7 @@ class Status:
             state = "ended" if ring.closed else "paused" if ring.paused else "recording"
             states.append(
                 {"context": ring.path.parent.name, "state": state, "status": ring.status, "lost": lost}
+                | {"intervention": ring.intervention_active, "refused": list(ring.intervention_refused)}
                 | {"waiting": ring.head - ring.tail, "capacity": ring.capacity, "counters": counters}
             )
             if not args.json:
@@ -37,6 +38,10 @@ class Status:
                     f"{ring.path.parent.name}: {state}, {counters['rows_produced']:,} rows, "
                     f"{red(text) if lost else text}, ring {100 * (ring.head - ring.tail) / ring.capacity:.0f} % full"
                 )
+                if ring.intervention_active:
+                    print(f"  intervention {ring.intervention_active} is in force")
+                if ring.intervention_refused[0]:
+                    print(red("  intervention {} was refused: {}".format(*ring.intervention_refused)))
                 if ring.status:
                     print(f"  {red(ring.status)}")
         if args.json:

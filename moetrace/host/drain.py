@@ -9,9 +9,8 @@ from pathlib import Path
 
 from moetrace.errors import MoetraceError
 from moetrace.trace.record import OnFull
-from moetrace.trace.ring import Ring, ring_is_ready
+from moetrace.trace.ring import Ring, ring_is_ready, ring_paths
 from moetrace.trace.rows import Layout
-from moetrace.trace.store import ring_paths
 from moetrace.trace.writer import ContextWriter, TraceWriter, final_counters
 
 #: a block is sealed after so many seconds, or when it fills this share of the ring

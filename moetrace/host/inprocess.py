@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from moetrace.errors import MoetraceError
 from moetrace.host import llama
 from moetrace.host.drain import Drain
+from moetrace.host.intervene import Given, Interventions
 from moetrace.host.model import store_vocabulary
 from moetrace.host.options import CaptureOptions
 from moetrace.host.prompts import Prompt, read_prompts
@@ -54,6 +55,8 @@ class Generator:
     all_outputs
         Ask for the logits of every token. Without it llama.cpp leaves the last layer's rows of all but each
         prompt's last token out, and the trace marks them so.
+    interventions
+        What to change about the routing while prompts are decoded.
     """
 
     def __init__(
@@ -64,8 +67,10 @@ class Generator:
         temperature: float = 0.0,
         seed: int = 0,
         all_outputs: bool = False,
+        interventions: Interventions | None = None,
     ) -> None:
         self._model = model
+        self._interventions = interventions
         self._n_parallel = n_parallel
         self._temperature = temperature
         self._random = np.random.default_rng(seed)
@@ -86,27 +91,18 @@ class Generator:
                     self._model.forget(sequence)
                     job.from_ns = time.monotonic_ns()
                     running[sequence] = job
+            if self._interventions is not None:
+                self._interventions.assign({slot: job.prompt.id for slot, job in running.items()})
             self._step(running)
             for job in list(running.values()):
                 if job.n_left == 0 and (len(job.generated) >= job.n_predict or self._ended(job)):
                     del running[job.sequence]
                     on_done(_label_line(job))
+        if self._interventions is not None:
+            self._interventions.end()
 
     def _prepare(self, prompt: Prompt, n_predict: int) -> _Job:
-        if prompt.tokens is not None:
-            tokens = list(prompt.tokens)
-            if max(tokens) >= self._model.n_vocab:
-                raise MoetraceError(
-                    f"prompt {prompt.id}: token {max(tokens)} is not in the model's vocabulary",
-                    why=f"it has {self._model.n_vocab} tokens",
-                    fix="tokenize the prompt with this model",
-                )
-        elif prompt.messages is not None:
-            tokens = self._model.tokenize(self._model.render(prompt.messages))
-        else:
-            tokens = self._model.tokenize(prompt.text or "")
-        if not tokens:
-            raise MoetraceError(f"prompt {prompt.id} is empty", fix="remove it from the prompts")
+        tokens = prompt_tokens(self._model, prompt)
         n = n_predict if prompt.n_predict is None else prompt.n_predict
         if len(tokens) + n > self._model.n_ctx // self._n_parallel:
             raise MoetraceError(
@@ -147,6 +143,31 @@ class Generator:
         scaled = logits.astype(np.float64) / self._temperature
         p = np.exp(scaled - scaled.max())
         return int(self._random.choice(len(p), p=p / p.sum()))
+
+
+def prompt_tokens(model: llama.Llama, prompt: Prompt) -> list[int]:
+    """Give a prompt's token ids: as they stand, of the rendered messages, or of the text.
+
+    Raises
+    ------
+    MoetraceError
+        If it is empty, has a token that the model has not, or its messages cannot be rendered.
+    """
+    if prompt.tokens is not None:
+        tokens = list(prompt.tokens)
+        if max(tokens) >= model.n_vocab:
+            raise MoetraceError(
+                f"prompt {prompt.id}: token {max(tokens)} is not in the model's vocabulary",
+                why=f"it has {model.n_vocab} tokens",
+                fix="tokenize the prompt with this model",
+            )
+    elif prompt.messages is not None:
+        tokens = model.tokenize(model.render(prompt.messages))
+    else:
+        tokens = model.tokenize(prompt.text or "")
+    if not tokens:
+        raise MoetraceError(f"prompt {prompt.id} is empty", fix="remove it from the prompts")
+    return tokens
 
 
 def _label_line(job: _Job) -> dict[str, Any]:
@@ -194,6 +215,7 @@ def capture(
     all_outputs: bool = False,
     force: bool = False,
     verbose: bool = False,
+    intervene: Given = None,
     on_progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Trace:
@@ -223,6 +245,9 @@ def capture(
         See :class:`moetrace.host.llama.Llama`.
     temperature, seed
         Sampling; 0 is greedy.
+    intervene
+        What to change about the routing: one or several interventions, as text (``"ablate:7:3,12"``) or as
+        :class:`moetrace.trace.intervention.Intervention`. ``@request=ID`` speaks of the prompt with that id.
     on_progress
         Called with (prompts done, prompts).
 
@@ -234,7 +259,8 @@ def capture(
     Raises
     ------
     MoetraceError
-        If the model or a prompt does not fit, or the trace cannot be written. What was captured is kept.
+        If the model or a prompt does not fit, an intervention is refused, or the trace cannot be written. What
+        was captured is kept.
     """
     chosen = CaptureOptions.of(channels, **options)
     items = read_prompts(prompts)
@@ -245,6 +271,8 @@ def capture(
     folder = (
         Path(output) if output is not None else Path(tempfile.mkdtemp(prefix="moetrace-")) / "capture.moet"
     )
+    # what the model cannot do is refused before anything happens
+    interventions = Interventions(folder, intervene, os.fspath(model))
     trace = TraceWriter(folder, command=["moetrace", "capture"], model_path=str(model), force=force)
     done = 0
 
@@ -273,7 +301,12 @@ def capture(
             ) as loaded,
         ):
             generator = Generator(
-                loaded, n_parallel=n_parallel, temperature=temperature, seed=seed, all_outputs=all_outputs
+                loaded,
+                n_parallel=n_parallel,
+                temperature=temperature,
+                seed=seed,
+                all_outputs=all_outputs,
+                interventions=interventions,
             )
             generator.run(items, n_predict, on_done)
         if not drain.contexts:

@@ -20,6 +20,11 @@ from moetrace.errors import MoetraceError, RuntimeMissingError
 from moetrace.host.runtime import preload_path
 
 _tracer: ctypes.CDLL | None = None
+_started = False
+
+
+#: the newest of the functions used: of January and June 2025
+_NEEDED = ("llama_model_load_from_file", "llama_get_memory")
 
 
 def tracer() -> ctypes.CDLL:
@@ -52,17 +57,35 @@ def start(settings: Mapping[str, str]) -> None:
     Raises
     ------
     MoetraceError
-        If a value is refused.
+        If a value is refused, or this process is being traced already.
     """
+    global _started
+    if _started:
+        raise MoetraceError(
+            "this process is recording already", why="it has one tracer", fix="end the other recording first"
+        )
     text = "\n".join(f"{key}={value}" for key, value in settings.items() if value)
     error = ctypes.create_string_buffer(512)
     if tracer().moetrace_start(text.encode(), error, ctypes.c_size_t(len(error))) != 0:
         raise MoetraceError("the tracer refused its settings", why=error.value.decode())
+    _started = True
 
 
 def stop() -> None:
     """Stop tracing and close the rings."""
+    global _started
     tracer().moetrace_stop()
+    _started = False
+
+
+def intervene(number: int) -> None:
+    """Put intervention ``number`` of the trace (csrc/intervene.h) in force from the next graph on; 0: none."""
+    tracer().moetrace_intervene(ctypes.c_uint32(number))
+
+
+def _has(params: ctypes.Structure, name: str) -> bool:
+    """Whether llama.cpp's structure has the field; ctypes would take any name and forget it."""
+    return name in (field[0] for field in params._fields_)
 
 
 def _llama_cpp() -> Any:
@@ -79,6 +102,14 @@ def _llama_cpp() -> Any:
         raise RuntimeMissingError(
             "llama-cpp-python cannot load llama.cpp", why=str(e), fix="reinstall it"
         ) from e
+    absent = [name for name in _NEEDED if not hasattr(api, name)]
+    if absent:
+        raise RuntimeMissingError(
+            f"this llama-cpp-python ({sys.modules['llama_cpp'].__version__}) is too old to run prompts in-process",
+            why=f"it has no {absent[0]}",
+            fix="install the pinned runtime with `llama.cpp/install.sh`, or record that release's llama-server with "
+            "`moetrace run`",
+        )
     return api
 
 
@@ -97,6 +128,9 @@ class Llama:
         As llama.cpp's ``-b``, ``-ub``, ``-t``, ``-ngl``, ``-fa`` and ``--override-kv`` (numbers only).
     n_cpu_moe
         Keep the experts of the first so many layers in the CPU's memory, as ``--n-cpu-moe``; -1: of all.
+    eval_callback
+        A graph-evaluation callback of the caller's own and its user data, as llama.cpp's ``cb_eval``; tracing
+        chains it.
     verbose
         Show llama.cpp's log on standard error.
 
@@ -119,6 +153,7 @@ class Llama:
         flash_attention: bool | None = None,
         n_cpu_moe: int = 0,
         overrides: Mapping[str, int] | None = None,
+        eval_callback: tuple[ctypes.c_void_p, ctypes.c_void_p] | None = None,
         verbose: bool = False,
     ) -> None:
         self._api = api = _llama_cpp()
@@ -144,10 +179,17 @@ class Llama:
         context = api.llama_context_default_params()
         context.n_ctx, context.n_batch, context.n_ubatch = n_ctx, n_batch, min(n_ubatch, n_batch)
         context.n_seq_max = n_seq
-        context.kv_unified = True
+        if _has(context, "kv_unified"):  # before July 2025 it always was
+            context.kv_unified = True
         context.n_threads = context.n_threads_batch = n_threads or min(os.cpu_count() or 1, 16)
         if flash_attention is not None:
-            context.flash_attn_type = int(flash_attention)
+            name = (
+                "flash_attn_type" if _has(context, "flash_attn_type") else "flash_attn"
+            )  # before September 2025
+            setattr(context, name, int(flash_attention))
+        if eval_callback is not None:
+            function, context.cb_eval_user_data = eval_callback
+            context.cb_eval = ctypes.cast(function, api.ggml_backend_sched_eval_callback)
         self._ctx = api.llama_init_from_model(self._model, context)
         if not self._ctx:
             self.close()
@@ -253,6 +295,28 @@ class Llama:
         """Give the logits of entry ``index`` of the last batch, float32 (n_vocab,); a copy."""
         pointer = self._api.llama_get_logits_ith(self._ctx, index)
         return np.ctypeslib.as_array(pointer, (self.n_vocab,)).copy()
+
+    def outputs(self, n: int) -> NDArray[np.float32]:
+        """Give the logits of the last batch's ``n`` entries with ``output``, in their order.
+
+        Returns
+        -------
+        float32 (n, n_vocab)
+            A view of llama.cpp's memory: it holds until the next batch.
+        """
+        if n == 0:
+            return np.empty((0, self.n_vocab), np.float32)
+        return np.ctypeslib.as_array(self._api.llama_get_logits(self._ctx), (n, self.n_vocab))
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the model's texts begin with a BOS token."""
+        return bool(self._api.llama_vocab_get_add_bos(self._vocab))
+
+    @property
+    def bos(self) -> int:
+        """The BOS token; -1 if there is none."""
+        return int(self._api.llama_vocab_bos(self._vocab))
 
     def close(self) -> None:
         """Free the context and the model."""

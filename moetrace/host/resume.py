@@ -9,8 +9,8 @@ from collections.abc import Callable
 from moetrace.errors import MoetraceError, TraceError
 from moetrace.host.drain import Drain
 from moetrace.host.model import store_vocabulary
-from moetrace.trace.ring import peek_host, peek_reader, process_alive
-from moetrace.trace.store import TraceStore, ring_paths
+from moetrace.trace.ring import peek_host, peek_reader, process_alive, ring_paths
+from moetrace.trace.store import TraceStore
 from moetrace.trace.writer import TraceWriter
 
 #: how often the host is looked at, seconds

@@ -18,9 +18,11 @@ from typing import IO, Any
 from moetrace.errors import MoetraceError, RuntimeMissingError
 from moetrace.host.client import ServerClient
 from moetrace.host.drain import Drain
+from moetrace.host.intervene import Given, begin, check_model, in_force, refuse_if_refused, restore, switch
 from moetrace.host.model import store_vocabulary
 from moetrace.host.options import CaptureOptions
 from moetrace.host.runtime import find_tool, loaded_libraries, preload_environment
+from moetrace.trace.intervention import Intervention, parse_interventions
 from moetrace.trace.labels import append_labels
 from moetrace.trace.trace import Trace, open_trace
 from moetrace.trace.writer import TraceWriter
@@ -46,6 +48,8 @@ class TracedProcess:
         Replace an existing trace.
     log
         Where the program's output goes; by default where ours goes.
+    intervene
+        What to change about the routing from the first token on.
     on_error
         Called once, in the drain's thread, when draining fails while the program runs.
     """
@@ -58,14 +62,19 @@ class TracedProcess:
         *,
         force: bool = False,
         log: IO[bytes] | None = None,
+        intervene: Given = None,
         on_error: Callable[[MoetraceError], None] | None = None,
     ) -> None:
         program = find_tool(command[0])
         self.command = [str(program), *command[1:]]
         environment = preload_environment(os.environ)
         self._model_path = model_argument(command)
+        interventions = parse_interventions(intervene)
+        check_model(interventions, None if "--override-kv" in command else self._model_path)
         self.trace = TraceWriter(output, command=command, model_path=self._model_path, force=force)
         environment.update(options.environment(self.trace.path))
+        if interventions:
+            environment["MOETRACE_INTERVENTION"] = str(begin(self.trace.path, interventions))
         self.drain = Drain(self.trace, on_error)
         self.drain.start()
         try:
@@ -176,6 +185,31 @@ class TracedServer:
         """Append label lines (docs/format.md, labels.jsonl)."""
         append_labels(self._process.trace.path, lines)
 
+    @contextlib.contextmanager
+    def intervene(self, *interventions: str | Intervention) -> Iterator[int]:
+        """Change the routing of every token that is computed within the block; gives the trace's number for it.
+
+        Outside of it holds what held before. Tokens of a request that runs when the block begins or ends are
+        intervened on within it only; the row's flag says which.
+
+        Raises
+        ------
+        UsageError
+            If the model cannot do it. Then nothing has changed.
+        TraceError
+            If the server has not computed anything yet (it was started with ``--no-warmup``).
+        MoetraceError
+            At the end, if the server refused it: nothing was changed within the block.
+        """
+        trace = self._process.trace.path
+        before = in_force(trace)
+        number = switch(trace, interventions)
+        try:
+            yield number
+        finally:
+            restore(trace, before)
+        refuse_if_refused(trace, {number})
+
     def wait_ready(self, timeout: float) -> None:
         """Wait until the model is loaded.
 
@@ -237,6 +271,7 @@ def serve(
     arguments: Sequence[str] = (),
     program: str = "llama-server",
     port: int | None = None,
+    intervene: Given = None,
     force: bool = False,
     timeout: float = 600.0,
     **options: Any,
@@ -257,6 +292,10 @@ def serve(
         llama-server, by name or path.
     port
         By default a free one.
+    intervene
+        What to change about the routing from the first token on: one or several interventions, as text
+        (``"ablate:7:3,12@slot=1"``) or as :class:`moetrace.trace.intervention.Intervention`. See also
+        :meth:`TracedServer.intervene`.
 
     Returns
     -------
@@ -275,7 +314,14 @@ def serve(
     command = [program, "-m", str(model), "--host", "127.0.0.1", "--port", str(number), *arguments]
     log_path = folder.with_name(folder.name + ".log")
     with log_path.open("wb") as log:
-        process = TracedProcess(command, folder, CaptureOptions.of(channels, **options), force=force, log=log)
+        process = TracedProcess(
+            command,
+            folder,
+            CaptureOptions.of(channels, **options),
+            force=force,
+            log=log,
+            intervene=intervene,
+        )
     server = TracedServer(process, f"http://127.0.0.1:{number}", log_path)
     try:
         server.wait_ready(timeout)

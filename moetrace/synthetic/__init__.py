@@ -5,6 +5,18 @@
 """
 
 from moetrace.synthetic.architectures import ARCHITECTURES, Architecture, Gating, Mixer
+from moetrace.synthetic.planted import Planted, digit_tokens, distinct_tokens, write_planted
 from moetrace.synthetic.writer import QUANTIZATIONS, write_model
 
-__all__ = ["ARCHITECTURES", "QUANTIZATIONS", "Architecture", "Gating", "Mixer", "write_model"]
+__all__ = [
+    "ARCHITECTURES",
+    "QUANTIZATIONS",
+    "Architecture",
+    "Gating",
+    "Mixer",
+    "Planted",
+    "digit_tokens",
+    "distinct_tokens",
+    "write_model",
+    "write_planted",
+]

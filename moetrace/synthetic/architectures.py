@@ -115,6 +115,9 @@ class Architecture:
     moe_every: int = 1
     """After the leading layers, every how many layers one has experts: the last of each run."""
 
+    n_layer_nextn: int = 0
+    """Layers after the others that predict one token further (multi-token prediction), each with experts."""
+
     mla: bool = False
     """Multi-head latent attention in the absorbed form (one key-value head in the cache)."""
     latent_kv: bool = False
@@ -196,7 +199,7 @@ def hyperparameters(arch: Architecture) -> dict[str, Value]:
     keys: dict[str, Value] = {
         "context_length": arch.n_ctx_train,
         "embedding_length": arch.n_embd,
-        "block_count": arch.n_layer,
+        "block_count": arch.n_layer + arch.n_layer_nextn,
         "feed_forward_length": arch.n_ff_dense,
         "attention.head_count": arch.n_head,
         "attention.head_count_kv": head_kv,
@@ -209,6 +212,8 @@ def hyperparameters(arch: Architecture) -> dict[str, Value]:
         keys["attention.layer_norm_rms_epsilon"] = RMS_EPSILON
     if arch.sliding_window:
         keys["attention.sliding_window"] = arch.sliding_window
+    if arch.n_layer_nextn:
+        keys["nextn_predict_layers"] = arch.n_layer_nextn
     if arch.latent_kv:
         head_k = arch.n_head_dim + arch.n_rope
         keys |= {"attention.q_lora_rank": arch.n_lora, "attention.kv_lora_rank": arch.n_lora}
@@ -291,8 +296,12 @@ def tensors(arch: Architecture, plain: tuple[bool, ...], router_gain: float) -> 
     else:
         yield Tensor("output.weight", (n_vocab, arch.n_embd), Kind.MATRIX, _output(arch.n_embd, plain))
         yield from _norm(arch.output_norm_name, arch.n_embd)
-    for layer in range(arch.n_layer):
+    for layer in range(arch.n_layer + arch.n_layer_nextn):
         block = f"blk.{layer}."
+        if layer >= arch.n_layer:
+            yield _matrix(block + "nextn.eh_proj", arch.n_embd, 2 * arch.n_embd)
+            for name in ("enorm", "hnorm", "shared_head_norm"):
+                yield from _norm(f"{block}nextn.{name}", arch.n_embd)
         if not arch.encoder:
             yield from _norm(block + "attn_norm", arch.n_embd)
         if not arch.has_attention(layer):

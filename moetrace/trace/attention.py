@@ -112,6 +112,26 @@ class Attention:
     def __len__(self) -> int:
         return len(self._keys)
 
+    @property
+    def index(self) -> Columns:
+        """Where each row lies: the columns of the table ``attention`` (docs/format.md), in order of capture."""
+        return self._index
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """The values of all rows one after the other, float32; a read-only view."""
+        return self._values
+
+    def find(self, serials: NDArray[np.uint64], layer: int) -> NDArray[np.int64]:
+        """Give where in :attr:`index` one layer's rows of many tokens stand: (n,) int64, -1 where there is none."""
+        keys = serials.astype(np.uint64) << np.uint64(16) | np.uint64(layer)
+        at = np.searchsorted(self._keys, keys, side="right") - 1  # of several the last holds
+        there = at >= 0
+        there[there] = self._keys[at[there]] == keys[there]
+        return np.where(there, self._order[np.maximum(at, 0)] if len(self._order) else -1, -1).astype(
+            np.int64
+        )
+
     def row(self, serial: int, layer: int) -> tuple[NDArray[np.float32], int] | None:
         """Give one row, or None if it is not there.
 

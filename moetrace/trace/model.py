@@ -113,8 +113,53 @@ class ModelFile:
         names = (n for n in self._tensors if n.startswith(prefix) and n.endswith(suffix))
         return sorted(int(n[len(prefix) : -len(suffix)]) for n in names)
 
-    def tensor(self, name: str) -> NDArray[np.float32]:
+    @property
+    def fields(self) -> list[Any]:
+        """The file's metadata, as gguf.ReaderField, in its order."""
+        return list(self._reader.fields.values())
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """The file's tensors, in its order."""
+        return list(self._tensors)
+
+    def stored(self, name: str) -> tuple[NDArray[Any], Any]:
+        """Give a tensor's values as they are stored, a view of the file, and their gguf.GGMLQuantizationType.
+
+        Quantised values are bytes, outermost axis first. Raises InputError if the file has no such tensor.
+        """
+        tensor = self._stored(name)
+        return tensor.data, tensor.tensor_type
+
+    def expert_bytes(self, layer: int) -> int:
+        """Bytes of one expert of a layer as the file stores it: its share of every tensor of the layer's experts.
+
+        Raises
+        ------
+        InputError
+            If the layer has no experts.
+        """
+        prefix = f"blk.{layer}.ffn_"
+        names = [name for name in self.tensor_names if name.startswith(prefix) and "_exps." in name]
+        if not names:
+            raise InputError(f"{self.path} has no experts in layer {layer}")
+        return sum(int(self.stored(name)[0].nbytes) for name in names) // self.shape(names[0])[0]
+
+    def has_tensor(self, name: str) -> bool:
+        """Whether the file has a tensor of this name."""
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor in numpy's order of axes. Raises InputError if the file has no such tensor."""
+        return tuple(int(n) for n in reversed(self._stored(name).shape))
+
+    def tensor(self, name: str, index: int | None = None) -> NDArray[np.float32]:
         """Give a tensor dequantised to float32, in numpy's order of axes (outermost first); a copy.
+
+        Parameters
+        ----------
+        index
+            Of the outermost axis: only that part is dequantised (one expert of a stack of them).
 
         Raises
         ------
@@ -123,11 +168,16 @@ class ModelFile:
         """
         from gguf import dequantize
 
+        tensor = self._stored(name)
+        data, shape = tensor.data, self.shape(name)
+        if index is not None:
+            data, shape = data[index : index + 1], shape[1:]
+        return np.array(dequantize(data, tensor.tensor_type), np.float32).reshape(shape)
+
+    def _stored(self, name: str) -> Any:
         if name not in self._tensors:
             raise InputError(f"{self.path} has no tensor {name}")
-        tensor = self._tensors[name]
-        values = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)
-        return values.reshape([int(n) for n in reversed(tensor.shape)])
+        return self._tensors[name]
 
     def router(self, layer: int) -> Router:
         """Give the router of one layer.

@@ -17,7 +17,7 @@ from moetrace.errors import TraceError
 
 RING_MAGIC = b"MOETRING"
 RING_VERSION_MAJOR = 1
-RING_VERSION_MINOR = 0
+RING_VERSION_MINOR = 1
 ATTENTION_PIECE = 1024
 
 
@@ -63,6 +63,7 @@ class EventCode(IntEnum):
     PAUSE = 9
     RESUME = 10
     FAILED = 11
+    INTERVENE = 12
 
 
 class State(IntEnum):
@@ -94,6 +95,7 @@ class Counter(IntEnum):
     HOOK_NS = 15
     SYNC_NS = 16
     ATTENTION_LOST = 17
+    ROWS_INTERVENED = 18
 
 
 N_COUNTERS = 32  # room in the header; the Counter names so many of them
@@ -146,6 +148,10 @@ RING_HEADER = _struct(
     reader_beat_ns=("<u8", 520),
     reader_pid=("<u4", 528),
     paused=("<u4", 576),
+    intervention=("<u4", 580),
+    intervention_active=("<u4", 584),
+    intervention_refused=("<u4", 588),
+    intervention_why=("S48", 592),
 )
 
 #: ``ring_field``, 72 bytes

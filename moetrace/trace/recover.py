@@ -23,10 +23,10 @@ from moetrace.trace.ledger import (
     read_header,
 )
 from moetrace.trace.requests import REQUEST_TABLE
-from moetrace.trace.ring import Ring, peek_host, peek_reader, process_alive, ring_is_ready
+from moetrace.trace.ring import Ring, peek_host, peek_reader, process_alive, ring_is_ready, ring_paths
 from moetrace.trace.rows import EVENT_COLUMNS, ColumnSpec, Layout
 from moetrace.trace.storage import disk_error, refuse_links, write_at
-from moetrace.trace.store import CONTEXT_NAME, RING_NAME, TraceStore, ring_paths
+from moetrace.trace.store import CONTEXT_NAME, RING_NAME, TraceStore
 from moetrace.trace.writer import ContextWriter, TraceWriter, final_counters
 
 

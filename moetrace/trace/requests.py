@@ -11,7 +11,9 @@ The rules, per (context, sequence):
   seen a LAUNCH, nothing else begins a request: positions that fall back are then rejected speculation.
 - In a context without LAUNCH, a request begins when the sequence was emptied since its last row; or when its
   tail was removed or its position fell back (no shift explains it), and its position is not beyond the last
-  one or a row that is no output follows an output.
+  one or a row that is no output follows an output. Rejected speculation is the exception: an output row that
+  falls back into the sequence's last batch, but not to its beginning, where that batch was decode and output
+  all its rows, and the tail was removed no more than once (a new task of a slot removes it once more).
 - Prefill lasts until the end of the batch that holds the request's first output row; what follows is decode.
   A request that begins with an output row on positions copied from another sequence has no prefill.
 - Rows without a sequence, and batches that llama.cpp decodes for itself, belong to no request and have no
@@ -99,8 +101,11 @@ class _Sequence:
     top: int = -1  # last position that still stands
     last_output: bool = False
     missing: int = 0  # rows missing in the context before the last row or LAUNCH
+    batch: int = _NEVER  # of the last row
+    batch_first: int = -1  # position of the batch's first row here, shifts followed
+    batch_output: bool = False  # all the batch's rows here are outputs
     # since the last row:
-    cut: bool = False  # the tail went
+    cuts: int = 0  # how often the tail went
     emptied: bool = False  # everything went
     copied: bool = False  # positions came from another sequence
     waiting: int = 0  # rows removed: rejected if the request goes on
@@ -305,7 +310,8 @@ class RequestAssigner:
             code == EventCode.SEQ_RM and p0 == 0 and p1 == _END
         ):
             state.waiting += _count(state.own)
-            state.own, state.top, state.cut, state.emptied = [], -1, True, True
+            state.own, state.top, state.emptied = [], -1, True
+            state.cuts += 1
             if not event.launches:
                 self._end(state, keep_waiting=False)
         elif code == EventCode.SEQ_RM and p1 > state.top:
@@ -313,7 +319,7 @@ class RequestAssigner:
             state.own = _map(state.own, p0, _END, lambda p: None)
             state.waiting -= _count(state.own)
             state.top = min(state.top, p0 - 1)
-            state.cut = True
+            state.cuts += 1
         elif code == EventCode.SEQ_RM:  # a hole in the middle: a context shift begins so
             state.own = _map(state.own, p0, p1, lambda p: None)
         elif code in (EventCode.SEQ_ADD, EventCode.SEQ_DIV):
@@ -325,14 +331,15 @@ class RequestAssigner:
                 return p + arg if code == EventCode.SEQ_ADD else p // arg
 
             state.own = _map(state.own, p0, p1, moved)
-            state.last = moved(state.last) if p0 <= state.last < p1 else state.last
-            state.top = moved(state.top) if p0 <= state.top < p1 else state.top
+            for name in ("last", "top", "batch_first"):
+                p = getattr(state, name)
+                setattr(state, name, moved(p) if p0 <= p < p1 else p)
             if state.request is not None and code == EventCode.SEQ_ADD and arg < 0:
                 state.request.n_shifts += 1
         elif code == EventCode.SEQ_CP:
             state.copied = True
         elif code == EventCode.RESTORE:
-            state.cut = True
+            state.cuts += 2  # what was there before says nothing of what is there now
 
     # -- rows ----------------------------------------------------------------------------------------
 
@@ -360,9 +367,17 @@ class RequestAssigner:
         if data.launches[i]:
             return False
         position = data.position[i]
+        rejected = (
+            data.output[i]
+            and state.cuts <= 1
+            and state.batch_first < position <= state.last
+            and state.batch_output
+            and state.batch > state.request.first_output_batch
+        )
         return bool(
-            (state.cut or position < state.last)
+            (state.cuts or position < state.last)
             and (position <= state.last or (state.last_output and not data.output[i]))
+            and not rejected
         )
 
     def _piece(self, state: _Sequence, data: _Rows, a: int, b: int) -> None:
@@ -425,7 +440,13 @@ class RequestAssigner:
         state.last = state.top = last
         state.last_output = bool(data.output[b - 1])
         state.missing = int(data.missing[b - 1])
-        state.cut = state.emptied = state.copied = False
+        batch = int(data.batch[b - 1])
+        k = a + int(np.searchsorted(data.batch[a:b], batch))
+        if k > a or batch != state.batch:
+            state.batch, state.batch_first, state.batch_output = batch, int(data.position[k]), True
+        state.batch_output = state.batch_output and bool(data.output[k:b].all())
+        state.cuts = 0
+        state.emptied = state.copied = False
         state.waiting = 0
 
     def _end(self, state: _Sequence, *, keep_waiting: bool) -> None:

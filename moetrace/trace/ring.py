@@ -12,6 +12,7 @@ import mmap
 import os
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, cast
@@ -35,6 +36,7 @@ from moetrace.trace.record import (
     field_offset,
     record_dtype,
 )
+from moetrace.trace.store import RING_NAME
 
 _FACTS = (
     *("header_size", "file_size", "data_offset", "capacity", "stride", "n_fields", "fields_offset"),
@@ -130,6 +132,31 @@ def process_alive(pid: int) -> bool:
         return True
 
 
+def ring_paths(trace: Path) -> list[Path]:
+    """Give the rings in a trace's folder, of contexts that it lists or does not; links lead elsewhere and are none."""
+    return [path for path in sorted(trace.glob(f"ctx*/{RING_NAME}")) if not path.parent.is_symlink()]
+
+
+def live_rings(trace: Path) -> Iterator[Ring]:
+    """Give the rings of a trace that is being recorded, each open for the moment.
+
+    Raises
+    ------
+    TraceError
+        If the trace is not being recorded.
+    """
+    paths = [path for path in ring_paths(trace) if ring_is_ready(path)]
+    if not paths:
+        raise TraceError(
+            f"{trace} is not being recorded",
+            why="it has no live ring: the program has ended, or has not computed anything yet",
+            fix="start a recording with `moetrace run`, and send the server a request",
+        )
+    for path in paths:
+        with Ring(path) as ring:
+            yield ring
+
+
 class Ring:
     """One mapped ring file.
 
@@ -139,7 +166,8 @@ class Ring:
         The ring file.
     claim
         Become its reader: ``reader_pid`` is set, so that the host (under ``block``) waits for us. Refused
-        while another live process reads. Without it nothing but ``paused`` is ever written.
+        while another live process reads. Without it nothing but ``paused`` and ``intervention`` is ever
+        written.
 
     Raises
     ------
@@ -333,6 +361,28 @@ class Ring:
     @paused.setter
     def paused(self, value: bool) -> None:
         self._native.store_release32(self._buffer, _offset("paused"), int(value))
+
+    @property
+    def intervention(self) -> int:
+        """Number of the intervention that shall be in force (moetrace/trace/intervention.py); 0: none."""
+        return self._native.load_acquire32(self._buffer, _offset("intervention"))
+
+    @intervention.setter
+    def intervention(self, number: int) -> None:
+        self._native.store_release32(self._buffer, _offset("intervention"), number)
+
+    @property
+    def intervention_active(self) -> int:
+        """Number of the one in force; the host follows :attr:`intervention` before each graph."""
+        return self._native.load_acquire32(self._buffer, _offset("intervention_active"))
+
+    @property
+    def intervention_refused(self) -> tuple[int, str]:
+        """Number of the last one that the host refused, and why; (0, "") if it refused none."""
+        number = self._native.load_acquire32(self._buffer, _offset("intervention_refused"))
+        start = _offset("intervention_why")
+        why = self._buffer[start : start + 48].split(b"\0")[0].decode("utf-8", "replace")
+        return (number, why) if number else (0, "")
 
     @property
     def head(self) -> int:

@@ -70,6 +70,13 @@ class Rows:
 
     def _no_channel(self, name: str) -> ChannelMissingError:
         have = self._trace.channels
+        source = self._trace.meta.get("import")
+        if isinstance(source, dict):
+            return ChannelMissingError(
+                f"the recording has no {name}",
+                why=f"it is of the format {source.get('format')} and holds {', '.join(have) or 'no channel'}",
+                fix=f"give one that has it, or capture with moetrace: --capture {name}",
+            )
         option = ",".join([*have, name])
         return ChannelMissingError(
             f"{self._trace.path} has no {name}",
@@ -190,6 +197,12 @@ class Rows:
         """Where llama.cpp was asked for the token's logits or embedding, (N,), bool; a new array."""
         output: NDArray[np.bool_] = (self.flags & RowFlag.OUTPUT) != 0
         return output
+
+    @property
+    def intervened(self) -> NDArray[np.bool_]:
+        """Where an intervention was in force for the token (:attr:`Trace.interventions`), (N,), bool; a new array."""
+        intervened: NDArray[np.bool_] = (self.flags & RowFlag.INTERVENED) != 0
+        return intervened
 
     # -- facts ---------------------------------------------------------------------------------------
 
@@ -516,6 +529,17 @@ class Selection(Rows):
     def trace(self) -> Trace:
         """The trace that this is a selection of."""
         return self._trace
+
+    @property
+    def requests(self) -> pd.DataFrame:
+        """The requests of the whole trace, as :attr:`Trace.requests`: selected rows carry their numbers."""
+        return self._trace.requests
+
+    @property
+    def consumers(self) -> list[list[str]]:
+        """:attr:`Trace.consumers` of the selected layers."""
+        every = self._trace.consumers
+        return [every[i] for i in np.arange(len(every))[self._layer_index].tolist()]
 
     def __repr__(self) -> str:
         return f"<Selection of {self._trace.path}: {len(self):,} tokens × {len(self.layers)} layers>"

@@ -134,11 +134,6 @@ class TraceStore:
         write_json(self.path / META_NAME, self.meta, fsync=fsync)
 
 
-def ring_paths(trace: Path) -> list[Path]:
-    """Give the rings in a trace's folder, of contexts that it lists or does not; links lead elsewhere and are none."""
-    return [path for path in sorted(trace.glob(f"ctx*/{RING_NAME}")) if not path.parent.is_symlink()]
-
-
 def write_vocabulary(trace: Path, tokens: Sequence[bytes]) -> None:
     """Store the text of each token id in a trace, so that it can be read without the model."""
     text = [token.decode("utf-8", "surrogateescape") for token in tokens]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from moetrace.errors import MoetraceError, TraceError, UsageError
 from moetrace.trace.attention import Attention
 from moetrace.trace.columns import Table
+from moetrace.trace.intervention import described
 from moetrace.trace.labels import read_labels, resolve_labels
 from moetrace.trace.loss import Loss, count_loss
 from moetrace.trace.record import Counter, EventCode
@@ -233,6 +234,34 @@ class Trace(Rows):
             2, "event", [names.get(code, f"unknown ({code})") for code in frame.pop("code").tolist()]
         )
         return frame
+
+    @property
+    def interventions(self) -> pd.DataFrame:
+        """Which interventions were in force when: one row for each time that one was.
+
+        Columns: ``number``, ``rules`` (as they were given; missing if their file is gone), ``first_serial`` and
+        ``end_serial`` (of the rows computed meanwhile; the end excluded), ``from_ns`` and ``to_ns`` (nanoseconds
+        since the epoch). ``end_serial`` and ``to_ns`` are -1 where it was in force to the end. Which of these rows
+        it concerned says :attr:`intervened`.
+        """
+        import pandas as pd
+
+        events = self.events
+        events = events[events["event"] == EventCode.INTERVENE.name.lower()]
+        serial, number = events["serial"].tolist(), events["arg"].tolist()
+        time_ns = (events["time_ns"] + self.epoch_ns).tolist()
+        rules = described(self.path)
+        columns = ("number", "rules", "first_serial", "end_serial", "from_ns", "to_ns")
+        return pd.DataFrame(
+            [
+                (n, rules.get(n), first, end, start, stop)
+                for n, first, end, start, stop in zip(
+                    number, serial, [*serial[1:], -1], time_ns, [*time_ns[1:], -1], strict=False
+                )
+                if n > 0
+            ],
+            columns=columns,
+        )
 
     @cached_property
     def loss(self) -> Loss:

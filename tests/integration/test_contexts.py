@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from test_server import check_identity
@@ -10,6 +12,8 @@ from test_synthetic_models import TEXT
 import moetrace
 from moetrace.host.client import drive
 from moetrace.host.prompts import Prompt
+from moetrace.synthetic import ARCHITECTURES, write_model
+from moetrace.trace.record import RowFlag
 from moetrace.trace.verify import verify
 
 pytestmark = pytest.mark.runtime
@@ -68,6 +72,40 @@ def test_a_draft_model_is_a_context_of_its_own(draft, serving, model_file, tmp_p
         assert rejected > computed / 3
     else:
         assert rejected < computed / 3
+
+
+@pytest.mark.parametrize("warmup", [[], ["--no-warmup"]])
+def test_multi_token_prediction_is_a_context_of_its_own(warmup, runtime, tmp_path):
+    """The model's NextN layer drafts in a second context of the same model, whose token input has no name."""
+    arch = dataclasses.replace(ARCHITECTURES["glm4moe"], n_layer_nextn=1)
+    model = write_model(tmp_path / "mtp.gguf", arch)
+    arguments = ["-t", "1", "-np", "2", "-c", "1024", "--spec-type", "draft-mtp", "--spec-draft-n-max", "3"]
+    prompts = [Prompt(id=str(i), text=TEXT[90 * i : 90 * i + 80], n_predict=16) for i in range(6)]
+    with moetrace.serve(
+        model,
+        output=tmp_path / "t.moet",
+        arguments=[*arguments, *warmup],
+        program=str(runtime.tool("llama-server")),
+    ) as server:
+        answers = drive(server.client, prompts, settings={**GREEDY, "cache_prompt": False})
+        server.label([answer.label_line() for answer in answers])
+    assert verify(tmp_path / "t.moet").exit_code == 0
+    trace = moetrace.open(tmp_path / "t.moet")
+    contexts = {trace.in_context(name).facts["role"]: trace.in_context(name) for name in trace.contexts}
+    assert set(contexts) == {"main", "mtp"}
+    assert contexts["main"].layers.tolist() == [1, 2, 3]
+    assert contexts["mtp"].layers.tolist() == [arch.n_layer]
+    for role, context in contexts.items():
+        assert len(context.requests) == len(prompts)
+        for answer in answers:
+            (number,) = context.requests.index[context.requests["id"] == answer.prompt.id]
+            tokens = [*answer.prompt_tokens, *answer.tokens]
+            if role == "main":
+                assert last_tokens(context, number)[: len(tokens) - 1] == tokens[:-1]
+            else:  # drafts of the last step were never looked at
+                known = last_tokens(context, number)[: len(answer.prompt_tokens)]
+                assert known == list(answer.prompt_tokens)
+    assert not (contexts["mtp"].column("flags") & RowFlag.SEQUENCE_UNCERTAIN).any()
 
 
 def test_context_shift_stays_one_request(serving, tmp_path):

@@ -29,6 +29,8 @@ SIZES = {
     "race_records": (20_000, 10_000_000),
     "faults_of_host": (12, None),
     "faults_of_drain": (60, None),
+    "models_of_each_release": (2, None),
+    "load_seconds": (15, 600),  # on the plain server, and again on the traced one
 }
 
 Size = Callable[[str], int]

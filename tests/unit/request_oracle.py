@@ -17,7 +17,10 @@ class Seq:
     top: int = -1
     last_output: bool = False
     missing: int = 0
-    cut: bool = False
+    cuts: int = 0
+    batch: int = -2
+    batch_first: int = -1
+    batch_output: bool = False
     copied: bool = False
     emptied: bool = False
     waiting: int = 0
@@ -79,14 +82,15 @@ class Oracle:
                     seq.missing = e["serial"] - self.seen
             elif code in (4, 6) or (code == 1 and p0 == 0 and p1 == END):
                 seq.waiting += len(seq.positions)
-                seq.positions, seq.top, seq.cut, seq.emptied = [], -1, True, True
+                seq.positions, seq.top, seq.emptied = [], -1, True
+                seq.cuts += 1
                 if not self.launches:
                     self.end(seq, False)
             elif code == 1 and p1 > seq.top:
                 seq.waiting += sum(p >= p0 for p in seq.positions)
                 seq.positions = [p for p in seq.positions if p < p0]
                 seq.top = min(seq.top, p0 - 1)
-                seq.cut = True
+                seq.cuts += 1
             elif code == 1:
                 seq.positions = [p for p in seq.positions if not p0 <= p < p1]
             elif code in (2, 5):
@@ -99,11 +103,11 @@ class Oracle:
                     return p + e["arg"] if code == 2 else p // e["arg"]
 
                 seq.positions = [moved(p) for p in seq.positions]
-                seq.last, seq.top = moved(seq.last), moved(seq.top)
+                seq.last, seq.top, seq.batch_first = moved(seq.last), moved(seq.top), moved(seq.batch_first)
                 if code == 2 and e["arg"] < 0 and seq.request is not None:
                     seq.request["n_shifts"] += 1
             elif code == 7:
-                seq.cut = True
+                seq.cuts += 2
 
     def row(self, r: dict[str, int]) -> tuple[int, int]:
         missing = r["serial"] - self.seen
@@ -115,8 +119,11 @@ class Oracle:
         gap = missing - seq.missing
         begins = seq.request is None
         if not begins and not self.launches:
-            fell = seq.cut or p < seq.last
+            fell = seq.cuts > 0 or p < seq.last
             begins = fell and (p <= seq.last or (seq.last_output and not output))
+            drafted = seq.batch_output and seq.request["output"] is not None
+            if drafted and seq.batch > seq.request["output"] and output and seq.cuts < 2:
+                begins = begins and not seq.batch_first < p <= seq.last
         if begins:
             self.end(seq, False)
             cached = -1 if p < 0 or (p > 0 and gap > 0) else p
@@ -145,5 +152,9 @@ class Oracle:
         request["last_serial"], request["end_ns"] = r["serial"], r["time_ns"]
         seq.last = seq.top = p
         seq.last_output, seq.missing, seq.waiting = output, missing, 0
-        seq.cut = seq.copied = seq.emptied = False
+        if r["batch"] != seq.batch:
+            seq.batch, seq.batch_first, seq.batch_output = r["batch"], p, True
+        seq.batch_output = seq.batch_output and output
+        seq.cuts = 0
+        seq.copied = seq.emptied = False
         return request["request"], phase

@@ -37,6 +37,8 @@ class FakeTrace:
         self.positions = np.append(np.tile(np.arange(50), N_REQUESTS), [0, 1]).astype(np.int32)
         self.token_ids = rng.integers(0, 30, n).astype(np.int32)
         self.phase = np.append(np.tile(np.repeat([0, 1], [10, 40]), N_REQUESTS), [2, 2]).astype(np.uint8)
+        self.step = np.arange(n, dtype=np.uint32)
+        self.row = np.zeros(n, dtype=np.uint32)
         self.layers = np.array([3, 4, 5])
         self.n_expert, self.n_expert_used = np.full(3, 16), np.full(3, 2)
         self.consumers = [["ffn_gate", "ffn_up", "ffn_down"]] * 3
@@ -178,7 +180,8 @@ def test_captures_of_one_text_are_compared_token_by_token() -> None:
     two.experts[:, 1] = two.experts[:, 1, ::-1]
     two.token_ids = two.token_ids.copy()
     two.token_ids[49] += 1
-    table, report = from_trace(one).agreement(from_trace(two))
+    found = from_trace(one).agreement(from_trace(two))
+    table, report = found.by_layer(), found.texts
     mean = table.pivot(index="layer", columns="metric", values="mean")
     assert mean["overlap"].tolist() == [1, 1, 1]
     assert mean["top1"].tolist() == [1, 0, 1]

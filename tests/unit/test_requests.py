@@ -152,6 +152,48 @@ def test_rejected_speculation_is_no_new_request() -> None:
     assert requests[0]["n_rejected"] == 2
 
 
+def speculate(s: Server, start: int, n_drafts: int, n_accepted: int) -> int:
+    """Decode a token and its drafts as llama-server does, and keep those accepted; gives the next position."""
+    for p in range(start, start + 1 + n_drafts):
+        s.row(0, p, output=True)
+    s.batch += 1
+    s.event(EventCode.SEQ_RM, 0, start + 1 + n_accepted)
+    return start + 1 + n_accepted
+
+
+def test_speculation_without_launches() -> None:
+    """A server before llama_set_sampler that drafts: rejected drafts begin no request, a new task does."""
+    s = Server()
+    s.event(EventCode.SEQ_RM, 0, 0)
+    s.prompt(0, 0, 4)
+    position = 4
+    for n_accepted in (0, 3, 1):
+        s.decode(0, position, 1)
+        position = speculate(s, position + 1, 3, n_accepted)
+    first = len(s.rows)
+    assert position == 14
+    s.event(EventCode.SEQ_RM, 0, 13)  # the new task's prompt ends where the second to last token was
+    s.prompt(0, 13, 1)
+    s.decode(0, 14, 2)
+    ids, phases, requests = assign(s.story)
+    assert ids == [0] * first + [1] * 3
+    assert phases == [0] * 4 + [1] * (first - 4) + [0, 1, 1]
+    # what is removed right before the next task may be rejected, or only not shared with it: not counted
+    assert [r["n_rejected"] for r in requests] == [3, 0]
+    assert [r["n_cached"] for r in requests] == [0, 13]
+
+
+def test_scored_prompts_that_begin_alike_are_no_speculation() -> None:
+    """Prompts of which every row is an output, one after the other, each keeping what it shares."""
+    s = Server()
+    for start in (0, 3, 5):
+        s.event(EventCode.SEQ_RM, -1, start)
+        for p in range(start, 8):
+            s.row(0, p, output=True)
+        s.batch += 1
+    assert assign(s.story)[0] == [0] * 8 + [1] * 5 + [2] * 3
+
+
 def test_rejection_before_the_slot_ends_counts() -> None:
     s = Server()
     s.event(EventCode.LAUNCH, 0)

@@ -1,0 +1,431 @@
+"""How routing changes while a text is generated: handoffs, phases, prefill against decode, right against wrong.
+
+Persistence by lag and layer is in :mod:`moetrace.analysis.temporal`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from moetrace.analysis import nulls
+from moetrace.analysis.counts import RoutingCounts
+from moetrace.analysis.information import entropy_bits, jsd_bits, shares
+from moetrace.analysis.nulls import Floats, Ints
+from moetrace.analysis.routed import RoutedText, rotation
+from moetrace.errors import UsageError
+
+_GAP = 2  # steps on either side of a change that are not looked at: tokens resemble their neighbours
+
+
+def handoffs(counts: RoutingCounts, level: float = 0.95) -> pd.DataFrame:
+    """How many layers change their first expert from one token to the next.
+
+    Returns one row per layer and one for all together (``layer`` −1: the sum over layers, handoffs per token):
+    ``pairs`` of neighbours; ``handoffs`` per token, ``shuffle`` (the exact mean over all orders of each prompt's
+    tokens), ``fewer`` = shuffle − handoffs with ``low`` and ``high`` (jackknife over prompts): above 0, order
+    makes experts stay.
+    """
+    if not counts.max_lag:
+        raise UsageError("these counts were made without neighbours", fix="count with max_lag of 1 or more")
+    n = counts.tokens.astype(np.float64)
+    c = counts.top1.astype(np.float64)
+    pairs = counts.lag_pairs[:, :, 0].astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        same = np.where(pairs > 0, (c * (c - 1)).sum(axis=2) / (n * (n - 1)), 0.0)
+        changed, expected = pairs - counts.lag_top1[:, :, 0], pairs * (1 - same)
+        per_layer = nulls.ratio_interval(expected - changed, pairs, level)
+        steps = pairs.max(axis=1, keepdims=True)
+        together = nulls.ratio_interval((expected - changed).sum(axis=1, keepdims=True), steps, level)
+        observed = np.append((changed.sum(axis=0) / pairs.sum(axis=0)), changed.sum() / steps.sum())
+        shuffle = np.append((expected.sum(axis=0) / pairs.sum(axis=0)), expected.sum() / steps.sum())
+    return pd.DataFrame(
+        {
+            "layer": np.append(counts.layers, -1),
+            "pairs": np.append(counts.lag_pairs[:, :, 0].sum(axis=0), int(steps.sum())),
+            "handoffs": observed,
+            "shuffle": shuffle,
+            "fewer": shuffle - observed,
+            "low": np.append(per_layer.low, together.low),
+            "high": np.append(per_layer.high, together.high),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Changes of routing at steps of the generation.
+
+    Attributes
+    ----------
+    common
+        One row per stretch of steps between changes that all prompts share: ``start``, ``end`` (steps from the
+        first row, end not included), ``prompts`` that reach it, ``change`` (a step, or NA), ``jsd_bits`` between
+        before and after (mean over layers), ``null_bits`` its 95 % quantile if there is no change, ``p_value``.
+        A stretch with ``p_value`` ≤ alpha is divided, and its parts follow.
+    curve
+        One row per step of the first stretch: ``step``, ``jsd_bits`` if the change were there, ``null_q95``.
+    own
+        One row: does each prompt change at a step of its own? ``prompts``, ``statistic`` (mean over prompts of
+        the largest divergence), ``null``, ``p_value``.
+    """
+
+    common: pd.DataFrame
+    curve: pd.DataFrame
+    own: pd.DataFrame
+
+
+def generation_phases(
+    text: RoutedText,
+    *,
+    min_steps: int = 8,
+    alpha: float = 0.05,
+    n_permutations: int = 199,
+    max_rows: int = 8000,
+    seed: int = 0,
+) -> Phases:
+    """Look for steps at which routing changes, against the same prompts turned round.
+
+    The divergence between the tokens before and after a step (Jensen-Shannon, weighted by their numbers, mean
+    over layers) is largest at a change. If there are no phases, the generation looks the same wherever it is
+    taken to begin, so each prompt's rows are turned round by a random number of steps: that keeps how experts
+    follow each other, how prompts differ, and how long they are. ``common`` adds up all prompts step by step;
+    ``own`` takes each prompt's largest divergence and needs no agreement on the step.
+
+    Parameters
+    ----------
+    min_steps
+        Shortest phase, at least 6: the two steps at either end of a phase are not looked at, because tokens resemble
+        their neighbours across a change, too.
+
+    Raises UsageError if ``min_steps`` is smaller.
+    """
+    if min_steps <= 2 * _GAP + 1:
+        raise UsageError(f"phases of {min_steps} steps are too short", fix="give min_steps of 6 or more")
+    used = text.some(max_rows, seed)
+    rng = np.random.default_rng(seed)
+    members = _stacked(used)
+    step = np.arange(len(used)) - np.repeat(used.starts[:-1], np.diff(used.starts))
+    longest = int(np.diff(used.starts).max(initial=0))
+    rows: list[dict[str, object]] = []
+    curve = pd.DataFrame({"step": [], "jsd_bits": [], "null_q95": []})
+    waiting = [(0, longest)]
+    while waiting:
+        start, end = waiting.pop(0)
+        inside = np.flatnonzero((step >= start) & (step < end))
+        sizes = np.bincount(used.owner[inside], minlength=used.n_requests)
+        starts = np.concatenate(([0], np.cumsum(sizes[sizes > 0]))).astype(np.int64)
+        width = end - start
+        # Where a prompt's end meets its beginning tokens do not follow each other, elsewhere they do. So both ends
+        # are left out, and in _divergence what is next to the change.
+        mine = sizes[sizes > 0]
+        place = np.arange(inside.size) - np.repeat(starts[:-1], mine)
+        inner = np.flatnonzero((place >= _GAP) & (place < np.repeat(mine, mine) - _GAP))
+        here = step[inside][inner] - start
+        if width < 2 * min_steps or not inside.size:
+            rows.append(_stretch(start, end, int((sizes > 0).sum())))
+            continue
+        null = np.stack(
+            [
+                _divergence(
+                    members[:, inside if not draw else inside[rotation(starts, rng)]][:, inner], here, width
+                )
+                for draw in range(n_permutations + 1)
+            ]
+        )[:, min_steps - 1 : width - min_steps]
+        largest = null.max(axis=1)
+        p = float(nulls.permutation_p(largest))
+        at = int(null[0].argmax()) + min_steps + start
+        if not rows:
+            curve = pd.DataFrame(
+                {
+                    "step": np.arange(min_steps, width - min_steps + 1),
+                    "jsd_bits": null[0],
+                    "null_q95": np.quantile(null[1:], 0.95, axis=0),
+                }
+            )
+        rows.append(
+            _stretch(start, end, int((sizes > 0).sum()))
+            | {
+                "change": at,
+                "jsd_bits": largest[0],
+                "null_bits": float(np.quantile(largest[1:], 0.95)),
+                "p_value": p,
+            }
+        )
+        if p <= alpha:
+            waiting += [(start, at), (at, end)]
+    common = pd.DataFrame(rows)
+    common["change"] = common["change"].astype("Int64")
+    return Phases(common, curve, _own_phases(used, members, min_steps, n_permutations, rng))
+
+
+def _stretch(start: int, end: int, prompts: int) -> dict[str, object]:
+    nothing = {"change": pd.NA, "jsd_bits": float("nan"), "null_bits": float("nan"), "p_value": float("nan")}
+    return {"start": start, "end": end, "prompts": prompts, **nothing}
+
+
+def _stacked(text: RoutedText) -> npt.NDArray[np.float32]:
+    """(L, M, E) memberships."""
+    return np.stack([text.member(layer) for layer in range(text.experts.shape[1])])
+
+
+def _divergence(members: npt.NDArray[np.float32], step: Ints, width: int) -> Floats:
+    """Divergence in bits between steps before and from each of 1..width − 1 on, without the _GAP steps on either side
+    of the change: (width − 1,), mean over layers.
+    """
+    n_layers, _, n_expert = members.shape
+    by_step = np.zeros((n_layers, width, n_expert))
+    order = np.argsort(step, kind="stable")
+    begin = np.searchsorted(step[order], np.arange(width))
+    there = np.flatnonzero(np.diff(np.append(begin, step.size)) > 0)
+    by_step[:, there] = np.add.reduceat(members[:, order], begin[there], axis=1, dtype=np.float64)
+    running = np.concatenate((np.zeros((n_layers, 1, n_expert)), np.cumsum(by_step, axis=1)), axis=1)
+    at = np.arange(1, width)
+    before = running[:, np.maximum(at - _GAP, 0)]
+    after = running[:, -1:] - running[:, np.minimum(at + _GAP, width)]
+    return np.asarray(_weighted_jsd(before, after).mean(axis=0))
+
+
+def _weighted_jsd(a: Floats, b: Floats) -> Floats:
+    """Jensen-Shannon divergence of counts (..., E), each weighted by its total: the information, in bits."""
+    n_a, n_b = a.sum(axis=-1), b.sum(axis=-1)
+    n = n_a + n_b
+    with np.errstate(invalid="ignore", divide="ignore"):
+        w_a, w_b = n_a / n, n_b / n
+        inner = w_a * entropy_bits(np.nan_to_num(shares(a))) + w_b * entropy_bits(np.nan_to_num(shares(b)))
+    return np.where((n_a > 0) & (n_b > 0), entropy_bits(shares(a + b)) - inner, 0.0)
+
+
+def _own_phases(
+    text: RoutedText,
+    members: npt.NDArray[np.float32],
+    min_steps: int,
+    n_permutations: int,
+    rng: np.random.Generator,
+) -> pd.DataFrame:
+    long = [i for i, n in enumerate(np.diff(text.starts)) if n >= 2 * min_steps]
+    total = np.zeros(n_permutations + 1)
+    for i in long:
+        mine = members[:, text.starts[i] : text.starts[i + 1]].astype(np.float64)
+        n = mine.shape[1]
+        # A turned prompt's sums before a step are differences of the prompt's own running sums.
+        running = np.concatenate((np.zeros_like(mine[:, :1]), np.cumsum(mine, axis=1)), axis=1)
+        total_ = running[:, -1:]
+        turns = np.concatenate(([0], rng.integers(0, n, n_permutations)))
+        largest = np.full(n, np.nan)
+        steps = np.arange(min_steps, n - min_steps + 1)
+
+        def up_to(place: Ints, running: Floats = running, total_: Floats = total_, n: int = n) -> Floats:
+            """Sums of the rows from 0 to places of the endless repetition of the prompt."""
+            return np.asarray(running[:, place % n] + (place // n)[None, :, None] * total_)
+
+        for turn in np.unique(turns):
+            before = up_to(turn + steps - _GAP) - up_to(np.array([turn + _GAP]))
+            after = up_to(np.array([turn + n - _GAP])) - up_to(turn + steps + _GAP)
+            largest[turn] = _weighted_jsd(before, after).mean(axis=0).max()
+        total += largest[turns]
+    if not long:
+        return pd.DataFrame({"prompts": [0], "statistic": [np.nan], "null": [np.nan], "p_value": [np.nan]})
+    total /= len(long)
+    return pd.DataFrame(
+        {
+            "prompts": [len(long)],
+            "statistic": [total[0]],
+            "null": [total[1:].mean()],
+            "p_value": [float(nulls.permutation_p(total))],
+        }
+    )
+
+
+def phase_comparison(
+    prefill: RoutingCounts,
+    decode: RoutingCounts,
+    *,
+    n_permutations: int = 999,
+    level: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Compare prompt tokens with generated ones, prompt by prompt.
+
+    Each prompt that has both counts once with its usage of either kind. If it makes no difference, the two kinds
+    can be exchanged within a prompt: so they are, at random.
+
+    Returns one row per layer: ``prompts``; ``jsd_bits`` between the mean usages of both, ``jsd_null_bits`` (mean
+    over exchanges); ``excess_bits``; ``hottest`` expert of each kind; ``p_value``, ``p_family`` over layers (max-T).
+    NaN where fewer than two prompts have both.
+    """
+    names = np.intersect1d(prefill.prompts, decode.prompts)
+    sides = []
+    for counts in (prefill, decode):
+        at = np.searchsorted(counts.prompts, names)
+        sides.append(counts.included[at].astype(np.float64))
+    both = (sides[0].sum(axis=2) > 0) & (sides[1].sum(axis=2) > 0)  # (P, L)
+    a, b = (np.nan_to_num(shares(side)) * both[:, :, None] for side in sides)
+    rng = np.random.default_rng(seed)
+    swap = np.vstack((np.zeros((1, names.size)), rng.integers(0, 2, (n_permutations, names.size))))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        n = both.sum(axis=0)[:, None]
+        moved = np.einsum("bp,ple->ble", swap, b - a)
+        means = np.stack((a.sum(axis=0) + moved, b.sum(axis=0) - moved), axis=2) / n[:, :, None]
+        null = np.where(n[:, 0] >= 2, jsd_bits(np.nan_to_num(means)), np.nan)
+    mean = null[1:].mean(axis=0)
+    return pd.DataFrame(
+        {
+            "layer": prefill.layers,
+            "prompts": both.sum(axis=0),
+            "jsd_bits": null[0],
+            "jsd_null_bits": mean,
+            "excess_bits": null[0] - mean,
+            "hottest_prefill": a.sum(axis=0).argmax(axis=1),
+            "hottest_decode": b.sum(axis=0).argmax(axis=1),
+            "p_value": nulls.permutation_p(null),
+            "p_family": nulls.max_t(null) if (n >= 2).all() else np.full(null.shape[1], np.nan),
+        }
+    )
+
+
+def answers_match(generated: str, answer: object) -> bool:
+    """Whether a generated text holds the expected answer: case and white space do not matter, and a number
+    must stand by itself (12 is not in 312 or 12.5).
+    """
+    wanted = " ".join(str(answer).casefold().split())
+    if not wanted:
+        return False
+    before, after = (
+        r"(?<![\w.])" if wanted[0].isalnum() else "",
+        r"(?!\w|\.\d)" if wanted[-1].isalnum() else "",
+    )
+    return re.search(before + re.escape(wanted) + after, " ".join(generated.casefold().split())) is not None
+
+
+def correctness_features(
+    counts: RoutingCounts,
+    correct: Sequence[bool],
+    *,
+    strata: npt.ArrayLike | None = None,
+    n_permutations: int = 999,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Do right and wrong outputs differ in how they are routed? ``counts`` of generated tokens, one per prompt.
+
+    Returns one row per feature of a prompt (means over layers): ``persistence`` (same first expert as the token
+    before), ``overlap`` (of the sets), ``entropy_bits`` (of the usage; fewer tokens give less) and
+    ``tokens``. For each: the means of right and of wrong prompts, their difference, ``p_value`` (two-sided,
+    right and wrong exchanged between prompts, within ``strata``), ``p_family`` over features (max-T).
+
+    Raises UsageError if there are not two prompts of each kind.
+    """
+    right = np.asarray(correct, dtype=bool)
+    if min(right.sum(), (~right).sum()) < 2:
+        raise UsageError(
+            f"{right.sum()} of {right.size} outputs are right: there are not two of each kind to compare",
+            fix="ask more, or other, questions",
+        )
+    k = counts.n_expert_used.astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        pairs = counts.lag_pairs[:, :, 0].astype(np.float64)
+        values = {
+            "persistence": np.nanmean(counts.lag_top1[:, :, 0] / pairs, axis=1),
+            "overlap": np.nanmean(counts.lag_shared[:, :, 0] / pairs / k, axis=1),
+            "entropy_bits": entropy_bits(np.nan_to_num(shares(counts.included))).mean(axis=1),
+            "tokens": counts.tokens.max(axis=1).astype(np.float64),
+        }
+    domains = nulls.Domains.of(np.where(right, "right", "wrong"))
+    rng = np.random.default_rng(seed)
+    codes = nulls.permuted_codes(domains, n_permutations, rng, strata)
+    x = np.nan_to_num(np.stack(list(values.values()), axis=1))
+    is_right = (codes == 0).astype(np.float64)
+    gap = is_right @ x / is_right.sum(axis=1, keepdims=True)
+    gap -= (1 - is_right) @ x / (1 - is_right).sum(axis=1, keepdims=True)
+    centred = np.abs(gap - gap.mean(axis=0))
+    return pd.DataFrame(
+        {
+            "feature": list(values),
+            "right": x[right].mean(axis=0),
+            "wrong": x[~right].mean(axis=0),
+            "difference": gap[0],
+            "p_value": nulls.permutation_p(centred),
+            "p_family": nulls.max_t(centred),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class PublishedDynamics:
+    """What the published definitions give, over all requests.
+
+    ``consistency``: Σ|A_t ∩ A_{t+1}| / Σ max(|A_t|, |A_{t+1}|), mean of requests. ``handoffs_per_token``: layers in
+    which the primary expert changes, per token. ``layers``: ``stability``, the share of steps with the same
+    primary. ``boundaries``: phase boundaries by request and step; ``boundary_rate``, per step that can have one.
+    """
+
+    consistency: float
+    handoffs_per_token: float
+    layers: pd.DataFrame
+    boundaries: pd.DataFrame
+    boundary_rate: float
+
+
+def as_published_dynamics(
+    text: RoutedText, *, primary: str = "router", threshold: float = 0.5, seed: int = 0
+) -> PublishedDynamics:
+    """Consistency, handoffs, stability and phase boundaries as published.
+
+    A boundary is a step t ≥ 2 with mean over layers of 1 − |A_t ∩ W|/|A_t ∪ W| above ``threshold``, W being all
+    experts of the three steps before. ``primary``: "router" takes the router's first expert; "arbitrary" a random
+    one of the chosen, which is what the published numbers rest on: that code read the first id of an unsorted
+    partition.
+
+    What is wrong: with k experts against up to 3k, the divergence is 2/3 or more even if all experts stay within
+    the window, so that boundaries are everywhere; consistency and stability have no baseline.
+    """
+    ids = text.experts.astype(np.int64)
+    k = ids.shape[2]
+    if primary == "arbitrary":
+        pick = np.random.default_rng(seed).integers(0, k, ids.shape[:2])[:, :, None]
+        first = np.take_along_axis(ids, pick, axis=2)[:, :, 0]
+    else:
+        first = ids[:, :, 0]
+    members = np.stack([text.member(layer).astype(bool) for layer in range(ids.shape[1])], axis=1)
+    consistencies, changes, tokens = [], 0, 0
+    same, pairs = np.zeros(ids.shape[1]), np.zeros(ids.shape[1])
+    boundaries, possible = [], 0
+    for request in range(text.n_requests):
+        a, b = int(text.starts[request]), int(text.starts[request + 1])
+        m, primary_ = members[a:b], first[a:b]
+        size = m.sum(axis=2)
+        both = (size[1:] > 0) & (size[:-1] > 0)
+        shared = (m[1:] & m[:-1]).sum(axis=2)
+        largest = np.maximum(size[1:], size[:-1])[both].sum()
+        consistencies.append(float(shared[both].sum() / largest) if largest else 1.0)
+        stays = (primary_[1:] == primary_[:-1]) & both
+        changes += int((both & ~stays).sum())
+        tokens += b - a
+        same += stays.sum(axis=0)
+        pairs += both.sum(axis=0)
+        for step in range(2, b - a):
+            window = np.logical_or.reduce(m[max(0, step - 3) : step], axis=0)
+            there = window.any(axis=1) & (size[step] > 0)
+            union = (m[step] | window).sum(axis=1)
+            apart = 1 - (m[step] & window).sum(axis=1)[there] / union[there]
+            possible += 1
+            if there.any() and apart.mean() > threshold:
+                boundaries.append((text.names[request], step, float(apart.mean())))
+    return PublishedDynamics(
+        float(np.mean(consistencies)) if consistencies else 1.0,
+        changes / tokens if tokens else 0.0,
+        pd.DataFrame(
+            {
+                "layer": text.numbers,
+                "stability": np.divide(same, pairs, out=np.ones_like(same), where=pairs > 0),
+            }
+        ),
+        pd.DataFrame(boundaries, columns=["prompt", "step", "divergence"]),
+        len(boundaries) / possible if possible else 0.0,
+    )

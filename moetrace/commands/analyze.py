@@ -1,0 +1,125 @@
+"""``moetrace analyze``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import shutil
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from moetrace import data
+from moetrace.commands.options import add_option
+from moetrace.commands.progress import progress_bar
+from moetrace.commands.showing import add_showing, opened, show, subject_of
+from moetrace.errors import UsageError
+from moetrace.findings import QUESTIONS, Question, question
+from moetrace.host.prompts import Prompt, read_prompts
+from moetrace.host.recording import record
+from moetrace.trace.importers import CountTable
+from moetrace.trace.trace import Trace, open_trace
+
+
+class Analyze:
+    """Ask one question about a model's routing.
+
+    Of a trace, or of a model, which is then served and recorded first (what stands right of -- goes to
+    llama-server):
+
+      moetrace analyze load-balance t.moet
+      moetrace analyze load-balance -m model.gguf -f prompts.jsonl -n 64 -- -c 4096 -ngl 99
+
+    Prints sentences and tables; with -o, writes them as JSON and CSV, with figures as PNG and PDF.
+    """
+
+    passthrough = True
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        """Add a subparser for each question, with the question's parameters as options."""
+        questions = parser.add_subparsers(dest="question", metavar="NAME", required=True)
+        for name in QUESTIONS:
+            asked = question(name)
+            text = inspect.cleandoc(asked.__doc__ or "")
+            sub = questions.add_parser(
+                name,
+                help=text.split("\n")[0],
+                description=text,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+                allow_abbrev=False,
+            )
+            sub.add_argument(
+                "traces",
+                nargs="*",
+                metavar="T.moet",
+                help="traces of one model, or recordings, taken together",
+            )
+            _add_common(sub)
+            group = sub.add_argument_group("parameters of this question")
+            for field in dataclasses.fields(asked):
+                _add_parameter(group, field)
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Ask it."""
+        asked = question(args.question)
+        given = {f.name: getattr(args, f.name) for f in dataclasses.fields(asked)}
+        with ExitStack() as stack:
+            recordings = _recordings(args, asked, stack)
+            subject = subject_of(recordings, args, Path(args.model) if args.model else None)
+            show([asked(**given).answer(subject)], args)
+        return 0
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    add_option(parser, "-m", "--model", metavar="FILE", help="GGUF file: recorded first if no trace is given")
+    add_option(parser, "-p", "--prompt", help="record this prompt")
+    add_option(parser, "-f", "--file", metavar="FILE", help="record these prompts; default: the shipped ones")
+    add_option(parser, "-n", "--n-predict", type=int, default=64, metavar="N", help="tokens to generate")
+    add_showing(parser)
+
+
+def _add_parameter(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> None:
+    spec = dict(field.metadata)
+    option = "--" + field.name.replace("_", "-")
+    if isinstance(field.default, bool):
+        add_option(group, option, action=argparse.BooleanOptionalAction, default=field.default, **spec)
+    else:
+        kind = type(field.default) if field.default is not None else spec.pop("type", str)
+        spec.setdefault("metavar", None if "choices" in spec else {int: "N", float: "X"}.get(kind, "TEXT"))
+        add_option(group, option, type=kind, default=field.default, dest=field.name, **spec)
+
+
+def _recordings(
+    args: argparse.Namespace, asked: type[Question], stack: ExitStack
+) -> list[Trace | CountTable]:
+    """The given recordings, or a trace recorded now."""
+    if args.traces:
+        if args.prompt or args.file or args.rest:
+            raise UsageError(
+                "a trace is given: nothing is recorded", fix="leave out -p, -f and what follows --"
+            )
+        return opened(args.traces, stack)
+    if not args.model:
+        raise UsageError("what should be analysed?", fix="give a trace, or a model to record: -m model.gguf")
+    if args.prompt and args.file:
+        raise UsageError("-p and -f exclude each other", fix="give one of them")
+    prompts = (
+        [Prompt("0", args.prompt)] if args.prompt else read_prompts(args.file or data.prompts("domains"))
+    )
+    folder = Path(tempfile.mkdtemp(prefix="moetrace-analyze-"))
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    channels = ["experts", "weights", *asked.channels]
+    arguments = [*args.rest, *(["-fa", "off"] if "attention" in channels else [])]
+    with progress_bar("prompts") as update:
+        record(
+            args.model,
+            prompts,
+            folder / "t.moet",
+            n_predict=args.n_predict,
+            arguments=arguments,
+            on_progress=update,
+            channels=channels,
+        )
+    return [stack.enter_context(open_trace(folder / "t.moet"))]

@@ -1,0 +1,169 @@
+"""A finding: what one question about a trace gives, however it is shown.
+
+A :class:`Question` is a named analysis with its parameters; asked of a :class:`~moetrace.findings.subject.Subject`
+it gives a :class:`Finding`: sentences, caveats and tables. Figures are drawn from a finding's tables alone, so
+that a finding that was saved draws the same figure as the one that was just made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pandas as pd
+
+from moetrace.errors import InputError, MoetraceError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from moetrace.findings.subject import Subject
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one question gave.
+
+    Attributes
+    ----------
+    name, title
+        Of the question.
+    sentences
+        What can be concluded, with numbers and their uncertainty; most important first.
+    caveats
+        What it does not mean, and what limits it.
+    tables
+        Name -> table. Tidy: labels are columns, the index is 0, 1, … Names of tables made by published
+        formulas, faults included, begin with ``as_published``.
+    parameters
+        With which it was asked: JSON values.
+    missing
+        If it could not be answered: why, and what would help. Then there are no tables.
+    """
+
+    name: str
+    title: str
+    sentences: tuple[str, ...] = ()
+    caveats: tuple[str, ...] = ()
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    missing: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, table in self.tables.items():
+            if not re.fullmatch(r"[a-z0-9_]+", name):
+                raise ValueError(f"table name {name!r}: small letters, digits and _ only")
+            if not table.index.equals(pd.RangeIndex(len(table))):
+                raise ValueError(f"table {name}: labels belong into columns, not into the index")
+
+    def to_json(self) -> str:
+        """Give it as JSON; NaN and missing values become null."""
+        tables = {name: json.loads(t.to_json(orient="split", index=False)) for name, t in self.tables.items()}
+        shallow = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return json.dumps({**shallow, "tables": tables, "parameters": dict(self.parameters)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, path: str = "the finding") -> Finding:
+        """Read what :meth:`to_json` gave. Raises InputError if ``text`` is something else."""
+        try:
+            given = json.loads(text)
+            tables = {
+                name: pd.DataFrame(t["data"], columns=t["columns"]) for name, t in given.pop("tables").items()
+            }
+            # a column of nothing but null: numbers that are not known, not objects
+            tables = {
+                name: t.astype({c: "float64" for c in t if t[c].dtype == object and t[c].isna().all()})
+                for name, t in tables.items()
+            }
+            given |= {key: tuple(given[key]) for key in ("sentences", "caveats")}
+            return cls(**given, tables=tables)
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise InputError(
+                f"{path} holds no finding", why=str(e), fix="write it with `moetrace analyze -o`"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a finding.
+
+    Attributes
+    ----------
+    draw
+        Draws it into the axes that it is given, and returns them.
+    caption
+        What it shows, in a sentence that also serves those who cannot see it.
+    size
+        Width and height in inches.
+    """
+
+    draw: Callable[[Axes], Axes]
+    caption: str
+    size: tuple[float, float] = (7.0, 4.0)
+
+
+def parameter(default: Any, help: str, **metadata: Any) -> Any:  # noqa: A002
+    """A field of a question that users may set: an option of the command line, an argument in Python.
+
+    ``metadata`` may hold ``choices`` and ``metavar``.
+    """
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True)
+class Question(ABC):
+    """A named analysis. Subclasses are frozen dataclasses; their fields are its parameters.
+
+    The docstring is the help text: the first line what is asked, the rest how it is answered and by whom it was
+    first asked.
+
+    Attributes
+    ----------
+    name, title
+        On the command line, and in the report.
+    channels
+        What a trace must hold beyond experts and weights.
+    needs_model
+        Whether it runs or reads the model (``subject.model``), so that a trace alone does not answer it.
+    compares
+        Whether it sets two traces against each other (``subject.pair``); others take traces together.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    channels: ClassVar[tuple[str, ...]] = ()
+    needs_model: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
+
+    @abstractmethod
+    def answer(self, subject: Subject) -> Finding:
+        """Answer it. Raises MoetraceError, saying what is missing, if the subject does not allow it."""
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Figures of a finding, from its tables alone. Name -> figure."""
+        return {}
+
+    def ask(self, subject: Subject) -> Finding:
+        """Answer it, or say in the finding why it cannot be answered."""
+        try:
+            return self.answer(subject)
+        except MoetraceError as e:
+            return Finding(self.name, self.title, parameters=self.parameters, missing=str(e))
+
+    def finding(
+        self, sentences: list[str], tables: Mapping[str, pd.DataFrame], caveats: list[str] | None = None
+    ) -> Finding:
+        """Make this question's finding."""
+        return Finding(
+            self.name, self.title, tuple(sentences), tuple(caveats or ()), dict(tables), self.parameters
+        )
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -1,0 +1,57 @@
+"""How evenly load falls on the experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moetrace.errors import UsageError
+from moetrace.findings.finding import Figure, Finding, Question
+from moetrace.findings.subject import Subject
+from moetrace.findings.wording import best, number, span
+
+
+@dataclass(frozen=True)
+class LoadBalance(Question):
+    """How evenly does load fall on the experts of a layer?
+
+    Jain's fairness index (1: even; 1/E: one expert does all) with a jackknife interval over prompts, the hottest
+    expert, and experts that were never chosen, with the rate that they may still have.
+    """
+
+    name: ClassVar[str] = "load-balance"
+    title: ClassVar[str] = "Load balance"
+
+    def answer(self, subject: Subject) -> Finding:
+        """Answer it, for each layer."""
+        table = subject.analysis.load_balance()
+        peak, uneven = best(table, "peak"), best(table, "jain", least=True)
+        if peak is None or uneven is None:
+            raise UsageError("no layer has any routing", fix="choose rows that have some: --phase, --layers")
+        unused = table[table["unused"] > 0]
+        sentences = [
+            f"Layer {uneven['layer']:.0f} is the least even: Jain index"
+            f" {span(uneven['jain'], uneven['jain_low'], uneven['jain_high'], '.2f')}; 1 would be even.",
+            f"The hottest expert is {peak['hottest']:.0f} of layer {peak['layer']:.0f}: "
+            f"{peak['peak']:.1f} times the load of an even split"
+            + (f", {peak['hottest_rate']:.1%} of the tokens." if peak["hottest_rate"] > 0 else "."),
+        ]
+        if len(unused):
+            bound = unused["unused_rate_bound"].max()
+            sentences.append(
+                f"{number(int(unused['unused'].sum()), 'expert')} in {number(len(unused), 'layer')} never came up"
+                + (f"; one may still be chosen by up to {bound:.2%} of tokens." if bound > 0 else ".")
+            )
+        return self.finding(sentences, {"load_balance": table}, [subject.phase_note])
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Jain's index by layer, with its interval."""
+        from moetrace import plot
+
+        table = finding.tables["load_balance"]
+        return {
+            "jain": Figure(
+                lambda ax: plot.load_balance(table, ax=ax),
+                "Evenness of load by layer, with its 95 % interval over prompts.",
+            )
+        }

@@ -1,0 +1,82 @@
+"""Whether domains differ at the same words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.subject import Subject
+from moetrace.findings.wording import best, of_layers
+
+
+@dataclass(frozen=True)
+class MatchedSeparation(Question):
+    """Do domains differ beyond their words: at the same token ids?
+
+    The share of an expert at an occurrence of a token id in a prompt is modelled as an effect of the id plus one of
+    the prompt; the prompts' effects, words taken out, are compared between domains. Null: their independent
+    coordinates in any order. q_value is Benjamini-Hochberg over layers, p_family max-T. Token ids that one prompt
+    alone uses tell nothing: coverage says how much of the text is left. OpenMoE (arXiv 2402.01739) found a "code
+    expert" that = and \\n explained; this is the question that asks.
+    """
+
+    name: ClassVar[str] = "matched-separation"
+    title: ClassVar[str] = "Separation at the same words"
+
+    permutations: int = parameter(999, "arrangements to draw")
+    alpha: float = parameter(0.05, "false discoveries to allow")
+
+    def answer(self, subject: Subject) -> Finding:
+        """Test every layer."""
+        found = subject.analysis.matched_separation(n_permutations=self.permutations, seed=subject.seed)
+        table = found.table
+        tested = table[table["p_value"].notna()]
+        sentences = []
+        if found.verdict and not len(tested):
+            sentences.append(f"Whether domains differ beyond their words {found.verdict}.")
+        else:
+            differ = tested[tested["q_value"] <= self.alpha]
+            if len(differ):
+                sentences.append(
+                    f"At the same token ids, domains differ {of_layers(differ['layer'], len(tested))}, at a false"
+                    f" discovery rate of {self.alpha:.0%}: not only their words route differently."
+                )
+            else:
+                sentences.append(
+                    "At the same token ids no layer shows that domains differ (smallest q ="
+                    f" {tested['q_value'].min():.2f}): their words may be all the difference."
+                )
+            strongest = best(tested, "jsd_matched_bits")
+            if strongest is not None:
+                sentences.append(
+                    f"It is largest in layer {strongest['layer']:.0f}: {strongest['jsd_matched_bits']:.3f} bits with"
+                    f" the words taken out, where prompts alone give {strongest['jsd_matched_null_mean']:.3f};"
+                    f" {strongest['jsd_bits']:.3f} as the domains are."
+                )
+        if found.coverage == found.coverage:
+            sentences.append(
+                f"{found.coverage:.0%} of the tokens stand at ids that more than one prompt uses;"
+                f" {found.n_prompts} prompts are connected by such ids."
+            )
+        caveats = [
+            subject.phase_note,
+            "A token id is taken to route alike wherever it stands, but for its prompt: context that goes with a domain"
+            " counts as domain. Published analyses have nothing of the kind.",
+        ]
+        if found.verdict and len(tested):
+            caveats.append(f"Some layers {found.verdict}.")
+        return self.finding(sentences, {"matched_separation": table}, caveats)
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Separation with and without the words' part."""
+        from moetrace import plot
+
+        table = finding.tables["matched_separation"]
+        return {
+            "by_layer": Figure(
+                lambda ax: plot.matched_separation(table, ax=ax, alpha=self.alpha),
+                "Divergence of the domains by layer, as they are and with the words taken out, beside what prompts"
+                " alone produce at the same words.",
+            )
+        }

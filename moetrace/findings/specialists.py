@@ -1,0 +1,140 @@
+"""Which experts prefer a domain, and which serve all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pandas as pd
+
+from moetrace.analysis import domain, published
+from moetrace.errors import UsageError
+from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.subject import Subject
+from moetrace.findings.wording import best, span
+
+
+@dataclass(frozen=True)
+class Specialists(Question):
+    """Which experts prefer a domain, by how much, and which serve all domains alike?
+
+    Lift: a domain's share of picks for the expert over the mean of that share over domains. Interval: each
+    domain's prompts redrawn (cluster bootstrap). A specialist's share differs more than prompts exchanged between
+    domains make any expert's of the layer differ (max-T over experts and domains); a generalist's intervals lie
+    within 1/margin to margin in every domain; about the others the data do not say. As published: the notebook's
+    part 5, quartiles of the coefficient of variation, which names about a quarter of the experts either way.
+    """
+
+    name: ClassVar[str] = "specialists"
+    title: ClassVar[str] = "Specialists and generalists"
+
+    alpha: float = parameter(0.05, "chance of any false specialist in a layer")
+    margin: float = parameter(1.5, "lift that still counts as alike")
+    permutations: int = parameter(999, "arrangements of prompts to draw")
+    resamples: int = parameter(2000, "bootstrap samples")
+
+    def answer(self, subject: Subject) -> Finding:
+        """Sort the experts of every layer."""
+        if self.margin <= 1:
+            raise UsageError(
+                f"a margin of {self.margin:g} leaves no room", fix="give more than 1, such as 1.5"
+            )
+        analysis = subject.analysis
+        lift = analysis.domain_lift(
+            n_boot=self.resamples, n_permutations=self.permutations, seed=subject.seed
+        )
+        kinds = domain.specialists(lift, alpha=self.alpha, margin=self.margin)
+        classes, preferred = _published(analysis.published())
+        tables = {
+            "specialists": kinds,
+            "domain_lift": lift,
+            "as_published_classes": classes,
+            "as_published_preferred": preferred,
+        }
+        n = (
+            kinds["kind"]
+            .value_counts()
+            .reindex(["specialist", "generalist", "undecided", "unused"], fill_value=0)
+        )
+        test = analysis.domain_test(n_permutations=1, seed=subject.seed)
+        if not test.testable:
+            out = [
+                f"Which experts are specialists {test.verdict}.",
+                *(_largest(kinds, "The largest lift seen") if test.n_domains > 1 else []),
+            ]
+        else:
+            out = [
+                f"{n['specialist']} of {len(kinds)} experts are specialists, {n['generalist']} generalists,"
+                f" {n['unused']} were never used; about {n['undecided']} these prompts do not say."
+            ]
+            special = kinds[kinds["kind"] == "specialist"]
+            out += _largest(special, "The strongest specialist")
+            if len(special):
+                per = special["domain"].value_counts()
+                told = ", ".join(f"{name} {count}" for name, count in per.items())
+                out.append(f"Specialists by preferred domain: {told}.")
+        named = classes["class"].value_counts()
+        out.append(
+            f"The published quartile cut names {named.get('specialist', 0)} specialists and"
+            f" {named.get('generalist', 0)} generalists, as it would of any data."
+        )
+        caveats = [
+            subject.phase_note,
+            "The strongest is the one whose interval begins highest. Words can be the reason why a domain prefers an"
+            " expert (matched-separation). Intervals cover slightly less than 95 % (docs/statistics.md).",
+        ]
+        return self.finding(out, tables, caveats)
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """The surest specialists, and how many there are by layer."""
+        from moetrace import plot
+
+        table = finding.tables["specialists"]
+        shown = min(24, int((table["kind"] == "specialist").sum()))
+        return {
+            "forest": Figure(
+                lambda ax: plot.specialists(table, ax=ax),
+                "The experts that most surely prefer a domain: lift over the mean of domains, with 95 % intervals.",
+                (7.0, 1.6 + 0.2 * max(3, shown)),
+            ),
+            "kinds": Figure(
+                lambda ax: plot.kinds(table, ax=ax),
+                "Specialists, generalists, and experts about which the prompts do not say, by layer.",
+                (7.0, 3.0),
+            ),
+        }
+
+
+def _largest(table: pd.DataFrame, what: str) -> list[str]:
+    """By the lower end of the interval, where there is one: rare experts have large lifts by chance."""
+    by = "low" if table["low"].notna().any() else "lift"
+    row = best(table, by)
+    if row is None:
+        return []
+    return [
+        f"{what}: expert {row['expert']} of layer {row['layer']} for {row['domain']}, lift"
+        f" {span(row['lift'], row['low'], row['high'], '.1f')}."
+    ]
+
+
+def _published(a: published.Activations) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Part 5 of every layer."""
+    classes, preferred = [], []
+    component = a.components[-1]
+    for layer in a.layers:
+        try:
+            found = published.classification(a, layer, component)
+        except UsageError:  # no activation in this layer
+            continue
+        variation = found.variation.rename("variation").rename_axis("expert_id").reset_index()
+        special, general = set(found.specialists), set(found.generalists)
+        variation["class"] = [
+            "specialist" if e in special else "generalist" if e in general else "neither"
+            for e in variation["expert_id"]
+        ]
+        classes.append(variation.assign(layer_id=layer))
+        preferred.append(found.preferred.assign(layer_id=layer))
+    return (
+        pd.concat(classes, ignore_index=True)[["layer_id", "expert_id", "variation", "class"]],
+        pd.concat(preferred, ignore_index=True)[["layer_id", "expert_id", "domain", "percent"]],
+    )

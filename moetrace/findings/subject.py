@@ -1,0 +1,154 @@
+"""What is asked about: recordings of a model, the phase to look at, and the model where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moetrace.analysis.from_counts import TableAnalysis
+from moetrace.analysis.from_trace import Analysis, Phase, from_trace
+from moetrace.errors import UsageError
+from moetrace.trace.importers.counts import CountTable
+from moetrace.trace.trace import Trace
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# Decode rows first: what was generated. A recording by others may not know its phases.
+_PHASES: tuple[tuple[Phase, int], ...] = (("decode", 1), ("prefill", 0), ("unknown", 2))
+
+
+class Subject:
+    """Traces, taken together, and what else a question may need.
+
+    Parameters
+    ----------
+    traces
+        Of one model; or a single count table, of which :attr:`table` then tells and :attr:`traces` is empty.
+    names
+        One per trace, for its requests without an id.
+    phase
+        Which rows to look at; None: decode where there are such rows, else prefill, else those of unknown
+        phase. :attr:`phase` says which it is, :attr:`phase_note` why.
+    model
+        GGUF file, for questions that need it.
+    model_options
+        Keyword arguments of :class:`moetrace.host.llama.Llama`, for questions that run the model.
+    seed
+        Of permutations and bootstraps: the same seed gives the same numbers.
+    layers
+        Numbers of the layers to look at; all if not given.
+
+    Raises UsageError for a count table that is not alone.
+    """
+
+    def __init__(
+        self,
+        traces: Sequence[Trace | CountTable],
+        *,
+        names: Sequence[str] | None = None,
+        phase: Phase | None = None,
+        model: Path | None = None,
+        model_options: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        tables = [given for given in traces if isinstance(given, CountTable)]
+        if tables and len(traces) > 1:
+            raise UsageError("a count table stands alone", fix="ask about it by itself")
+        self.table = tables[0] if tables else None
+        self.traces = tuple(given for given in traces if not isinstance(given, CountTable))
+        self.layers = None if layers is None else list(layers)
+        self.model = model
+        self.model_options = dict(model_options or {})
+        self.seed = seed
+        self._names = names
+        self._phase = phase
+
+    @property
+    def trace(self) -> Trace:
+        """The trace. Raises UsageError if there is not exactly one."""
+        if len(self.traces) != 1:
+            if self.table is not None:
+                raise UsageError("a count table has no tokens", fix="give a recording of tokens")
+            raise UsageError(
+                f"this question takes one trace, not {len(self.traces)}",
+                fix="ask about them one by one" if self.traces else "give a trace",
+            )
+        return self.traces[0]
+
+    @cached_property
+    def phase(self) -> Phase:
+        """Which rows are looked at."""
+        if self._phase is not None:
+            return self._phase
+        if self.table is not None:
+            return "unknown"
+        for name, code in _PHASES:
+            if any(np.any(np.asarray(trace.phase) == code) for trace in self.traces):
+                return name
+        return "decode"
+
+    @property
+    def phase_note(self) -> str:
+        """Which rows are looked at, and why, as a sentence."""
+        if self.table is not None:
+            return "A table of counts: it does not tell prompt from generated tokens, nor one prompt from another."
+        chosen = {
+            "decode": "These are generated tokens (decode).",
+            "prefill": "These are prompt tokens (prefill).",
+            "unknown": "The recording does not say which tokens are of the prompt: all are looked at together.",
+            "all": "Prompt and generated tokens are pooled, although they route differently.",
+        }[self.phase]
+        if self._phase is None and self.phase == "prefill":
+            chosen += " The trace has no generated ones."
+        return chosen
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """The analyses of these rows; counts are made once for all questions."""
+        return self._analyse(self.traces, self.phase)
+
+    def in_phase(self, phase: Phase) -> Analysis:
+        """The analyses of another phase's rows."""
+        return self.analysis if phase == self.phase else self._analyse(self.traces, phase)
+
+    @cached_property
+    def pair(self) -> tuple[Analysis, Analysis]:
+        """The analyses of two captures, each by itself, of all phases unless one was chosen.
+
+        Raises UsageError if there are not two traces.
+        """
+        if len(self.traces) != 2:
+            raise UsageError(
+                f"a comparison takes two traces, not {len(self.traces)}",
+                fix="give two: moetrace compare A.moet B.moet",
+            )
+        one, two = self.traces
+        phase = self._phase or "all"
+        return self._analyse([one], phase), self._analyse([two], phase)
+
+    def _analyse(self, traces: Sequence[Trace], phase: Phase) -> Analysis:
+        if self.table is not None:
+            counts, numbers = self.table.counts, self.table.layers
+            if self.layers is not None:
+                chosen = np.flatnonzero(np.isin(numbers, self.layers))
+                if chosen.size < len(set(self.layers)):
+                    raise UsageError(
+                        "the table lacks a layer that was asked for",
+                        fix=f"choose among: {', '.join(map(str, numbers.tolist()))}",
+                    )
+                counts, numbers = counts[:, chosen], numbers[chosen]
+            return TableAnalysis(counts, self.table.domains, numbers)
+        rows = traces if self.layers is None else [trace.sel(layer=self.layers) for trace in traces]
+        return from_trace(*rows, phase=phase, names=self._names if len(traces) == len(self.traces) else None)
+
+    def need_model(self, what: str) -> Path:
+        """The model's file. Raises UsageError, saying what needs it, if none was given."""
+        if self.model is None:
+            raise UsageError(f"{what} needs the model", fix="give it: -m model.gguf")
+        return self.model

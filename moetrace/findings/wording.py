@@ -1,0 +1,62 @@
+"""Numbers in sentences: intervals, layers, and rows to speak of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+#: Words by which a sentence says that a question is left open: it is no conclusion.
+CANNOT = ("cannot be tested", "cannot be said", "remains open", "nothing can be said")
+
+
+def span(value: float, low: float, high: float, form: str = ".3f") -> str:
+    """``0.054 (0.012 to 0.096)``; without an interval ``0.054 (no interval)``."""
+    if np.isnan(value):
+        return "not known"
+    if np.isnan(low) or np.isnan(high):
+        return f"{value:{form}} (no interval)"
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
+
+
+def number(n: int, noun: str) -> str:
+    """``1 prompt``, ``1,200 prompts``."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def layer_list(layers: Iterable[Any]) -> str:
+    """``0-5, 23``."""
+    numbers = sorted(int(n) for n in layers)
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def of_layers(layers: Iterable[Any], n: int) -> str:
+    """``in layers 5-7 (3 of 8)``, ``in all 8 layers``, ``in none of the 8 layers``."""
+    numbers = list(layers)
+    if len(numbers) == n:
+        return f"in all {n} layers" if n > 1 else "in the one layer"
+    if not numbers:
+        return f"in none of the {n} layers" if n > 1 else "not in the one layer"
+    return f"in layer{'s' if len(numbers) > 1 else ''} {layer_list(numbers)} ({len(numbers)} of {n})"
+
+
+def p_value(p: float) -> str:
+    """``p = 0.032``, ``p = 0.001``."""
+    return f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def best(table: pd.DataFrame, column: str, *, least: bool = False) -> dict[str, Any] | None:
+    """The row of the largest (or least) value of a column, NaN left out; None if there is none."""
+    values = table[column].to_numpy(dtype=np.float64)
+    if np.isnan(values).all():
+        return None
+    where = int(np.nanargmin(values) if least else np.nanargmax(values))
+    return {str(name): value for name, value in table.iloc[where].items()}

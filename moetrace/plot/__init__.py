@@ -1,0 +1,46 @@
+"""Drawings of what the analyses give: data and Axes in, Axes out.
+
+Every function takes a table as :mod:`moetrace.analysis` gives it and ``ax`` (None: a new figure), draws with
+the rc parameters in force (:func:`style` sets ours) and returns the Axes. Cells and points without data are
+drawn as missing (hatched, or left out), never as zero. Importing this package imports matplotlib.
+"""
+
+from __future__ import annotations
+
+from moetrace.plot.agreement import agreement
+from moetrace.plot.components import components
+from moetrace.plot.depth import depth_contrast
+from moetrace.plot.entropy import entropy
+from moetrace.plot.gate import gate_distances
+from moetrace.plot.heatmap import Measure, heatmap, usage
+from moetrace.plot.load import load_balance
+from moetrace.plot.persistence import persistence, persistence_by_layer, strongest_layer
+from moetrace.plot.separation import matched_separation, separation
+from moetrace.plot.specialists import kinds, specialists
+from moetrace.plot.style import DARK, LIGHT, OKABE_ITO, Theme, style
+from moetrace.plot.transitions import transitions
+
+__all__ = [
+    "DARK",
+    "LIGHT",
+    "OKABE_ITO",
+    "Measure",
+    "Theme",
+    "agreement",
+    "components",
+    "depth_contrast",
+    "entropy",
+    "gate_distances",
+    "heatmap",
+    "kinds",
+    "load_balance",
+    "matched_separation",
+    "persistence",
+    "persistence_by_layer",
+    "separation",
+    "specialists",
+    "strongest_layer",
+    "style",
+    "transitions",
+    "usage",
+]

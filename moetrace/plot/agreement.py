@@ -1,0 +1,37 @@
+"""How far two captures of the same text agree."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from moetrace.plot.style import OKABE_ITO, axes, band, layer_axis, legend_above
+
+_NAMES = {
+    "overlap": "experts shared, |A ∩ B|/k",
+    "exact": "same set",
+    "top1": "same first expert",
+    "kendall_tau": "Kendall's τ of shared experts",
+}
+
+
+def agreement(summary: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw agreement by layer, a line per metric with its 95 % interval over prompts, chance dotted.
+
+    ``summary`` is that of :func:`moetrace.analysis.agreement_summary`; ``coverage_k``, which counts experts,
+    is left out.
+    """
+    ax = axes(ax)
+    for i, (metric, name) in enumerate(_NAMES.items()):
+        t = summary[summary["metric"] == metric]
+        if not t["mean"].notna().any():
+            continue
+        ax.plot(t["layer"], t["mean"], color=OKABE_ITO[i], marker="o", label=name)
+        band(ax, t["layer"], t["low"], t["high"], OKABE_ITO[i])
+        if metric != "kendall_tau":
+            ax.plot(t["layer"], t["chance"], color=OKABE_ITO[i], linestyle=":", linewidth=1)
+    layer_axis(ax, summary["layer"].to_numpy())
+    ax.set_ylabel("agreement (chance dotted)")
+    ax.set_ylim(min(0.0, float(summary["low"].min(skipna=True) or 0.0)), 1.03)
+    legend_above(ax, 2)
+    return ax

@@ -1,0 +1,46 @@
+"""How the router's input changes from layer to layer."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from moetrace.plot.style import OKABE_ITO, axes, band, faint, layer_axis, legend_above
+
+_UNITS = {
+    "cosine_similarity": "cosine similarity",
+    "cosine_distance": "cosine distance",
+    "euclidean": "Euclidean distance",
+    "l1": "L1 distance",
+    "l2_normalized": "Euclidean distance / √D",
+    "pearson_corr": "Pearson correlation",
+    "max_abs_diff": "largest absolute difference",
+    "mean_abs_diff": "mean absolute difference",
+}
+
+
+def gate_distances(
+    summary: pd.DataFrame, metric: str = "cosine_similarity", *, ax: Axes | None = None
+) -> Axes:
+    """Draw one distance between consecutive MoE layers, with its 95 % interval over prompts.
+
+    Parameters
+    ----------
+    summary
+        Of :func:`moetrace.analysis.gate_summary`.
+    metric
+        Which. A cosine similarity stands beside that to another token's next layer, below which it means
+        nothing.
+    """
+    ax = axes(ax)
+    shown = {metric: (OKABE_ITO[0], "-", "same token")}
+    if metric == "cosine_similarity":
+        shown["cosine_unpaired"] = (faint(), "--", "another token (no relation)")
+    for name, (color, line, label) in shown.items():
+        t = summary[summary["metric"] == name]
+        ax.plot(t["layer"], t["mean"], color=color, linestyle=line, marker="o", label=label)
+        band(ax, t["layer"], t["low"], t["high"], color)
+    layer_axis(ax, summary["layer"].to_numpy())
+    ax.set(xlabel="layer (to the next one)", ylabel=f"{_UNITS.get(metric, metric)} of gate inputs")
+    legend_above(ax, 2)
+    return ax

@@ -1,0 +1,123 @@
+"""Colours, light and dark, and what every drawing shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import numpy.typing as npt
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+Theme = Literal["light", "dark"]
+
+#: Colours of categories that people of any colour vision tell apart (Okabe & Ito 2008), strongest first;
+#: yellow is left out (too faint on white), and black is the theme's ink.
+OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F7F7F")
+
+#: Ink, faint ink (baselines, ticks), lines of a grid, and the ground on which missing cells are hatched.
+LIGHT = {"ink": "#1B1F24", "faint": "#59636E", "grid": "#DFE3E8", "missing": "#E9ECEF", "ground": "#FFFFFF"}
+DARK = {"ink": "#E6EDF3", "faint": "#9AA4AF", "grid": "#31373E", "missing": "#2A3037", "ground": "#14181D"}
+
+
+def style(theme: Theme = "light") -> AbstractContextManager[None]:
+    """Give a context within which figures are drawn in our style, on a light or a dark ground."""
+    c = DARK if theme == "dark" else LIGHT
+    return mpl.rc_context(
+        {
+            "figure.facecolor": c["ground"],
+            "savefig.facecolor": c["ground"],
+            "axes.facecolor": c["ground"],
+            "axes.edgecolor": c["faint"],
+            "axes.labelcolor": c["ink"],
+            "axes.titlecolor": c["ink"],
+            "text.color": c["ink"],
+            "xtick.color": c["faint"],
+            "ytick.color": c["faint"],
+            "xtick.labelcolor": c["ink"],
+            "ytick.labelcolor": c["ink"],
+            "grid.color": c["grid"],
+            "hatch.color": c["faint"],
+            "hatch.linewidth": 0.4,
+            "lines.color": c["ink"],
+            "patch.edgecolor": c["ink"],
+            "axes.prop_cycle": cycler(color=OKABE_ITO),
+            "image.cmap": "cividis",
+            "image.interpolation": "nearest",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.axisbelow": True,
+            "axes.titlelocation": "left",
+            "axes.titlesize": "medium",
+            "font.size": 9.0,
+            "legend.frameon": False,
+            "legend.fontsize": 8.0,
+            "legend.handlelength": 1.6,
+            "lines.linewidth": 1.5,
+            "lines.markersize": 4.0,
+            "pdf.fonttype": 42,
+            "svg.fonttype": "none",
+            "svg.hashsalt": "moetrace",
+        }
+    )
+
+
+def axes(ax: Axes | None, size: tuple[float, float] = (7.0, 4.0)) -> Axes:
+    """Give ``ax``, or the Axes of a new figure."""
+    return plt.figure(figsize=size, layout="constrained").add_subplot() if ax is None else ax
+
+
+def ink() -> str:
+    """The colour of lines that carry the data, in the style in force."""
+    return str(mpl.rcParams["text.color"])
+
+
+def faint() -> str:
+    """The colour of baselines and other company, in the style in force."""
+    return str(mpl.rcParams["axes.edgecolor"])
+
+
+def legend_above(ax: Axes, columns: int = 4) -> None:
+    """Put the legend above the axes, where it hides nothing."""
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        ax.legend(
+            handles,
+            labels,
+            loc="lower left",
+            bbox_to_anchor=(0.0, 1.0),
+            ncols=min(columns, len(handles)),
+            borderaxespad=0.2,
+            columnspacing=1.4,
+        )
+
+
+def layer_axis(ax: Axes, layers: Sequence[int] | npt.NDArray[Any]) -> None:
+    """Let x be the layer: whole numbers, a little room at both ends."""
+    numbers = np.asarray(layers)
+    ax.set_xlabel("layer")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=12))
+    ax.set_xlim(numbers.min() - 0.5, numbers.max() + 0.5)
+    ax.grid(axis="y", linewidth=0.6)
+
+
+def short(text: str, at_most: int = 24) -> str:
+    """Give a name that others chose as one that fits a legend, and in which $ is no mathematics."""
+    text = text if len(text) <= at_most else text[: at_most - 1] + "…"
+    return text.replace("$", r"\$")
+
+
+def band(
+    ax: Axes, x: npt.ArrayLike, low: npt.ArrayLike, high: npt.ArrayLike, color: str, **options: Any
+) -> None:
+    """Shade an interval; nothing where it is not known. A lone point gets a bar."""
+    a, b, at = (np.asarray(v, dtype=np.float64) for v in (low, high, x))
+    ax.fill_between(at, a, b, color=color, alpha=0.18, linewidth=0, **options)
+    known = ~(np.isnan(a) | np.isnan(b))
+    alone = known & ~np.append(known[1:], False) & ~np.append(False, known[:-1])
+    ax.vlines(at[alone], a[alone], b[alone], color=color, alpha=0.5, linewidth=3)

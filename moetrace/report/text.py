@@ -1,0 +1,84 @@
+"""Findings as text: for a terminal, Markdown, CSV, JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import textwrap
+from collections.abc import Sequence
+
+import pandas as pd
+from tabulate import tabulate
+
+from moetrace.findings import Finding
+
+FORMATS = ("table", "md", "csv", "json")
+
+
+def render(findings: Sequence[Finding], form: str, *, max_rows: int | None = None, width: int = 100) -> str:
+    """Give findings in one of ``FORMATS``.
+
+    Parameters
+    ----------
+    max_rows
+        Of a table, in "table" and "md"; what is left out is said. CSV and JSON are always whole.
+    width
+        Characters a line of sentences takes.
+    """
+    if form == "json":
+        return "[" + ",\n".join(finding.to_json() for finding in findings) + "]\n"
+    if form == "csv":
+        return _csv(findings)
+    out = io.StringIO()
+    for finding in findings:
+        out.write(
+            f"## {finding.title}\n\n" if form == "md" else f"{finding.title}\n{'─' * len(finding.title)}\n"
+        )
+        if finding.missing is not None:
+            out.write(f"Not answered: {finding.missing}\n\n")
+            continue
+        for text in (*finding.sentences, *finding.caveats):
+            out.write(f"- {text}\n" if form == "md" else _bullet(text, width))
+        for name, table in finding.tables.items():
+            out.write(f"\n{f'### {name}' if form == 'md' else name}\n")
+            out.write(table_text(table, "github" if form == "md" else "simple", max_rows) + "\n")
+        out.write("\n")
+    return out.getvalue()
+
+
+def table_text(table: pd.DataFrame, style: str = "simple", max_rows: int | None = None) -> str:
+    """One table in a style of the tabulate package; NaN and None as an empty cell."""
+    shown = table if max_rows is None else table.head(max_rows)
+    rows = [[_cell(value) for value in row] for row in shown.itertuples(index=False)]
+    numeric = [pd.api.types.is_numeric_dtype(dtype) for dtype in table.dtypes]
+    text = tabulate(
+        rows,
+        headers=[str(c) for c in table.columns],
+        tablefmt=style,
+        disable_numparse=True,
+        colalign=["right" if n else "left" for n in numeric] if rows else None,
+    )
+    left_out = len(table) - len(shown)
+    return text + (f"\n… {left_out:,} more rows; all of them with --format csv" if left_out else "")
+
+
+def _cell(value: object) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float) and value != value):
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e6 else f"{value:.0f}"
+    if isinstance(value, list | tuple | dict):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)
+
+
+def _bullet(text: str, width: int) -> str:
+    return textwrap.fill(text, width, initial_indent="• ", subsequent_indent="  ") + "\n"
+
+
+def _csv(findings: Sequence[Finding]) -> str:
+    """All tables, one after the other, in long form if there is more than one: each with a line naming it."""
+    tables = [(f.name, name, table) for f in findings for name, table in f.tables.items()]
+    if len(tables) == 1:
+        return tables[0][2].to_csv(index=False)
+    return "\n".join(f"# {name}/{table}\n{frame.to_csv(index=False)}" for name, table, frame in tables)
