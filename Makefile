@@ -9,7 +9,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 # which of tests/stress `make stress` runs: T=test_kill.py; all by default
 T ?=
 
-.PHONY: help setup demo releases test test-unit test-slow test-cpp sanitize stress lint notebooks clean bench-overhead bench-analysis gpu-check
+.PHONY: help setup demo report-image releases test test-unit test-slow test-cpp sanitize stress lint notebooks clean bench-overhead bench-analysis gpu-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -33,6 +33,10 @@ setup: $(STAMP)-package $(STAMP)-runtime ## virtual environment, moetrace and ll
 
 demo: setup ## record a small model from start to end
 	$(BIN)/moetrace demo
+
+report-image: setup ## the README's picture of a report, of the demo's trace; needs Chromium
+	test -d demo/demo.moet || $(BIN)/moetrace demo
+	$(BIN)/python docs/images/make.py demo/demo.moet
 
 test: setup lint test-cpp ## everything but the slow tests
 	$(BIN)/python -m pytest -m "not slow"

@@ -65,7 +65,7 @@ class Report:
             subject = subject_of(recordings, args, Path(args.model) if args.model else None)
             with progress_bar("questions") as update:
                 findings = ask_all(subject, given, update)
-            report = write_report(subject, findings, folder)
+            report = write_report(subject, findings, folder, [Path(p).name for p in args.recordings])
             width = min(120, shutil.get_terminal_size().columns)
             sys.stdout.write(summary(report, width=width, paint=paint))
         return 0

@@ -105,18 +105,20 @@ class Transitions(Question):
         probability = matrix(mine["probability"]).fillna(0.0).where(came, axis=0)
         lift = matrix(mine["lift"].where(mine["expected"] >= 1))
         note = f"Layer {most['layer']:.0f}, in which the first expert stays most above random order"
-        return {
+        figures = {
             "probability": Figure(
                 lambda ax: plot.transitions(probability, ax=ax),
                 f"{note}: probability of the next token's first expert; hatched: never first.",
                 (7.0, 5.6),
             ),
-            "lift": Figure(
+        }
+        if lift.notna().to_numpy().any():
+            figures["lift"] = Figure(
                 lambda ax: plot.transitions(lift, measure="lift", ax=ax),
                 f"{note}: counts over those expected in random order; hatched: less than one is expected.",
                 (7.0, 5.6),
-            ),
-        }
+            )
+        return figures
 
 
 def _published(a: published.Activations, layer: int, n_expert: int) -> pd.DataFrame:

@@ -88,7 +88,8 @@ def usage(
     domain
         Which; None: all prompts where the table has no domains, else the mean over domains.
     high
-        Top of the colour scale, to compare domains; the largest value of all domains if None.
+        Top of the colour scale; if None, that of all domains, so that they compare: all but the highest 0.1 % of
+        values lie below it.
     """
     chosen = frequency if domain is None else frequency[frequency["domain"] == domain]
     matrix = chosen.pivot_table(
@@ -100,7 +101,7 @@ def usage(
         "lift": "lift over the mean of domains",
     }
     if measure != "lift" and high is None:
-        high = float(frequency[measure].max())
+        high = float(frequency[measure].quantile(0.999))
     ax = heatmap(
         matrix, label=labels[measure], scale="lift" if measure == "lift" else "linear", high=high, ax=ax
     )

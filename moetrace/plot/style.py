@@ -106,6 +106,11 @@ def layer_axis(ax: Axes, layers: Sequence[int] | npt.NDArray[Any]) -> None:
     ax.grid(axis="y", linewidth=0.6)
 
 
+def marker(n: int) -> str:
+    """The marker of a line of n points: none where they would run into each other."""
+    return "o" if n <= 48 else ""
+
+
 def short(text: str, at_most: int = 24) -> str:
     """Give a name that others chose as one that fits a legend, and in which $ is no mathematics."""
     text = text if len(text) <= at_most else text[: at_most - 1] + "…"

@@ -55,17 +55,17 @@ class Captured:
     limits: tuple[str, ...]
 
 
-def captured(subject: Subject) -> Captured:
-    """Gather it from the subject's traces or count table."""
+def captured(subject: Subject, names: Sequence[str] = ()) -> Captured:
+    """Gather it from the subject's traces or count table; ``names`` of these, if not their folders'."""
     if subject.table is not None:
-        return _of_table(subject)
+        return _of_table(subject, tuple(names) or ("count table",))
     traces = subject.traces
     loss = sum((trace.loss for trace in traces[1:]), traces[0].loss)
     domains = overview.domains([trace.requests for trace in traces])
     facts = _facts(subject, traces)
     named = int((domains["domain"] != "").sum())
     return Captured(
-        names=tuple(trace.path.name for trace in traces),
+        names=tuple(names) or tuple(trace.path.name for trace in traces),
         facts=facts,
         tiles=(
             (f"{sum(len(t) for t in traces):,}", "tokens"),
@@ -82,12 +82,12 @@ def captured(subject: Subject) -> Captured:
     )
 
 
-def _of_table(subject: Subject) -> Captured:
+def _of_table(subject: Subject, names: tuple[str, ...]) -> Captured:
     counts = subject.analysis.counts
     picks = int(counts.included.sum())
     layers, n_expert = counts.layers.size, counts.n_expert
     return Captured(
-        names=("count table",),
+        names=names,
         facts=(
             ("model", "not known: a table of counts"),
             ("picks", f"{picks:,}"),

@@ -112,6 +112,22 @@ Method.every = (
         " the same token is routed in different domains; its coverage says how much of the text that is.",
     ),
     Method(
+        "heldout", "Held-out prompts, recall", r"held[ -]out|recall\S*|prompts held",
+        "What is learned (a popular set, a table, a regression) is learned from some of the prompts and judged on the"
+        " others. Recall@m is the share of a token's k experts among m that were predicted; with m = k it is precision"
+        " too. Baselines that cost nothing, such as the most popular experts, stand beside it.",
+    ),
+    Method(
+        "information", "Mutual information", r"mutual information|out of step",
+        "How many bits the expert of one layer tells about that of another. Few tokens make it larger than it is, so it"
+        " stands beside the same with one of the two series turned round within its prompt.",
+    ),
+    Method(
+        "mantel", "Mantel test", r"Mantel\S*",
+        "Whether two tables of pairwise likeness go together: the correlation over pairs, against that with the items"
+        " of one table exchanged.",
+    ),
+    Method(
         "published", "As published", r"as published|published formulas?|notebook",
         "Tables so named follow the formulas of earlier analyses to the digit, faults included, so that numbers can"
         " be compared. Their chi-square takes every pick for an independent observation and finds domains where there"

@@ -98,12 +98,16 @@ def ask_all(
     return (*out, *by_name.values())
 
 
-def write_report(subject: Subject, findings: Sequence[Finding], folder: Path) -> Report:
+def write_report(
+    subject: Subject, findings: Sequence[Finding], folder: Path, names: Sequence[str] = ()
+) -> Report:
     """Write report.html, and each finding's JSON, figures/ and tables/, into ``folder``.
+
+    ``names`` are what the recordings are called, if not by their folders.
 
     Raises MoetraceError if a file cannot be written.
     """
-    about = captured(subject)
+    about = captured(subject, names)
     files: list[Path] = []
     for finding in findings:
         if finding.missing is None:

@@ -1,6 +1,6 @@
 "use strict";
 // The page's interactive figures: one state (layer, domain, …), figures that draw it, and controls that set it.
-// Deep links: #layer=3&domain=code&expert=17&measure=lift&order=layer.
+// Deep links: #layer=3&domain=code&expert=17&measure=lift&order=layer&theme=dark.
 
 const $ = (query, root = document) => root.querySelector(query);
 const $$ = (query, root = document) => [...root.querySelectorAll(query)];
@@ -441,6 +441,7 @@ class Report {
     if (said.has("expert") && Number(said.get("expert")) >= 0 && Number(said.get("expert")) < this.experts) state.expert = Number(said.get("expert"));
     for (const [name, choices] of Object.entries(this.choices)) if (choices.some(([key]) => key === said.get(name))) state[name] = said.get(name);
     if (state.measure === "lift" && !state.domain) state.domain = domains.length ? 1 : 0;
+    if (themes.includes(said.get("theme"))) root.dataset.theme = $("span", theme).textContent = said.get("theme");
   }
 
   get experts() { return this.data.arrays.count.shape[2]; }
@@ -746,6 +747,8 @@ try { const kept = localStorage.getItem("moetrace-theme"); if (themes.includes(k
 theme.hidden = false;
 $("span", theme).textContent = root.dataset.theme;
 theme.addEventListener("click", () => setTheme(themes[(themes.indexOf(root.dataset.theme) + 1) % 3]));
+addEventListener("beforeprint", () => { theme.kept = root.dataset.theme; root.dataset.theme = "light"; report?.show(); });
+addEventListener("afterprint", () => { root.dataset.theme = theme.kept; report?.show(); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => report?.show());
 if (innerWidth <= 1000) $("nav details").open = false;
 addEventListener("keydown", (e) => { if (e.key === "Escape") showTip(""); });
