@@ -23,9 +23,9 @@ class ContextAttentionRouting(Question):
 
     One place per prompt where the token sees enough keys. Attention: Bhattacharyya coefficient of every head's
     weights on the latest keys, so that contexts have one length; routing: share of experts in common. Correlation over
-    pairs of contexts; the p-value is Mantel's, contexts of similar positions being exchanged, so that position explains
-    nothing; jackknife intervals over contexts. As published: cosine of the last layer's attention, 0 wherever two
-    prompts differ in length, against a Jaccard index with a bonus, without a test.
+    pairs of contexts, with what position explains taken out of both; the p-value is Mantel's, contexts of similar
+    positions being exchanged; jackknife intervals over contexts. As published: cosine of the last layer's
+    attention, 0 wherever two prompts differ in length, against a Jaccard index with a bonus, without a test.
     """
 
     name: ClassVar[str] = "context-attention-routing"
@@ -56,14 +56,14 @@ class ContextAttentionRouting(Question):
             f" {len(found)} have contexts that are alike in attention and in routing beyond what position explains"
             f" (q ≤ 0.05, Benjamini-Hochberg)."
         ]
-        row = best(table, "correlation")
+        row = best(table, "partial")
         if row is not None:
             sentences.append(
-                f"The correlation is largest for {_name(row)} in layer {row['layer']:.0f}:"
-                f" {span(row['correlation'], row['low'], row['high'], '.2f')} over pairs of {row['contexts']} contexts"
+                f"Position taken out, the correlation is largest for {_name(row)} in layer {row['layer']:.0f}:"
+                f" {span(row['partial'], row['low'], row['high'], '.2f')} over pairs of {row['contexts']} contexts"
                 f" ({p_value(row['p_value'])}; exchanged contexts: {row['null_mean']:.2f})."
             )
-        mean = table.groupby("layer")["correlation"].mean()
+        mean = table.groupby("layer")["partial"].mean()
         sentences.append(
             f"Mean over tokens, by layer: {mean.min():.2f} (layer {mean.idxmin()}) to {mean.max():.2f}"
             f" (layer {mean.idxmax()})."
@@ -118,7 +118,7 @@ class ContextAttentionRouting(Question):
                 x = mine["layer"] + 0.08 * (i - (len(ids) - 1) / 2)
                 ax.vlines(x, mine["low"], mine["high"], color=color, alpha=0.5)
                 name = short(repr(mine["text"].iloc[0]))
-                ax.plot(x, mine["correlation"], color=color, marker="o", linewidth=0.7, label=name)
+                ax.plot(x, mine["partial"], color=color, marker="o", linewidth=0.7, label=name)
             layer_axis(ax, table["layer"].to_numpy())
             ax.set(ylabel="attention alike ~ routing alike")
             legend_above(ax)
