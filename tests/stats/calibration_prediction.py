@@ -69,7 +69,9 @@ def run(seed: int, n_permutations: int) -> dict[str, list[float]]:
             ]
         if plant == "position":
             out["contexts, position ignored"] = [_without_strata(attention, r, **options) for r in routing]
-    for plant, name in (("nothing", "early layer, nothing planted"), ("early", "early planted: early layer"))[: 2 if planted else 1]:
+    for plant, name in (("nothing", "early layer, nothing planted"), ("early", "early planted: early layer"))[
+        : 2 if planted else 1
+    ]:
         drawn = Attending(plant).draw(seed)
         early = [
             gain_test(
