@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.moetrace
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo releases test test-unit test-slow test-cpp sanitize lint clean bench-overhead bench-analysis gpu-check
+.PHONY: help setup demo releases test test-unit test-slow test-cpp sanitize lint notebooks clean bench-overhead bench-analysis gpu-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -57,6 +57,10 @@ lint: $(STAMP)-package ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+notebooks: setup ## execute the example notebooks
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[notebooks]'
+	$(BIN)/python examples/notebooks/execute.py
 
 bench-overhead: setup ## what tracing costs; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/bench_overhead.py

@@ -17,6 +17,27 @@ static bool number_after(const char * name, const char * prefix, int & number) {
     return value <= 1'000'000;
 }
 
+// The layer whose attention a node holds, after the soft-max: by its name, or, where a release gives none, by the cache
+// of keys that its scores were made with.
+static bool attention_layer(ggml_abi & abi, ggml_tensor * node, int & layer) {
+    if (number_after(abi.name(node), "kq_soft_max-", layer)) {
+        return true;
+    }
+    ggml_tensor * t = abi.src(node, 0);
+    for (int depth = 0; t && depth < 8; depth++) {
+        switch (abi.op(t)) {
+            case OP_SCALE: case OP_UNARY: case OP_ADD:
+                t = abi.src(t, 0);
+                break;
+            case OP_MUL_MAT:
+                return abi.src(t, 0) && number_after(abi.name(abi.root(abi.src(t, 0))), "cache_k_l", layer);
+            default:
+                return false;
+        }
+    }
+    return false;
+}
+
 std::vector<attention_source> attention_find(ggml_abi & abi, ggml_cgraph * graph, const config & cfg) {
     std::vector<attention_source> found;
     struct cache { int layer; ggml_tensor * k_idxs; int64_t kv_size; };
@@ -31,7 +52,7 @@ std::vector<attention_source> attention_find(ggml_abi & abi, ggml_cgraph * graph
             if (number_after(abi.name(owner), "cache_k_l", layer)) {
                 caches.push_back({ layer, abi.src(node, 1), abi.ne(owner)[1] });
             }
-        } else if (op == OP_SOFT_MAX && number_after(abi.name(node), "kq_soft_max-", layer) && cfg.has_layer(layer)) {
+        } else if (op == OP_SOFT_MAX && attention_layer(abi, node, layer) && cfg.has_layer(layer)) {
             attention_source source;
             source.layer = layer;
             source.probs = node;

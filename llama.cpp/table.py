@@ -17,14 +17,22 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 BEGIN = "<!-- releases: written by llama.cpp/table.py -->"
 END = "<!-- /releases -->"
+COLUMNS = (
+    "release",
+    "of",
+    "llama.cpp",
+    "ggml",
+    "traced",
+    "does not load",
+    "its own server fails",
+    "requests",
+    "attention's keys",
+)
 
 
 def full_table(found: list[dict[str, Any]]) -> str:
     """What was tried on each release, and what it cannot do."""
-    lines = [
-        "| release | of | llama.cpp | ggml | traced | does not load | its own server fails | requests |",
-    ]
-    lines.append("|" + " --- |" * 8)
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     for one in found:
         cells = [
             one["release"],
@@ -35,6 +43,7 @@ def full_table(found: list[dict[str, Any]]) -> str:
             ", ".join(one["unknown"]),
             ", ".join(one["broken"]),
             "announced by the server" if one["requests"] == "announced" else "told by positions",
+            one["attention"],
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -75,20 +75,23 @@ def cold_experts(
     known = ~np.isnan(effect)
     sums = np.where(known, effect, 0.0).sum(axis=1, keepdims=True)
     mean = np.divide(sums, known.sum(axis=1, keepdims=True), out=np.ones_like(sums), where=sums > 0)
-    # What prompts have in common makes rates vary; how much is itself known from few prompts only.
-    widen = (
-        (stats.t.ppf(0.5 + level / 2, p_prompts - 1) / stats.norm.ppf(0.5 + level / 2)) ** 2
-        if p_prompts > 1
-        else 1.0
-    )
+
+    def worth(effect_: Floats, tail: float) -> Floats:
+        """Independent tokens that ours are worth; how much prompts differ is itself known from few prompts only."""
+        if p_prompts < 2:
+            return np.broadcast_to(total, used.shape)
+        widen = stats.t.ppf(1 - tail, p_prompts - 1) / stats.norm.ppf(1 - tail)
+        return np.asarray(total / (effect_ * widen**2))
+
     # Few picks say little about their own spread: then not less than that of the layer's others.
-    spread = np.where(known, np.where(used < 30, np.maximum(effect, mean), effect), mean)
-    effective = total / (spread * widen)
+    at_least = np.where(known, np.maximum(effect, mean), mean)
+    tail = (1 - level) / used.size
+    effective = worth(np.where(known & (used >= 30), effect, at_least), (1 - level) / 2)
     low, high = clopper_pearson(used, np.broadcast_to(total, used.shape), level)
-    scaled = np.nan_to_num(rate) * effective
-    cluster_low, cluster_high = clopper_pearson(scaled, effective, level)
-    together = 1 - 2 * (1 - level) / used.size
-    bound = clopper_pearson(scaled, effective, together)[1]
+    share = np.nan_to_num(rate)
+    cluster_low, cluster_high = clopper_pearson(share * effective, effective, level)
+    careful = worth(at_least, tail)
+    bound = clopper_pearson(share * careful, careful, 1 - 2 * tail)[1]
     threshold = (cold_below * np.asarray(n_expert_used, dtype=np.float64) / n_expert) * np.ones(n_layers)
     cold = bound < threshold[:, None]
     verdict = np.where(cold, "cold", np.where(cluster_low >= threshold[:, None], "in use", "undecided"))

@@ -18,10 +18,14 @@ from moetrace.findings import Finding
 class Report:
     """Make a report of a trace: a page to look at, figures, tables.
 
-    Asks every question that the trace can answer and writes into DIR: report.html, one file that needs no
-    network and no other file; figures/ as PNG and PDF; tables/ as CSV; each finding as JSON. Of a trace, of several
-    taken together, of another program's recording (docs/import.md), or of a count table. Questions that need the model are asked if it is given (that takes a while),
-    or were asked before: moetrace analyze NAME -m model.gguf -o DIR, then --findings DIR.
+    Asks every question that the recording can answer and writes into DIR: report.html, one file that needs no
+    network and no other file; figures/ as PNG and PDF; tables/ as CSV; each finding as JSON. Of a trace, of
+    several taken together, of another program's recording (docs/import.md), or of a count table. Questions
+    that need the model are asked if it is given (that takes a while); or ask them before, and name the folder:
+
+      moetrace report t.moet
+      moetrace analyze NAME -m model.gguf -o answers
+      moetrace report t.moet --findings answers
     """
 
     passthrough = False
@@ -62,7 +66,7 @@ class Report:
             with progress_bar("questions") as update:
                 findings = ask_all(subject, given, update)
             report = write_report(subject, findings, folder)
-            width = min(100, shutil.get_terminal_size().columns)
+            width = min(120, shutil.get_terminal_size().columns)
             sys.stdout.write(summary(report, width=width, paint=paint))
         return 0
 

@@ -41,13 +41,13 @@ class ExpertInterference(Question):
     channels: ClassVar[tuple[str, ...]] = ("gate_input", "tensor:ffn_moe_out-*")
     needs_model: ClassVar[bool] = True
 
-    k: str = parameter(
-        "", "experts per token to try, such as 1,2,4; default: powers of 2 up to twice the model's own"
+    k: str | None = parameter(
+        None, "experts per token to try, such as 1,2,4; default: powers of 2 up to twice the model's own"
     )
     tokens: int = parameter(1024, "tokens per layer to compute contributions of")
     min_tokens: int = parameter(20, "tokens that must use both experts of a pair")
     null: int = parameter(199, "null arrangements")
-    text: str = parameter("", TEXT_HELP)
+    text: str | None = parameter(None, TEXT_HELP)
     kl: bool = parameter(True, "measure KL divergence too: keeps logits in a temporary folder")
     generate: int = parameter(
         30, "tokens to generate for the published comparison of lengths; 0: leave it out"

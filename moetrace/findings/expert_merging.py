@@ -48,8 +48,8 @@ class ExpertMerging(Question):
     channels: ClassVar[tuple[str, ...]] = ("gate_input",)
     needs_model: ClassVar[bool] = True
 
-    counts: str = parameter(
-        "", "experts per layer to go down to, such as 28,24,16; default: 7/8, 3/4 and 1/2 of them"
+    counts: str | None = parameter(
+        None, "experts per layer to go down to, such as 28,24,16; default: 7/8, 3/4 and 1/2 of them"
     )
     criteria: str = parameter(",".join(merging.CRITERIA), "what to merge by")
     in_place: bool = parameter(False, "also evaluate merging with the routers left as they are")
@@ -58,10 +58,10 @@ class ExpertMerging(Question):
     null: int = parameter(19, "null comparisons of weights, each as much work as the comparison; 0: none")
     threshold: float = parameter(0.8, "cosine of matched weights from which two experts are candidates")
     distance: float = parameter(0.5, "output distance below which two experts are candidates")
-    text: str = parameter("", TEXT_HELP)
+    text: str | None = parameter(None, TEXT_HELP)
     kl: bool = parameter(True, "measure KL divergence too: keeps logits in a temporary folder")
-    keep: str = parameter(
-        "", "keep the file merged by the first criterion to the first count here", metavar="FILE"
+    keep: str | None = parameter(
+        None, "keep the file merged by the first criterion to the first count here", metavar="FILE"
     )
 
     def answer(self, subject: Subject) -> Finding:

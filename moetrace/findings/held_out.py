@@ -16,7 +16,7 @@ from moetrace.host.evaluate import Divergence, Evaluation, Evaluator, divergence
 TEXT_HELP = "JSON lines of held-out text; default: the shipped texts, which suit the demo model"
 
 
-def held_out(text: str) -> str | os.PathLike[str]:
+def held_out(text: str | None) -> str | os.PathLike[str]:
     """The file that a question's parameter ``text`` names."""
     return text or data.prompts("heldout-text")
 
@@ -42,7 +42,9 @@ class Comparison:
 
 
 @contextmanager
-def compared_with(model: Path, text: str, *, kl: bool, options: Mapping[str, Any]) -> Iterator[Comparison]:
+def compared_with(
+    model: Path, text: str | None, *, kl: bool, options: Mapping[str, Any]
+) -> Iterator[Comparison]:
     """Evaluate ``model`` on the text, and give what compares others with it.
 
     ``kl`` keeps logits in a temporary folder (4 bytes × vocabulary per token, twice).

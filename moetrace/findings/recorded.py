@@ -35,7 +35,7 @@ def recorded(
             prompts,
             Path(folder) / "t.moet",
             n_predict=n_predict,
-            n_parallel=8,
+            n_parallel=16,
             all_outputs=True,
             **subject.model_options,
         )

@@ -43,9 +43,11 @@ class RoutingManipulation(Question):
     title: ClassVar[str] = "Routing manipulation"
     needs_model: ClassVar[bool] = True
 
-    target: str = parameter("", "what to reach, LAYER:EXPERT, several joined by +, such as 3:17 or 2:5+7:30")
+    target: str | None = parameter(
+        None, "what to reach, LAYER:EXPERT, several joined by +, such as 3:17 or 2:5+7:30"
+    )
     targets: int = parameter(24, "targets drawn at random where none is given")
-    layers: int = parameter(3, "layers on such a target: one expert in each")
+    depth: int = parameter(3, "layers on such a target: one expert in each")
     length: int = parameter(6, "tokens of the searched input")
     free: str = parameter("all", "what the search may choose: every token, or only what comes before a drawn last one",
                           choices=["all", "context"])  # fmt: skip
@@ -129,15 +131,15 @@ class RoutingManipulation(Question):
                     )
                 pairs.append((index, int(match[2])))
             return [tuple(pairs)]
-        if not 1 <= self.layers <= len(layers) or self.targets < 2:
+        if not 1 <= self.depth <= len(layers) or self.targets < 2:
             raise UsageError(
-                f"no target of {self.layers} layers, or fewer than 2 of them",
-                fix=f"give --layers 1 to {len(layers)}, and --targets 2 or more",
+                f"no target of {self.depth} layers, or fewer than 2 of them",
+                fix=f"give --depth 1 to {len(layers)}, and --targets 2 or more",
             )
         return [
             tuple(
                 (int(layer), int(rng.integers(n_expert[layer])))
-                for layer in np.sort(rng.choice(len(layers), self.layers, replace=False))
+                for layer in np.sort(rng.choice(len(layers), self.depth, replace=False))
             )
             for _ in range(self.targets)
         ]

@@ -223,5 +223,5 @@ def _limits(subject: Subject, loss: Loss) -> tuple[str, ...]:
             " over to other texts."
         )
     if loss.lost:
-        said.append(f"What the {loss.lost:,} lost entries would have shown.")
+        said.append(f"Nothing is known of the {loss.lost:,} entries that were lost.")
     return tuple(said)

@@ -22,7 +22,7 @@ from moetrace.findings import Finding, Subject
 
 Arrays = dict[str, npt.NDArray[Any]]
 
-_LIFT = {"layer", "domain", "expert", "lift", "low", "high", "p_family"}
+_LIFT = {"layer", "domain", "expert", "share", "lift", "low", "high", "p_family"}
 _PERSISTENCE = {"layer", "lag", "pairs", "overlap", "overlap_shuffle", "overlap_marginal", "overlap_low"}
 _SEPARATION = {"layer", "jsd_bits", "jsd_null_q95", "jsd_jackknife", "jsd_low", "jsd_high", "q_value"}
 

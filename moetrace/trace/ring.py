@@ -123,9 +123,11 @@ def process_alive(pid: int) -> bool:
         return False
     except (PermissionError, OverflowError):
         return True
-    try:  # where there is no /proc, a zombie counts until its parent has looked
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except (OSError, IndexError):
+    try:
+        facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # of a process that is killed the first thread may be gone while another still ends a write
+        return facts[0] not in ("Z", "X") or int(facts[17]) > 1
+    except (OSError, IndexError):  # where there is no /proc, a zombie counts until its parent has looked
         return True
 
 

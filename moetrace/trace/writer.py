@@ -276,7 +276,7 @@ class TraceWriter:
         writer.path, writer.fsync, writer._meta = store.path, fsync, dict(store.meta)
         writer._listed = np.array(store.requests["request"])
         highest = [int(context.rows["request"].max(initial=-1)) for context in store.contexts]
-        writer._request_numbers = itertools.count(1 + max(highest + [int(writer._listed.max(initial=-1))]))
+        writer._request_numbers = itertools.count(1 + max([*highest, int(writer._listed.max(initial=-1))]))
         writer.requests = TableWriter.resume(store.path / "requests", fsync=fsync)
         writer.contexts = []
         for index, context in enumerate(store.contexts):

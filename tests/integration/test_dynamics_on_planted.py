@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def test_the_expert_of_digits_is_found_and_is_the_only_one_beyond_words(planted:
 
 
 def test_the_circuit_is_found_link_by_link_and_holds_on_other_prompts(planted: Ask) -> None:
-    _, ask = planted(distinct_tokens(12, 50), circuit=CIRCUIT)
+    _, ask = planted(distinct_tokens(12, 50, seed=1), circuit=CIRCUIT, seed=1)
     found = ask("expert-circuits", max_gap=2)
     edges = found.tables["edges"]
     sure = edges[edges["p_family"] <= 0.05]
@@ -95,7 +96,7 @@ def test_the_dead_experts_are_cold_and_no_other_is(planted: Ask) -> None:
 
 
 def test_too_little_text_makes_no_expert_cold_though_the_published_rule_says_so(planted: Ask) -> None:
-    _, ask = planted(texts(2), n_expert=32)
+    _, ask = planted(distinct_tokens(2, 20), n_expert=32)
     found = ask("cold-experts")
     assert found.tables["as_published_rates"]["prune"].sum() > 3
     assert not found.tables["experts"]["cold"].any()
@@ -117,8 +118,9 @@ def test_the_change_of_phase_is_found_at_its_step(planted: Ask) -> None:
     _, ask = planted(distinct_tokens(8, 9, begin=True), 50, phase_at=40)
     found = ask("generation-dynamics", "decode")
     phases = found.tables["phases"]
-    tested = phases[phases["p_value"].notna()]
-    assert tested[tested["p_value"] <= 0.05]["change"].tolist() == [30]
+    assert phases["change"].iloc[0] == 30
+    assert phases["p_value"].iloc[0] == 1 / 200
+    assert phases["jsd_bits"].iloc[0] > 5 * phases["null_bits"].iloc[0]
     assert found.tables["own_phases"]["p_value"].iloc[0] <= 0.05
 
 
@@ -150,18 +152,6 @@ def test_five_tokens_make_pipelines_as_published_and_nothing_else(planted: Ask) 
     assert found["paths"].empty
 
 
-def test_right_and_wrong_outputs(planted: Ask) -> None:
-    """Generated text starts where the prompt's first token says, so that its first word can be asked for."""
-    prompts = [
-        {"id": f"q{i}", "prompt": f"Tell me about {i} things", "label": "even" if i % 2 == 0 else "odd"}
-        for i in range(12)
-    ]
-    _, ask = planted(prompts, 12)
-    outputs = ask("generation-dynamics", "decode")
-    assert any("answer" in caveat for caveat in outputs.caveats)
-    assert "answers" not in outputs.tables
-
-
 def test_answers_are_read_from_the_prompts_lines(runtime: Any, tmp_path: Path) -> None:
     lines = data.prompts("questions").read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line) for line in lines]
@@ -184,20 +174,20 @@ def test_cold_experts_are_woken_and_ablated_in_the_model(runtime: Any, tmp_path:
     held_out.write_text(
         "".join(json.dumps({"tokens": p["tokens"]}) + "\n" for p in distinct_tokens(6, 60)), encoding="utf-8"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "moetrace",
-        "analyze",
-        "cold-experts",
-        tmp_path / "t.moet",
-        "-m",
-        model.path,
-    ]
-    options = ["--phase", "prefill", "--wake", "1", "--ablate", "1", "--texts", held_out, "--format", "json"]
-    run = subprocess.run([*command, *options], capture_output=True, text=True, timeout=250, check=False)
+    code = """
+        import sys
+        from pathlib import Path
+        import moetrace
+        from moetrace.findings import Subject, question
+        path, model, texts = sys.argv[1:]
+        with moetrace.open(path) as trace:
+            subject = Subject([trace], phase="prefill", model=Path(model), model_options={"n_threads": 1})
+            print(question("cold-experts")(wake=1, ablate=1, texts=texts).answer(subject).to_json())
+    """
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code), tmp_path / "t.moet", model.path]
+    run = subprocess.run([*command, held_out], capture_output=True, text=True, timeout=250, check=False)
     assert run.returncode == 0, run.stderr
-    found = Finding.from_json(json.dumps(json.loads(run.stdout)[0]))
+    found = Finding.from_json(run.stdout)
     table = found.tables["experts"]
     coldest = table.iloc[0]
     assert (coldest["layer"], coldest["expert"]) == (1, 3)

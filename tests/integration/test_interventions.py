@@ -28,7 +28,12 @@ from moetrace.trace.verify import verify
 pytestmark = pytest.mark.runtime
 
 # every way of scoring and weighting that llama.cpp has, hybrid models, groups, a router that is its own score
-NAMES = [name for name, arch in ARCHITECTURES.items() if arch.n_expert and not arch.encoder]
+QUICK = ("gpt-oss", "olmoe", "qwen3moe", "llama", "deepseek2-v3", "llama4")
+NAMES = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name, arch in ARCHITECTURES.items()
+    if arch.n_expert and not arch.encoder
+]
 PROMPTS = [
     {"id": "a", "prompt": TEXT[:300], "n_predict": 10},
     {"id": "b", "prompt": TEXT[300:420], "n_predict": 10},
@@ -162,7 +167,7 @@ def test_replaying_another_prompts_routing_gives_exactly_these_ids(name, plain, 
     source, target = request(base, "b"), request(trace, "c")
     n = min(len(source), len(target))
     both = (np.asarray(source.state)[:n] == State.PRESENT) & (np.asarray(target.state)[:n] == State.PRESENT)
-    assert both.all(axis=1).any()
+    assert both.mean() > 0.6  # of the last layer only what both computed
     a, b = np.asarray(source.experts)[:n], np.asarray(target.experts)[:n]
     np.testing.assert_array_equal(a[both], b[both])
     assert not np.array_equal(np.asarray(request(base, "c").experts)[:n][both], a[both])
@@ -258,8 +263,9 @@ def test_evaluating_and_recording_what_was_intervened_on(runtime, model_file, tm
         from moetrace.host.evaluate import Evaluator
         model, text, out = sys.argv[1:]
         with Evaluator(model, n_threads=1, trace=out + "/t.moet") as e:
-            e.evaluate([text, {"prompt": text[100:300], "id": "x"}])
-            e.evaluate([text, {"prompt": text[100:300], "id": "x"}], intervene="ablate:*:2@request=x")
+            texts = [text[:200], {"prompt": text[100:300], "id": "x"}]
+            e.evaluate(texts)
+            e.evaluate(texts, intervene="ablate:*:2@request=x")
     """
     run = python(code, model_file("olmoe"), TEXT, tmp_path)
     assert run.returncode == 0, run.stderr
@@ -272,9 +278,8 @@ def test_evaluating_and_recording_what_was_intervened_on(runtime, model_file, tm
         assert (np.asarray(rows.experts) == 2).any() != is_ablated
     (row,) = trace.interventions.itertuples()
     assert row.rules == "ablate:*:2@slot=1"
-    np.testing.assert_array_equal(
-        trace.intervened, (trace.serial >= row.first_serial) & (trace.sequence == 1)
-    )
+    inside = trace.serial >= np.uint64(row.first_serial)
+    np.testing.assert_array_equal(trace.intervened, inside & (trace.sequence == 1))
 
 
 LEAVES_TOO_FEW = ",".join(map(str, range(13)))
@@ -318,7 +323,7 @@ def test_what_only_the_graph_tells_is_refused_by_the_host(name, why, runtime, mo
         from moetrace.host import intervene, inprocess
         from moetrace.errors import MoetraceError
         model, spec, out = sys.argv[1:]
-        inprocess.model_routers = lambda *a: None  # nothing is known beforehand
+        intervene.model_routers = lambda *a: None  # nothing is known beforehand
         try:
             inprocess.capture(model, ["Some words", "and others"], out, intervene=spec, n_threads=1)
         except MoetraceError as e:
@@ -399,9 +404,8 @@ def test_switching_while_the_server_runs(collector, runtime, model_file, tmp_pat
         assert not used & set(experts)
         assert {3, 4, 7} - set(experts) <= used
     assert list(trace.interventions["number"]) == [1, 2, 1]
-    assert list(trace.interventions["rules"]) == ["ablate:*:3 ablate:*:7@slot=1", "ablate:*:4"] + [
-        "ablate:*:3 ablate:*:7@slot=1"
-    ]
+    both = "ablate:*:3 ablate:*:7@slot=1"
+    assert list(trace.interventions["rules"]) == [both, "ablate:*:4", both]
     same_rows(request(trace, "before"), request(trace, "after 0"), "token_ids", "experts", "weights")
     assert trace.counters["rows_intervened"] == trace.intervened.sum()
 
@@ -425,8 +429,9 @@ def test_switching_in_the_middle_of_a_request(runtime, model_file, tmp_path):
         arguments=["-np", "1", "-c", "8192", "-t", "1"],
         program=str(runtime.tool("llama-server")),
     ) as server:
+        ask(server, 0, identity="short")
         asking = threading.Thread(
-            target=ask, args=(server, 0), kwargs={"n_predict": 6000, "identity": "long"}
+            target=ask, args=(server, 0), kwargs={"n_predict": 3000, "identity": "long"}
         )
         asking.start()
         try:

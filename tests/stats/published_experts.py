@@ -201,7 +201,7 @@ def merging(models: Models) -> str:
 
 def manipulation(models: Models) -> str:
     options: dict[str, dict[str, Any]] = {
-        "random": {"layers": 2},
+        "random": {"depth": 2},
         "planted": {"target": "2:9", "budget": 512},
         "demo": {},
     }

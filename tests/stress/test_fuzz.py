@@ -6,11 +6,10 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Figures
+from scale import ROOT, Figures, Size
 
 pytestmark = pytest.mark.stress
 
@@ -41,7 +40,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("target", TARGETS)
 def test_cpp(
-    target: str, size: Callable[[str], int], figures: Figures, tmp_path: Path, request: pytest.FixtureRequest
+    target: str, size: Size, figures: Figures, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """GIVEN bytes that nobody meant WHEN the C++ reads them THEN no sanitizer says a word, and no check fails."""
     seconds = size("fuzz_seconds")

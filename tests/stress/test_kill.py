@@ -11,14 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from actors import expected_rows
-from conftest import ROOT, Figures
+from scale import ROOT, Figures, Size
 
 import moetrace
 from moetrace.errors import MoetraceError, TraceError
@@ -44,13 +44,14 @@ class Actor:
     def hear(self, key: str) -> Any:
         """Wait until it says ``key``; an error that it says instead is raised."""
         deadline = time.monotonic() + PATIENCE
+        told, last = self._stage.told[self._number], False
         while time.monotonic() < deadline:
-            told = self._stage.told[self._number]
             try:
-                line = told.get(timeout=0.5)
+                line = told.get(timeout=5 if last else 0.5)
             except queue.Empty:
-                if key != "pid" and not process_alive(self.pid):
+                if last:
                     break
+                last = key != "pid" and not process_alive(self.pid)  # what it said may still be on its way
                 continue
             if "error" in line:
                 raise MoetraceError(line["error"])
@@ -168,7 +169,7 @@ def check_rows(folder: Path, ring: Path) -> int:
 
 
 @pytest.mark.timeout(3600)
-def test_native_hosts(stage: Stage, tmp_path: Path, size: Callable[[str], int], figures: Figures) -> None:
+def test_native_hosts(stage: Stage, tmp_path: Path, size: Size, figures: Figures) -> None:
     """GIVEN the C++ producer and the drain WHEN either, both or a recovery is killed THEN nothing is lost or wrong."""
     wanted = size("kills_of_native_hosts")
     random = np.random.default_rng(2024)
@@ -314,7 +315,7 @@ def check_server(folder: Path, clients: Clients) -> int:
 @pytest.mark.runtime
 @pytest.mark.timeout(3600)
 def test_llama_server(
-    stage: Stage, runtime: Any, model_file: Any, tmp_path: Path, size: Callable[[str], int], figures: Figures
+    stage: Stage, runtime: Any, model_file: Any, tmp_path: Path, size: Size, figures: Figures
 ) -> None:
     """GIVEN llama-server with 4 busy slots WHEN it, its drain or both are killed THEN nothing is lost or wrong."""
     wanted = size("kills_of_llama_server")

@@ -114,6 +114,7 @@ def result_of(release: Release) -> dict[str, Any]:
             "traced": [],
             "unknown": [],
             "broken": [],
+            "attention": "",
         }
     return results[release.name]
 
@@ -306,6 +307,38 @@ def test_counts_equal_those_of_the_releases_imatrix(release, model_file, tmp_pat
             np.testing.assert_array_equal(counts[f"blk.{layer}.ffn_down_exps.weight.counts"], used)
 
 
+def test_attention_rows_are_whole(release, model_file, tmp_path):
+    """Every row has a weight for each key before it, and says at which positions these are, or that it cannot."""
+    options = subprocess.run([release.program, "--help"], capture_output=True, text=True, check=False).stdout
+    # before it could be said, it was off unless asked for
+    off = ["-fa", "off"] if re.search(r"--flash-attn\W+on\b", options) else []
+    path = tmp_path / "t.moet"
+    with moetrace.serve(
+        model_file("olmoe"),
+        output=path,
+        arguments=[*ARGUMENTS, *off],
+        channels="experts,attention",
+        program=str(release.program),
+    ) as server:
+        drive(server.client, solo_prompts(), settings=SETTINGS)
+    assert verify(path).exit_code == 0
+    firsts = set()
+    with moetrace.open(path) as trace:
+        rows = np.flatnonzero(trace.column("request") >= 0)
+        serial, position = trace.column("serial")[rows], trace.column("position")[rows]
+        for one, at in zip(serial.tolist(), position.tolist(), strict=True):
+            for layer in trace.layers.tolist():
+                found = trace.attention.row(one, layer)
+                assert found is not None
+                weights, first = found
+                assert weights.shape == (4, at + 1)
+                np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-5)
+                firsts.add(first)
+    assert len(rows) > 300
+    assert firsts in ({0}, {-1})
+    result_of(release)["attention"] = "by position" if firsts == {0} else "in the cache's order"
+
+
 def test_doctor_says_yes_or_why_not(release):
     command = [sys.executable, "-m", "moetrace", "doctor", "--", release.program]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -336,7 +369,9 @@ def test_the_tables_say_what_was_found(release, figures):
     )
     stored = {one["release"]: one for one in json.loads(FOUND.read_text())} if FOUND.is_file() else {}
     if os.environ.get("MOETRACE_WRITE"):
-        stored[found["release"]] = found
+        stored = {name: one for name, one in stored.items() if one.keys() == found.keys()} | {
+            release.name: found
+        }
         ranked = [stored[name] for name, _ in stated_releases() if name in stored]
         FOUND.write_text(json.dumps(ranked, indent=2) + "\n")
         subprocess.run([sys.executable, ROOT / "llama.cpp" / "table.py"], check=True)
