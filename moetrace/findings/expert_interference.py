@@ -16,12 +16,15 @@ from moetrace.errors import ChannelMissingError, UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.held_out import TEXT_HELP, compared_with
 from moetrace.findings.subject import Subject
+from moetrace.findings.wording import of_layers
 from moetrace.host.llama import Llama
 from moetrace.trace.experts import LayerExperts
 from moetrace.trace.model import ModelFile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_TOO_FAR = 0.05  # quantised activations cost about 1 %
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,13 @@ class ExpertInterference(Question):
             found.insert(0, "layer", layer)
             pairs.append(found)
         table = pd.DataFrame(rows)
+        wrong = table[table["error_median"] > _TOO_FAR]
+        if len(wrong):
+            caveats.append(
+                f"The sums do not fit {of_layers(wrong['layer'], len(table))}: {model.architecture} computes something"
+                " else there than is assumed, or its activations are rounded hard. Do not rely on what is said of"
+                " contributions."
+            )
         table.insert(6, "q_value", nulls.benjamini_hochberg(table["p_value"]))
         return table, pd.concat(pairs, ignore_index=True), caveats
 

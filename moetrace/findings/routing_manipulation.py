@@ -99,6 +99,7 @@ class RoutingManipulation(Question):
             "Targets of one model are not independent of each other; intervals take them so."
             if not self.target
             else "One target was given: its success says nothing about others.",
+            "Greedy and beam search are each tested by themselves at 5 %.",
             "A sequence found is one of token ids; its text may be tokenised otherwise.",
         ]
         if edits:

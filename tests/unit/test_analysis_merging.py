@@ -338,6 +338,13 @@ def test_fused_matrices_are_taken_apart(tmp_path):
             LayerExperts(model, 0)  # the dense layer
 
 
+def test_experts_that_do_not_read_what_the_router_reads_are_known(tmp_path):
+    with ModelFile(write_model(tmp_path / "s.gguf", "smallthinker")) as model:
+        experts = LayerExperts(model, 0)
+        assert not experts.reads_gate_input
+        assert experts.activation == "relu"
+
+
 def layers_of(path: Path) -> list[int]:
     with ModelFile(path) as model:
         return model.moe_layers
