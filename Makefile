@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.moetrace
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-slow test-cpp sanitize lint clean bench-overhead bench-analysis gpu-check
+.PHONY: help setup demo releases test test-unit test-slow test-cpp sanitize lint notebooks clean bench-overhead bench-analysis gpu-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -58,11 +58,19 @@ lint: $(STAMP)-package ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+notebooks: setup ## execute the example notebooks
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[notebooks]'
+	$(BIN)/python examples/notebooks/execute.py
+
 bench-overhead: setup ## what tracing costs; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/bench_overhead.py
 
 bench-analysis: $(STAMP)-package ## the analyses against the notebook's own method
 	$(BIN)/python benchmarks/bench_analysis.py
+
+releases: setup ## build llama.cpp releases of two years (once, an hour) and try moetrace on each
+	PYTHON=$(BIN)/python llama.cpp/releases.sh build/releases
+	MOETRACE_STRESS=whole MOETRACE_WRITE=1 $(BIN)/python -m pytest tests/stress/test_releases.py
 
 gpu-check: ## build for CUDA and check there; SOURCES_GPU=FOLDER, see the script
 	benchmarks/gpu-check.sh $(SOURCES_GPU)

@@ -25,6 +25,7 @@ COMMANDS = {
     "stop": "Stop",
     "intervene": "Intervene",
     "status": "Status",
+    "resume": "Resume",
     "import": "Import",
     "info": "Info",
     "verify": "Verify",

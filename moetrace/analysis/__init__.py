@@ -6,6 +6,9 @@ published formulas, faults included, and :func:`from_trace` offers the analyses 
 
 from __future__ import annotations
 
+from moetrace.analysis.attention import AttentionRows, attention_features, attention_windows
+from moetrace.analysis.attention_prediction import attention_prediction
+from moetrace.analysis.cache import CacheSimulation, expert_cache, lru_distances, stack_distances
 from moetrace.analysis.chance import Chance, chance
 from moetrace.analysis.cold_experts import (
     as_published_cold_experts,
@@ -21,6 +24,7 @@ from moetrace.analysis.compare import (
     align,
     usage_difference,
 )
+from moetrace.analysis.context_attention_routing import ContextTest, context_attention_routing
 from moetrace.analysis.counts import (
     RoutingCounts,
     TokenCounts,
@@ -87,8 +91,16 @@ from moetrace.analysis.merging import (
     routing_similarity,
     weight_similarity,
 )
+from moetrace.analysis.predict import GainTest, Prediction, Problem, gain_test
+from moetrace.analysis.published_prediction import (
+    as_published_attention_prediction,
+    as_published_context_attention_routing,
+    as_published_task_prediction,
+)
 from moetrace.analysis.routed import RoutedText
+from moetrace.analysis.rows import TokenRows
 from moetrace.analysis.sums import MetricSums
+from moetrace.analysis.task_prediction import task_prediction
 from moetrace.analysis.temporal import Transitions, persistence, shuffle_test, transitions
 from moetrace.analysis.token_patterns import (
     TokenPatterns,
@@ -109,29 +121,38 @@ from moetrace.analysis.token_patterns import (
 __all__ = [
     "Agreement",
     "Analysis",
+    "AttentionRows",
+    "CacheSimulation",
     "Chance",
     "Circuits",
+    "ContextTest",
     "DeepDive",
     "DepthContrast",
     "DomainSeparation",
     "DomainTest",
+    "GainTest",
     "MatchedSeparation",
     "MetricSums",
     "Phases",
+    "Prediction",
+    "Problem",
     "RoutedRows",
     "RoutedText",
     "RoutingCounts",
     "TableAnalysis",
     "TokenCounts",
     "TokenPatterns",
+    "TokenRows",
     "Transitions",
     "agreement",
     "agreement_by_depth",
     "agreement_summary",
     "align",
+    "as_published_attention_prediction",
     "as_published_circuits",
     "as_published_coactivation",
     "as_published_cold_experts",
+    "as_published_context_attention_routing",
     "as_published_control",
     "as_published_dynamics",
     "as_published_interference",
@@ -139,7 +160,11 @@ __all__ = [
     "as_published_robustness",
     "as_published_semantic_patterns",
     "as_published_similarity",
+    "as_published_task_prediction",
     "as_published_triggers",
+    "attention_features",
+    "attention_prediction",
+    "attention_windows",
     "chance",
     "chosen_outputs",
     "clopper_pearson",
@@ -147,6 +172,7 @@ __all__ = [
     "cold_experts",
     "combination",
     "combined_analysis",
+    "context_attention_routing",
     "correctness_features",
     "count_routing",
     "count_tokens",
@@ -157,6 +183,7 @@ __all__ = [
     "domain_separation",
     "domain_test",
     "edit_effect",
+    "expert_cache",
     "expert_circuits",
     "expert_frequency",
     "expert_interference",
@@ -166,6 +193,7 @@ __all__ = [
     "expert_usage",
     "frequent_tokens",
     "from_trace",
+    "gain_test",
     "gate_distances",
     "gate_summary",
     "gate_sums",
@@ -175,6 +203,7 @@ __all__ = [
     "join_words",
     "linearity",
     "load_balance",
+    "lru_distances",
     "matched_separation",
     "merge",
     "merge_candidates",
@@ -192,6 +221,8 @@ __all__ = [
     "sequence_patterns",
     "shuffle_test",
     "specialists",
+    "stack_distances",
+    "task_prediction",
     "token_type",
     "transitions",
     "trigger_tokens",

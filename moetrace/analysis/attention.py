@@ -146,9 +146,8 @@ def attention_windows(rows: AttentionRows, length: int) -> npt.NDArray[np.float3
         place = np.minimum(np.maximum(piece.distance, 0), length)
         head = np.repeat(np.arange(piece.starts.size), np.diff(np.append(piece.starts, piece.p.size)))
         flat = np.bincount(head * (length + 2) + place, piece.p, minlength=piece.starts.size * (length + 2))
-        window = flat.reshape(-1, length + 2)
-        window[:, -1] = np.maximum(1 - window.sum(axis=1), 0)
-        window = window.reshape(piece.rows.size, rows.n_heads, length + 2)
+        window = flat.reshape(piece.rows.size, rows.n_heads, length + 2)
+        window[:, :, -1] = np.maximum(1 - window.sum(axis=2), 0)
         enough = rows.n_keys[piece.rows] >= length
         out[piece.rows[enough]] = window[enough]
     return out

@@ -188,7 +188,7 @@ POLICIES = {
     "lru": "least recently used goes",
     "lfu": "least often used goes",
     "pinned": "hottest of other prompts stay",
-    "pinned (same prompts)": "hottest of the measured prompts stay: too good, as it was chosen on what it is measured on",
+    "pinned (same prompts)": "hottest of the measured prompts themselves stay: too good to be true",
     "oracle": "the one needed last goes",
 }
 
@@ -225,7 +225,9 @@ def expert_cache(
         )
     unknown = sorted(set(policies) - set(POLICIES))
     if unknown:
-        raise UsageError(f"there is no cache policy {unknown[0]!r}", fix=f"choose among: {', '.join(POLICIES)}")
+        raise UsageError(
+            f"there is no cache policy {unknown[0]!r}", fix=f"choose among: {', '.join(POLICIES)}"
+        )
     order = np.random.default_rng((seed, 4)).permutation(present)
     rank = np.zeros(rows.prompts.size, dtype=np.int64)
     rank[order] = np.arange(order.size)
@@ -259,12 +261,18 @@ def expert_cache(
             raise UsageError("there is no routing to simulate", fix="choose a phase that has rows")
         for policy in policies:
             if policy.startswith("pinned"):
-                distance = _pinned(streams, measured if "same" in policy else (turns < 0) & (streams >= 0), n_items)
+                distance = _pinned(
+                    streams, measured if "same" in policy else (turns < 0) & (streams >= 0), n_items
+                )
             else:
                 distance = stack_distances(streams, n_items, policy, progress)  # type: ignore[arg-type]
             distance = distance[measured]
-            hit = np.stack([_count(who, where, n_layers, need.shape[0], distance <= s) for s in wanted], axis=2)
-            curves.append(_curve(cache, policy, wanted, scale, hit, need, rows, weights, int((turn >= 0).sum())))
+            hit = np.stack(
+                [_count(who, where, n_layers, need.shape[0], distance <= s) for s in wanted], axis=2
+            )
+            curves.append(
+                _curve(cache, policy, wanted, scale, hit, need, rows, weights, int((turn >= 0).sum()))
+            )
             if cache == "layer":
                 layers.append(_by_layer(policy, wanted, hit, need, rows))
     hot = _hot_sets(by_layer, np.repeat(turn, k), rows)

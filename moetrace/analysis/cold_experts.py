@@ -55,7 +55,8 @@ def cold_experts(
     ``threshold``; ``prompts`` that use it; ``verdict``: "cold", "in use" (cluster_low ≥ threshold) or "undecided".
 
     An expert's design effect is its variance between prompts (a ratio estimate's) over the binomial one, at least 1.
-    Where too few picks allow none (under 5, or one prompt), that of its layer's other experts holds, in the mean.
+    With fewer than 30 picks it is at least the mean of its layer's experts that have 5 or more. A single prompt
+    allows none, and tokens count as independent.
     """
     c = np.asarray(counts, dtype=np.float64)
     n = np.asarray(tokens, dtype=np.float64)
@@ -74,18 +75,23 @@ def cold_experts(
     known = ~np.isnan(effect)
     sums = np.where(known, effect, 0.0).sum(axis=1, keepdims=True)
     mean = np.divide(sums, known.sum(axis=1, keepdims=True), out=np.ones_like(sums), where=sums > 0)
-    # What prompts have in common makes rates vary; how much is itself known from few prompts only.
-    widen = (
-        (stats.t.ppf(0.5 + level / 2, p_prompts - 1) / stats.norm.ppf(0.5 + level / 2)) ** 2
-        if p_prompts > 1
-        else 1.0
-    )
-    effective = total / (np.where(known, effect, mean) * widen)
+
+    def worth(effect_: Floats, tail: float) -> Floats:
+        """Independent tokens that ours are worth; how much prompts differ is itself known from few prompts only."""
+        if p_prompts < 2:
+            return np.broadcast_to(total, used.shape)
+        widen = stats.t.ppf(1 - tail, p_prompts - 1) / stats.norm.ppf(1 - tail)
+        return np.asarray(total / (effect_ * widen**2))
+
+    # Few picks say little about their own spread: then not less than that of the layer's others.
+    at_least = np.where(known, np.maximum(effect, mean), mean)
+    tail = (1 - level) / used.size
+    effective = worth(np.where(known & (used >= 30), effect, at_least), (1 - level) / 2)
     low, high = clopper_pearson(used, np.broadcast_to(total, used.shape), level)
-    scaled = np.nan_to_num(rate) * effective
-    cluster_low, cluster_high = clopper_pearson(scaled, effective, level)
-    together = 1 - 2 * (1 - level) / used.size
-    bound = clopper_pearson(scaled, effective, together)[1]
+    share = np.nan_to_num(rate)
+    cluster_low, cluster_high = clopper_pearson(share * effective, effective, level)
+    careful = worth(at_least, tail)
+    bound = clopper_pearson(share * careful, careful, 1 - 2 * tail)[1]
     threshold = (cold_below * np.asarray(n_expert_used, dtype=np.float64) / n_expert) * np.ones(n_layers)
     cold = bound < threshold[:, None]
     verdict = np.where(cold, "cold", np.where(cluster_low >= threshold[:, None], "in use", "undecided"))

@@ -44,7 +44,7 @@ class Circuits:
     paths
         Chains of significant edges found in one half of the prompts, tested in the other half: ``path``,
         ``length`` in experts, ``tokens`` of the other half that use all of it, ``expected`` over rotations, ``lift``,
-        ``p_value``, ``p_holm`` over all paths, ``replicated``.
+        ``p_value``, ``p_family`` over all paths (max-T), ``replicated``.
     edges_tested, prompts, tokens
         How many.
     paths_found
@@ -107,7 +107,7 @@ def expert_circuits(
         )
     else:
         paths = path_test(used, [])
-    paths["replicated"] = paths["p_holm"] <= alpha
+    paths["replicated"] = paths["p_family"] <= alpha
     return Circuits(
         whole.layers_table(),
         whole.edges_table(alpha, max_edges),
@@ -355,44 +355,45 @@ def path_test(
     Every layer's routing but the first is turned round by itself. Returns the columns of ``Circuits.paths``
     but ``replicated``. Meant for prompts in which the paths were not looked for.
     """
-    columns = ["path", "length", "tokens", "expected", "lift", "p_value"]
-    rng = np.random.default_rng(seed)
-    rows = []
-    for path in paths:
-        known = np.logical_and.reduce([text.known(layer) for layer, _ in path])
-        where = np.flatnonzero(known)
+    counts = np.zeros((n_permutations + 1, len(paths)))
+    known = [text.known(layer) for layer in range(text.experts.shape[1])]
+    # Paths that are known at the same rows are turned together.
+    groups: dict[bytes, list[int]] = {}
+    masks = [np.logical_and.reduce([known[layer] for layer, _ in path]) for path in paths]
+    for i, mask in enumerate(masks):
+        groups.setdefault(np.packbits(mask).tobytes(), []).append(i)
+    for mine in groups.values():
+        where = np.flatnonzero(masks[mine[0]])
         sizes = np.bincount(text.owner[where], minlength=text.n_requests)
         starts = np.concatenate(([0], np.cumsum(sizes[sizes > 0]))).astype(np.int64)
-        uses = [(text.experts[where, layer] == expert).any(axis=1) for layer, expert in path]
-        counts = np.empty(n_permutations + 1)
-        counts[0] = np.logical_and.reduce(uses).sum()
-        for draw in range(1, n_permutations + 1):
-            both = uses[0].copy()
-            for use in uses[1:]:
-                both &= use[rotation(starts, rng)]
-            counts[draw] = both.sum()
-        expected = counts[1:].mean()
-        rows.append(
-            (
-                " → ".join(f"L{text.numbers[layer]}-E{expert}" for layer, expert in path),
-                len(path),
-                int(counts[0]),
-                expected,
-                counts[0] / expected if expected > 0 else float("inf") if counts[0] else float("nan"),
-                float(nulls.permutation_p(counts)),
-            )
-        )
-    table = pd.DataFrame(rows, columns=columns)
-    table["p_holm"] = _holm(table["p_value"].to_numpy(dtype=np.float64))
-    return table
-
-
-def _holm(p: Floats) -> Floats:
-    order = np.argsort(p, kind="stable")
-    steps = np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1))
-    out = np.empty(p.size)
-    out[order] = np.minimum(steps, 1.0)
-    return out
+        nodes = sorted({node for i in mine for node in paths[i]})
+        uses = {(a, e): (text.experts[where, a] == e).any(axis=1) for a, e in nodes}
+        for draw in range(n_permutations + 1):
+            moved = uses
+            if draw:
+                turned = {
+                    layer: rotation(starts, np.random.default_rng((seed, draw, layer)))
+                    for layer in sorted({layer for layer, _ in nodes})
+                }
+                moved = {node: use[turned[node[0]]] for node, use in uses.items()}
+            for i in mine:
+                counts[draw, i] = np.logical_and.reduce([moved[node] for node in paths[i]]).sum()
+    expected = counts[1:].mean(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        lift = counts[0] / expected
+    return pd.DataFrame(
+        {
+            "path": [
+                " → ".join(f"L{text.numbers[layer]}-E{expert}" for layer, expert in path) for path in paths
+            ],
+            "length": [len(path) for path in paths],
+            "tokens": counts[0].astype(np.int64),
+            "expected": expected,
+            "lift": lift,
+            "p_value": nulls.permutation_p(counts),
+            "p_family": nulls.max_t(counts) if paths else np.empty(0),
+        }
+    )
 
 
 @dataclass(frozen=True)

@@ -96,3 +96,9 @@ class TableAnalysis(Analysis):
     gate_distances = gate_summary = agreement = pieces = request_column = _no_tokens
     text = property(_no_tokens)
     vocabulary = property(_no_tokens)
+
+    @property
+    def token_rows(self) -> NoReturn:
+        self._no_tokens()
+
+    predictions = token_rows

@@ -28,8 +28,10 @@ from moetrace.analysis.counts import (
     frequent_tokens,
     reading_order,
 )
+from moetrace.analysis.from_tokens import Predictions
 from moetrace.analysis.published import Activations, ExpertFrequency
 from moetrace.analysis.routed import RoutedText
+from moetrace.analysis.rows import TokenRows
 from moetrace.analysis.sums import MetricSums
 from moetrace.errors import ChannelMissingError, MoetraceError, UsageError
 
@@ -718,6 +720,48 @@ class Analysis:
                     if value is not None and not (isinstance(value, float) and np.isnan(value)):
                         out.setdefault(names[int(str(number))], value)
         return out
+
+    @cached_property
+    def token_rows(self) -> TokenRows:
+        """The chosen rows in reading order, requests of one prompt together; a copy. Cells that are not there have
+        no expert.
+        """
+        n_expert, parts, names, labels, before = int(max(self.n_expert)), [], [], [], 0
+        for source, (trace, name) in enumerate(zip(self._traces, self._names, strict=True)):
+            order = reading_order(trace.request, trace.positions, self._keep(trace), self._shifted(trace))
+            rows = order.rows
+            number = np.asarray(trace.request)[rows]
+            names.append(np.array(self._prompts(trace, name), dtype=np.str_)[number])
+            labels.append(np.array(self._labels(trace), dtype=np.str_)[number])
+            run = before + np.searchsorted(order.run_starts, np.arange(rows.size), side="right")
+            before += order.run_starts.size
+            experts = _present(trace, rows)
+            columns = (trace.token_ids[rows], trace.positions[rows], np.full(rows.size, source), rows)
+            parts.append((experts, run, *(np.asarray(c).astype(np.int64) for c in columns)))
+        every = np.concatenate(names)
+        prompts, first, prompt = np.unique(every, return_index=True, return_inverse=True)
+        chosen = np.argsort(prompt, kind="stable")
+        experts, run, token, position, source_of, row = (
+            np.concatenate(part)[chosen] for part in zip(*parts, strict=True)
+        )
+        return TokenRows(
+            experts=experts,
+            n_expert=n_expert,
+            layers=self.layers.astype(np.int64),
+            prompts=prompts,
+            labels=np.concatenate(labels)[first],
+            prompt=prompt[chosen].astype(np.int64),
+            run=run,
+            token=token,
+            position=position,
+            source=source_of,
+            row=row,
+        )
+
+    @cached_property
+    def predictions(self) -> Predictions:
+        """What attention, contexts and early layers tell about experts, and what a cache of experts would hit."""
+        return Predictions(self._traces, self.token_rows)
 
     @cached_property
     def _domains(self) -> RoutingCounts:

@@ -20,6 +20,8 @@ from moetrace.analysis.nulls import Floats, Ints
 from moetrace.analysis.routed import RoutedText, rotation
 from moetrace.errors import UsageError
 
+_GAP = 2  # steps on either side of a change that are not looked at: tokens resemble their neighbours
+
 
 def handoffs(counts: RoutingCounts, level: float = 0.95) -> pd.DataFrame:
     """How many layers change their first expert from one token to the next.
@@ -98,8 +100,13 @@ def generation_phases(
     Parameters
     ----------
     min_steps
-        Shortest phase.
+        Shortest phase, at least 6: the two steps at either end of a phase are not looked at, because tokens resemble
+        their neighbours across a change, too.
+
+    Raises UsageError if ``min_steps`` is smaller.
     """
+    if min_steps <= 2 * _GAP + 1:
+        raise UsageError(f"phases of {min_steps} steps are too short", fix="give min_steps of 6 or more")
     used = text.some(max_rows, seed)
     rng = np.random.default_rng(seed)
     members = _stacked(used)
@@ -113,14 +120,21 @@ def generation_phases(
         inside = np.flatnonzero((step >= start) & (step < end))
         sizes = np.bincount(used.owner[inside], minlength=used.n_requests)
         starts = np.concatenate(([0], np.cumsum(sizes[sizes > 0]))).astype(np.int64)
-        here = step[inside] - start
         width = end - start
+        # Where a prompt's end meets its beginning tokens do not follow each other, elsewhere they do. So both ends
+        # are left out, and in _divergence what is next to the change.
+        mine = sizes[sizes > 0]
+        place = np.arange(inside.size) - np.repeat(starts[:-1], mine)
+        inner = np.flatnonzero((place >= _GAP) & (place < np.repeat(mine, mine) - _GAP))
+        here = step[inside][inner] - start
         if width < 2 * min_steps or not inside.size:
             rows.append(_stretch(start, end, int((sizes > 0).sum())))
             continue
         null = np.stack(
             [
-                _divergence(members[:, inside if not draw else inside[rotation(starts, rng)]], here, width)
+                _divergence(
+                    members[:, inside if not draw else inside[rotation(starts, rng)]][:, inner], here, width
+                )
                 for draw in range(n_permutations + 1)
             ]
         )[:, min_steps - 1 : width - min_steps]
@@ -162,15 +176,19 @@ def _stacked(text: RoutedText) -> npt.NDArray[np.float32]:
 
 
 def _divergence(members: npt.NDArray[np.float32], step: Ints, width: int) -> Floats:
-    """Divergence in bits between steps before and from each of 1..width − 1 on: (width − 1,), mean over layers."""
+    """Divergence in bits between steps before and from each of 1..width − 1 on, without the _GAP steps on either side
+    of the change: (width − 1,), mean over layers.
+    """
     n_layers, _, n_expert = members.shape
     by_step = np.zeros((n_layers, width, n_expert))
     order = np.argsort(step, kind="stable")
     begin = np.searchsorted(step[order], np.arange(width))
     there = np.flatnonzero(np.diff(np.append(begin, step.size)) > 0)
     by_step[:, there] = np.add.reduceat(members[:, order], begin[there], axis=1, dtype=np.float64)
-    before = np.cumsum(by_step, axis=1)[:, :-1]
-    after = by_step.sum(axis=1, keepdims=True) - before
+    running = np.concatenate((np.zeros((n_layers, 1, n_expert)), np.cumsum(by_step, axis=1)), axis=1)
+    at = np.arange(1, width)
+    before = running[:, np.maximum(at - _GAP, 0)]
+    after = running[:, -1:] - running[:, np.minimum(at + _GAP, width)]
     return np.asarray(_weighted_jsd(before, after).mean(axis=0))
 
 
@@ -198,15 +216,19 @@ def _own_phases(
         n = mine.shape[1]
         # A turned prompt's sums before a step are differences of the prompt's own running sums.
         running = np.concatenate((np.zeros_like(mine[:, :1]), np.cumsum(mine, axis=1)), axis=1)
-        everything = running[:, -1:]
+        total_ = running[:, -1:]
         turns = np.concatenate(([0], rng.integers(0, n, n_permutations)))
         largest = np.full(n, np.nan)
+        steps = np.arange(min_steps, n - min_steps + 1)
+
+        def up_to(place: Ints, running: Floats = running, total_: Floats = total_, n: int = n) -> Floats:
+            """Sums of the rows from 0 to places of the endless repetition of the prompt."""
+            return np.asarray(running[:, place % n] + (place // n)[None, :, None] * total_)
+
         for turn in np.unique(turns):
-            end = turn + np.arange(min_steps, n - min_steps + 1)
-            around = end > n
-            before = running[:, np.where(around, end - n, end)] - running[:, turn : turn + 1]
-            before += np.where(around[None, :, None], everything, 0.0)
-            largest[turn] = _weighted_jsd(before, everything - before).mean(axis=0).max()
+            before = up_to(turn + steps - _GAP) - up_to(np.array([turn + _GAP]))
+            after = up_to(np.array([turn + n - _GAP])) - up_to(turn + steps + _GAP)
+            largest[turn] = _weighted_jsd(before, after).mean(axis=0).max()
         total += largest[turns]
     if not long:
         return pd.DataFrame({"prompts": [0], "statistic": [np.nan], "null": [np.nan], "p_value": [np.nan]})

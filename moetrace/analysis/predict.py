@@ -4,7 +4,8 @@ A predictor gives every expert a score; the m best are what it predicts. **Recal
 experts that are among them, precision recall·k/m. Scores are always those of prompts that the predictor was not
 fitted on (cross-validation, whole prompts left out), and intervals redraw whole prompts. Published figures that
 call "at least one of them was used by the prompt" accuracy are in
-:mod:`moetrace.analysis.published_prediction`.
+:mod:`moetrace.analysis.published_prediction`. :mod:`~moetrace.analysis.attention_prediction` and
+:mod:`~moetrace.analysis.task_prediction` ask with them.
 
 Shapes: n tokens, E experts, k used, F features, P prompts.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -196,7 +198,10 @@ def token_ridge(p: Problem, features: npt.NDArray[Any], nuisance: npt.NDArray[An
     counts = np.bincount(own, minlength=pair.shape[1]).astype(np.float64)
     left = []
     for fit, _ in p.folds():
-        total, n = _sums(code[fit], p.used[fit], int(code.max()) + 1), np.bincount(code[fit], minlength=code.max() + 1)
+        total, n = (
+            _sums(code[fit], p.used[fit], int(code.max()) + 1),
+            np.bincount(code[fit], minlength=code.max() + 1),
+        )
         mean = p.used[fit].mean(axis=0)
         rest = total[code] - sums[own] * fit[:, None]
         left.append((rest + _PRIOR * mean) / (n[code] - counts[own] * fit + _PRIOR)[:, None])
@@ -240,7 +245,12 @@ class Interval:
 
 
 def bootstrap_share(
-    numerator: npt.ArrayLike, denominator: npt.ArrayLike, *, n_boot: int = 999, seed: int = 0, level: float = 0.95
+    numerator: npt.ArrayLike,
+    denominator: npt.ArrayLike,
+    *,
+    n_boot: int = 999,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Interval:
     """Σ numerator / Σ denominator over prompts (P,), with a percentile interval from redrawn prompts.
 
@@ -260,7 +270,8 @@ def bootstrap_share(
 
 def by_prompt(p: Problem, values: npt.ArrayLike) -> Floats:
     """Values (n,) summed by prompt, (P,)."""
-    return np.bincount(p.prompt, np.asarray(values, dtype=np.float64), minlength=p.n_prompts)
+    sums = np.bincount(p.prompt, np.asarray(values, dtype=np.float64), minlength=p.n_prompts)
+    return sums.astype(np.float64)
 
 
 def score_table(
@@ -303,9 +314,6 @@ def gain(p: Problem, better: Scores, than: Scores, *, n_boot: int = 999, seed: i
     )
 
 
-# -- the two questions ----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Prediction:
     """What one layer's experts could be told from.
@@ -324,116 +332,8 @@ class Prediction:
     gains: pd.DataFrame
 
 
-def attention_prediction(
-    p: Problem,
-    attention: npt.NDArray[np.float32],
-    hidden: npt.NDArray[np.float32] | None = None,
-    *,
-    kinds: Sequence[str] = (),
-    n_permutations: int = 199,
-    n_boot: int = 999,
-    seed: int = 0,
-) -> Prediction:
-    """How well attention in a layer tells the experts of the same layer.
-
-    Parameters
-    ----------
-    attention
-        (n, heads, features) f4, all finite: :func:`moetrace.analysis.attention.attention_features`.
-    hidden
-        (n, D) f4: the router's input. The router is linear in it, so what a linear predictor does not reach from
-        it is the predictor's limit, not the router's secret.
-    kinds
-        Names of the features: each kind's gain is then given by itself.
-
-    Predictors: ``popularity``, ``previous`` (token's experts), ``position`` and ``token`` (tables), ``attention``
-    (:func:`ridge` on position and all features of all heads), ``token and attention`` (:func:`token_ridge`),
-    ``hidden`` (:func:`ridge`). Attention depends on the position and on the token, and so may routing: what counts
-    is its gain over them. ``position (linear)``, which the gain over position is reckoned from, is the ridge
-    regression on position alone.
-    """
-    z = position_basis(p.position)
-    x = attention.reshape(len(attention), -1)
-    nothing = np.empty((len(attention), 0))
-    place = ridge(p, nothing, nuisance=z)
-    scores = {
-        "popularity": popularity(p),
-        "previous": previous(p),
-        "position": table(p, p.position),
-        "token": table(p, p.token),
-        "attention": ridge(p, x, nuisance=z),
-        "token and attention": token_ridge(p, x, z),
-    }
-    if hidden is not None:
-        scores["hidden"] = ridge(p, hidden)
-    test = gain_test(p, x, z, n_permutations=n_permutations, seed=seed)
-    more: dict[str, Any] = {"n_boot": n_boot, "seed": seed}
-    gains = [
-        _gain("attention", "position (linear)", gain(p, scores["attention"], place, **more), test),
-        _gain(
-            "token and attention",
-            "token and position",
-            gain(p, scores["token and attention"], token_ridge(p, nothing, z), **more),
-        ),
-    ]
-    for i, kind in enumerate(kinds):
-        alone = ridge(p, attention[:, :, i], nuisance=z)
-        gains.append(_gain(f"attention: {kind}", "position (linear)", gain(p, alone, place, **more)))
-    return Prediction(score_table(p, scores, **more), pd.DataFrame(gains))
-
-
-def task_prediction(
-    p: Problem,
-    early: npt.NDArray[np.float32],
-    hidden: npt.NDArray[np.float32] | None = None,
-    gate: Scores | None = None,
-    *,
-    sizes: Sequence[int] = (),
-    n_permutations: int = 199,
-    n_boot: int = 999,
-    seed: int = 0,
-) -> Prediction:
-    """How well an early layer tells a later layer's experts of the same token.
-
-    Parameters
-    ----------
-    early
-        (n, E) f4, 1 for the experts that the token uses in the early layer (:func:`~moetrace.analysis.rows.
-        membership`).
-    hidden
-        (n, D) f4: what the early layer's router read.
-    gate
-        (n, E): scores of the later layer's own router applied to that ("next gate on current hidden").
-
-    Predictors: ``popularity``, ``previous`` (token's experts in the later layer), ``token`` (table), ``transition``
-    (:func:`transition`), ``gate``; then ``experts`` (:func:`ridge` on the early experts) and ``hidden``. Gains are
-    those of the last predictor, ``hidden`` or else ``experts``, over the others; the test is whether the early
-    experts tell more than popularity does.
-    """
-    scores = {
-        "popularity": popularity(p),
-        "previous": previous(p),
-        "token": table(p, p.token),
-        "transition": transition(p, early),
-        **({} if gate is None else {"gate": gate}),
-        "experts": ridge(p, early),
-        **({} if hidden is None else {"hidden": ridge(p, hidden)}),
-    }
-    test = gain_test(p, early, n_permutations=n_permutations, seed=seed)
-    more: dict[str, Any] = {"n_boot": n_boot, "seed": seed}
-    best = list(scores)[-1]
-    gains = [
-        _gain("experts", "popularity", gain(p, scores["experts"], scores["popularity"], **more), test),
-        *(
-            _gain(best, name, gain(p, scores[best], scores[name], **more))
-            for name in scores
-            if name != best and (best, name) != ("experts", "popularity")
-        ),
-    ]
-    return Prediction(score_table(p, scores, sizes, **more), pd.DataFrame(gains))
-
-
-def _gain(better: str, than: str, gained: Interval, test: GainTest | None = None) -> dict[str, Any]:
+def comparison(better: str, than: str, gained: Interval, test: GainTest | None = None) -> dict[str, Any]:
+    """One row of :attr:`Prediction.gains`."""
     return {
         "better": better,
         "than": than,
@@ -482,9 +382,9 @@ def gain_test(
     rng = np.random.default_rng((seed, 3))
     groups = _exchange_groups(p.prompt, max_tokens, rng)
     n = sum(starts.size * length for starts, length in groups)
-    fold = p.fold[np.concatenate([starts for starts, _ in groups] or [[0]]).astype(np.int64)]
+    fold = p.fold[[i for starts, _ in groups for i in starts.tolist()]]
     if np.unique(fold).size < 2 or n_permutations < 1:
-        return GainTest(*[float("nan")] * 4, n)
+        return GainTest(float("nan"), float("nan"), float("nan"), float("nan"), n)
     rows = np.concatenate([(s[:, None] + np.arange(cut)).reshape(-1) for s, cut in groups])
     z = np.ones((n, 1)) if nuisance is None else np.hstack((np.ones((n, 1)), _scaled(nuisance[rows])))
     x = _scaled(features[rows]).astype(np.float64)
@@ -496,7 +396,11 @@ def gain_test(
     )
     null = reached[1:]
     return GainTest(
-        float(reached[0]), float(null.mean()), float(np.quantile(null, 0.95)), float(nulls.permutation_p(reached)), n
+        float(reached[0]),
+        float(null.mean()),
+        float(np.quantile(null, 0.95)),
+        float(nulls.permutation_p(reached)),
+        n,
     )
 
 
@@ -541,9 +445,7 @@ class _Exchange:
             target = np.concatenate((self._zy, yx.transpose(0, 2, 1)), axis=1)
             a = np.concatenate((self._z, x), axis=2)
         width = a.shape[2]
-        grams, targets = (
-            v.sum(axis=0) - np.tensordot(self._member, v, axes=1) for v in (gram, target)
-        )
+        grams, targets = (v.sum(axis=0) - np.tensordot(self._member, v, axes=1) for v in (gram, target))
         weights = np.linalg.solve(grams + np.diag(self._penalty[:width]), targets)
         scores = (a @ weights[self._fold])[self._valid]
         used = self._used[self._valid]
@@ -569,7 +471,7 @@ def _exchange_groups(prompt: Ints, max_tokens: int, rng: np.random.Generator) ->
 def _shuffled(groups: list[tuple[Ints, int]], rng: np.random.Generator) -> Ints:
     """Whose features each prompt gets: (P,), prompts numbered as the groups name them."""
     edges = np.cumsum([0, *(starts.size for starts, _ in groups)])
-    return np.concatenate([rng.permutation(np.arange(a, b)) for a, b in zip(edges[:-1], edges[1:], strict=True)])
+    return np.concatenate([rng.permutation(np.arange(a, b)) for a, b in pairwise(edges.tolist())])
 
 
 def _scaled(features: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -580,7 +482,9 @@ def _scaled(features: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.asarray(x / np.where(spread > 1e-5, spread, np.inf))
 
 
-def _solve(x: npt.NDArray[Any], y: npt.NDArray[Any], penalty: Floats) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def _solve(
+    x: npt.NDArray[Any], y: npt.NDArray[Any], penalty: Floats
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Weights (F, E) and intercept (E,) of a ridge regression whose intercept is free."""
     mx, my = x.mean(axis=0), y.mean(axis=0)
     if not x.shape[1]:

@@ -37,9 +37,7 @@ def head_mean_features(row: npt.NDArray[Any]) -> Floats:
     """
     mean = np.asarray(row, dtype=np.float64).mean(axis=0)
     w = mean + 1e-10
-    return np.array(
-        [mean[-1], -(w * np.log(w)).sum(), np.sort(w)[::-1][:3].sum(), w[-5:].sum(), w[:3].sum()]
-    )
+    return np.array([mean[-1], -(w * np.log(w)).sum(), np.sort(w)[::-1][:3].sum(), w[-5:].sum(), w[:3].sum()])
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class LayerRouting:
     weights: npt.NDArray[Any]
 
 
-def attention_prediction(
+def as_published_attention_prediction(
     features: npt.NDArray[np.float64],
     routing: Sequence[LayerRouting],
     prompt: npt.ArrayLike,
@@ -85,9 +83,10 @@ def attention_prediction(
     rows, pairs, all_r = [], [], []
     for layer in routing:
         x, k = features[fit], layer.experts.shape[1]
-        weight = np.zeros((n_expert, features.shape[1]))
         target = np.zeros((x.shape[0], n_expert))
-        np.put_along_axis(target, layer.experts[fit].astype(np.int64), layer.weights[fit].astype(np.float64), axis=1)
+        np.put_along_axis(
+            target, layer.experts[fit].astype(np.int64), layer.weights[fit].astype(np.float64), axis=1
+        )
         if x.shape[0] < _FEWEST:
             raise UsageError(
                 f"{x.shape[0]} tokens to fit on: the original then falls back on made-up scores",
@@ -127,7 +126,9 @@ def attention_prediction(
         "weight_correlation": float(np.mean(all_r)) if all_r else 0.0,
     }
     total["predictability_score"] = (
-        0.5 * total["top1_accuracy"] + 0.3 * total["topk_overlap"] + 0.2 * max(0.0, total["weight_correlation"])
+        0.5 * total["top1_accuracy"]
+        + 0.3 * total["topk_overlap"]
+        + 0.2 * max(0.0, total["weight_correlation"])
     )
     correlations = pd.DataFrame(pairs, columns=["layer", "expert", "activations", "self_attention_r"])
     return pd.concat([table, pd.DataFrame([total])], ignore_index=True), correlations
@@ -143,7 +144,7 @@ class Context:
     experts: tuple[int, ...]
 
 
-def context_attention(contexts: Sequence[Context]) -> dict[str, float]:
+def as_published_context_attention_routing(contexts: Sequence[Context]) -> dict[str, float]:
     """Attention similarity against routing similarity over all pairs of contexts, as published, for one layer.
 
     Gives ``correlation`` (Pearson over pairs), ``attention_similarity`` and ``routing_similarity`` (means),
@@ -189,7 +190,7 @@ def probe_features(hidden: npt.NDArray[Any]) -> Floats:
     return np.pad(values, (0, 64 - values.size))
 
 
-def task_prediction(
+def as_published_task_prediction(
     features: npt.NDArray[np.float64],
     experts: Mapping[int, Sequence[npt.NDArray[Any]]],
     n_expert: int,

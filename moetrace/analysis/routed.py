@@ -156,16 +156,27 @@ def rotation(starts: Ints, rng: np.random.Generator) -> Ints:
     return np.asarray(first + (place + np.repeat(turn, sizes)) % np.repeat(sizes, sizes))
 
 
-def exchange(starts: Ints, rng: np.random.Generator) -> Ints:
-    """Row numbers (M,) in which each request has the rows of another, drawn without replacement.
+def exchange(starts: Ints, rng: np.random.Generator, group: int = 8) -> Ints:
+    """Row numbers (M,) in which each request has the rows of another.
 
-    Row t of a request gets row t of the other; where that is shorter, it begins again. So what depends on the
-    place in the text stays in its place, and what depends on the text goes.
+    Requests are exchanged within groups of ``group`` or more of similar length. Row t of a request gets row t of the
+    other; the rows that a longer request has more are counted from the end, so that what depends on the place in
+    the text stays in its place, and what depends on the text goes.
     """
     sizes = np.diff(starts)
-    other = rng.permutation(sizes.size)
+    n = sizes.size
+    n_groups = max(1, n // group)
+    rank = np.empty(n, dtype=np.int64)
+    rank[np.argsort(sizes, kind="stable")] = np.arange(n)
+    which = np.minimum(rank // group, n_groups - 1)
+    home = np.argsort(which, kind="stable")
+    other = np.empty(n, dtype=np.int64)
+    other[home] = np.argsort(which + rng.random(n))
     place = np.arange(int(starts[-1])) - np.repeat(starts[:-1], sizes)
-    return np.asarray(np.repeat(starts[:-1][other], sizes) + place % np.repeat(sizes[other], sizes))
+    mine, theirs = np.repeat(sizes, sizes), np.repeat(sizes[other], sizes)
+    return np.asarray(
+        np.repeat(starts[:-1][other], sizes) + np.where(place < theirs, place, (place - mine) % theirs)
+    )
 
 
 def standardised(observed: Floats, expected: Floats, variance: Floats) -> Floats:

@@ -190,7 +190,9 @@ def join_words(pieces: Sequence[bytes], starts: npt.ArrayLike) -> Words:
             first[begin[r] + i], last[begin[r] + i] = base + np.maximum(
                 np.searchsorted(at, [a, b], "right") - 1, 0
             )
-        words += [unit[2] for unit in units] or [" "]
+        words += [
+            unit[2].encode("utf-8", "surrogateescape").decode("utf-8", "replace") for unit in units
+        ] or [" "]
         word_starts.append(len(words))
     return Words(tuple(words), np.array(word_starts, dtype=np.int64), first, last)
 
@@ -304,12 +306,12 @@ def pattern_summary(
     for name, codes in (("types", typed.kind), ("trigrams", typed.trigram)):
         kinds, code = np.unique(codes, return_inverse=True)
         names = [typed.names[k] if name == "types" else typed.trigram_name(k) for k in kinds.tolist()]
-        member = _indicator(code, len(kinds))
-        found = _associate(text, member, exchange, n_permutations=n_permutations, seed=seed, **options)
+        member = indicator(code, len(kinds))
+        found = associate(text, member, exchange, n_permutations=n_permutations, seed=seed, **options)
         table = found.table(alpha, max_listed, names, "pattern")
         made[name] = (_with_words(table, text, typed, code, names), found.n_tested)
     types, trigrams = made["types"][0], made["trigrams"][0]
-    beyond = _beyond_words(text, typed, n_permutations, seed)
+    beyond = types_beyond_words(text, typed, n_permutations, seed)
     layer_of = {int(n): i for i, n in enumerate(text.numbers)}
     types["p_words"] = [
         float(beyond[layer_of[layer], expert, typed.names.index(name)])
@@ -323,7 +325,9 @@ def pattern_summary(
             & (table["concentration"] >= specialist_threshold)
         ].copy()
         good.insert(2, "of", size)
-        holds = good["p_words"] <= alpha if size == "type" else good["words"] > 1
+        holds = good["words"] > 1
+        if size == "type":
+            holds &= good["p_words"] <= alpha
         good["kind"] = np.where(holds, size, "words")
         stands.append(good.drop(columns=["p_words"], errors="ignore"))
     specialists = pd.concat(stands, ignore_index=True)
@@ -338,7 +342,7 @@ def pattern_summary(
     )
 
 
-def _indicator(code: Ints, n: int) -> sparse.csr_array:
+def indicator(code: Ints, n: int) -> sparse.csr_array:
     """(n, M) 1 where a row has the code."""
     m = code.size
     return sparse.csr_array((np.ones(m, np.float32), (code, np.arange(m))), shape=(n, m))
@@ -348,7 +352,7 @@ Rearrange = Callable[[Ints, np.random.Generator], Ints]
 
 
 @dataclass
-class _Associations:
+class Associations:
     """Tests of experts against kinds of token: arrays (L, C, E), NaN where not tested."""
 
     text: RoutedText
@@ -423,7 +427,7 @@ class _Associations:
         )
 
 
-def _associate(
+def associate(
     text: RoutedText,
     member: sparse.csr_array,
     rearrange: Rearrange,
@@ -433,7 +437,7 @@ def _associate(
     min_prompts: int,
     n_permutations: int,
     seed: int,
-) -> _Associations:
+) -> Associations:
     """Test every expert against every kind of token, ``member`` (C, M), the routing being rearranged."""
     n_layers, n_kinds, n_expert = text.experts.shape[1], member.shape[0], text.n_expert
     shape = (n_layers, n_kinds, n_expert)
@@ -474,7 +478,7 @@ def _associate(
     ordered = np.sort(largest)
     above = n_permutations - np.searchsorted(ordered, np.nan_to_num(z, nan=np.inf) - 1e-9)
     p_family = np.where(np.isnan(p_value), np.nan, (1 + above) / (n_permutations + 1))
-    return _Associations(text, member, joint, of_kind, of_expert, z, p_value, p_family)
+    return Associations(text, member, joint, of_kind, of_expert, z, p_value, p_family)
 
 
 def _score(joint: npt.ArrayLike, n_kind: Floats, uses: npt.NDArray[np.float32]) -> Floats:
@@ -499,8 +503,10 @@ def _with_words(
     return table.assign(words=different, top_word=top, top_word_share=share)
 
 
-def _beyond_words(text: RoutedText, typed: TypedText, n_permutations: int, seed: int) -> Floats:
-    """Family-wise p-values (L, E, types) of a type's rate, types handed out anew among equally frequent words."""
+def types_beyond_words(text: RoutedText, typed: TypedText, n_permutations: int, seed: int) -> Floats:
+    """Family-wise p-values (L, E, types) of the mean rate of a type's words, types handed out anew among words that
+    are about as frequent.
+    """
     n_types = len(typed.names)
     words, word = np.unique(typed.word, return_inverse=True)
     n_words = words.size
@@ -519,18 +525,17 @@ def _beyond_words(text: RoutedText, typed: TypedText, n_permutations: int, seed:
     largest = np.full(n_permutations + 1, -np.inf)
     for layer in range(n_layers):
         known = text.known(layer)
-        per_word = _indicator(word[known], n_words)
+        per_word = indicator(word[known], n_words)
         used = np.asarray(per_word @ text.member(layer, np.flatnonzero(known)), dtype=np.float64)
         n = np.bincount(word[known], minlength=n_words).astype(np.float64)
+        # Every word counts once, so that a single frequent one cannot carry its type.
+        rate = np.divide(used, n[:, None], out=np.zeros_like(used), where=n[:, None] > 0)
         null = np.empty((n_permutations + 1, n_types, text.n_expert))
         for draw, mine in enumerate(codes):
-            groups = _indicator(mine, n_types)
-            total = groups @ n
+            groups = indicator(mine, n_types)
+            total = (groups @ (n > 0))[:, None]
             null[draw] = np.divide(
-                groups @ used,
-                total[:, None],
-                out=np.zeros((n_types, text.n_expert)),
-                where=total[:, None] > 0,
+                groups @ rate, total, out=np.zeros((n_types, text.n_expert)), where=total > 0
             )
         spread = null.std(axis=0)
         still = spread < 1e-12
@@ -674,7 +679,7 @@ def sequence_patterns(
         **{f"repeat {n}": repeated(text, n) for n in (1, 2, 3)},
     }
     member = sparse.csr_array(np.stack(list(kinds.values())).astype(np.float32))
-    found = _associate(
+    found = associate(
         text,
         member,
         rotation,
@@ -705,7 +710,7 @@ def counts_of(text: RoutedText) -> tuple[Ints, Ints]:
     n_layers = text.experts.shape[1]
     included = np.zeros((text.n_requests, n_layers, text.n_expert), dtype=np.int64)
     tokens = np.zeros((text.n_requests, n_layers), dtype=np.int64)
-    owners = _indicator(text.owner, text.n_requests)
+    owners = indicator(text.owner, text.n_requests)
     for layer in range(n_layers):
         included[:, layer] = np.rint(owners @ text.member(layer)).astype(np.int64)
         tokens[:, layer] = np.rint(owners @ text.known(layer).astype(np.float64)).astype(np.int64)
@@ -753,9 +758,9 @@ def semantic_patterns(
     lift = domain_lift(included, labels, layers=text.numbers, n_permutations=n_permutations, seed=seed)
     kinds, code = np.unique(semantic.kind, return_inverse=True)
     names = [semantic.names[k] for k in kinds.tolist()]
-    found = _associate(
+    found = associate(
         text,
-        _indicator(code, len(kinds)),
+        indicator(code, len(kinds)),
         exchange,
         min_activity=min_activity,
         min_support=min_support,
@@ -816,7 +821,7 @@ def as_published_pattern_summary(
     names, code = np.unique(list(_piece_trigrams(pieces, text.starts, token_type)), return_inverse=True)
     rows = []
     for layer in range(text.experts.shape[1]):
-        table = _indicator(code, names.size) @ text.member(layer)
+        table = indicator(code, names.size) @ text.member(layer)
         for expert in np.flatnonzero(table.sum(axis=0) >= min_activity).tolist():
             counts = np.rint(table[:, expert]).astype(int)
             total = int(counts.sum())
@@ -849,7 +854,7 @@ def as_published_semantic_patterns(text: RoutedText, pieces: Sequence[str], *, t
     """
     names, code = np.unique(list(_piece_trigrams(pieces, text.starts, semantic_type)), return_inverse=True)
     tables = np.stack(
-        [_indicator(code, names.size) @ text.member(layer) for layer in range(text.experts.shape[1])]
+        [indicator(code, names.size) @ text.member(layer) for layer in range(text.experts.shape[1])]
     )
     rows = []
     for name, pattern in PATTERNS_OF_INTEREST.items():

@@ -18,10 +18,14 @@ from moetrace.findings import Finding
 class Report:
     """Make a report of a trace: a page to look at, figures, tables.
 
-    Asks every question that the trace can answer and writes into DIR: report.html, one file that needs no
-    network and no other file; figures/ as PNG and PDF; tables/ as CSV; each finding as JSON. Of a trace, of several
-    taken together, of another program's recording (docs/import.md), or of a count table. Questions that need the model are asked if it is given (that takes a while),
-    or were asked before: moetrace analyze NAME -m model.gguf -o DIR, then --findings DIR.
+    Asks every question that the recording can answer and writes into DIR: report.html, one file that needs no
+    network and no other file; figures/ as PNG and PDF; tables/ as CSV; each finding as JSON. Of a trace, of
+    several taken together, of another program's recording (docs/import.md), or of a count table. Questions
+    that need the model are asked if it is given (that takes a while); or ask them before, and name the folder:
+
+      moetrace report t.moet
+      moetrace analyze NAME -m model.gguf -o answers
+      moetrace report t.moet --findings answers
     """
 
     passthrough = False
@@ -37,7 +41,12 @@ class Report:
             parser, "--layers", metavar="LIST", help="layers to look at, for example 0-5,23; default: all"
         )
         add_option(
-            parser, "--findings", nargs="+", default=[], metavar="DIR", help="findings (JSON) that were made before"
+            parser,
+            "--findings",
+            nargs="+",
+            default=[],
+            metavar="DIR",
+            help="findings (JSON) that were made before",
         )
         add_option(parser, "-m", "--model", metavar="FILE", help="GGUF file: ask what needs the model, too")
         add_option(
@@ -57,7 +66,7 @@ class Report:
             with progress_bar("questions") as update:
                 findings = ask_all(subject, given, update)
             report = write_report(subject, findings, folder)
-            width = min(100, shutil.get_terminal_size().columns)
+            width = min(120, shutil.get_terminal_size().columns)
             sys.stdout.write(summary(report, width=width, paint=paint))
         return 0
 
@@ -68,7 +77,9 @@ def read_findings(paths: list[str]) -> list[Finding]:
     for path in map(Path, paths):
         files = sorted(path.glob("*.json")) if path.is_dir() else [path]
         if not files:
-            raise InputError(f"{path} holds no findings", fix="write them with `moetrace analyze NAME -o DIR`")
+            raise InputError(
+                f"{path} holds no findings", fix="write them with `moetrace analyze NAME -o DIR`"
+            )
         for file in files:
             try:
                 text = file.read_text(encoding="utf-8")

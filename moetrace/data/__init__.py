@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moetrace.errors import UsageError
 
-PROMPT_SETS = ("domains", "heldout", "heldout-text")
+PROMPT_SETS = ("domains", "heldout", "heldout-text", "semantic", "questions")
 
 
 def demo_model() -> Path:
@@ -23,7 +23,9 @@ def prompts(name: str = "domains") -> Path:
     name
         ``domains``: 12 prompts in each of code, math, creative, factual and mixed, matched in length.
         ``heldout``: 12 others of each, for evaluation. ``heldout-text``: 12 texts of each from the corpus of
-        the demo model that it was not trained on, for the likelihood that it gives them.
+        the demo model that it was not trained on, for the likelihood that it gives them. ``semantic``: 12
+        sentences of each of synonyms, antonyms, analogies, arithmetic. ``questions``: 12 of each of four kinds of
+        sums, each with the ``answer`` that a right output holds.
 
     Raises
     ------

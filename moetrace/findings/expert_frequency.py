@@ -89,8 +89,9 @@ class ExpertFrequency(Question):
         from moetrace import plot
 
         usage = finding.tables["usage"]
-        share = "percent" if usage["percent_of_tokens"].isna().all() else "percent_of_tokens"
-        what = "picks" if share == "percent" else "tokens that use the expert"
+        counted = bool(usage["percent_of_tokens"].notna().any())
+        share: plot.Measure = "percent_of_tokens" if counted else "percent"
+        what = "tokens that use the expert" if counted else "picks"
         size = (7.0, 1.5 + min(6.0, 0.16 * usage["layer"].nunique()))
         out = {
             "all": Figure(

@@ -98,8 +98,8 @@ class Transitions(Question):
         ids = range(int(table[["from", "to"]].max().max()) + 1)
 
         def matrix(values: pd.Series) -> pd.DataFrame:
-            wide = mine.assign(value=values).pivot(index="from", columns="to", values="value")
-            return wide.reindex(index=ids, columns=ids)
+            wide: pd.DataFrame = mine.assign(value=values).pivot(index="from", columns="to", values="value")
+            return wide.reindex(index=list(ids), columns=list(ids))
 
         came = mine.groupby("from")["count"].sum().reindex(ids, fill_value=0) > 0
         probability = matrix(mine["probability"]).fillna(0.0).where(came, axis=0)

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+#: Words by which a sentence says that a question is left open: it is no conclusion.
+CANNOT = ("cannot be tested", "cannot be said", "remains open", "nothing can be said")
+
 
 def span(value: float, low: float, high: float, form: str = ".3f") -> str:
     """``0.054 (0.012 to 0.096)``; without an interval ``0.054 (no interval)``."""
@@ -43,6 +46,11 @@ def of_layers(layers: Iterable[Any], n: int) -> str:
     if not numbers:
         return f"in none of the {n} layers" if n > 1 else "not in the one layer"
     return f"in layer{'s' if len(numbers) > 1 else ''} {layer_list(numbers)} ({len(numbers)} of {n})"
+
+
+def p_value(p: float) -> str:
+    """``p = 0.032``, ``p = 0.001``."""
+    return f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
 
 
 def best(table: pd.DataFrame, column: str, *, least: bool = False) -> dict[str, Any] | None:

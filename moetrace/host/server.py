@@ -208,7 +208,7 @@ class TracedServer:
             yield number
         finally:
             restore(trace, before)
-        refuse_if_refused(trace, number)
+        refuse_if_refused(trace, {number})
 
     def wait_ready(self, timeout: float) -> None:
         """Wait until the model is loaded.

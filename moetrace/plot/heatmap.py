@@ -14,6 +14,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from moetrace.plot.style import DARK, LIGHT, axes, faint, short
 
+Measure = Literal["percent_of_tokens", "percent", "lift"]
+
 #: Lift is shown from 1/LIFT to LIFT; what lies beyond takes the outermost colour.
 LIFT = 4.0
 
@@ -48,7 +50,7 @@ def heatmap(
     else:
         top = high if high is not None else float(data.max()) if data.count() else 1.0
         norm, cmap = Normalize(0.0, top or 1.0), mpl.colormaps["cividis"]
-        extend = "max" if data.count() and float(data.max()) > norm.vmax * (1 + 1e-9) else "neither"
+        extend = "max" if data.count() and float(data.max()) > (top or 1.0) * (1 + 1e-9) else "neither"
     hatch_missing(ax)
     clear = cmap.with_extremes(bad=(0, 0, 0, 0))
     image = ax.imshow(data, aspect="auto", cmap=clear, norm=norm, interpolation="nearest")
@@ -57,7 +59,7 @@ def heatmap(
     _ticks(ax, "x", values.columns)
     _ticks(ax, "y", values.index)
     bar = ax.figure.colorbar(image, ax=ax, label=label, extend=extend, fraction=0.05, pad=0.02)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     if scale == "lift":
         bar.ax.yaxis.set_major_locator(FixedLocator([1 / 4, 1 / 2, 1, 2, 4]))
         bar.ax.yaxis.set_minor_locator(NullLocator())
@@ -71,7 +73,7 @@ def usage(
     frequency: pd.DataFrame,
     domain: str | None = None,
     *,
-    measure: Literal["percent_of_tokens", "percent", "lift"] = "percent_of_tokens",
+    measure: Measure = "percent_of_tokens",
     high: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:

@@ -58,7 +58,11 @@ def matched_separation(table: pd.DataFrame, *, ax: Axes | None = None, alpha: fl
     ax.plot(x, table["jsd_bits"], color=OKABE_ITO[1], linestyle="--", label="words and all")
     ax.plot(x, table["jsd_matched_bits"], color=OKABE_ITO[0], label="words taken out")
     ax.plot(
-        x, table["jsd_matched_null_mean"], color=faint(), linestyle=":", label="prompts alone, words taken out"
+        x,
+        table["jsd_matched_null_mean"],
+        color=faint(),
+        linestyle=":",
+        label="prompts alone, words taken out",
     )
     found = (table["q_value"] <= alpha).to_numpy()
     if found.any():

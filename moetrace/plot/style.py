@@ -10,6 +10,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
@@ -45,7 +46,7 @@ def style(theme: Theme = "light") -> AbstractContextManager[None]:
             "hatch.linewidth": 0.4,
             "lines.color": c["ink"],
             "patch.edgecolor": c["ink"],
-            "axes.prop_cycle": mpl.cycler(color=OKABE_ITO),
+            "axes.prop_cycle": cycler(color=OKABE_ITO),
             "image.cmap": "cividis",
             "image.interpolation": "nearest",
             "axes.spines.top": False,

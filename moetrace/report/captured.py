@@ -150,7 +150,10 @@ def _completeness(traces: Sequence[Trace], loss: Loss) -> tuple[Remark, ...]:
         )
     elif not loss.waiting:
         said.append(
-            Remark("good", f"Complete: all {loss.produced:,} (token, layer) entries are accounted for, none lost.")
+            Remark(
+                "good",
+                f"Complete: all {loss.produced:,} (token, layer) entries are accounted for, none lost.",
+            )
         )
     if loss.waiting:
         said.append(
@@ -168,7 +171,9 @@ def _completeness(traces: Sequence[Trace], loss: Loss) -> tuple[Remark, ...]:
             said.append(Remark("bad", f"The tracer stopped early: {status}"))
         others = [name for name in trace.contexts if name != trace.name and trace.in_context(name).loss.lost]
         if others:
-            said.append(Remark("warn", f"Other contexts of {trace.path.name} lost entries: {', '.join(others)}."))
+            said.append(
+                Remark("warn", f"Other contexts of {trace.path.name} lost entries: {', '.join(others)}.")
+            )
     if loss.not_computed:
         said.append(
             Remark(
@@ -190,7 +195,8 @@ def _completeness(traces: Sequence[Trace], loss: Loss) -> tuple[Remark, ...]:
 
 def _gaps(traces: Sequence[Trace]) -> pd.DataFrame:
     parts = [
-        overview.layers(t.state, layers=t.layers, n_expert=t.n_expert, n_expert_used=t.n_expert_used) for t in traces
+        overview.layers(t.state, layers=t.layers, n_expert=t.n_expert, n_expert_used=t.n_expert_used)
+        for t in traces
     ]
     table = pd.concat(parts).groupby("layer")[["present", "not_computed", "lost"]].sum().reset_index()
     table["lost"] += sum(trace.loss.rows_lost for trace in traces)
@@ -217,5 +223,5 @@ def _limits(subject: Subject, loss: Loss) -> tuple[str, ...]:
             " over to other texts."
         )
     if loss.lost:
-        said.append(f"What the {loss.lost:,} lost entries would have shown.")
+        said.append(f"Nothing is known of the {loss.lost:,} entries that were lost.")
     return tuple(said)

@@ -22,7 +22,7 @@ from moetrace.findings import Finding, Subject
 
 Arrays = dict[str, npt.NDArray[Any]]
 
-_LIFT = {"layer", "domain", "expert", "lift", "low", "high", "p_family"}
+_LIFT = {"layer", "domain", "expert", "share", "lift", "low", "high", "p_family"}
 _PERSISTENCE = {"layer", "lag", "pairs", "overlap", "overlap_shuffle", "overlap_marginal", "overlap_low"}
 _SEPARATION = {"layer", "jsd_bits", "jsd_null_q95", "jsd_jackknife", "jsd_low", "jsd_high", "q_value"}
 
@@ -64,7 +64,11 @@ def explorer(
     if (lift := _table(findings, _LIFT)) is not None and domains:
         arrays |= _lift_arrays(lift, domains, counts.layers.tolist(), counts.n_expert)
     if (table := _table(findings, _PERSISTENCE)) is not None:
-        names = [f"{f}{part}" for f in ("overlap", "top1") for part in ("", "_shuffle", "_marginal", "_low", "_high")]
+        names = [
+            f"{f}{part}"
+            for f in ("overlap", "top1")
+            for part in ("", "_shuffle", "_marginal", "_low", "_high")
+        ]
         lags = sorted(set(table["lag"].tolist()))
         shape = (len(names), counts.layers.size, len(lags))
         ordered = table.sort_values(["layer", "lag"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import inspect
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from markupsafe import Markup
 import moetrace
 from moetrace.errors import MoetraceError
 from moetrace.findings import QUESTIONS, Finding, Subject, question
+from moetrace.findings.wording import CANNOT
 from moetrace.report.captured import Captured, captured
 from moetrace.report.explorer import explorer, pack, table_json
 from moetrace.report.files import figures_of, write_finding
@@ -56,9 +58,23 @@ class Report:
         return tuple(f for f in self.findings if f.missing is None)
 
     @property
-    def missing(self) -> tuple[Finding, ...]:
-        """Those that say why a question could not be answered."""
-        return tuple(f for f in self.findings if f.missing is not None)
+    def missing(self) -> tuple[tuple[str, str], ...]:
+        """Reason and fix why questions could not be answered, and the titles of those."""
+        return unanswered(self.findings)
+
+
+def concludes(finding: Finding) -> bool:
+    """Say whether an answer begins with a conclusion, not with what cannot be said."""
+    return bool(finding.sentences) and not any(words in finding.sentences[0] for words in CANNOT)
+
+
+def unanswered(findings: Sequence[Finding]) -> tuple[tuple[str, str], ...]:
+    """Titles of the questions that could not be answered, those of one reason together; and the reason."""
+    why: dict[str, list[str]] = {}
+    for finding in findings:
+        if finding.missing is not None:
+            why.setdefault(finding.missing, []).append(finding.title)
+    return tuple((", ".join(titles), reason) for reason, titles in why.items())
 
 
 def ask_all(
@@ -142,8 +158,8 @@ def _render(
         opening=opening,
         phase_note=subject.phase_note,
         sections=sections,
-        conclusions=any(s["sentences"] for s in sections),
-        missing=[f for f in findings if f.missing is not None],
+        missing=unanswered(findings),
+        n_missing=sum(f.missing is not None for f in findings),
         methods=Method.every,
         linked=linked,
         plain_table=plain_table,
@@ -184,6 +200,7 @@ def _section(finding: Finding, phase_note: str) -> dict[str, Any]:
         "asks": asks,
         "how": " ".join(how.split()),
         "sentences": finding.sentences,
+        "concludes": concludes(finding),
         "caveats": [text for text in finding.caveats if text and text != phase_note],
         "parameters": ", ".join(f"{n} {v}" for n, v in finding.parameters.items() if v not in ("", -1, None)),
         "widgets": [name for name in widgets if name],
@@ -219,11 +236,14 @@ def plain_table(table: pd.DataFrame, caption: str) -> Markup:
             for v, n in zip(values, numeric, strict=True)
         )
 
+    def shown(value: object) -> object:
+        return f"{value:,}" if isinstance(value, int) else textwrap.shorten(str(value), 80, placeholder="…")
+
     rows = Markup("").join(
-        Markup("<tr>{}</tr>").format(cells("td", [f"{v:,}" if isinstance(v, int) else v for v in row]))
+        Markup("<tr>{}</tr>").format(cells("td", [shown(v) for v in row]))
         for row in table.itertuples(index=False)
     )
     head = cells("th", [str(c).replace("_", " ") for c in table.columns])
-    return Markup('<div class="wide"><table><caption>{}</caption><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>').format(
-        caption, head, rows
-    )
+    return Markup(
+        '<div class="wide"><table><caption>{}</caption><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
+    ).format(caption, head, rows)

@@ -6,12 +6,15 @@ import os
 import textwrap
 from collections.abc import Callable
 
-from moetrace.report.page import Report
+from moetrace.report.page import Report, concludes
 
+_TITLE = 32  # columns of titles
 _SIGNS = {"bad": ("✕", "1;31"), "warn": ("!", "1;33"), "good": ("✓", "1;32"), "note": ("·", "2")}
 
 
-def summary(report: Report, *, width: int = 100, paint: Callable[[str, str], str] = lambda text, code: text) -> str:
+def summary(
+    report: Report, *, width: int = 100, paint: Callable[[str, str], str] = lambda text, code: text
+) -> str:
     """Give it as text.
 
     Parameters
@@ -29,29 +32,29 @@ def summary(report: Report, *, width: int = 100, paint: Callable[[str, str], str
     ]
     for remark in about.completeness:
         sign, code = _SIGNS[remark.weight]
-        lines = _wrapped(remark.text, "    ", width)
-        out += [f"  {paint(sign, code)} {lines[0][4:]}", *lines[1:]]
+        first, *others = _wrapped(remark.text, "    ", width)
         if remark.weight == "bad":
-            out[-len(lines) :] = [paint(line, code) for line in out[-len(lines) :]]
+            out += [paint(f"  {sign} {first[4:]}", code), *(paint(line, code) for line in others)]
+        else:
+            out += [f"  {paint(sign, code)} {first[4:]}", *others]
     shown = [f for f in report.answered if f.sentences and f.name != "overview"]
-    if shown:
+    if any(concludes(f) for f in shown):
         out += ["", paint("What can be concluded", "1")]
         if "looked at here" in facts:
             out += _wrapped(facts["looked at here"], "  ", width)
     for finding in shown:
-        out += [f"  {paint(finding.title, '36')}", *_wrapped(finding.sentences[0], "    ", width)]
-    if about.limits or report.missing:
+        if concludes(finding):
+            out += _entry(finding.title, [finding.sentences[0]], width, lambda text: paint(text, "36"))
+    open_ones = [f for f in shown if not concludes(f)]
+    if about.limits or report.missing or open_ones:
         out += ["", paint("What cannot", "1")]
     for limit in about.limits:
         lines = _wrapped(limit, "    ", width)
         out += [f"  {paint('!', '1;33')} {lines[0][4:]}", *lines[1:]]
-    for finding in report.missing:
-        what, *rest = (finding.missing or "").split("\n")
-        out += [f"  {finding.title}: {what}"] if len(finding.title) + len(what) + 4 <= width else [
-            f"  {finding.title}:", *_wrapped(what, "    ", width),
-        ]  # fmt: skip
-        for line in rest:
-            out += _wrapped(line.strip(), "    ", width)
+    for finding in open_ones:
+        out += _entry(finding.title, [finding.sentences[0]], width, lambda text: paint(text, "33"))
+    for titles, reason in report.missing:
+        out += _entry(titles, reason.split("\n"), width, lambda text: paint(text, "2"))
     folder = report.page.parent
     count = {ending: sum(file.suffix == ending for file in report.files) for ending in (".png", ".csv")}
     size = report.page.stat().st_size / 1e6
@@ -64,7 +67,21 @@ def summary(report: Report, *, width: int = 100, paint: Callable[[str, str], str
     return "\n".join(out) + "\n"
 
 
+def _entry(title: str, lines: list[str], width: int, color: Callable[[str], str]) -> list[str]:
+    """A title, and beside it (below it where there is little room) what is to say."""
+    beside = width >= 96
+    indent = " " * (_TITLE + 2 if beside else 4)
+    said = [part for line in lines for part in _wrapped(line.strip(), indent, width)]
+    heads = textwrap.wrap(title, _TITLE - 2 if beside else width - 2)
+    if not beside:
+        return [*(f"  {color(head)}" for head in heads), *said]
+    n = max(len(heads), len(said))
+    heads, said = heads + [""] * (n - len(heads)), said + [""] * (n - len(said))
+    rows = zip(heads, said, strict=True)
+    return [f"  {color(h) if h else h}{' ' * (_TITLE - len(h))}{s[len(indent) :]}".rstrip() for h, s in rows]
+
+
 def _wrapped(text: str, indent: str, width: int) -> list[str]:
-    return textwrap.wrap(
-        text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False
-    ) or [indent]
+    # labels are what others wrote: no control sequence of theirs reaches the terminal
+    clean = "".join(c if c.isprintable() or c.isspace() else "�" for c in text)
+    return textwrap.wrap(clean, width, initial_indent=indent, subsequent_indent=indent) or [indent]

@@ -7,10 +7,10 @@ import re
 from html import escape
 
 from markupsafe import Markup
-from matplotlib.figure import Figure as Canvas
 
 from moetrace.findings import Figure
 from moetrace.plot.style import LIGHT, OKABE_ITO, style
+from moetrace.report.files import drawn
 
 # Colours of the light style -> the page's variables, which know both themes.
 _VARIABLES = {
@@ -27,8 +27,7 @@ def inline_svg(figure: Figure, prefix: str) -> Markup:
     every URL, are left out: HTML needs none.
     """
     with style("light"):
-        canvas = Canvas(figsize=figure.size, layout="constrained")
-        figure.draw(canvas.add_subplot())
+        canvas = drawn(figure)
         out = io.StringIO()
         canvas.savefig(out, format="svg", dpi=150, metadata={"Date": None})
     text = out.getvalue()
@@ -64,6 +63,4 @@ def _text(piece: str, prefix: str) -> str:
 
 
 def _themed(piece: str) -> str:
-    return re.sub(
-        r"#[0-9a-fA-F]{6}\b", lambda found: _VARIABLES.get(found[0].lower(), found[0]), piece
-    )
+    return re.sub(r"#[0-9a-fA-F]{6}\b", lambda found: _VARIABLES.get(found[0].lower(), found[0]), piece)

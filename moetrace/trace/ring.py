@@ -107,8 +107,14 @@ def peek_reader(path: Path) -> int | None:
     return None if header is None else int(header["reader_pid"])
 
 
+def peek_host(path: Path) -> int | None:
+    """Give the process number of a ring's host (0: it has closed the ring), or None if there is no such ring."""
+    header = _peek(path)
+    return None if header is None else 0 if header["closed"] else int(header["host_pid"])
+
+
 def process_alive(pid: int) -> bool:
-    """Say whether a process of this number runs (its name is not looked at)."""
+    """Say whether a process of this number runs (its name is not looked at); a zombie does not."""
     if pid <= 0:
         return False
     try:
@@ -117,7 +123,12 @@ def process_alive(pid: int) -> bool:
         return False
     except (PermissionError, OverflowError):
         return True
-    return True
+    try:
+        facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # of a process that is killed the first thread may be gone while another still ends a write
+        return facts[0] not in ("Z", "X") or int(facts[17]) > 1
+    except (OSError, IndexError):  # where there is no /proc, a zombie counts until its parent has looked
+        return True
 
 
 def live_rings(trace: Path) -> Iterator[Ring]:

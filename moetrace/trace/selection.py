@@ -75,7 +75,7 @@ class Rows:
             return ChannelMissingError(
                 f"the recording has no {name}",
                 why=f"it is of the format {source.get('format')} and holds {', '.join(have) or 'no channel'}",
-                fix=f"give one that has it, or capture with moetrace: --capture {','.join([*have, name])}",
+                fix=f"give one that has it, or capture with moetrace: --capture {name}",
             )
         option = ",".join([*have, name])
         return ChannelMissingError(

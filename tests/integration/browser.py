@@ -109,7 +109,9 @@ class Browser:
                 self.requests.append(params["request"]["url"])
         return message
 
-    def open(self, page: Path, fragment: str = "", *, width: int = 1300, height: int = 900, dark: bool = False) -> None:
+    def open(
+        self, page: Path, fragment: str = "", *, width: int = 1300, height: int = 900, dark: bool = False
+    ) -> None:
         """Open a report and wait until its figures are there."""
         self.size(width, height)
         self.dark(dark)
@@ -125,7 +127,11 @@ class Browser:
     def size(self, width: int, height: int) -> None:
         """Give the tab a size in CSS pixels."""
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
         )
 
     def dark(self, on: bool) -> None:

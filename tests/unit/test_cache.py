@@ -41,7 +41,9 @@ streams = st.lists(st.integers(0, 7), min_size=1, max_size=60)
 @pytest.mark.parametrize("policy", ["lru", "lfu", "oracle"])
 @given(first=streams, second=streams)
 @settings(deadline=None, max_examples=60)
-def test_stack_distances_are_those_of_a_plain_simulation(policy: Any, first: list[int], second: list[int]) -> None:
+def test_stack_distances_are_those_of_a_plain_simulation(
+    policy: Any, first: list[int], second: list[int]
+) -> None:
     """Two streams side by side, of different lengths and with gaps, and every number of slots."""
     side = np.full((2, len(first) + len(second)), -1)
     side[0, : len(first)] = first
@@ -84,7 +86,17 @@ def rows_of(experts: np.ndarray, prompt: np.ndarray, n_expert: int) -> TokenRows
     zero = np.zeros(n, dtype=np.int64)
     names = np.array([f"p{i:03d}" for i in range(int(prompt.max()) + 1)])
     return TokenRows(
-        experts, n_expert, np.arange(experts.shape[1]), names, names, prompt, prompt, zero, zero, zero, np.arange(n)
+        experts,
+        n_expert,
+        np.arange(experts.shape[1]),
+        names,
+        names,
+        prompt,
+        prompt,
+        zero,
+        zero,
+        zero,
+        np.arange(n),
     )
 
 
@@ -125,7 +137,9 @@ def test_even_routing_has_no_hot_set() -> None:
     rows = rows_of(experts, np.repeat(np.arange(40), 100), 16)
     curve = cache.expert_cache(rows, [4, 8], policies=["pinned", "lru"], shared=False).curve
     pinned = curve[curve["policy"] == "pinned"]
-    assert ((pinned["low"] - 0.01 <= pinned["slots"] / 16) & (pinned["slots"] / 16 <= pinned["high"] + 0.01)).all()
+    assert (
+        (pinned["low"] - 0.01 <= pinned["slots"] / 16) & (pinned["slots"] / 16 <= pinned["high"] + 0.01)
+    ).all()
 
 
 def test_bytes_follow_from_misses_and_sizes() -> None:

@@ -177,6 +177,59 @@ def small_trace(path: Path, **options: Any) -> Path:
     return write_trace(path, [context], **{"labels": labels, **options})
 
 
+def domain_trace(
+    path: Path,
+    domains: tuple[str, ...] = ("code", "math"),
+    *,
+    n_layers: int = 3,
+    n_expert: int = 8,
+    k: int = 2,
+    prompts: int = 4,
+    n_predict: int = 12,
+    effect: float = 2.0,
+    lose: tuple[int, ...] = (),
+    seed: int = 0,
+) -> Path:
+    """Write a trace of ``prompts`` labelled requests per domain, whose domains prefer experts of their own.
+
+    Six prompt tokens each, then ``n_predict`` decoded ones; the last layer of prompt rows is computed for the
+    last one only; serials in ``lose`` are lost.
+    """
+    rng = np.random.default_rng(seed)
+    layout = make_layout(layers=tuple(range(n_layers)), n_expert=n_expert, k=k)
+    taste = effect * rng.normal(size=(len(domains), n_layers, n_expert))
+    n, parts, labels, serial, batch = 6 + n_predict, [], [], 0, 0
+    for request in range(len(domains) * prompts):
+        domain = request % len(domains)
+        parts += [
+            event(layout, serial, EventCode.LAUNCH, 0),
+            event(layout, serial, EventCode.SEQ_RM, 0, 0),
+        ]
+        rows = random_records(layout, n, rng, serial)
+        rows["sequence"], rows["position"], rows["token"] = 0, np.arange(n), rng.integers(0, 20, n)
+        rows["batch"] = rows["step"] = batch + np.maximum(0, np.arange(n) - 5)
+        rows["flags"] = np.arange(n) >= 5
+        rows["time_ns"] = 1000 * rows["serial"].astype(np.int64)
+        rows["state"] = 1
+        rows["state"][:5, -1] = 2
+        logits = (
+            taste[domain]
+            + 0.3 * rng.normal(size=(n_layers, n_expert))
+            + rng.gumbel(size=(n, n_layers, n_expert))
+        )
+        rows["experts"] = np.argsort(-logits, axis=2)[:, :, :k]
+        rows["experts"][:5, -1] = 255 if n_expert <= 255 else 65535
+        parts.append(rows)
+        parts.append(event(layout, serial + n, EventCode.LAUNCH, 0))
+        labels.append({"request": request, "id": f"p{request}", "label": domains[domain]})
+        serial, batch = serial + n, int(rows["batch"][-1]) + 1
+    records = np.concatenate(parts)
+    lost = (records["kind"] == RecordKind.ROW) & np.isin(records["serial"], lose)
+    return write_trace(
+        path, [Context(layout, records[~lost], lost=int(lost.sum()))], block=4096, labels=labels
+    )
+
+
 def labelled_records(
     layout: Layout,
     rng: np.random.Generator,

@@ -189,7 +189,7 @@ class Matrix {
     c.textBaseline = "middle";
     c.textAlign = "right";
     const each = (n, room) => [1, 2, 4, 5, 8, 10, 16, 20, 32, 40, 50, 64, 100, 128].find((s) => s * room[0] >= room[1]) || n;
-    const down = each(spec.rows, [tall, 12]), across = each(spec.columns, [cell, 22]);
+    const down = each(spec.rows, [tall, 12]), across = each(spec.columns, [cell, spec.columns > 100 ? 28 : 22]);
     for (let r = 0; r < spec.rows; r += down) {
       c.fillStyle = r === spec.chosen ? color("accent") : color("ink");
       c.fillText(names[r], left - 5, top + (r + 0.5) * tall, 110);

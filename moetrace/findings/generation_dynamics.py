@@ -1,0 +1,248 @@
+"""How routing changes while a text is generated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pandas as pd
+
+from moetrace.analysis import generation_dynamics as dynamics
+from moetrace.analysis.domain import domain_test
+from moetrace.errors import MoetraceError, UsageError
+from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.subject import Subject
+from moetrace.findings.wording import number, of_layers, p_value, span
+from moetrace.plot.style import axes, faint, ink, layer_axis, legend_above
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_Tables = dict[str, pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class GenerationDynamics(Question):
+    """How does the choice of experts move on from token to token?
+
+    Overlap of the sets and sameness of the first expert by lag and layer, handoffs per token, both against the same
+    prompts' tokens in random order; phases by change-points against the same prompts turned round; prompt tokens
+    against generated ones; and, where prompts carry an answer (key ``answer`` of their line), right against wrong
+    outputs. First asked by the chuk-mlx experiment on expert dynamics (consistency .459, 20.8 handoffs per token,
+    phases everywhere); the as_published tables follow its formulas.
+    """
+
+    name: ClassVar[str] = "generation-dynamics"
+    title: ClassVar[str] = "Dynamics of generation"
+
+    max_lag: int = parameter(8, "lags to list, up to 32")
+    min_steps: int = parameter(8, "shortest phase")
+    alpha: float = parameter(0.05, "level of the tests")
+    permutations: int = parameter(199, "rearrangements to draw")
+    max_tokens: int = parameter(8000, "whole prompts are drawn until they hold so many tokens, for the tests")
+
+    def answer(self, subject: Subject) -> Finding:
+        """Answer it."""
+        analysis = subject.analysis
+        text = analysis.text
+        persistence = analysis.persistence()
+        persistence = persistence[persistence["lag"] <= self.max_lag].reset_index(drop=True)
+        changes = dynamics.handoffs(analysis.counts)
+        phases = dynamics.generation_phases(
+            text,
+            min_steps=self.min_steps,
+            alpha=self.alpha,
+            n_permutations=self.permutations,
+            max_rows=self.max_tokens,
+            seed=subject.seed,
+        )
+        tables: _Tables = {
+            "persistence": persistence,
+            "handoffs": changes,
+            "phases": phases.common,
+            "phase_curve": phases.curve,
+            "own_phases": phases.own,
+        }
+        said = _of_handoffs(changes) + _of_phases(phases, self.alpha)
+        caveats = [subject.phase_note]
+        if len(subject.traces) == 1:
+            tables["order_test"] = analysis.shuffle_test(
+                max_lag=min(self.max_lag, 8),
+                n_permutations=self.permutations,
+                max_rows=self.max_tokens,
+                seed=subject.seed,
+            )
+        tables |= self._phases_of_work(subject, said, caveats)
+        tables |= self._answers(subject, said, caveats)
+        for primary in ("router", "arbitrary"):
+            published = dynamics.as_published_dynamics(text, primary=primary, seed=subject.seed)
+            row = pd.DataFrame(
+                {
+                    "primary": [primary],
+                    "consistency": [published.consistency],
+                    "handoffs_per_token": [published.handoffs_per_token],
+                    "phase_boundaries_per_step": [published.boundary_rate],
+                }
+            )
+            old = tables.get("as_published_summary")
+            tables["as_published_summary"] = row if old is None else pd.concat([old, row], ignore_index=True)
+            tables[f"as_published_stability_{primary}"] = published.layers
+        caveats.append(
+            "As published, a phase boundary compares k experts with up to 3k of the window before, so that it fires"
+            " almost always; the published primary expert is an arbitrary one of the chosen (row `arbitrary`)."
+        )
+        return self.finding(said, tables, caveats)
+
+    def _phases_of_work(self, subject: Subject, said: list[str], caveats: list[str]) -> _Tables:
+        try:
+            prefill, decode = subject.in_phase("prefill").counts, subject.in_phase("decode").counts
+        except UsageError as e:
+            caveats.append(f"Prompt and generated tokens cannot be compared: {e.what}.")
+            return {}
+        table = dynamics.phase_comparison(
+            prefill, decode, n_permutations=max(self.permutations, 199), seed=subject.seed
+        )
+        known = table[table["p_family"].notna() | table["p_value"].notna()]
+        apart = known[known["p_family"].fillna(known["p_value"]) <= self.alpha]
+        if known.empty:
+            said.append(
+                "Fewer than two prompts have both prompt and generated tokens: the two cannot be compared."
+            )
+        else:
+            said.append(
+                f"Prompt tokens use other experts than generated ones {of_layers(apart['layer'], len(known))}"
+                f" (prompt by prompt; the texts differ too)."
+            )
+        return {"prefill_decode": table}
+
+    def _answers(self, subject: Subject, said: list[str], caveats: list[str]) -> _Tables:
+        answers = {} if subject.table is not None else subject.analysis.request_column("answer")
+        if not answers:
+            caveats.append(
+                "Right and wrong outputs were not compared: no prompt has an `answer` (a key of its line in the prompts"
+                " file, as in questions.jsonl of moetrace's data)."
+            )
+            return {}
+        try:
+            decode = subject.in_phase("decode")
+            text = decode.text
+            pieces = decode.pieces(text)
+        except MoetraceError as e:
+            caveats.append(f"Right and wrong outputs were not compared: {e.what}.")
+            return {}
+        rows = []
+        for i, name in enumerate(text.names):
+            if name in answers:
+                a, b = text.starts[i], text.starts[i + 1]
+                output = b"".join(pieces[a:b]).decode("utf-8", "replace")
+                rows.append((name, str(answers[name]), output, dynamics.answers_match(output, answers[name])))
+        outputs = pd.DataFrame(rows, columns=["prompt", "answer", "output", "right"])
+        n_right = int(outputs["right"].sum())
+        said.append(f"{n_right} of {len(outputs)} outputs hold the expected answer.")
+        tables: _Tables = {"answers": outputs}
+        counts = decode.counts
+        where = np.flatnonzero(np.isin(counts.prompts, outputs["prompt"].to_numpy(dtype=np.str_)))
+        mine = counts.of(where)
+        right = outputs.set_index("prompt")["right"].reindex(mine.prompts.tolist()).to_numpy(dtype=bool)
+        strata = mine.labels if (mine.labels != "").all() else None
+        options: dict[str, Any] = {"n_permutations": max(self.permutations, 199), "seed": subject.seed}
+        try:
+            features = dynamics.correctness_features(mine, right.tolist(), strata=strata, **options)
+        except UsageError as e:
+            caveats.append(f"Right and wrong outputs cannot be compared: {e.what}.")
+            return tables
+        test = domain_test(
+            mine.included, np.where(right, "right", "wrong"), layers=mine.layers, strata=strata, **options
+        )
+        tables |= {"right_wrong": features, "right_wrong_layers": test.table}
+        some = features[features["p_family"] <= self.alpha]
+        apart = test.table[test.table["p_family"] <= self.alpha]
+        said.append(
+            "Right outputs differ from wrong ones in "
+            + (", ".join(some["feature"]) if len(some) else "none of " + ", ".join(features["feature"]))
+            + (
+                f"; their experts differ {of_layers(apart['layer'], len(test.table))}"
+                if test.testable
+                else f"; whether their experts differ {test.verdict}"
+            )
+            + (" (right and wrong exchanged within labels)." if strata is not None else ".")
+        )
+        return tables
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """The divergence at each step, and persistence by layer."""
+        curve, changes = finding.tables["phase_curve"], finding.tables["handoffs"]
+
+        def draw_phases(ax: Axes) -> Axes:
+            ax = axes(ax)
+            ax.plot(curve["step"], curve["jsd_bits"], color=ink(), label="before against after the step")
+            ax.plot(
+                curve["step"],
+                curve["null_q95"],
+                color=faint(),
+                linestyle="--",
+                label="prompts turned round, 95 % quantile",
+            )
+            ax.set(xlabel="step", ylabel="divergence (bits)")
+            legend_above(ax)
+            return ax
+
+        def draw_handoffs(ax: Axes) -> Axes:
+            ax = axes(ax)
+            rows = changes[changes["layer"] >= 0]
+            ax.plot(rows["layer"], rows["handoffs"], marker="o", color=ink(), label="observed")
+            ax.plot(rows["layer"], rows["shuffle"], linestyle="--", color=faint(), label="random order")
+            ax.set(ylabel="handoffs per token", ylim=(0, 1))
+            layer_axis(ax, rows["layer"].to_numpy())
+            legend_above(ax)
+            return ax
+
+        return {
+            "phases": Figure(draw_phases, "How far usage before a step differs from usage after it."),
+            "handoffs": Figure(
+                draw_handoffs, "How often the first expert changes, and would in random order."
+            ),
+        }
+
+
+def _of_handoffs(table: pd.DataFrame) -> list[str]:
+    row = table.iloc[-1].to_dict()
+    if not row["pairs"]:
+        return ["There are no neighbouring tokens, so nothing can be said about handoffs."]
+    n_layers = len(table) - 1
+    fewer = table.iloc[:-1]
+    stay = fewer[fewer["low"] > 0]
+    return [
+        f"The first expert changes in {row['handoffs']:.2f} of {number(n_layers, 'layer')} from one token to the next;"
+        f" in random order it would in {row['shuffle']:.2f}:"
+        f" {span(row['fewer'], row['low'], row['high'], '.2f')} fewer.",
+        f"Experts stay longer than in random order {of_layers(stay['layer'], n_layers)}"
+        " (95 % intervals of each layer, not corrected for many layers).",
+    ]
+
+
+def _of_phases(phases: dynamics.Phases, alpha: float) -> list[str]:
+    tested = phases.common[phases.common["p_value"].notna()]
+    if tested.empty:
+        return ["The texts are too short for phases."]
+    found = tested[tested["p_value"] <= alpha]
+    first = tested.iloc[0].to_dict()
+    if len(found):
+        steps = ", ".join(str(step) for step in sorted(found["change"]))
+        said = (
+            f"Routing changes at step {steps}, in all prompts alike"
+            f" ({first['jsd_bits']:.3f} bits between before and after, {first['null_bits']:.3f} by chance;"
+            f" {p_value(first['p_value'])})."
+        )
+    else:
+        said = (
+            f"There are no phases that prompts have in common: the largest change, at step {first['change']}, is"
+            f" {first['jsd_bits']:.3f} bits, where chance gives up to {first['null_bits']:.3f}"
+            f" ({p_value(first['p_value'])})."
+        )
+    own = phases.own.iloc[0].to_dict()
+    if np.isnan(own["p_value"]):
+        return [said]
+    verdict = "change" if own["p_value"] <= alpha else "do not change more than chance lets them"
+    return [said, f"Prompts {verdict} at steps of their own ({p_value(own['p_value'])})."]
