@@ -386,7 +386,7 @@ def test_routing_manipulation_of_the_demo_model(demo_trace, tmp_path):
         demo_trace,
         tmp_path / "out",
         targets=3,
-        layers=1,
+        depth=1,
         budget=96,
         prompts=4,
         length=3,
