@@ -103,8 +103,6 @@ def expert_interference(
             for ending in ("estimate", "low", "high"):
                 value = np.nan if interval is None else float(getattr(interval, ending))
                 row[name if ending == "estimate" else f"{name}_{ending}"] = value
-        for ending in ("low", "high"):  # a share
-            row[f"same_top_{ending}"] = float(np.clip(row[f"same_top_{ending}"], 0, 1))
         per_text = np.bincount(unit, own - base)
         other = k != default
         row["better_tokens"] = float((own < base).mean()) if other else np.nan
