@@ -18,7 +18,7 @@ from PIL import Image
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parents[1] / "tests" / "integration"))
 
-from browser import Browser, find_chromium
+from browser import Browser, find_chromium  # noqa: E402
 
 WIDTH, HEIGHT, GAP = 900, 1400, 24
 AT_MOST = 400_000  # bytes
