@@ -21,7 +21,7 @@ from moetrace.errors import UsageError
 Floats = npt.NDArray[np.float64]
 
 # Contexts of neighbouring positions that are exchanged with each other.
-_STRATUM = 3
+_STRATUM = 2
 #: fewer contexts than this are not tested
 FEWEST = 8
 
@@ -74,7 +74,7 @@ def context_attention_routing(
     """Mantel's test between two similarity matrices (n, n) of contexts, position (n,) taken out.
 
     Twice: the correlation is the partial one, given the pair's positions (difference and level, linear and square, and
-    whether they are equal; Smouse, Long & Sokal 1986), and contexts are exchanged within strata of three neighbouring
+    whether they are equal; Smouse, Long & Sokal 1986), and contexts are exchanged within strata of two neighbouring
     positions only. It is reckoned anew for every exchange, so that the test is exact where contexts are exchangeable.
 
     Raises UsageError for fewer than :data:`FEWEST` contexts.
