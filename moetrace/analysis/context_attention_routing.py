@@ -31,9 +31,8 @@ class ContextTest:
     """One token, one layer.
 
     ``correlation`` is Pearson's over pairs of contexts as they are, ``partial`` with what position explains taken out
-    of both, with ``low`` and ``high`` (jackknife over contexts); ``null_mean`` is the partial one where contexts of
-    similar positions are exchanged, ``p_value`` one-sided: attention and routing are more alike together than position
-    makes them. ``attention`` and ``routing`` are mean similarities. NaN where nothing varies.
+    of both, with ``low`` and ``high`` (jackknife over contexts); ``p_value`` is one-sided: attention
+    and routing are more alike together than position makes them. ``attention`` and ``routing`` are mean similarities. NaN where nothing varies.
     """
 
     contexts: int
@@ -41,7 +40,6 @@ class ContextTest:
     partial: float
     low: float
     high: float
-    null_mean: float
     p_value: float
     attention: float
     routing: float
@@ -89,7 +87,7 @@ def context_attention_routing(
     basis = _position_basis(place, i, j)
     rest = x - basis @ (basis.T @ x), y - basis @ (basis.T @ y)
     if np.isnan(_correlation(*rest)):
-        return ContextTest(n, plain, nan, nan, nan, nan, nan, *mean)
+        return ContextTest(n, plain, nan, nan, nan, nan, *mean)
     strata = np.array_split(np.lexsort((rng.random(n), place)), max(1, n // _STRATUM))
     reached = np.empty(n_permutations + 1)
     size = np.linalg.norm(rest[0])
@@ -109,7 +107,6 @@ def context_attention_routing(
         float(reached[0]),
         float(np.clip(interval.low, -1, 1)),
         float(np.clip(interval.high, -1, 1)),
-        float(reached[1:].mean()) if n_permutations else nan,
         float(nulls.permutation_p(reached)) if n_permutations else nan,
         *mean,
     )
