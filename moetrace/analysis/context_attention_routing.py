@@ -31,8 +31,9 @@ class ContextTest:
     """One token, one layer.
 
     ``correlation`` is Pearson's over pairs of contexts as they are, ``partial`` with what position explains taken out
-    of both, with ``low`` and ``high`` (jackknife over contexts); ``p_value`` is one-sided: attention
-    and routing are more alike together than position makes them. ``attention`` and ``routing`` are mean similarities. NaN where nothing varies.
+    of both, with ``low`` and ``high`` (jackknife over contexts); ``p_value`` is one-sided: attention and routing are
+    more alike together than position makes them. ``attention`` and ``routing`` are mean similarities. NaN where
+    nothing varies.
     """
 
     contexts: int
