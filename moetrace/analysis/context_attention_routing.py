@@ -21,7 +21,7 @@ from moetrace.errors import UsageError
 Floats = npt.NDArray[np.float64]
 
 # Contexts of neighbouring positions that are exchanged with each other.
-_STRATUM = 3
+_STRATUM = 2
 #: fewer contexts than this are not tested
 FEWEST = 8
 
@@ -31,9 +31,9 @@ class ContextTest:
     """One token, one layer.
 
     ``correlation`` is Pearson's over pairs of contexts as they are, ``partial`` with what position explains taken out
-    of both, with ``low`` and ``high`` (jackknife over contexts); ``null_mean`` is the partial one where contexts of
-    similar positions are exchanged, ``p_value`` one-sided: attention and routing are more alike together than position
-    makes them. ``attention`` and ``routing`` are mean similarities. NaN where nothing varies.
+    of both, with ``low`` and ``high`` (jackknife over contexts); ``p_value`` is one-sided: attention and routing are
+    more alike together than position makes them. ``attention`` and ``routing`` are mean similarities. NaN where
+    nothing varies.
     """
 
     contexts: int
@@ -41,7 +41,6 @@ class ContextTest:
     partial: float
     low: float
     high: float
-    null_mean: float
     p_value: float
     attention: float
     routing: float
@@ -74,7 +73,7 @@ def context_attention_routing(
     """Mantel's test between two similarity matrices (n, n) of contexts, position (n,) taken out.
 
     Twice: the correlation is the partial one, given the pair's positions (difference and level, linear and square, and
-    whether they are equal; Smouse, Long & Sokal 1986), and contexts are exchanged within strata of three neighbouring
+    whether they are equal; Smouse, Long & Sokal 1986), and contexts are exchanged within strata of two neighbouring
     positions only. It is reckoned anew for every exchange, so that the test is exact where contexts are exchangeable.
 
     Raises UsageError for fewer than :data:`FEWEST` contexts.
@@ -89,7 +88,7 @@ def context_attention_routing(
     basis = _position_basis(place, i, j)
     rest = x - basis @ (basis.T @ x), y - basis @ (basis.T @ y)
     if np.isnan(_correlation(*rest)):
-        return ContextTest(n, plain, nan, nan, nan, nan, nan, *mean)
+        return ContextTest(n, plain, nan, nan, nan, nan, *mean)
     strata = np.array_split(np.lexsort((rng.random(n), place)), max(1, n // _STRATUM))
     reached = np.empty(n_permutations + 1)
     size = np.linalg.norm(rest[0])
@@ -109,7 +108,6 @@ def context_attention_routing(
         float(reached[0]),
         float(np.clip(interval.low, -1, 1)),
         float(np.clip(interval.high, -1, 1)),
-        float(reached[1:].mean()) if n_permutations else nan,
         float(nulls.permutation_p(reached)) if n_permutations else nan,
         *mean,
     )
