@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetrace.errors import MoetraceError
+from moetrace.errors import InputError, MoetraceError
 from moetrace.findings import QUESTIONS, Figure, Finding, question
 
 if TYPE_CHECKING:
@@ -40,10 +40,20 @@ def write_finding(finding: Finding, folder: Path) -> list[Path]:
 
 
 def figures_of(finding: Finding) -> dict[str, Figure]:
-    """Figures of a finding; none if it was not answered, or is of a question that is not ours."""
+    """Figures of a finding; none if it was not answered, or is of a question that is not ours.
+
+    Raises InputError if it lacks a table or column that its figures are drawn from.
+    """
     if finding.missing is not None or finding.name not in QUESTIONS:
         return {}
-    return question(finding.name)().figures(finding)
+    try:
+        return question(finding.name)().figures(finding)
+    except KeyError as e:
+        raise InputError(
+            f"the finding {finding.name} has no {e}",
+            why="another version of moetrace wrote it, or someone edited it",
+            fix=f"make it again: moetrace analyze {finding.name} -o DIR",
+        ) from e
 
 
 def drawn(figure: Figure) -> Canvas:

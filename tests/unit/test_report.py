@@ -18,13 +18,16 @@ import traces
 import moetrace
 from moetrace.__main__ import main
 from moetrace.analysis.counts import RoutingCounts
+from moetrace.errors import InputError
 from moetrace.findings import QUESTIONS, Finding, Subject, question
 from moetrace.report.captured import captured
 from moetrace.report.explorer import explorer, pack, unpack
+from moetrace.report.files import figures_of
 from moetrace.report.methods import Method, linked
 from moetrace.report.page import MAX_BYTES, Report, ask_all, render_page, write_report
 from moetrace.report.summary import summary
 
+ASKED = list(QUESTIONS)[: list(QUESTIONS).index("gate-distances") + 1]
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> $\\frac{1}{2$ {{7*7}} \x1b[31m"
 
 
@@ -70,7 +73,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     path = traces.domain_trace(folder / "t.moet", ("code", "math", HOSTILE), lose=(30, 31))
     with moetrace.open(path) as trace:
         subject = Subject([trace], names=["t"])
-        findings = ask_all(subject)
+        findings = [question(name)().ask(subject) for name in ASKED]
         report = write_report(subject, findings, folder / "out")
         counts = subject.analysis.counts
     text = report.page.read_text(encoding="utf-8")
@@ -214,7 +217,7 @@ def test_one_prompt_per_domain_cannot_be_tested(tmp_path: Path) -> None:
     path = traces.domain_trace(tmp_path / "t.moet", prompts=1, n_predict=30)
     with moetrace.open(path) as trace:
         subject = Subject([trace])
-        findings = ask_all(subject)
+        findings = tuple(question(name)().ask(subject) for name in ASKED)
         about = captured(subject)
         page = Page(render_page(subject, findings, about))
     (tmp_path / "report.html").touch()
@@ -302,19 +305,25 @@ def test_findings_made_elsewhere_get_their_section(
     monkeypatch.setattr("moetrace.report.page.QUESTIONS", {"overview": "", "load-balance": ""})
     path = traces.domain_trace(tmp_path / "t.moet")
     made = Finding(
-        "expert-merging", "Merging", ("Two experts are alike.",), (), {"pairs": pd.DataFrame({"a": [1]})}
+        "own-question", "Own", ("Two experts are alike.",), (), {"pairs": pd.DataFrame({"a": [1]})}
     )
     (tmp_path / "given").mkdir()
-    (tmp_path / "given" / "expert-merging.json").write_text(made.to_json(), encoding="utf-8")
+    (tmp_path / "given" / "own-question.json").write_text(made.to_json(), encoding="utf-8")
     arguments = ["report", str(path), "-o", str(tmp_path / "out"), "--findings", str(tmp_path / "given")]
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "Two experts are alike." in out
     assert f"Wrote {tmp_path / 'out' / 'report.html'}" in out
     page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
-    assert "q-expert-merging" in page.ids
+    assert "q-own-question" in page.ids
     assert "Two experts are alike." in page.text
-    assert (tmp_path / "out" / "tables" / "expert-merging-pairs.csv").is_file()
+    assert (tmp_path / "out" / "tables" / "own-question-pairs.csv").is_file()
+
+
+def test_a_finding_that_lacks_its_tables_is_refused_by_name() -> None:
+    made = Finding("load-balance", "Load", ("s",), (), {"other": pd.DataFrame({"a": [1]})})
+    with pytest.raises(InputError, match="load-balance has no 'load_balance'"):
+        figures_of(made)
 
 
 def test_report_refuses_what_holds_no_findings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -334,3 +343,14 @@ def test_words_lead_to_their_method() -> None:
 def test_every_question_says_how_its_number_is_made() -> None:
     for name in QUESTIONS:
         assert len((question(name).__doc__ or "").split("\n\n", 1)[-1].split()) > 15, name
+
+
+def test_what_was_given_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("overview", "load-balance", "compare", "expert-merging")
+    monkeypatch.setattr("moetrace.report.page.QUESTIONS", dict.fromkeys(names, ""))
+    given = Finding("load-balance", "Load", ("made before",))
+    with moetrace.open(traces.small_trace(tmp_path / "t.moet")) as trace:
+        findings = {finding.name: finding for finding in ask_all(Subject([trace]), [given])}
+    assert list(findings) == ["overview", "load-balance", "expert-merging"]  # one trace: nothing to compare
+    assert findings["load-balance"] is given
+    assert "needs the model" in (findings["expert-merging"].missing or "")
