@@ -6,7 +6,10 @@ STAMP  := $(VENV)/.moetrace
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-slow test-cpp sanitize lint clean bench-overhead bench-analysis gpu-check
+# which of tests/stress `make stress` runs: T=test_kill.py; all by default
+T ?=
+
+.PHONY: help setup demo report-image releases test test-unit test-slow test-cpp sanitize stress lint notebooks clean bench-overhead bench-analysis gpu-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -31,6 +34,10 @@ setup: $(STAMP)-package $(STAMP)-runtime ## virtual environment, moetrace and ll
 demo: setup ## record a small model from start to end
 	$(BIN)/moetrace demo
 
+report-image: setup ## the README's picture of a report, of the demo's trace; needs Chromium
+	test -d demo/demo.moet || $(BIN)/moetrace demo
+	$(BIN)/python docs/images/make.py demo/demo.moet
+
 test: setup lint test-cpp ## everything but the slow tests
 	$(BIN)/python -m pytest -m "not slow"
 
@@ -53,16 +60,28 @@ sanitize: $(STAMP)-package ## the C++ tests under AddressSanitizer, UBSan and Th
 	    $(BIN)/ctest --test-dir build/$$s --output-on-failure || exit 1; \
 	done
 
+stress: setup ## kill, damage, fuzz, race and starve it: up to an hour; writes docs/reliability.md
+	MOETRACE_STRESS=whole $(BIN)/python -m pytest tests/stress/$(T) --timeout 7200
+	$(BIN)/python tests/stress/report.py
+
 lint: $(STAMP)-package ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+notebooks: setup ## execute the example notebooks
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[notebooks]'
+	$(BIN)/python examples/notebooks/execute.py
 
 bench-overhead: setup ## what tracing costs; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/bench_overhead.py
 
 bench-analysis: $(STAMP)-package ## the analyses against the notebook's own method
 	$(BIN)/python benchmarks/bench_analysis.py
+
+releases: setup ## build llama.cpp releases of two years (once, an hour) and try moetrace on each
+	PYTHON=$(BIN)/python llama.cpp/releases.sh build/releases
+	MOETRACE_STRESS=whole MOETRACE_WRITE=1 $(BIN)/python -m pytest tests/stress/test_releases.py
 
 gpu-check: ## build for CUDA and check there; SOURCES_GPU=FOLDER, see the script
 	benchmarks/gpu-check.sh $(SOURCES_GPU)

@@ -12,8 +12,30 @@ static bool number_after(const char * name, const char * prefix, int & number) {
     if (strncmp(name, prefix, length) != 0 || name[length] < '0' || name[length] > '9') {
         return false;
     }
-    number = atoi(name + length);
-    return true;
+    const long value = strtol(name + length, nullptr, 10);
+    number = (int) value;
+    return value <= 1'000'000;
+}
+
+// The layer whose attention a node holds, after the soft-max: by its name, or, where a release gives none, by the cache
+// of keys that its scores were made with.
+static bool attention_layer(ggml_abi & abi, ggml_tensor * node, int & layer) {
+    if (number_after(abi.name(node), "kq_soft_max-", layer)) {
+        return true;
+    }
+    ggml_tensor * t = abi.src(node, 0);
+    for (int depth = 0; t && depth < 8; depth++) {
+        switch (abi.op(t)) {
+            case OP_SCALE: case OP_UNARY: case OP_ADD:
+                t = abi.src(t, 0);
+                break;
+            case OP_MUL_MAT:
+                return abi.src(t, 0) && number_after(abi.name(abi.root(abi.src(t, 0))), "cache_k_l", layer);
+            default:
+                return false;
+        }
+    }
+    return false;
 }
 
 std::vector<attention_source> attention_find(ggml_abi & abi, ggml_cgraph * graph, const config & cfg) {
@@ -30,7 +52,7 @@ std::vector<attention_source> attention_find(ggml_abi & abi, ggml_cgraph * graph
             if (number_after(abi.name(owner), "cache_k_l", layer)) {
                 caches.push_back({ layer, abi.src(node, 1), abi.ne(owner)[1] });
             }
-        } else if (op == OP_SOFT_MAX && number_after(abi.name(node), "kq_soft_max-", layer) && cfg.has_layer(layer)) {
+        } else if (op == OP_SOFT_MAX && attention_layer(abi, node, layer) && cfg.has_layer(layer)) {
             attention_source source;
             source.layer = layer;
             source.probs = node;
@@ -105,7 +127,11 @@ bool attention_read(const ggml_abi & abi, const attention_source & source, const
         int64_t row, int64_t cell, const kv_cells & cells, attention_row & out) {
     const int64_t * ne = abi.ne(source.probs);
     const size_t *  nb = abi.nb(source.probs);
-    if (abi.type(source.probs) != TYPE_F32 || nb[0] != 4 || ne[1] <= 0 || row/ne[1] >= ne[3]) {
+    if (abi.type(source.probs) != TYPE_F32 || !abi.is_readable(source.probs) || nb[0] != 4 || ne[1] < 1 || row/ne[1] >= ne[3]) {
+        return false;
+    }
+    if (source.mask && (!abi.is_readable(source.mask) || abi.ne(source.mask)[0] < ne[0] || abi.ne(source.mask)[1] < ne[1] ||
+            abi.ne(source.mask)[3] < 1)) {
         return false;
     }
     const int64_t stream = row/ne[1];

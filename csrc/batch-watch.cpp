@@ -8,8 +8,10 @@ namespace moetrace {
 // batch_mirror
 //
 
+static constexpr int32_t MAX_BATCH = 1 << 22; // tokens; an index beyond is none
+
 int32_t batch_mirror::add(const void * batch, int32_t index, int32_t sequence, int32_t token) {
-    if (index >= 0) {
+    if (index >= 0 && index < MAX_BATCH) {
         auto & entries = batches[batch];
         entries.resize((size_t) index + 1);
         entries.back() = {};
@@ -101,7 +103,7 @@ bool batch_matcher::cut(split_kind kind, const int32_t * tokens, const int32_t *
         const int32_t s = batch[i].sequence;
         const size_t at = (size_t) (std::find(sequences.begin(), sequences.end(), s) - sequences.begin());
         if (at == sequences.size()) {
-            if (kind == SPLIT_EQUAL_SEQUENTIAL && !sequences.empty() && s != sequences.back() + 1) {
+            if (kind == SPLIT_EQUAL_SEQUENTIAL && !sequences.empty() && (int64_t) s != (int64_t) sequences.back() + 1) {
                 continue;
             }
             sequences.push_back(s);

@@ -12,6 +12,8 @@ namespace moetrace {
 // model_shape
 //
 
+static constexpr int64_t MAX_WIDTH = 1 << 22; // values per row; more make no record
+
 // values per row and the dimension that counts the rows; false if rows are not outermost
 static bool rows_shape(const ggml_abi & abi, const ggml_tensor * t, int64_t n, int & row_dim, int64_t & width) {
     const int64_t * ne = abi.ne(t);
@@ -29,6 +31,9 @@ static bool rows_shape(const ggml_abi & abi, const ggml_tensor * t, int64_t n, i
     width   = 1;
     for (int d = 0; d < outer; d++) {
         width *= ne[d];
+        if (width > MAX_WIDTH) {
+            return false;
+        }
     }
     return true;
 }
@@ -37,10 +42,6 @@ bool is_wanted_tensor(const config & cfg, const char * name) {
     return std::any_of(cfg.tensors.begin(), cfg.tensors.end(), [&](const std::string & pattern) {
         return fnmatch(pattern.c_str(), name, 0) == 0;
     });
-}
-
-static bool is_readable_type(int32_t type) {
-    return type == TYPE_F32 || type == TYPE_F16 || type == TYPE_I32;
 }
 
 bool model_shape::learn(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & moe, const config & cfg) {
@@ -73,7 +74,7 @@ bool model_shape::learn(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & m
             const char * name = abi.name(node);
             int row_dim;
             int64_t width;
-            const bool ok = is_readable_type(abi.type(node)) && strlen(name) < 32 &&
+            const bool ok = abi.is_readable(node) && strlen(name) < 32 &&
                 (rows_shape(abi, node, moe.n_tokens, row_dim, width) || rows_shape(abi, node, n_outputs, row_dim, width));
             const auto seen = tensors.find(name);
             if (!ok || (seen != tensors.end() && seen->second != width)) {
@@ -143,6 +144,7 @@ void row_layout::make(const model_shape & shape, const config & cfg) {
             continue;
         }
         tensors.push_back(name);
+        tensor_widths.push_back(width);
         off_tensors.push_back(0);
         add("tensor." + name, "<f4", { (uint32_t) width }, off_tensors.back());
     }
@@ -151,6 +153,9 @@ void row_layout::make(const model_shape & shape, const config & cfg) {
         add("attention", "<f4", { ATTENTION_PIECE }, off_attention);
     }
     stride = ring_fields_layout(fields);
+    if (stride == 0) {
+        return; // too large: the caller gives up
+    }
     for (size_t i = 0; i < fields.size(); i++) {
         *offsets[i] = fields[i].offset;
     }
@@ -214,8 +219,8 @@ void graph_sources::make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & 
         }
         const uint32_t i = (uint32_t) index;
         const auto add = [&](ggml_tensor * t, ggml_tensor * ask, uint32_t field, uint32_t value_bytes, uint32_t row_width, int64_t width, int row_dim) {
-            if (field == 0 || !t) {
-                return;
+            if (field == 0 || !t || width > row_width) {
+                return; // not recorded, or another width than the first graphs had
             }
             entry e;
             e.row.is_ids     = t == layer.ids;
@@ -232,9 +237,7 @@ void graph_sources::make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & 
             not_understood.push_back(index);
             continue;
         }
-        // ids are read with the weights: asking inside the pattern would undo a fused top-k on a GPU
-        ggml_tensor * last = layer.weights && layout.off_weights ? layer.weights : layer.ids;
-        add(layer.ids, last, layout.off_experts, layout.id_bytes, K, layer.k, 1);
+        add(layer.ids, layout.off_weights ? layer.ids_last : layer.ids, layout.off_experts, layout.id_bytes, K, layer.k, 1);
         if (layer.weights) {
             const int row_dim = abi.ne(layer.weights)[0] == 1 && abi.ne(layer.weights)[1] == layer.k ? 2 : 1;
             add(layer.weights, layer.weights, layout.off_weights, 4, K, layer.k, row_dim);
@@ -250,14 +253,15 @@ void graph_sources::make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & 
     if (!layout.tensors.empty()) {
         const int64_t n_outputs = moe.out_ids ? abi.ne(moe.out_ids)[0] : moe.n_tokens;
         tensors_for_each(abi, graph, cfg, [&](ggml_tensor * node) {
-            const auto it = std::find(layout.tensors.begin(), layout.tensors.end(), abi.name(node));
+            const size_t which = (size_t) (std::find(layout.tensors.begin(), layout.tensors.end(), abi.name(node)) - layout.tensors.begin());
             entry e;
             int64_t width;
-            if (it == layout.tensors.end() || !is_readable_type(abi.type(node)) ||
-                    (!rows_shape(abi, node, moe.n_tokens, e.tensor.row_dim, width) && !rows_shape(abi, node, n_outputs, e.tensor.row_dim, width))) {
+            if (which == layout.tensors.size() || !abi.is_readable(node) ||
+                    (!rows_shape(abi, node, moe.n_tokens, e.tensor.row_dim, width) && !rows_shape(abi, node, n_outputs, e.tensor.row_dim, width)) ||
+                    width != layout.tensor_widths[which]) {
                 return;
             }
-            e.row.offset = layout.off_tensors[(size_t) (it - layout.tensors.begin())];
+            e.row.offset = layout.off_tensors[which];
             e.row.width  = (uint32_t) width;
             e.tensor.t   = node;
             e.tensor.ask = node;
@@ -353,11 +357,12 @@ static void floats_copy(const ggml_abi & abi, const source_tensor & source, cons
     const int64_t * ne = abi.ne(source.t);
     const size_t *  nb = abi.nb(source.t);
     const int32_t type = abi.type(source.t);
+    const int64_t n0 = source.row_dim > 0 ? ne[0] : 1;
     const int64_t n1 = source.row_dim > 1 ? ne[1] : 1;
     const int64_t n2 = source.row_dim > 2 ? ne[2] : 1;
     for (int64_t i2 = 0; i2 < n2; i2++) {
         for (int64_t i1 = 0; i1 < n1; i1++) {
-            for (int64_t i0 = 0; i0 < ne[0]; i0++) {
+            for (int64_t i0 = 0; i0 < n0; i0++) {
                 const char * value = src + (size_t) i2*nb[2] + (size_t) i1*nb[1] + (size_t) i0*nb[0];
                 switch (type) {
                     case TYPE_F16: *dst++ = half_to_float(*(const uint16_t *) value);   break;

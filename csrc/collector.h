@@ -43,6 +43,7 @@ struct row_layout {
     std::vector<int>        k;        // per layer
     std::vector<uint8_t>    matrices; // per layer
     std::vector<std::string> tensors; // names, in the order of their fields
+    std::vector<int64_t>     tensor_widths; // values per token of each
     std::vector<std::string> refused; // named tensors that have no row per token
     int      k_max    = 0;
     int      e_max    = 0;

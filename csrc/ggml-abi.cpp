@@ -171,6 +171,10 @@ std::vector<size_t> intersect(const std::vector<size_t> & a, const std::vector<s
     return both;
 }
 
+bool same_text(const char * a, const char * b) { // neither need be there
+    return a && b && strcmp(a, b) == 0;
+}
+
 template <typename T>
 std::vector<size_t> run_find(const ggml_tensor * t, size_t size, const std::vector<T> & run) {
     const words<T> w { t, size };
@@ -227,7 +231,7 @@ bool ggml_abi::layout_discover(std::string & error) {
     }
     for (const auto & [number, name] : { std::pair<int32_t, const char *> { TYPE_F32, "f32" },
             { TYPE_F16, "f16" }, { TYPE_I32, "i32" }, { TYPE_I64, "i64" } }) {
-        if (strcmp(f.type_name(number), name) != 0) {
+        if (!same_text(f.type_name(number), name)) {
             error = std::string("type number ") + std::to_string(number) + " is not " + name;
             return false;
         }
@@ -296,7 +300,7 @@ bool ggml_abi::layout_discover(std::string & error) {
     // name
     f.set_name(a, "moetrace-probe");
     off_name = (size_t) (f.get_name(a) - (const char *) a);
-    if (off_name + 15 > size || strcmp((const char *) a + off_name, "moetrace-probe") != 0) {
+    if (off_name > size || size - off_name < 15 || strcmp((const char *) a + off_name, "moetrace-probe") != 0) {
         return fail("name");
     }
 
@@ -305,8 +309,13 @@ bool ggml_abi::layout_discover(std::string & error) {
     ggml_tensor * sum    = f.add(ctx, a, a);
     ggml_tensor * prob   = f.soft_max(ctx, a);
     ggml_tensor * view   = f.view_1d(ctx, a, 2, 12);
-    ggml_tensor * nested = f.view_1d(ctx, view, 1, 4);
-    ggml_tensor * rows   = f.get_rows(ctx, a, f.new_tensor_4d(ctx, TYPE_I32, 4, 7, 11, 1));
+    ggml_tensor * nested = view ? f.view_1d(ctx, view, 1, 4) : nullptr;
+    ggml_tensor * picked = f.new_tensor_4d(ctx, TYPE_I32, 4, 7, 11, 1);
+    ggml_tensor * rows   = picked ? f.get_rows(ctx, a, picked) : nullptr;
+    if (!routed || !sum || !prob || !view || !nested || !rows) {
+        error = "ggml could not make the probe's operations";
+        return false;
+    }
     {
         const std::array<std::pair<ggml_tensor *, const char *>, 5> nodes {{
             { routed, "MUL_MAT_ID" }, { sum, "ADD" }, { prob, "SOFT_MAX" }, { view, "VIEW" }, { rows, "GET_ROWS" },
@@ -330,7 +339,7 @@ bool ggml_abi::layout_discover(std::string & error) {
             return fail("op");
         }
         for (const auto & node : nodes) {
-            if (strcmp(op_name(op_number(node.first)), node.second) != 0) {
+            if (!same_text(op_name(op_number(node.first)), node.second)) {
                 return fail("op");
             }
         }
@@ -375,7 +384,7 @@ bool ggml_abi::layout_discover(std::string & error) {
     }
     // data and buffer: place a tensor and look
     {
-        alignas(64) static thread_local char memory[4096 + 64];
+        char memory[4096 + 64] = {};
         char * base = memory + (64 - ((uintptr_t) memory & 63));
         owned.buffer = f.buffer_from_ptr(base, 2048);
         ggml_tensor * placed = f.new_tensor_4d(ctx, TYPE_F32, 4, 4, 1, 1);
@@ -440,7 +449,7 @@ op_kind ggml_abi::op(const ggml_tensor * t) {
         kinds[number] = OP_OTHER;
         const char * name = op_name(number);
         for (const auto & entry : NAMES) {
-            if (strcmp(name, entry.name) == 0) {
+            if (same_text(name, entry.name)) {
                 kinds[number] = entry.kind;
             }
         }
@@ -451,6 +460,18 @@ op_kind ggml_abi::op(const ggml_tensor * t) {
 bool ggml_abi::is_host(const ggml_tensor * t) const {
     const ggml_tensor * owner = view_src(t) ? view_src(t) : t;
     return buffer(owner) && buffer_is_host(buffer(owner)) && data(t);
+}
+
+bool ggml_abi::is_readable(const ggml_tensor * t) const {
+    const int32_t number = type(t);
+    double bytes = 8;
+    for (int d = 0; d < 4; d++) {
+        if (ne(t)[d] < 0 || ne(t)[d] >= 1ll << 31) { // none at all: a ubatch without outputs
+            return false;
+        }
+        bytes += (double) ne(t)[d]*(double) nb(t)[d];
+    }
+    return (number == TYPE_F32 || number == TYPE_F16 || number == TYPE_I32) && bytes < 0x1p46;
 }
 
 size_t ggml_abi::span(const ggml_tensor * t) const {

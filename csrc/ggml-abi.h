@@ -67,7 +67,10 @@ struct ggml_abi {
     // Whether the tensor's bytes are in host memory (then `data` may be read directly).
     bool is_host(const ggml_tensor * t) const;
 
-    // bytes from the first to the last element, strides included
+    // Whether its numbers can be read: a type that is understood, and a shape and strides that memory can have.
+    bool is_readable(const ggml_tensor * t) const;
+
+    // bytes from the first to the last element, strides included; of a readable tensor
     size_t span(const ggml_tensor * t) const;
 
     // --- functions

@@ -6,6 +6,9 @@
 
 namespace moetrace {
 
+static constexpr int64_t MAX_EXPERTS = 65535; // in a layer; ids are stored in two bytes, and one means none
+static constexpr int64_t MAX_EMBD    = 1 << 22;
+
 bool layer_name_parse(const char * name, int & layer, const char ** tensor) {
     const char * start = strstr(name, "blk.");
     if (!start || (start != name && start[-1] != '.')) {
@@ -75,8 +78,12 @@ static bool is_selector(ggml_abi & abi, ggml_tensor * t) {
 // chosen by the sum of each one's two best scores.
 static void groups_find(ggml_abi & abi, moe_layer & layer) {
     ggml_tensor * masked = view_skip(abi, layer.choice.scores);
-    ggml_tensor * kept   = masked && abi.op(masked) == OP_SET_ROWS ? abi.src(masked, 0) : nullptr;
-    if (!kept || abi.op(kept) != OP_GET_ROWS) {
+    if (!masked || abi.op(masked) != OP_SET_ROWS) {
+        return;
+    }
+    layer.group_choice.scores = masked; // a mask that may be made in another way
+    ggml_tensor * kept = abi.src(masked, 0);
+    if (abi.op(kept) != OP_GET_ROWS) {
         return;
     }
     layer.group_choice.scores = abi.src(kept, 0);
@@ -93,6 +100,12 @@ static void groups_find(ggml_abi & abi, moe_layer & layer) {
     }
 }
 
+// [width, rows], in numbers that can be read
+static bool is_table(const ggml_abi & abi, const ggml_tensor * t, int64_t width) {
+    const int64_t * ne = abi.ne(t);
+    return abi.is_readable(t) && ne[0] == width && ne[2] == 1 && ne[3] == 1;
+}
+
 static moe_layer * layer_find(std::vector<moe_layer> & layers, int number) {
     for (auto & layer : layers) {
         if (layer.layer == number) {
@@ -100,6 +113,35 @@ static moe_layer * layer_find(std::vector<moe_layer> & layers, int number) {
         }
     }
     return nullptr;
+}
+
+// Where to read the ids while the graph runs: with the weights, since asking inside the pattern would undo a fused top-k
+// on a GPU. Older releases make the weights after the experts were computed, and the ids' memory may be given away
+// before they are done: there, after the last node that uses the ids.
+static void ids_last_find(ggml_abi & abi, ggml_cgraph * graph, int n_nodes, std::vector<moe_layer> & layers) {
+    struct range { int first = -1, last = -1; };
+    std::vector<range> used(layers.size());
+    for (int i = 0; i < n_nodes; i++) {
+        ggml_tensor * node = abi.graph_node(graph, i);
+        const op_kind op = abi.op(node);
+        if (op != OP_MUL_MAT_ID && op != OP_GET_ROWS && op != OP_ADD_ID) {
+            continue;
+        }
+        for (size_t l = 0; l < layers.size(); l++) {
+            if (same_memory(abi, abi.src(node, op == OP_GET_ROWS ? 1 : 2), layers[l].ids)) {
+                used[l] = { used[l].first < 0 ? i : used[l].first, i };
+            }
+        }
+    }
+    for (size_t l = 0; l < layers.size(); l++) {
+        moe_layer & layer = layers[l];
+        layer.ids_last = !layer.weights ? layer.ids : abi.graph_node(graph, used[l].last);
+        for (int i = used[l].first; layer.weights && i <= used[l].last; i++) {
+            if (abi.graph_node(graph, i) == layer.weights) {
+                layer.ids_last = layer.weights;
+            }
+        }
+    }
 }
 
 // numbers that the host sets before the graph runs
@@ -175,6 +217,11 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
         if (!matrix) {
             continue; // LoRA, adjugate experts
         }
+        if (abi.type(ids) != TYPE_I32 || !abi.is_readable(ids) || abi.ne(ids)[0] < 1 || abi.ne(ids)[0] > MAX_EXPERTS || abi.ne(experts)[2] < 1 ||
+                abi.ne(experts)[2] > MAX_EXPERTS) {
+            out.trouble = "expert ids are not a table of 32-bit integers";
+            continue;
+        }
         moe_layer * layer = layer_find(out.layers, number);
         if (out.layers.empty()) {
             out.i_experts = i;
@@ -190,9 +237,6 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
             layer->n_expert = (int) abi.ne(experts)[2];
         } else if (layer->ids != ids) {
             out.trouble = "the expert matrices of one layer do not share their ids";
-        }
-        if (abi.type(ids) != TYPE_I32 || layer->k <= 0 || layer->n_expert <= 0) {
-            out.trouble = "expert ids are not 32-bit integers";
         }
         layer->matrices |= matrix;
     }
@@ -254,6 +298,23 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
         }
     }
 
+    // what has not one row per token, as wide as its layer, is something else of the same name
+    for (auto & layer : out.layers) {
+        for (ggml_tensor ** t : { &layer.logits, &layer.choice.scores }) {
+            if (*t && !is_table(abi, *t, layer.n_expert)) {
+                *t = nullptr;
+            }
+        }
+        const int64_t n_embd = layer.gate_input ? abi.ne(layer.gate_input)[0] : 0;
+        if (n_embd > MAX_EMBD || (layer.gate_input && !is_table(abi, layer.gate_input, n_embd))) {
+            layer.gate_input = nullptr;
+        }
+        if (layer.weights && (!abi.is_readable(layer.weights) || abi.ne(layer.weights)[3] != 1)) {
+            layer.weights = nullptr;
+        }
+    }
+
+    ids_last_find(abi, graph, n_nodes, out.layers);
     inputs_find(abi, graph, out);
     return out;
 }

@@ -34,6 +34,7 @@ struct moe_layer {
     selection     group_choice;       // of the groups of experts that they are chosen from, if there are groups
     int           n_group      = 0;
     int           n_group_used = 0;
+    ggml_tensor * ids_last   = nullptr; // node after which the ids are read while the graph runs; not later, their memory may go
     int           n_expert   = 0;
     int           k          = 0;
     int64_t       n_rows     = 0;

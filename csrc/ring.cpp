@@ -142,6 +142,11 @@ bool ring_writer::create(const std::string & path, const ring_params & params, s
     header_ = h;
     data_   = bytes + data_offset;
     size_   = size;
+    capacity_ = capacity;
+    stride_   = stride;
+    on_full_  = params.on_full;
+    block_ns_ = params.block_ns;
+    head_   = 0;
     tail_   = 0;
     gave_up_tail_ = ~0ull;
     return true;
@@ -155,22 +160,21 @@ void ring_writer::count(ring_counter counter, uint64_t n) {
 
 // whether the record may be written; waits for the reader as the policy says
 bool ring_writer::room_wait(uint64_t head) {
-    const uint64_t capacity = header_->capacity;
-    if (head - tail_ < capacity) {
+    if (head - tail_ < capacity_) {
         return true;
     }
     tail_ = header_->tail.load(std::memory_order_acquire);
-    if (head - tail_ < capacity) {
+    if (head - tail_ < capacity_) {
         return true;
     }
-    if (header_->on_full == RING_DROP || gave_up_tail_ == tail_) {
+    if (on_full_ == RING_DROP || gave_up_tail_ == tail_) {
         return false;
     }
 
     const uint64_t start = clock_ns();
     uint64_t now   = start;
     bool     room  = false;
-    for (int i = 0; now - start < header_->block_ns; i++) {
+    for (int i = 0; now - start < block_ns_; i++) {
         if (i < 64) {
             sched_yield();
         } else {
@@ -179,7 +183,7 @@ bool ring_writer::room_wait(uint64_t head) {
         }
         now   = clock_ns();
         tail_ = header_->tail.load(std::memory_order_acquire);
-        room  = head - tail_ < capacity;
+        room  = head - tail_ < capacity_;
         if (room) {
             break;
         }
@@ -196,14 +200,13 @@ bool ring_writer::room_wait(uint64_t head) {
 }
 
 bool ring_writer::push(const void * record) {
-    const uint64_t head     = header_->head.load(std::memory_order_relaxed);
-    const uint64_t capacity = header_->capacity;
-    record_head *  slot     = (record_head *) (data_ + (head % capacity)*header_->stride);
+    const uint64_t head = head_;
+    record_head *  slot = (record_head *) (data_ + (head % capacity_)*stride_);
 
-    if (header_->on_full == RING_OVERWRITE) {
-        if (head - tail_ >= capacity) {
+    if (on_full_ == RING_OVERWRITE) {
+        if (head - tail_ >= capacity_) {
             tail_ = header_->tail.load(std::memory_order_acquire);
-            if (head - tail_ >= capacity) {
+            if (head - tail_ >= capacity_) {
                 count(slot->kind == RECORD_ROW ? COUNT_ROWS_OVERWRITTEN : COUNT_EVENTS_OVERWRITTEN);
             }
         }
@@ -216,11 +219,12 @@ bool ring_writer::push(const void * record) {
     std::atomic_thread_fence(std::memory_order_release);
     auto *       dst = (std::atomic<uint64_t> *) slot;
     const auto * src = (const uint64_t *) record;
-    for (uint32_t i = 1; i < header_->stride/8; i++) {
+    for (uint32_t i = 1; i < stride_/8; i++) {
         dst[i].store(src[i], std::memory_order_relaxed);
     }
     slot->stamp.store(head + 1, std::memory_order_release);
-    header_->head.store(head + 1, std::memory_order_release);
+    head_ = head + 1;
+    header_->head.store(head_, std::memory_order_release);
     return true;
 }
 

@@ -46,7 +46,7 @@ class ring_writer {
     void close(const char * status);
 
     bool          is_open() const { return header_ != nullptr; }
-    uint32_t      stride()  const { return header_->stride; }
+    uint32_t      stride()  const { return stride_; }
     ring_header * header()        { return header_; }
 
     void     count(ring_counter counter, uint64_t n = 1);
@@ -59,6 +59,12 @@ class ring_writer {
     ring_header * header_ = nullptr;
     uint8_t *     data_   = nullptr;
     size_t        size_   = 0;
+    // as in the header, which others can write to: what a neighbour puts there must not lead a push astray
+    uint64_t      capacity_ = 0;
+    uint32_t      stride_   = 0;
+    ring_on_full  on_full_  = RING_BLOCK;
+    uint64_t      block_ns_ = 0;
+    uint64_t      head_   = 0;
     uint64_t      tail_   = 0;          // the last tail seen
     uint64_t      gave_up_tail_ = ~0ull; // waiting ran out at this tail: do not wait again until it moves
 };

@@ -22,6 +22,7 @@ struct tracer_state : tracer_env {
     std::vector<std::unique_ptr<context_trace>> contexts;
     std::vector<std::unique_ptr<sched_trace>>   scheds;
     batch_mirror mirror;
+    const void * cleared = nullptr; // memory of a context that has computed nothing yet
 };
 
 tracer_state & tracer() {
@@ -91,6 +92,7 @@ context_trace & context_get(tracer_state & T, llama_context * ctx) {
     if (ensure_attached(T)) {
         c.model  = T.facts.get_model  ? T.facts.get_model(ctx)  : nullptr;
         c.memory = T.facts.get_memory ? T.facts.get_memory(ctx) : nullptr;
+        c.cleared = c.memory && c.memory == T.cleared;
     }
     return c;
 }
@@ -106,21 +108,31 @@ sched_trace & sched_get(tracer_state & T, sched_t sched) {
     return *T.scheds.back();
 }
 
-const char * context_role(const tracer_state & T, const context_trace & c) {
-    for (const auto & other : T.contexts) {
-        if (other.get() == &c) {
-            return "main";
-        }
-        if (other->ring.is_open() || other->state == context_state::failed) {
-            return other->model && other->model == c.model ? "mtp" : "draft";
+// The oldest of the contexts that there are: the host makes and warms up the one that it serves with first. A draft
+// model's context may well be the first that records rows.
+const context_trace * context_main(const tracer_state & T) {
+    for (const auto & c : T.contexts) {
+        if (c->ctx) {
+            return c.get();
         }
     }
-    return "other";
+    return nullptr;
+}
+
+const char * context_role(const tracer_state & T, const context_trace & c) {
+    const context_trace * first = context_main(T);
+    if (!first || first == &c) {
+        return "main";
+    }
+    return first->model && first->model == c.model ? "mtp" : "draft";
 }
 
 // the callback: asked before a node is computed, called again after it
 bool callback_trampoline(ggml_tensor * t, bool ask, void * user_data) {
     sched_trace & s = *(sched_trace *) user_data;
+    if (!s.context) { // tracing has ended since the callback was installed
+        return s.user_callback ? s.user_callback(t, ask, s.user_data) : !ask;
+    }
     context_trace & c = *s.context;
     const int first = c.running ? c.running->sources.find(t) : -1;
     const attention_source * attention = c.running ? c.running->attention_at(t) : nullptr;
@@ -411,12 +423,17 @@ void context_on_event(llama_context * ctx, event_code code, int32_t sequence, in
 }
 
 // A context that has decoded nothing yet is not known: samplers that are set while it is made begin no task. A draft
-// model's context, or MTP's, serves the tasks of the main one.
+// model's context, or MTP's, serves the tasks of the main one, unless each sequence has one of its own (before summer
+// 2026): of which sequence one is does not show.
 void context_on_launch(llama_context * ctx, int32_t sequence) {
     when_active([&](tracer_state & T) {
-        context_trace * launched = context_find(T, ctx);
+        const auto n_sequences = [&](const context_trace & c) {
+            return T.facts.n_seq_max && c.ctx ? T.facts.n_seq_max(c.ctx) : 0;
+        };
+        const context_trace * launched = context_find(T, ctx);
+        const bool is_main = launched && launched == context_main(T);
         for (auto & c : T.contexts) {
-            if (c.get() == launched || (launched && launched == T.contexts.front().get())) {
+            if (c.get() == launched || (is_main && n_sequences(*c) == n_sequences(*launched))) {
                 context_event_push(*c, { EVENT_LAUNCH, sequence, 0, 0, 0 });
             }
         }
@@ -431,6 +448,7 @@ void memory_on_event(void * memory, event_code code, int32_t sequence, int32_t p
                 return;
             }
         }
+        T.cleared = code == EVENT_CLEAR ? memory : T.cleared;
     });
 }
 

@@ -1,8 +1,8 @@
 """Which experts does this Mixture-of-Experts model really use, and what does that mean?
 
 ``moetrace.open`` reads a trace, or another program's recording as one; ``moetrace.capture`` and
-``moetrace.serve`` record one. Everything is loaded when first used, so that importing moetrace costs next to
-nothing.
+``moetrace.serve`` record one; ``moetrace.evaluate`` says how well a model predicts texts. Everything is loaded
+when first used, so that importing moetrace costs next to nothing.
 """
 
 from __future__ import annotations
@@ -22,17 +22,23 @@ from moetrace.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from moetrace.host.evaluate import Evaluator
     from moetrace.trace.importers import open_source as open  # noqa: A004
+    from moetrace.trace.intervention import Intervention
     from moetrace.trace.trace import Trace
 
     capture: Callable[..., Any]
+    divergence: Callable[..., Any]
+    evaluate: Callable[..., Any]
     serve: Callable[..., Any]
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ChannelMissingError",
+    "Evaluator",
     "InputError",
+    "Intervention",
     "MoetraceError",
     "RuntimeMissingError",
     "Trace",
@@ -40,6 +46,8 @@ __all__ = [
     "UsageError",
     "__version__",
     "capture",
+    "divergence",
+    "evaluate",
     "open",
     "serve",
 ]
@@ -48,6 +56,10 @@ _LAZY = {
     "Trace": ("moetrace.trace.trace", "Trace"),
     "open": ("moetrace.trace.importers", "open_source"),
     "capture": ("moetrace.host.inprocess", "capture"),
+    "divergence": ("moetrace.host.evaluate", "divergence"),
+    "evaluate": ("moetrace.host.evaluate", "evaluate"),
+    "Evaluator": ("moetrace.host.evaluate", "Evaluator"),
+    "Intervention": ("moetrace.trace.intervention", "Intervention"),
     "serve": ("moetrace.host.server", "serve"),
 }
 

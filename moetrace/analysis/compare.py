@@ -94,7 +94,7 @@ def agreement_summary(
     table.insert(0, "layer", numbers[place])
     named = zip(place.tolist(), table["metric"], strict=True)
     table["chance"] = [by_layer[i].get(metric, np.nan) for i, metric in named]
-    return table
+    return _bounded(table)
 
 
 def agreement_by_depth(
@@ -130,7 +130,15 @@ def agreement_by_depth(
         float(level_of.loc[groups[names[i]], metric].mean())
         for i, metric in zip(place.tolist(), table["metric"], strict=True)
     ]
-    return table
+    return _bounded(table)
+
+
+def _bounded(table: pd.DataFrame) -> pd.DataFrame:
+    """Intervals of shares within 0 and 1, those of τ within −1 and 1."""
+    share = table["metric"].isin(["overlap", "exact", "top1"])
+    least = np.where(share, 0.0, np.where(table["metric"] == "kendall_tau", -1.0, -np.inf))
+    most = np.where(share | (table["metric"] == "kendall_tau"), 1.0, np.inf)
+    return table.assign(low=np.maximum(table["low"], least), high=np.minimum(table["high"], most))
 
 
 def _chance_levels(e: int, k: int) -> dict[str, float]:
@@ -154,10 +162,11 @@ def usage_difference(
 ) -> pd.DataFrame:
     """How the routing of the same prompts differs in sum: counts a and b, both (P, L, E), prompts alike.
 
-    Returns one row per layer. ``jsd_bits``: Jensen-Shannon divergence of the two overall usages,
-    with a jackknife estimate and interval over prompts. Then for each of ``entropy_bits`` (Miller-Madow) and ``jain``: its
-    value in a and in b, and b − a as ``_difference`` with ``_low`` and ``_high`` (jackknife over prompts, both
-    captures without the same prompt).
+    Returns one row per layer: ``jsd_bits``, the Jensen-Shannon divergence of the two overall usages, with
+    ``jsd_jackknife``, ``jsd_low`` and ``jsd_high``; then for each of ``entropy_bits`` (Miller-Madow) and ``jain``
+    its value in a (``_a``) and in b (``_b``), and b − a (``_difference``) with ``_low`` and ``_high``. Jackknife
+    over prompts, both captures without the same prompt. ``n_expert`` (L,) as for
+    :func:`moetrace.analysis.domain.expert_usage`.
     """
     one, two = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if one.shape != two.shape or one.ndim != 3:

@@ -109,8 +109,7 @@ def expert_frequency(
     names, by_domain = domain_counts(counts, labels)
     _, by_tokens = domain_counts(tokens, labels)
     _, n_layers, e = by_domain.shape
-    with np.errstate(invalid="ignore", divide="ignore"):
-        of_tokens = 100.0 * by_domain / by_tokens[:, :, None].astype(np.float64)
+    of_tokens = 100.0 * by_domain / np.where(by_tokens > 0, by_tokens, np.nan)[:, :, None]
     index = pd.MultiIndex.from_product(
         [layer_numbers(layers, n_layers), names, range(e)], names=["layer", "domain", "expert"]
     )
@@ -144,11 +143,10 @@ def expert_usage(
     _, n_layers, e = c.shape
     rate = nulls.ratio_interval(c, np.broadcast_to(n[:, :, None], c.shape), level)
     total, seen = c.sum(axis=0), n.sum(axis=0)[:, None]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        of_tokens = 100.0 * total / seen
-        never = np.where(seen > 0, np.minimum(300.0 / seen, 100.0), np.nan)
+    seen = np.where(seen > 0, seen, np.nan)
+    of_tokens, never = 100.0 * total / seen, np.minimum(300.0 / seen, 100.0)
     high = np.where(total > 0, np.minimum(100.0 * rate.high, 100.0), never)
-    low = np.where(total > 0, np.maximum(100.0 * rate.low, 0.0), np.where(seen > 0, 0.0, np.nan))
+    low = np.where(total > 0, np.maximum(100.0 * rate.low, 0.0), 0.0 * seen)
     place = np.argsort(np.argsort(-total, axis=1, kind="stable"), axis=1) + 1
     index = pd.MultiIndex.from_product([layer_numbers(layers, n_layers), range(e)], names=["layer", "expert"])
     return pd.DataFrame(
@@ -386,10 +384,11 @@ def domain_lift(
 
     Returns one row per (layer, domain, expert): ``count``, ``share`` (of the domain's picks), ``lift`` with
     ``low`` and ``high`` (cluster bootstrap: each domain's prompts redrawn; expanded percentile interval,
-    Hesterberg 2015), and ``p_family``: permutation p-value of |share − mean share|, prompts exchanged between
-    domains, corrected by max-T over all experts and domains of the layer. An expert that nobody used has lift
-    NaN. With a single prompt in the domain the interval is NaN, and ``p_family`` is NaN where domains cannot
-    be tested (:func:`moetrace.analysis.nulls.feasibility`).
+    Hesterberg 2015; where a domain never chose the expert, widened by the rule of three, which no redrawing
+    shows), and ``p_family``: permutation p-value of |share − mean share|, prompts exchanged between domains,
+    corrected by max-T over all experts and domains of the layer. An expert that nobody used has lift NaN. With
+    a single prompt in the domain the interval is NaN, and ``p_family`` is NaN where domains cannot be tested
+    (:func:`moetrace.analysis.nulls.feasibility`).
     """
     c = _prompt_counts(counts)
     domains = Domains.of(labels)
@@ -409,6 +408,9 @@ def domain_lift(
         for i, tail in enumerate(tails):
             if not np.isnan(tail):
                 low[layer, i], high[layer, i] = _percentiles(drawn[:, i], tail)
+        least, largest = _beyond_zero(member @ c[:, layer])
+        low[layer] = np.minimum(low[layer], least)
+        high[layer] = np.where(member @ c[:, layer] > 0, high[layer], np.maximum(high[layer], largest))
         if codes is not None:
             null = np.concatenate([info.shares(s) for _, s in nulls.pooled(c[:, layer], codes, d)])
             gap = np.abs(null - null.mean(axis=1, keepdims=True))
@@ -461,6 +463,20 @@ def _lift(sums: npt.ArrayLike) -> Floats:
     share = info.shares(sums)
     mean = share.mean(axis=-2, keepdims=True)
     return np.asarray(np.divide(share, mean, out=np.full_like(share, np.nan), where=mean > 0))
+
+
+def _beyond_zero(sums: npt.ArrayLike) -> tuple[Floats, Floats]:
+    """Least and largest lift (D, E) of counts (D, E) if experts that a domain never chose have share 3/picks there.
+
+    The rule of three: so large a share may go unseen. Bootstrap samples cannot show it.
+    """
+    c = np.asarray(sums, dtype=np.float64)
+    share = info.shares(c)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        may = np.where(c > 0, share, np.minimum(3.0 / c.sum(axis=-1, keepdims=True), 1.0))
+        least = share / may.mean(axis=0)
+        largest = may / np.where(c > 0, may.mean(axis=0), (share.sum(axis=0) + may) / len(c))
+    return least, largest
 
 
 def _percentiles(drawn: Floats, tail: float) -> tuple[Floats, Floats]:

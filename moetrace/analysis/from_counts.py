@@ -15,6 +15,7 @@ from moetrace.analysis import published
 from moetrace.analysis.counts import RoutingCounts
 from moetrace.analysis.domain import DomainTest
 from moetrace.analysis.from_trace import Analysis
+from moetrace.analysis.published import Activations, ExpertFrequency
 from moetrace.errors import UsageError
 
 NO_PROMPTS = "cannot be tested: counts do not tell the prompts of a domain apart"
@@ -45,6 +46,10 @@ class TableAnalysis(Analysis):
     def n_expert(self) -> npt.NDArray[np.int64]:
         return np.full(self._numbers.size, self._table.shape[2])
 
+    @property
+    def _consumers(self) -> tuple[str, ...]:
+        return ()
+
     @cached_property
     def counts(self) -> RoutingCounts:
         """Each domain as one prompt; no tokens (0), no neighbours."""
@@ -70,14 +75,13 @@ class TableAnalysis(Analysis):
         return dataclasses.replace(super().domain_test(**options), verdict=NO_PROMPTS)
 
     def load_balance(self) -> pd.DataFrame:
-        """How many tokens there were is not known."""
-        return super().load_balance().assign(tokens=np.nan)
+        return super().load_balance().assign(tokens=np.nan, jain_low=np.nan, jain_high=np.nan)
 
-    def published(self, top: int | None = None) -> published.Activations:
+    def published(self, top: int | None = None) -> Activations:
         """The counts as the notebook's table; ``top`` has no meaning here."""
         return published.Activations.from_counts(self._table, self._domain_names, layers=self._numbers)
 
-    def published_frequency(self) -> published.ExpertFrequency:
+    def published_frequency(self) -> ExpertFrequency:
         """Ties in order of expert ids: the order of the log is not known."""
         total = self._table.sum(axis=0)
         ids = np.arange(total.shape[1])
@@ -92,3 +96,9 @@ class TableAnalysis(Analysis):
     gate_distances = gate_summary = agreement = pieces = request_column = _no_tokens
     text = property(_no_tokens)
     vocabulary = property(_no_tokens)
+
+    @property
+    def token_rows(self) -> NoReturn:
+        self._no_tokens()
+
+    predictions = token_rows

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from moetrace.analysis import compare, domain, gate, layers, matched, published, temporal
+from moetrace.analysis import compare, domain, gate, matched, published, temporal
+from moetrace.analysis import layers as depth
 from moetrace.analysis.counts import (
     MAX_LAG,
     Progress,
@@ -27,7 +28,10 @@ from moetrace.analysis.counts import (
     frequent_tokens,
     reading_order,
 )
+from moetrace.analysis.from_tokens import Predictions
+from moetrace.analysis.published import Activations, ExpertFrequency
 from moetrace.analysis.routed import RoutedText
+from moetrace.analysis.rows import TokenRows
 from moetrace.analysis.sums import MetricSums
 from moetrace.errors import ChannelMissingError, MoetraceError, UsageError
 
@@ -99,8 +103,8 @@ def from_trace(
         What "first expert" means: the one of largest mixing weight ("weight", where the trace has weights),
         or the first in the router's order ("router"). They differ where selection is biased or grouped.
     names
-        One name per trace, to tell their requests apart (default "0", "1", …). Requests with the same ``id``
-        are one prompt, in whichever trace they are.
+        One name per trace, to tell their requests apart (default "0", "1", …; numbered where two are alike).
+        Requests with the same ``id`` are one prompt, in whichever trace they are.
 
     Raises UsageError if no row is of this phase.
     """
@@ -117,6 +121,8 @@ class Agreement:
     ----------
     sums
         :func:`moetrace.analysis.compare.agreement` summed per prompt.
+    phases
+        The same by phase of A's token: prefill, decode, unknown, those that there are.
     included
         (2, P, L, E) int64: tokens that used the expert, in A and in B, over the compared cells; prompts as in
         ``sums``.
@@ -132,6 +138,7 @@ class Agreement:
     """
 
     sums: MetricSums
+    phases: dict[str, MetricSums]
     included: npt.NDArray[np.int64]
     texts: pd.DataFrame
     only_in: tuple[int, int]
@@ -146,6 +153,17 @@ class Agreement:
             self.sums, n_expert=self.n_expert, n_expert_used=self.n_expert_used, layers=self.layers
         )
 
+    def by_phase(self) -> pd.DataFrame:
+        """All layers together, by phase: ``phase``, then as :meth:`by_depth`."""
+        parts = []
+        for phase, sums in self.phases.items():
+            table = compare.agreement_by_depth(
+                sums, n_expert=self.n_expert, n_expert_used=self.n_expert_used, layers=self.layers
+            )
+            table = table[table["depth"] == "all"].drop(columns=["depth", "layers"])
+            parts.append(table.assign(phase=phase)[["phase", *table.columns]])
+        return pd.concat(parts, ignore_index=True)
+
     def by_depth(self) -> pd.DataFrame:
         """:func:`moetrace.analysis.compare.agreement_by_depth`."""
         return compare.agreement_by_depth(
@@ -155,6 +173,27 @@ class Agreement:
     def usage(self) -> pd.DataFrame:
         """:func:`moetrace.analysis.compare.usage_difference`."""
         return compare.usage_difference(*self.included, layers=self.layers, n_expert=self.n_expert)
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """Tokens of one layer, for analyses of what experts compute.
+
+    Attributes
+    ----------
+    rows
+        (n,) row numbers in the trace.
+    gate_input, experts, weights
+        (n, D), (n, k), (n, k).
+    prompts
+        (n,) the prompt of each.
+    """
+
+    rows: npt.NDArray[np.int64]
+    gate_input: npt.NDArray[np.float32]
+    experts: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32]
+    prompts: npt.NDArray[np.str_]
 
 
 class Analysis:
@@ -170,7 +209,9 @@ class Analysis:
         progress: Progress | None,
     ) -> None:
         self.phase = phase
-        self._traces, self._top1, self._max_lag, self._names = tuple(traces), top1, max_lag, tuple(names)
+        self._traces, self._top1, self._max_lag = tuple(traces), top1, max_lag
+        alike = len(set(names)) < len(names)
+        self._names = tuple(f"{name}.{i}" if alike else name for i, name in enumerate(names))
         self._progress = progress
         for trace in traces:
             if list(trace.layers) != list(traces[0].layers) or list(trace.n_expert) != list(
@@ -211,7 +252,9 @@ class Analysis:
 
         Of all token ids if they fit into 512 MiB, else of the most frequent ones.
         """
-        each = 8 * len(self._traces[0].layers) * max(self._traces[0].n_expert)
+        for trace in self._traces:
+            _ = trace.experts  # or ChannelMissingError
+        each = 8 * len(self.layers) * int(max(self.n_expert))
         at_most = max(1, _TOKEN_BYTES // each)
         every = [t.token_ids[self._keep(t) & self._labelled(t)] for t in self._traces]
         tokens = None
@@ -269,15 +312,15 @@ class Analysis:
 
     def depth_contrast(
         self, early: Iterable[int] | None = None, late: Iterable[int] | None = None
-    ) -> layers.DepthContrast:
+    ) -> depth.DepthContrast:
         """:func:`moetrace.analysis.layers.depth_contrast`."""
         c = self._domains
-        return layers.depth_contrast(c.included, c.labels, layers=c.layers, early=early, late=late)
+        return depth.depth_contrast(c.included, c.labels, layers=c.layers, early=early, late=late)
 
-    def deep_dive(self, layer: int | None = None) -> layers.DeepDive:
+    def deep_dive(self, layer: int | None = None) -> depth.DeepDive:
         """:func:`moetrace.analysis.layers.deep_dive`."""
         c = self._domains
-        return layers.deep_dive(
+        return depth.deep_dive(
             c.included,
             c.labels,
             layers=c.layers,
@@ -289,12 +332,12 @@ class Analysis:
     def domain_entropy(self) -> pd.DataFrame:
         """:func:`moetrace.analysis.layers.domain_entropy`."""
         c = self._domains
-        return layers.domain_entropy(c.included, c.labels, layers=c.layers, n_expert=self.n_expert)
+        return depth.domain_entropy(c.included, c.labels, layers=c.layers, n_expert=self.n_expert)
 
     def load_balance(self) -> pd.DataFrame:
         """:func:`moetrace.analysis.layers.load_balance`; unlabelled prompts count too."""
         c = self.counts
-        return layers.load_balance(c.included, c.tokens, layers=c.layers, n_expert=self.n_expert)
+        return depth.load_balance(c.included, c.tokens, layers=c.layers, n_expert=self.n_expert)
 
     def persistence(self) -> pd.DataFrame:
         """:func:`moetrace.analysis.temporal.persistence`; unlabelled prompts count too."""
@@ -349,6 +392,27 @@ class Analysis:
         )
         return gate.gate_summary(reduce(add, parts), self.layers)
 
+    def layer_rows(self, index: int, at_most: int | None = None) -> LayerRows:
+        """Tokens of the layer at ``index`` of the layer axis, evenly spread over the chosen rows; one trace only.
+
+        Rows in which the layer was not computed are left out. Raises ChannelMissingError if the trace has no gate
+        inputs or weights.
+        """
+        trace = self._single("what experts compute")
+        inputs, weights = trace.gate_input, trace.weights  # type: ignore[attr-defined]  # these raise by themselves
+        rows = np.flatnonzero(self._keep(trace) & (np.asarray(trace.state[:, index]) == 1))
+        if at_most is not None and rows.size > at_most:
+            rows = rows[np.linspace(0, rows.size - 1, at_most).astype(np.int64)]
+        k = int(trace.n_expert_used[index])
+        names = np.array(self._prompts(trace, self._names[0]), dtype=np.str_)
+        return LayerRows(
+            rows,
+            np.asarray(inputs[rows, index], np.float32),
+            np.asarray(trace.experts[rows, index, :k], np.int64),
+            np.asarray(weights[rows, index, :k], np.float32),
+            names[np.asarray(trace.request)[rows]],
+        )
+
     def published_gate(self, at_most: int = 200) -> tuple[pd.DataFrame, pd.DataFrame]:
         """:func:`moetrace.analysis.published.gate_input_analysis` of these traces, all layers: its steps (the
         first ``at_most``) and its aggregate.
@@ -376,7 +440,9 @@ class Analysis:
         if total is None or not steps:
             raise UsageError("no ubatch has its row 0 in the trace", fix="choose another phase")
         aggregate = gate.gate_summary(total, self.layers)
-        aggregate = aggregate[aggregate["metric"].isin(published.AGGREGATED) & (n > 1)]
+        aggregate = aggregate[
+            aggregate["metric"].isin(published.AGGREGATED) & (aggregate["tokens"] > 0) & (n > 1)
+        ]
         return (
             pd.concat(steps, ignore_index=True),
             aggregate[["layer", "next_layer", "metric", "mean", "std"]].reset_index(drop=True),
@@ -440,6 +506,8 @@ class Analysis:
         e, n_layers = int(max(mine.n_expert)), len(mine.layers)
         included = np.zeros((2, prompts.size, n_layers, e), dtype=np.int64)
         total: MetricSums | None = None
+        by_phase: dict[str, MetricSums] = {}
+        phase = np.asarray(mine.phase)[rows[0][a]]
         for start in range(0, a.size, _CHUNK):
             piece = slice(start, start + _CHUNK)
             ids = [_present(mine, rows[0][a[piece]]), _present(theirs, rows[1][b[piece]])]
@@ -452,6 +520,11 @@ class Analysis:
             )
             part = MetricSums.of(who[piece], metrics)
             total = part if total is None else total + part
+            for name, code in _PHASES.items():
+                here = phase[piece] == code
+                if here.any():
+                    some = MetricSums.of(who[piece][here], {m: v[here] for m, v in metrics.items()})
+                    by_phase[name] = by_phase[name] + some if name in by_phase else some
             both = ~np.isnan(metrics["overlap"])
             at = np.searchsorted(prompts, who[piece])
             for side, x in zip(included, ids, strict=True):
@@ -462,6 +535,7 @@ class Analysis:
         with_rows = [set(keys_of["prompt"].unique()) for keys_of in keys]
         return Agreement(
             total,
+            by_phase,
             included,
             texts,
             (len(with_rows[0] - with_rows[1]), len(with_rows[1] - with_rows[0])),
@@ -471,7 +545,7 @@ class Analysis:
             mine.n_expert_used,
         )
 
-    def published(self, top: int | None = None) -> published.Activations:
+    def published(self, top: int | None = None) -> Activations:
         """The chosen, labelled rows as the notebook's table, for the functions of
         :mod:`moetrace.analysis.published`.
 
@@ -515,7 +589,7 @@ class Analysis:
             parts.append(
                 published.Activations.from_rows(
                     trace.experts,
-                    pd.Categorical.from_codes(np.repeat(code, n), list(kinds)),
+                    pd.Categorical.from_codes(np.repeat(code, n), pd.Index([str(k) for k in kinds])),
                     np.repeat(offset, n) + np.arange(order.rows.size),
                     n_expert=max(trace.n_expert),
                     layers=trace.layers,
@@ -526,7 +600,7 @@ class Analysis:
             )
         return reduce(add, parts)
 
-    def published_frequency(self) -> published.ExpertFrequency:
+    def published_frequency(self) -> ExpertFrequency:
         """:func:`moetrace.analysis.published.expert_frequency` of the chosen rows, prompts in order of their
         names; unlabelled prompts count too.
         """
@@ -581,24 +655,7 @@ class Analysis:
 
         Numbers and weights are as the trace has them; a cell that was not computed or is lost has no expert.
         """
-        n_expert = int(max(self.n_expert))
-        parts: list[tuple[RoutedRows, npt.NDArray[np.int64]]] = []
-        sizes: list[int] = []
-        prompts: list[str] = []
-        labels: list[str] = []
-        seen: set[str] = set()
-        for trace, name in zip(self._traces, self._names, strict=True):
-            order = reading_order(trace.request, trace.positions, self._keep(trace), self._shifted(trace))
-            names, domains = self._prompts(trace, name), self._labels(trace)
-            pieces = []
-            for i, number in enumerate(order.requests.tolist()):
-                if names[number] not in seen:
-                    seen.add(names[number])
-                    prompts.append(names[number])
-                    labels.append(domains[number])
-                    pieces.append(order.rows[order.request_starts[i] : order.request_starts[i + 1]])
-            sizes += [piece.size for piece in pieces]
-            parts.append((trace, np.concatenate([*pieces, np.empty(0, dtype=np.int64)])))
+        parts, sizes, prompts, labels = self._texts
         columns = [_channel(trace, "weights") for trace, _ in parts]
         weights = [
             None if column is None else np.asarray(column[rows])
@@ -608,7 +665,7 @@ class Analysis:
         return RoutedText(
             np.concatenate([_present(trace, rows) for trace, rows in parts]),
             np.concatenate(([0], np.cumsum(sizes))).astype(np.int64),
-            n_expert,
+            int(max(self.n_expert)),
             weights=np.concatenate(known) if self._top1 == "weight" and len(known) == len(parts) else None,
             tokens=np.concatenate([trace.token_ids[rows] for trace, rows in parts]),
             positions=np.concatenate([trace.positions[rows] for trace, rows in parts]),
@@ -646,6 +703,57 @@ class Analysis:
                     if value is not None and not (isinstance(value, float) and np.isnan(value)):
                         out.setdefault(names[int(str(number))], value)
         return out
+
+    @cached_property
+    def _texts(
+        self,
+    ) -> tuple[list[tuple[RoutedRows, npt.NDArray[np.int64]]], list[int], list[str], list[str]]:
+        """Each trace's rows of whole texts, the first request of each prompt; their lengths, prompts and labels."""
+        parts: list[tuple[RoutedRows, npt.NDArray[np.int64]]] = []
+        sizes: list[int] = []
+        prompts: list[str] = []
+        labels: list[str] = []
+        seen: set[str] = set()
+        for trace, name in zip(self._traces, self._names, strict=True):
+            order = reading_order(trace.request, trace.positions, self._keep(trace), self._shifted(trace))
+            names, domains = self._prompts(trace, name), self._labels(trace)
+            pieces = []
+            for i, number in enumerate(order.requests.tolist()):
+                if names[number] not in seen:
+                    seen.add(names[number])
+                    prompts.append(names[number])
+                    labels.append(domains[number])
+                    pieces.append(order.rows[order.request_starts[i] : order.request_starts[i + 1]])
+            sizes += [piece.size for piece in pieces]
+            parts.append((trace, np.concatenate([*pieces, np.empty(0, dtype=np.int64)])))
+        return parts, sizes, prompts, labels
+
+    @cached_property
+    def token_rows(self) -> TokenRows:
+        """:attr:`text` token by token, with where each one is from."""
+        parts, text = self._texts[0], self.text
+        position = np.asarray(text.positions, dtype=np.int64)
+        follows = np.diff(position) == 1
+        follows |= (position[1:] < 0) & (position[:-1] < 0)  # positions were not recorded
+        follows &= np.diff(text.owner) == 0
+        return TokenRows(
+            experts=text.experts,
+            n_expert=text.n_expert,
+            layers=text.numbers,
+            prompts=np.array(text.names, dtype=np.str_),
+            labels=np.array(text.labels, dtype=np.str_),
+            prompt=text.owner,
+            run=np.cumsum(np.append(0, ~follows)[: len(text)]),
+            token=np.asarray(text.tokens, dtype=np.int64),
+            position=position,
+            source=np.repeat(np.arange(len(parts)), [rows.size for _, rows in parts]),
+            row=np.concatenate([rows for _, rows in parts]),
+        )
+
+    @cached_property
+    def predictions(self) -> Predictions:
+        """What attention, contexts and early layers tell about experts, and what a cache of experts would hit."""
+        return Predictions(self._traces, self.token_rows)
 
     @cached_property
     def _domains(self) -> RoutingCounts:

@@ -142,7 +142,7 @@ def gate_summary(sums: MetricSums, layers: npt.ArrayLike | None = None, level: f
     place = table.pop("place").to_numpy()
     table.insert(0, "layer", numbers[place])
     table.insert(1, "next_layer", numbers[place + 1])
-    return table[table["tokens"] > 0].reset_index(drop=True)
+    return table
 
 
 def _distances(

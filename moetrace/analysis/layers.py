@@ -229,7 +229,7 @@ def load_balance(
                 "layer": np.arange(c.shape[1]) if layers is None else np.asarray(layers),
                 "tokens": n.astype(np.int64),
                 "hottest": hottest,
-                "hottest_rate": total.max(axis=1) / n,
+                "hottest_rate": total.max(axis=1) / np.where(n > 0, n, np.nan),
                 "peak": total.max(axis=1) / mean,
                 "cv": spread / mean,
                 "jain": jain(total),

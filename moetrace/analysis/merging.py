@@ -27,7 +27,12 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-CRITERIA = ("outputs", "weights", "routing", "random", "prune")
+_KEYS = ["expert_a", "expert_b"]
+_OUTPUT_COLUMNS = ("cosine_mean_output", "output_distance", "output_distance_low", "output_distance_high")
+_ROUTING_COLUMNS = ("both", "coactivation", "logit_correlation")
+
+#: what experts can be grouped by
+CRITERIA = ("outputs", "weights", "routing", "dominant", "random", "prune")
 
 
 # -- as published ------------------------------------------------------------------------------------------
@@ -268,9 +273,9 @@ def output_similarity(
     -------
     pandas.DataFrame
         One row per pair: ``expert_a``, ``expert_b``; ``cosine_mean_output`` of the two mean outputs, by which
-        HC-SMoE (arXiv 2410.08589) groups experts; ``output_distance``, Σ‖f_a(x) − f_b(x)‖² / Σ½(‖f_a(x)‖² +
-        ‖f_b(x)‖²): 0 for equal functions, 1 for outputs at right angles; ``low`` and ``high`` of its jackknife
-        interval (NaN for fewer than two prompts).
+        HC-SMoE (arXiv 2410.08589) groups experts; ``output_distance``, Σ‖f_a(x) − f_b(x)‖² / Σ(‖f_a(x)‖² +
+        ‖f_b(x)‖²): 0 for equal functions, 1 for outputs at right angles; ``output_distance_low`` and
+        ``output_distance_high`` of its jackknife interval (NaN for fewer than two prompts).
     """
     unit = np.unique(np.asarray(prompts), return_inverse=True)[1]
     n = len(outputs)
@@ -280,20 +285,20 @@ def output_similarity(
         own = outputs[:, unit == prompt].reshape(n, -1).astype(np.float64)
         gram[prompt] = own @ own.T
     size = np.diagonal(gram, axis1=1, axis2=2)
-    half = (size[:, :, None] + size[:, None, :]) / 2
     a, b = np.triu_indices(n, 1)
-    far = np.maximum(2 * half - 2 * gram, 0)[:, a, b]
-    found = nulls.ratio_interval(far, half[:, a, b], level)
+    both = size[:, a] + size[:, b]
+    far = np.maximum(both - 2 * gram[:, a, b], 0)
+    found = nulls.ratio_interval(far, both, level)
     with np.errstate(invalid="ignore", divide="ignore"):
-        distance = far.sum(axis=0) / half[:, a, b].sum(axis=0)
+        distance = far.sum(axis=0) / both.sum(axis=0)
     return pd.DataFrame(
         {
             "expert_a": a,
             "expert_b": b,
             "cosine_mean_output": [_cosine(mean[i], mean[j]) for i, j in zip(a, b, strict=True)],
             "output_distance": distance,
-            "low": np.maximum(found.low, 0),
-            "high": found.high,
+            "output_distance_low": np.maximum(found.low, 0),
+            "output_distance_high": found.high,
         }
     )
 
@@ -342,6 +347,41 @@ def _correlation(values: Floats) -> Floats:
         return np.asarray((centred.T @ centred) / np.outer(spread, spread))
 
 
+def expert_merging(
+    experts: Sequence[Expert],
+    activation: Activation = "silu",
+    *,
+    pairs: npt.ArrayLike | None = None,
+    n_null: int = 19,
+    seed: int = 0,
+    routing: tuple[npt.NDArray[np.integer], npt.NDArray[np.float32] | None] | None = None,
+    outputs: tuple[npt.NDArray[np.float32], npt.ArrayLike] | None = None,
+) -> pd.DataFrame:
+    """Compare every pair of experts of a layer in three ways.
+
+    Parameters
+    ----------
+    experts, activation, pairs, n_null, seed
+        Of :func:`weight_similarity`.
+    routing
+        (ids, logits) of :func:`routing_similarity`, if known.
+    outputs
+        (outputs, prompts) of :func:`output_similarity`, if known.
+
+    Returns one row per pair, all E(E − 1)/2 of them, with the columns of the three functions; NaN where a pair was
+    not compared in that way.
+    """
+    n = len(experts)
+    table = pd.DataFrame(np.stack(np.triu_indices(n, 1), axis=1), columns=_KEYS)
+    weights = weight_similarity(experts, activation, pairs=pairs, n_null=n_null, seed=seed)
+    table = table.merge(weights, on=_KEYS, how="left")
+    if outputs is not None:
+        table = table.merge(output_similarity(*outputs), on=_KEYS)
+    if routing is not None:
+        table = table.merge(routing_similarity(routing[0], n, routing[1]), on=_KEYS)
+    return table.reindex(columns=list(dict.fromkeys([*table.columns, *_OUTPUT_COLUMNS, *_ROUTING_COLUMNS])))
+
+
 def merge_candidates(
     pairs: pd.DataFrame, *, max_distance: float = 0.5, min_cosine: float = 0.8
 ) -> pd.DataFrame:
@@ -352,13 +392,15 @@ def merge_candidates(
     .05 where it was tested). ``by`` says which: outputs, weights or both.
     """
     nothing = pd.Series(np.nan, index=pairs.index)
-    near = pairs.get("high", nothing) < max_distance
+    near = pairs.get("output_distance_high", nothing) < max_distance
     alike = pairs.get("cosine_aligned", nothing) >= min_cosine
     tested = pairs.get("p_family", nothing)
     alike &= tested.isna() | (tested <= 0.05)
     by = np.select([near & alike, near, alike], ["both", "outputs", "weights"], "")
-    found = pairs.assign(by=by)[by != ""]
-    return found.sort_values(["output_distance"] if "output_distance" in found else ["cosine_aligned"])
+    found = pairs.assign(by=by).loc[by != ""]
+    by_output = bool("output_distance" in found and found["output_distance"].notna().any())
+    found = found.sort_values("output_distance" if by_output else "cosine_aligned", ascending=by_output)
+    return pd.DataFrame(found)
 
 
 # -- grouping ----------------------------------------------------------------------------------------------
@@ -445,6 +487,25 @@ def drop_experts(use: npt.ArrayLike, n_expert: int, *, n_blocks: int = 1) -> Gro
     return Grouping(np.where(kept, np.cumsum(kept) - 1, -1), weight)
 
 
+def group_around_used(
+    distance: npt.ArrayLike, n_expert: int, use: npt.ArrayLike, *, n_blocks: int = 1
+) -> Grouping:
+    """Keep the ``n_expert`` most used experts of a layer; each other one joins the nearest kept one (M-SMoE).
+
+    Raises UsageError as :func:`group_experts`.
+    """
+    kept = drop_experts(use, n_expert, n_blocks=n_blocks)
+    d = np.array(distance, np.float64)
+    d[np.isnan(d)] = np.inf
+    block = np.arange(len(d)) // (len(d) // n_blocks)
+    d[block[:, None] != block] = np.inf
+    stays = np.flatnonzero(kept.group >= 0)
+    # of the kept ones of its own block, should all distances be unknown
+    own = np.where(block[:, None] == block[stays], np.minimum(d[:, stays], 1e300), np.inf)
+    group = np.where(kept.group >= 0, kept.group, kept.group[stays[own.argmin(axis=1)]])
+    return Grouping(group, kept.use)
+
+
 def _check_count(n_before: int, n_expert: int, n_blocks: int) -> int:
     if not 1 <= n_expert <= n_before or n_expert % n_blocks or n_before % n_blocks:
         raise UsageError(
@@ -524,8 +585,8 @@ def group_layers(
     use
         Layer -> (E,).
     criterion
-        One of :data:`CRITERIA`: merge by a distance, merge at random (what any criterion must beat), or leave out
-        the least used ("prune").
+        One of :data:`CRITERIA`: merge by a distance ("dominant": into the most used ones, else by average linkage),
+        merge at random (what any criterion must beat), or leave out the least used ("prune").
     """
     rng = np.random.default_rng(seed)
     out = {}
@@ -535,5 +596,6 @@ def group_layers(
             continue
         n = len(np.asarray(counts))
         distance = rng.random((n, n)) if criterion == "random" else distances[layer]
-        out[layer] = group_experts(distance, n_expert, counts, n_blocks=n_blocks)
+        group = group_around_used if criterion == "dominant" else group_experts
+        out[layer] = group(distance, n_expert, counts, n_blocks=n_blocks)
     return out

@@ -215,6 +215,8 @@ class Activations:
         if key not in self._pivots:
             full = self.table[key[1], key[0]]
             rows, cols = full.any(axis=1), full.any(axis=0)
+            if not rows.any():
+                raise UsageError(f"no activations in layer {layer}", fix="choose another layer")
             self._pivots[key] = pd.DataFrame(
                 full[rows][:, cols],
                 index=self._domain_index if rows.all() else self._domain_index[rows],

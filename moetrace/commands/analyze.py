@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import inspect
 import shutil
-import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import Any
 from moetrace import data
 from moetrace.commands.options import add_option
 from moetrace.commands.progress import progress_bar
+from moetrace.commands.showing import add_showing, opened, show, subject_of
 from moetrace.errors import UsageError
-from moetrace.findings import QUESTIONS, Question, Subject, question
+from moetrace.findings import QUESTIONS, Question, question
 from moetrace.host.prompts import Prompt, read_prompts
 from moetrace.host.recording import record
-from moetrace.report.files import write_finding
-from moetrace.report.text import FORMATS, render
+from moetrace.trace.importers import CountTable
 from moetrace.trace.trace import Trace, open_trace
 
 
@@ -52,7 +51,10 @@ class Analyze:
                 allow_abbrev=False,
             )
             sub.add_argument(
-                "traces", nargs="*", metavar="T.moet", help="traces of one model, taken together"
+                "traces",
+                nargs="*",
+                metavar="T.moet",
+                help="traces of one model, or recordings, taken together",
             )
             _add_common(sub)
             group = sub.add_argument_group("parameters of this question")
@@ -64,19 +66,9 @@ class Analyze:
         asked = question(args.question)
         given = {f.name: getattr(args, f.name) for f in dataclasses.fields(asked)}
         with ExitStack() as stack:
-            traces = _traces(args, asked, stack)
-            subject = Subject(
-                traces,
-                names=[trace.path.stem for trace in traces],
-                phase=args.phase,
-                model=Path(args.model) if args.model else None,
-                seed=args.seed,
-            )
-            finding = asked(**given).answer(subject)
-        sys.stdout.write(render([finding], args.format, max_rows=args.max_rows or None))
-        if args.output:
-            for path in write_finding(finding, Path(args.output)):
-                print(f"Wrote {path}", file=sys.stderr)
+            recordings = _recordings(args, asked, stack)
+            subject = subject_of(recordings, args, Path(args.model) if args.model else None)
+            show([asked(**given).answer(subject)], args)
         return 0
 
 
@@ -85,15 +77,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "-p", "--prompt", help="record this prompt")
     add_option(parser, "-f", "--file", metavar="FILE", help="record these prompts; default: the shipped ones")
     add_option(parser, "-n", "--n-predict", type=int, default=64, metavar="N", help="tokens to generate")
-    add_option(parser, "--phase", choices=["prefill", "decode", "unknown", "all"], help="rows to look at")
-    add_option(
-        parser, "-s", "--seed", type=int, default=0, metavar="N", help="of permutations and bootstraps"
-    )
-    add_option(parser, "--format", choices=FORMATS, default="table", help="of what is printed")
-    add_option(
-        parser, "--max-rows", type=int, default=20, metavar="N", help="rows of a printed table; 0: all"
-    )
-    add_option(parser, "-o", "--output", metavar="DIR", help="write JSON, CSV and figures there")
+    add_showing(parser)
 
 
 def _add_parameter(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> None:
@@ -107,14 +91,16 @@ def _add_parameter(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]
         add_option(group, option, type=kind, default=field.default, dest=field.name, **spec)
 
 
-def _traces(args: argparse.Namespace, asked: type[Question], stack: ExitStack) -> list[Trace]:
-    """The given traces, or one recorded now."""
+def _recordings(
+    args: argparse.Namespace, asked: type[Question], stack: ExitStack
+) -> list[Trace | CountTable]:
+    """The given recordings, or a trace recorded now."""
     if args.traces:
         if args.prompt or args.file or args.rest:
             raise UsageError(
                 "a trace is given: nothing is recorded", fix="leave out -p, -f and what follows --"
             )
-        return [stack.enter_context(open_trace(path)) for path in args.traces]
+        return opened(args.traces, stack)
     if not args.model:
         raise UsageError("what should be analysed?", fix="give a trace, or a model to record: -m model.gguf")
     if args.prompt and args.file:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from moetrace.commands.options import add_option, red
+from moetrace.commands.options import Collect, add_option, red
 from moetrace.errors import UsageError
 from moetrace.host.options import CHANNELS, COLLECTORS, ON_FULL, CaptureOptions, parse_size
 from moetrace.trace.trace import Trace, open_trace
@@ -43,9 +44,10 @@ def add_capture_options(parser: argparse.ArgumentParser) -> None:
 
 def add_intervene_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--intervene``, which may be given several times."""
-    parser.add_argument(
+    add_option(
+        parser,
         "--intervene",
-        action="append",
+        action=Collect,
         metavar="SPEC",
         help="change the routing: ablate:7:3,12, force:*:5, bias:7:3=+1.5 or replay:OTHER.moet, with @slot=N or "
         "@request=ID for the tokens of one; may be given several times",
@@ -87,8 +89,10 @@ def human_size(n: float) -> str:
     raise AssertionError
 
 
-def report_trace(path: Path, stream: IO[str] = sys.stderr) -> None:
-    """Say what was written, loudly what was lost, and what to type next."""
+def report_trace(
+    path: Path, stream: IO[str] = sys.stderr, *, following: Sequence[str] = ("info", "stats")
+) -> None:
+    """Say what was written, loudly what was lost, and what to type next: these subcommands."""
     size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
     with open_trace(path) as trace:
         for name in trace.contexts:
@@ -97,7 +101,8 @@ def report_trace(path: Path, stream: IO[str] = sys.stderr) -> None:
             loss = context.loss
             lost = f"{loss.rows_lost:,} rows lost"
             print(f"  {red(lost, stream) if loss.rows_lost else lost}; {_own_time(context)}", file=stream)
-    print(f"Next: moetrace info {path}", file=stream)
+    for i, command in enumerate(following):
+        print(f"{'     ' if i else 'Next:'} moetrace {command} {path}", file=stream)
 
 
 def _describe(trace: Trace) -> str:

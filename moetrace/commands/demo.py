@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from moetrace import data
+from moetrace.analysis.from_trace import Phase
 from moetrace.commands.capturing import report_trace
 from moetrace.commands.options import add_option, paint
 from moetrace.commands.progress import progress_bar
-from moetrace.errors import MoetraceError
+from moetrace.findings import Finding, Subject, question
+from moetrace.findings.wording import span
 from moetrace.host.prompts import read_prompts
 from moetrace.host.recording import record
 from moetrace.host.runtime import find_tool
-from moetrace.synthetic import write_model
 from moetrace.trace.trace import Trace, open_trace
 
-#: the shape of gpt-oss-20b, narrow, with random weights
-_MODEL = {"n_layer": 24, "n_expert": 32, "n_expert_used": 4, "n_embd": 128, "n_ff_expert": 64, "seed": 0}
+#: positions per slot, as many as the demo model was trained on
+_CONTEXT = 512
 
 
 class Demo:
-    """Record a small model from start to end: a server, prompts of five domains, a trace.
+    """Record the shipped demo model from start to end: a server, prompts of five domains, a trace.
 
-    Writes DIR/model.gguf (the shape of gpt-oss: 24 layers, 32 experts, top-4; random weights) and
-    DIR/demo.moet. Needs llama-server.
+    Writes DIR/demo.moet, and prints how far apart the domains' experts are, layer by layer. The model is
+    an OLMoE of 8 layers with 32 experts, trained on made-up text (moetrace/data/README.md). Needs
+    llama-server.
     """
 
     passthrough = False
@@ -44,29 +47,27 @@ class Demo:
         find_tool("llama-server")
         folder = Path(args.output)
         folder.mkdir(parents=True, exist_ok=True)
-        model, path = folder / "model.gguf", folder / "demo.moet"
-        if not model.exists():
-            say("Writing a model of gpt-oss's shape with random weights")
-            write_model(model, "gpt-oss", **_MODEL)  # type: ignore[arg-type]
+        path = folder / "demo.moet"
         prompts = read_prompts(data.prompts("domains"))
-        arguments = ["-np", str(args.parallel), "-c", str(2048 * args.parallel)]
+        arguments = ["-np", str(args.parallel), "-c", str(_CONTEXT * args.parallel)]
         if args.threads:
             arguments += ["-t", str(args.threads)]
         say(f"Starting llama-server with the tracer loaded, {args.parallel} slots")
         say(f"Sending {len(prompts)} prompts of {len({p.label for p in prompts})} domains over HTTP")
         with progress_bar("prompts") as update:
             record(
-                model,
+                data.demo_model(),
                 prompts,
                 path,
                 n_predict=args.n_predict,
                 arguments=arguments,
                 on_progress=update,
                 force=True,
+                channels=["experts", "weights", "logits"],
             )
         with open_trace(path) as trace:
             show(trace)
-        report_trace(path, sys.stdout)
+        report_trace(path, sys.stdout, following=("report", "stats"))
         return 0
 
 
@@ -75,21 +76,36 @@ def say(text: str) -> None:
     print(paint("•", "1;36", sys.stderr), text, file=sys.stderr)
 
 
-def show(trace: Trace, *, n_top: int = 4) -> None:
-    """Print the most used experts of a few layers, domain by domain."""
-    layers = [trace.layers[i] for i in (0, len(trace.layers) // 2, -1)]
-    labels = sorted({label for label in trace.requests["label"] if label is not None})
-    if not labels:
-        raise MoetraceError("no request of the trace has a label", fix="see the messages above")
-    print(f"\nMost used experts, in % of a domain's tokens (top-{max(trace.n_expert_used)} routing)\n")
-    print(f"{'domain':<10}{'tokens':>8}  " + "".join(f"{f'layer {layer}':<40}" for layer in layers))
-    for label in labels:
-        cells = []
-        for layer in layers:
-            chosen = trace.sel(layer=layer, label=label)
-            experts = np.asarray(chosen.experts)[np.asarray(chosen.state) == 1]
-            share = np.bincount(experts.ravel(), minlength=max(trace.n_expert)) / max(len(experts), 1)
-            top = np.argsort(-share, kind="stable")[:n_top]
-            cells.append("  ".join(f"{e:>3} {100 * share[e]:>3.0f}%" for e in top))
-        print(f"{label:<10}{len(trace.sel(label=label)):>8,}  " + "".join(f"{cell:<40}" for cell in cells))
-    print()
+def show(trace: Trace) -> None:
+    """Print how far apart domains are in each layer, in prompt and in generated tokens, and what that means."""
+    phases: tuple[Phase, ...] = ("prefill", "decode")
+    separation = {phase: _ask("domain-separation", trace, phase) for phase in phases}
+    rows = {p: f.tables["domain_test"].set_index("layer").to_dict("index") for p, f in separation.items()}
+    lines = [
+        "",
+        "How far apart the domains' experts are: Jensen-Shannon divergence in bits as seen, what prompts alone would",
+        "show, the difference freed of that (jackknife, 95 % interval), and its false discovery rate q",
+        "",
+        f"{'':7}{'prompt tokens':<48}{'generated tokens':<48}",
+        "layer  " + f"{'seen':<7}{'prompts':<9}{'domains':<24}{'q':<8}" * 2,
+    ]
+    for layer in rows["prefill"]:
+        lines.append(f"{layer:>5}  " + "".join(_cells(rows[phase][layer]) for phase in phases))
+    special, overview = _ask("specialists", trace, "prefill"), _ask("overview", trace, "prefill")
+    lines.append("")
+    for sentence in (
+        *separation["prefill"].sentences[:1],
+        *(text for text in overview.caveats if "not compute" in text),
+        *special.sentences[:3],
+    ):
+        lines.append(textwrap.fill(sentence, 110))
+    print("\n".join(line.rstrip() for line in [*lines, ""]))
+
+
+def _ask(name: str, trace: Trace, phase: Phase) -> Finding:
+    return question(name)().answer(Subject([trace], phase=phase))
+
+
+def _cells(row: Mapping[Any, Any]) -> str:
+    jsd = span(row["jsd_jackknife"], row["jsd_low"], row["jsd_high"])
+    return f"{row['jsd_bits']:<7.3f}{row['jsd_null_mean']:<9.3f}{jsd:<24}{row['q_value']:<8.3f}"

@@ -79,6 +79,8 @@ def _answer_line(answer: Answer) -> dict[str, object]:
         "slot": answer.slot,
         "n_prompt": len(answer.prompt_tokens),
         "n_cached": answer.cached,
-        "tokens": list(answer.tokens),
+        "n_generated": answer.n_generated,
+        # an old server does not say which
+        "tokens": list(answer.tokens) if answer.tokens or answer.n_generated == 0 else None,
         "content": answer.text,
     }

@@ -36,7 +36,14 @@ QUESTIONS = {
     "cold-experts": "ColdExperts",
     "expert-circuits": "ExpertCircuits",
     "generation-dynamics": "GenerationDynamics",
+    "attention-prediction": "AttentionPrediction",
+    "context-attention-routing": "ContextAttentionRouting",
+    "task-prediction": "TaskPrediction",
+    "expert-cache": "ExpertCache",
     "compare": "Compare",
+    "expert-interference": "ExpertInterference",
+    "expert-merging": "ExpertMerging",
+    "routing-manipulation": "RoutingManipulation",
 }
 
 

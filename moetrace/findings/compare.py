@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moetrace.findings.finding import Finding, Question
+from moetrace.findings.finding import Figure, Finding, Question
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, number, span
 
@@ -36,16 +36,13 @@ class Compare(Question):
         stopped = texts[texts["stopped_at"] >= 0]
         matched = int(texts["matched"].sum())
         sentences = []
-        overall = depth[depth["depth"] == "all"].set_index("metric")
-        if "overlap" in overall.index:
-            row = overall.loc["overlap"]
-            exact, top1 = overall.loc["exact"], overall.loc["top1"]
-            sentences.append(
-                f"{b} uses {span(row['mean'], row['low'], row['high'], '.1%')} of the experts that {a} uses for the same"
-                f" token and layer; chance would be {row['chance']:.1%}. The set is the same in"
-                f" {span(exact['mean'], exact['low'], exact['high'], '.1%')} of cases, the first expert in"
-                f" {span(top1['mean'], top1['low'], top1['high'], '.1%')}."
-            )
+        told = {str(row["metric"]): row for row in depth[depth["depth"] == "all"].to_dict("records")}
+        overall = {name: span(row["mean"], row["low"], row["high"], ".1%") for name, row in told.items()}
+        sentences.append(
+            f"{b} uses {overall['overlap']} of the experts that {a} uses for the same token and layer; chance would be"
+            f" {told['overlap']['chance']:.1%}. The set is the same in {overall['exact']} of cases, the first expert in"
+            f" {overall['top1']}."
+        )
         overlap = summary[summary["metric"] == "overlap"]
         worst, top = best(overlap, "mean", least=True), best(overlap, "mean")
         if worst is not None and top is not None and len(overlap) > 1:
@@ -78,9 +75,17 @@ class Compare(Question):
             )
         caveats = [
             *self._notes(subject, found.only_in),
+            "Tokens are matched up to the first difference of a text; prompt and generated ones together (by_phase has"
+            " them apart), unless --phase chooses.",
             "Chance means uniform and independent routings; two tokens of one model already agree more than that.",
         ]
-        tables = {"summary": summary, "by_depth": depth, "usage": usage, "texts": texts}
+        tables = {
+            "summary": summary,
+            "by_depth": depth,
+            "by_phase": found.by_phase(),
+            "usage": usage,
+            "texts": texts,
+        }
         if found.published is not None:
             tables["as_published_aggregate"] = found.published
         else:
@@ -91,8 +96,20 @@ class Compare(Question):
         return self.finding(sentences, tables, caveats)
 
     def _notes(self, subject: Subject, only_in: tuple[int, int]) -> list[str]:
-        notes = [subject.phase_note]
+        notes = []
         for trace, n in zip(subject.traces, only_in, strict=True):
             if n:
                 notes.append(f"{number(n, 'prompt')} only in {trace.path.name}.")
         return notes
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Agreement by layer."""
+        from moetrace import plot
+
+        table = finding.tables["summary"]
+        return {
+            "by_layer": Figure(
+                lambda ax: plot.agreement(table, ax=ax),
+                "Agreement of the two captures by layer, with 95 % intervals over prompts; dotted: chance.",
+            )
+        }

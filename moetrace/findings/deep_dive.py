@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pandas as pd
 
 from moetrace.analysis import published
-from moetrace.findings.finding import Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best
 
@@ -32,24 +33,31 @@ class DeepDive(Question):
         """Lay out one layer."""
         analysis = subject.analysis
         found = analysis.deep_dive(None if self.layer < 0 else self.layer)
-        percent = found.percent.stack().rename("percent")
-        lift = found.lift.stack().rename("lift").reindex(percent.index)
-        table = pd.concat([percent, lift], axis=1).reset_index()
+        domains, experts = found.percent.shape
+        table = pd.DataFrame(
+            {
+                "domain": np.repeat(found.percent.index.to_numpy(), experts),
+                "expert": np.tile(found.percent.columns.to_numpy(), domains),
+                "percent": found.percent.to_numpy().reshape(-1),
+                "lift": found.lift.to_numpy().reshape(-1),
+            }
+        )
         table.insert(0, "layer", found.layer)
         table["components"] = ", ".join(found.consumers)
         old = published.deep_dive(analysis.published(), None if self.layer < 0 else self.layer)
         parts = []
         for component, frame in old.items():
-            long = frame.stack().rename("percent").reset_index()
+            long = frame.reset_index().melt("domain", var_name="expert_id", value_name="percent")
+            long["expert_id"] = long["expert_id"].astype(int)
             long.insert(0, "component", component)
             parts.append(long)
-        sentences = [f"Layer {found.layer}, {'chosen' if self.layer >= 0 else 'the most domain-specific'}."]
-        row = best(table, "lift")
-        if row is not None:
+        sentences = [f"Layer {found.layer}. There is one domain, so there is nothing to compare it with."]
+        row = best(table.assign(beyond=table["percent"] * (1 - 1 / table["lift"])), "beyond")
+        if row is not None and table["domain"].nunique() > 1:
             sentences[0] = (
-                f"In layer {found.layer}, {'as asked for' if self.layer >= 0 else 'the most domain-specific'}, the largest"
-                f" lift is that of expert {row['expert']:.0f} for {row['domain']}: {row['percent']:.1f} % of its picks,"
-                f" {row['lift']:.1f} times the mean of domains."
+                f"In layer {found.layer}, {'as asked for' if self.layer >= 0 else 'the most domain-specific'},"
+                f" {row['domain']} stands out most with expert {row['expert']:.0f}: {row['percent']:.1f} % of its"
+                f" picks, {row['lift']:.1f} times the mean of domains."
             )
         caveats = [
             subject.phase_note,
@@ -61,3 +69,30 @@ class DeepDive(Question):
             )
         tables = {"deep_dive": table, "as_published_components": pd.concat(parts, ignore_index=True)}
         return self.finding(sentences, tables, caveats)
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Domain by expert, for each matrix that the ids went to, and the lift."""
+        from moetrace import plot
+
+        table = finding.tables["deep_dive"]
+        layer = table["layer"].iloc[0]
+        percent, lift = (
+            table.pivot(index="domain", columns="expert", values=name) for name in ("percent", "lift")
+        )
+        consumers = tuple(name for name in str(table["components"].iloc[0]).split(", ") if name)
+        height = 1.1 + 0.17 * len(percent) * max(1, len(consumers))
+        return {
+            "components": Figure(
+                lambda ax: plot.components(percent, consumers, ax=ax),
+                f"Layer {layer}: share of each domain's picks by expert, once per expert matrix. The blocks are alike,"
+                " because one decision serves all of them.",
+                (7.0, height),
+            ),
+            "lift": Figure(
+                lambda ax: plot.heatmap(
+                    lift.rename_axis(index="", columns="expert"), label="lift", scale="lift", ax=ax
+                ),
+                f"Layer {layer}: lift of each domain over the mean of domains, by expert.",
+                (7.0, 1.3 + 0.2 * len(lift)),
+            ),
+        }

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import pandas as pd
 
-from moetrace.analysis import published
+from moetrace.analysis import Analysis, layers, published
 from moetrace.errors import UsageError
-from moetrace.findings.finding import Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import layer_list, span
 
@@ -48,8 +48,7 @@ class DepthContrast(Question):
         early = f"early ones ({layer_list(found.early_layers)})"
         if pd.isna(found.low):
             sentence = (
-                f"Whether {what} separate domains more than {early} cannot be said: a domain has a single prompt, or no"
-                " token in one of these layers."
+                f"Whether {what} separate domains more than {early} cannot be said: {self._why(analysis)}."
             )
         else:
             verdict = "more" if found.low > 0 else "less" if found.high < 0 else None
@@ -73,13 +72,40 @@ class DepthContrast(Question):
         ]
         return self.finding([sentence], {"contrast": table, "as_published_early_late": old}, caveats)
 
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Early, late, and their difference."""
+        from moetrace import plot
+
+        row = finding.tables["contrast"].iloc[0]
+        found = layers.DepthContrast(
+            tuple(_layers(str(row["early_layers"]), "") or ()),
+            tuple(_layers(str(row["late_layers"]), "") or ()),
+            *(float(row[name]) for name in ("early", "late", "difference", "low", "high")),
+        )
+        return {
+            "contrast": Figure(
+                lambda ax: plot.depth_contrast(found, ax=ax),
+                "Mean divergence of domains in early and in late layers, and their difference with its 95 % interval"
+                " over prompts.",
+                (7.0, 2.2),
+            )
+        }
+
+    def _why(self, analysis: Analysis) -> str:
+        test = analysis.domain_test(n_permutations=1)
+        if test.n_domains < 2:
+            return "there is only one domain"
+        if not test.testable:
+            return "that takes several prompts of each domain"
+        return "a domain has a single prompt, or no token in one of these layers"
+
 
 def _layers(text: str, option: str) -> list[int] | None:
     """``0-5,7`` as numbers; None if not given."""
     if not text:
         return None
     out: list[int] = []
-    for part in text.split(","):
+    for part in text.replace(" ", "").split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
             raise UsageError(f"{option} {text} is no list of layers", fix=f"write it like {option} 0-5,7")

@@ -9,7 +9,7 @@ import pandas as pd
 
 from moetrace.analysis import published
 from moetrace.errors import UsageError
-from moetrace.findings.finding import Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, of_layers, span
 
@@ -70,6 +70,19 @@ class DomainEntropy(Question):
             "as_published_entropy": _published(analysis.published()),
         }
         return self.finding(sentences, tables, caveats)
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Entropy by layer, a line per domain."""
+        from moetrace import plot
+
+        table = finding.tables["domain_entropy"]
+        return {
+            "by_layer": Figure(
+                lambda ax: plot.entropy(table, ax=ax),
+                "Entropy of each domain's picks by layer, with 95 % intervals over prompts; dashed: all experts used"
+                " alike.",
+            )
+        }
 
 
 def _published(a: published.Activations) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from moetrace.analysis import published
 from moetrace.analysis.domain import DomainTest
-from moetrace.findings.finding import Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, of_layers, span
 
@@ -47,6 +47,10 @@ class DomainSeparation(Question):
                 f"Tested with {found.n_prompts} prompts of {found.n_domains} domains; prompts are taken to be"
                 " exchangeable if domain does not matter, so they should be alike in length and kind."
             )
+            caveats.append(
+                "The test asks whether labels matter at all, the interval how far apart domains of such prompts are:"
+                " a few unusual prompts widen the interval, so it may reach 0 where the test rejects."
+            )
         caveats += [
             "Different words alone separate domains: matched-separation compares at the same token ids.",
             "The published chi-square takes every pick for an independent observation and each of three matrices"
@@ -59,6 +63,19 @@ class DomainSeparation(Question):
             "as_published_most_specific": top,
         }
         return self.finding(sentences(found, self.alpha) + old_sentence(layers), tables, caveats)
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Separation by depth."""
+        from moetrace import plot
+
+        table = finding.tables["domain_test"]
+        return {
+            "by_layer": Figure(
+                lambda ax: plot.separation(table, ax=ax, alpha=self.alpha),
+                "Divergence of the domains by layer: as measured (points), corrected for bias with its 95 % interval"
+                " (line and band), and what prompts alone produce (grey).",
+            )
+        }
 
 
 def sentences(found: DomainTest, alpha: float) -> list[str]:

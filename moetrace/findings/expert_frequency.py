@@ -9,7 +9,7 @@ import pandas as pd
 
 from moetrace.analysis import published
 from moetrace.errors import UsageError
-from moetrace.findings.finding import Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, span
 
@@ -63,7 +63,7 @@ class ExpertFrequency(Question):
         sentences.append(
             f"{len(unused):,} of {len(usage):,} experts were never chosen"
             + (
-                f"; each may still be chosen by up to {unused['high'].max():.2g} % of tokens."
+                f"; each may still be chosen by up to {unused['high'].max():.3g} % of tokens."
                 if len(unused) and unused["high"].notna().any()
                 else "."
             )
@@ -72,7 +72,7 @@ class ExpertFrequency(Question):
         try:
             frequency = analysis.expert_frequency()
         except UsageError as e:
-            caveats.append(f"Not by domain: {str(e).splitlines()[0]}.")
+            caveats.append(f"Not by domain: {e.what}.")
         else:
             tables["expert_frequency"] = frequency
             sentences += _by_domain(frequency)
@@ -83,6 +83,32 @@ class ExpertFrequency(Question):
             " different layers that share a number; 'global' ranks (layer, expert) instead."
         )
         return self.finding(sentences, tables, caveats)
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Layer by expert, for all prompts and for each domain."""
+        from moetrace import plot
+
+        usage = finding.tables["usage"]
+        counted = bool(usage["percent_of_tokens"].notna().any())
+        share: plot.Measure = "percent_of_tokens" if counted else "percent"
+        what = "tokens that use the expert" if counted else "picks"
+        size = (7.0, 1.5 + min(6.0, 0.16 * usage["layer"].nunique()))
+        out = {
+            "all": Figure(
+                lambda ax: plot.usage(usage, measure=share, ax=ax),
+                f"Share of {what}, by layer and expert, all prompts.",
+                size,
+            )
+        }
+        if "expert_frequency" in finding.tables:
+            table = finding.tables["expert_frequency"]
+            for i, name in enumerate(sorted(set(table["domain"]))):
+                out[f"domain{i}"] = Figure(
+                    lambda ax, name=name: plot.usage(table, name, measure=share, ax=ax),  # type: ignore[misc]
+                    f"Share of {what}, by layer and expert, domain {name}; same colours for all domains.",
+                    size,
+                )
+        return out
 
 
 def _global(usage: pd.DataFrame, top: int, bottom: int) -> pd.DataFrame:

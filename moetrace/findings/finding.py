@@ -75,6 +75,11 @@ class Finding:
             tables = {
                 name: pd.DataFrame(t["data"], columns=t["columns"]) for name, t in given.pop("tables").items()
             }
+            # a column of nothing but null: numbers that are not known, not objects
+            tables = {
+                name: t.astype({c: "float64" for c in t if t[c].dtype == object and t[c].isna().all()})
+                for name, t in tables.items()
+            }
             given |= {key: tuple(given[key]) for key in ("sentences", "caveats")}
             return cls(**given, tables=tables)
         except (ValueError, KeyError, TypeError, AttributeError) as e:

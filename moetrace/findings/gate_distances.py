@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moetrace.findings.finding import Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, span
 
@@ -34,27 +34,51 @@ class GateDistances(Question):
         cosine = summary[summary["metric"] == "cosine_similarity"]
         sentences = []
         for row, word in ((best(cosine, "mean", least=True), "least"), (best(cosine, "mean"), "most")):
-            if row is None:
+            if row is None or (word == "most" and len(cosine) == 1):
                 continue
             other = wide[wide["layer"] == row["layer"]]["cosine_unpaired"].iloc[0]
             sentences.append(
                 f"Gate inputs are {word} alike between layers {row['layer']:.0f} and {row['next_layer']:.0f}: cosine"
-                f" {span(row['mean'], row['low'], row['high'])}; between different tokens {other:.3f}."
+                f" {span(row['mean'], row['low'], row['high'])}"
+                + (f"; between different tokens {other:.3f}." if other == other else ".")
             )
-        above = int((wide["cosine_similarity"] > wide["cosine_unpaired"]).sum())
+        ends = summary.pivot(index="layer", columns="metric", values=["low", "high"])
+        above = ends["low"]["cosine_similarity"] > ends["high"]["cosine_unpaired"]
         sentences.append(
-            f"In {above} of {len(wide)} pairs of layers a token's cosine is above that between different tokens."
+            f"In {int(above.sum())} of {len(wide)} pairs of layers a token's cosine is above that between different"
+            " tokens, their 95 % intervals apart."
+            if ends["low"]["cosine_similarity"].notna().any()
+            else "With a single prompt there are no intervals."
         )
+        each = analysis.gate_distances(self.tokens).drop(columns="row")
+        token = each.groupby(["prompt", "layer"], sort=False).cumcount()
+        each.insert(0, "token", token)
+        each.insert(0, "prompt", each.pop("prompt"))
         steps, aggregate = analysis.published_gate(self.tokens)
         tables = {
             "summary": summary,
-            "per_token": analysis.gate_distances(self.tokens),
+            "per_token": each,
             "as_published_steps": steps,
             "as_published_aggregate": aggregate,
         }
         caveats = [
             subject.phase_note,
-            "Gate inputs are normalised and share a large mean, so cosines are high whatever the token.",
+            "A cosine says something about the token as far as it is above that between different tokens (here: the"
+            " next one of the same text).",
             f"per_token and as_published_steps list the first {self.tokens} tokens.",
         ]
         return self.finding(sentences, tables, caveats)
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Cosine and Euclidean distance between consecutive layers."""
+        from moetrace import plot
+
+        table = finding.tables["summary"]
+        return {
+            metric: Figure(
+                lambda ax, metric=metric: plot.gate_distances(table, metric, ax=ax),  # type: ignore[misc]
+                f"{what} between a layer's gate input and the next one's, with 95 % intervals over prompts.",
+                (7.0, 3.0),
+            )
+            for metric, what in (("cosine_similarity", "Cosine"), ("l2_normalized", "Euclidean distance"))
+        }

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question
 from moetrace.findings.subject import Subject
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from moetrace.findings.wording import best, number, span
 
 
 @dataclass(frozen=True)
@@ -26,32 +25,33 @@ class LoadBalance(Question):
     def answer(self, subject: Subject) -> Finding:
         """Answer it, for each layer."""
         table = subject.analysis.load_balance()
-        rows = table.to_dict("records")
-        peak = max(rows, key=lambda row: row["peak"])
-        uneven = min(rows, key=lambda row: row["jain"])
+        peak, uneven = best(table, "peak"), best(table, "jain", least=True)
+        if peak is None or uneven is None:
+            raise UsageError("no layer has any routing", fix="choose rows that have some: --phase, --layers")
         unused = table[table["unused"] > 0]
         sentences = [
-            f"Layer {uneven['layer']:.0f} is the least even: Jain index {uneven['jain']:.2f}"
-            f" ({uneven['jain_low']:.2f} to {uneven['jain_high']:.2f}; 1 would be even).",
+            f"Layer {uneven['layer']:.0f} is the least even: Jain index"
+            f" {span(uneven['jain'], uneven['jain_low'], uneven['jain_high'], '.2f')}; 1 would be even.",
             f"The hottest expert is {peak['hottest']:.0f} of layer {peak['layer']:.0f}: "
-            f"{peak['peak']:.1f} times the load of an even split, {peak['hottest_rate']:.1%} of the tokens.",
+            f"{peak['peak']:.1f} times the load of an even split"
+            + (f", {peak['hottest_rate']:.1%} of the tokens." if peak["hottest_rate"] > 0 else "."),
         ]
         if len(unused):
-            bound = table["unused_rate_bound"].max()
+            bound = unused["unused_rate_bound"].max()
             sentences.append(
-                f"{unused['unused'].sum():.0f} experts in {len(unused)} layers were never chosen; each may still"
-                f" be chosen by up to {bound:.2%} of tokens."
+                f"{number(int(unused['unused'].sum()), 'expert')} in {number(len(unused), 'layer')} never came up"
+                + (f"; one may still be chosen by up to {bound:.2%} of tokens." if bound > 0 else ".")
             )
         return self.finding(sentences, {"load_balance": table}, [subject.phase_note])
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Jain's index by layer, with its interval."""
+        from moetrace import plot
+
         table = finding.tables["load_balance"]
-
-        def draw(ax: Axes) -> Axes:
-            ax.fill_between(table["layer"], table["jain_low"], table["jain_high"], alpha=0.25, linewidth=0)
-            ax.plot(table["layer"], table["jain"], marker="o", markersize=3)
-            ax.set(xlabel="layer", ylabel="Jain index (1: even)", ylim=(0, 1))
-            return ax
-
-        return {"jain": Figure(draw, "Evenness of load by layer, with its 95 % interval over prompts.")}
+        return {
+            "jain": Figure(
+                lambda ax: plot.load_balance(table, ax=ax),
+                "Evenness of load by layer, with its 95 % interval over prompts.",
+            )
+        }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moetrace.findings.finding import Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, of_layers
 
@@ -50,8 +50,8 @@ class MatchedSeparation(Question):
             strongest = best(tested, "jsd_matched_bits")
             if strongest is not None:
                 sentences.append(
-                    f"It is largest in layer {strongest['layer']:.0f}: {strongest['jsd_matched_bits']:.3f} bits with the"
-                    f" words taken out, where prompts alone give {strongest['jsd_matched_null_mean']:.3f};"
+                    f"It is largest in layer {strongest['layer']:.0f}: {strongest['jsd_matched_bits']:.3f} bits with"
+                    f" the words taken out, where prompts alone give {strongest['jsd_matched_null_mean']:.3f};"
                     f" {strongest['jsd_bits']:.3f} as the domains are."
                 )
         if found.coverage == found.coverage:
@@ -67,3 +67,16 @@ class MatchedSeparation(Question):
         if found.verdict and len(tested):
             caveats.append(f"Some layers {found.verdict}.")
         return self.finding(sentences, {"matched_separation": table}, caveats)
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Separation with and without the words' part."""
+        from moetrace import plot
+
+        table = finding.tables["matched_separation"]
+        return {
+            "by_layer": Figure(
+                lambda ax: plot.matched_separation(table, ax=ax, alpha=self.alpha),
+                "Divergence of the domains by layer, as they are and with the words taken out, beside what prompts"
+                " alone produce at the same words.",
+            )
+        }

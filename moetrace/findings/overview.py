@@ -8,7 +8,7 @@ from typing import ClassVar
 import pandas as pd
 
 from moetrace.analysis import overview, published
-from moetrace.errors import UsageError
+from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Finding, Question
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import layer_list, number
@@ -69,7 +69,8 @@ class Overview(Question):
         )
         sentences = [
             f"{number(loss.rows, 'token')} of {number(n_prompts, 'prompt')} in {number(len(layers), 'layer')}"
-            f" with top-{used} routing among {experts} experts. {whole}; {loss.not_computed:,} entries were not"
+            f"{f' with top-{used} routing among {experts} experts' if used != '0' else ', without experts'}. {whole};"
+            f" {loss.not_computed:,} entries were not"
             f" computed by llama.cpp, {loss.cached:,} positions came from the prompt cache.",
             f"Tokens by phase: {by_phase or 'none'}.",
         ]
@@ -100,8 +101,8 @@ class Overview(Question):
         tables = {"completeness": completeness, "phases": phases, "domains": domains, "layers": layers}
         try:
             tables |= published_overview(analysis.published())
-        except UsageError as e:
-            caveats.append(f"The published overview needs domains: {str(e).splitlines()[0]}.")
+        except MoetraceError as e:
+            caveats.append(f"The published overview cannot be given: {e.what}.")
         return self.finding(sentences, tables, caveats)
 
     def _of_table(self, subject: Subject) -> Finding:

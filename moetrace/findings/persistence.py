@@ -9,7 +9,7 @@ import pandas as pd
 
 from moetrace.analysis import published
 from moetrace.errors import UsageError
-from moetrace.findings.finding import Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, layer_list, of_layers, span
 
@@ -54,7 +54,7 @@ class Persistence(Question):
                 f"Neighbouring tokens share more experts than tokens of the same prompt in random order"
                 f" {of_layers(stay['layer'], len(known))}"
                 + (f", and fewer in layer {layer_list(leave['layer'])}" if len(leave) else "")
-                + " (95 % intervals of each layer, not corrected for many layers)."
+                + "; that is by 95 % intervals of each layer, not corrected for many layers."
             )
             row = best(known, "overlap_excess")
             if row is not None:
@@ -77,8 +77,28 @@ class Persistence(Question):
         try:
             tables["as_published_lag1"] = published_lag1(analysis.published(), int(max(analysis.n_expert)))
         except UsageError as e:
-            caveats.append(f"The published lag 1 needs domains: {str(e).splitlines()[0]}.")
+            caveats.append(f"The published lag 1 needs domains: {e.what}.")
         return self.finding(sentences, tables, caveats)
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """The strongest layer by lag, and all layers at lag 1."""
+        from moetrace import plot
+
+        table = finding.tables["persistence"]
+        if not table["pairs"].any():
+            return {}
+        layer = plot.strongest_layer(table)
+        return {
+            "by_lag": Figure(
+                lambda ax: plot.persistence(table, layer, ax=ax),
+                f"Layer {layer}: share of experts that tokens have in common, by their distance, with both baselines.",
+            ),
+            "by_layer": Figure(
+                lambda ax: plot.persistence_by_layer(table, ax=ax),
+                "How much more neighbouring tokens share than in random order, by layer, with 95 % intervals.",
+                (7.0, 3.0),
+            ),
+        }
 
 
 def _reach(table: pd.DataFrame, layer: float) -> list[str]:

@@ -119,14 +119,18 @@ class Subject:
 
     @cached_property
     def pair(self) -> tuple[Analysis, Analysis]:
-        """The analyses of two captures, each by itself. Raises UsageError if there are not two traces."""
+        """The analyses of two captures, each by itself, of all phases unless one was chosen.
+
+        Raises UsageError if there are not two traces.
+        """
         if len(self.traces) != 2:
             raise UsageError(
                 f"a comparison takes two traces, not {len(self.traces)}",
                 fix="give two: moetrace compare A.moet B.moet",
             )
         one, two = self.traces
-        return self._analyse([one], self.phase), self._analyse([two], self.phase)
+        phase = self._phase or "all"
+        return self._analyse([one], phase), self._analyse([two], phase)
 
     def _analyse(self, traces: Sequence[Trace], phase: Phase) -> Analysis:
         if self.table is not None:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from moetrace.analysis import published
 from moetrace.errors import UsageError
-from moetrace.findings.finding import Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, number
 
@@ -38,7 +38,7 @@ class Transitions(Question):
         for layer in analysis.counts.layers.tolist():
             found = analysis.transitions(layer)
             matrix = found.counts.to_numpy()
-            a, b = np.nonzero(matrix)
+            a, b = np.nonzero((matrix > 0) | (found.expected.to_numpy() >= 1))
             parts.append(
                 pd.DataFrame(
                     {
@@ -76,15 +76,49 @@ class Transitions(Question):
             )
         caveats = [
             subject.phase_note,
-            "Pairs that are not listed never occurred. The largest of many lifts is large by chance too; no test is made"
-            " of single pairs.",
+            "Pairs that are not listed never occurred and were expected less than once. The largest of many lifts is"
+            " large by chance too; no test is made of single pairs.",
         ]
         try:
             old = analysis.published()
             tables["as_published_transitions"] = _published(old, self.layer, int(max(analysis.n_expert)))
         except UsageError as e:
-            caveats.append(f"The published matrices need domains: {str(e).splitlines()[0]}.")
+            caveats.append(f"The published matrices need domains: {e.what}.")
         return self.finding(sentences, tables, caveats)
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Probability and lift in the layer where the first expert stays most above random order."""
+        from moetrace import plot
+
+        table, stay = finding.tables["transitions"], finding.tables["stay"]
+        most = best(stay.assign(excess=stay["stay"] - stay["stay_expected"]), "excess")
+        if most is None:
+            return {}
+        mine = table[table["layer"] == most["layer"]]
+        ids = range(int(table[["from", "to"]].max().max()) + 1)
+
+        def matrix(values: pd.Series) -> pd.DataFrame:
+            wide: pd.DataFrame = mine.assign(value=values).pivot(index="from", columns="to", values="value")
+            return wide.reindex(index=list(ids), columns=list(ids))
+
+        came = mine.groupby("from")["count"].sum().reindex(ids, fill_value=0) > 0
+        probability = matrix(mine["probability"]).fillna(0.0).where(came, axis=0)
+        lift = matrix(mine["lift"].where(mine["expected"] >= 1))
+        note = f"Layer {most['layer']:.0f}, in which the first expert stays most above random order"
+        figures = {
+            "probability": Figure(
+                lambda ax: plot.transitions(probability, ax=ax),
+                f"{note}: probability of the next token's first expert; hatched: never first.",
+                (7.0, 5.6),
+            ),
+        }
+        if lift.notna().to_numpy().any():
+            figures["lift"] = Figure(
+                lambda ax: plot.transitions(lift, measure="lift", ax=ax),
+                f"{note}: counts over those expected in random order; hatched: less than one is expected.",
+                (7.0, 5.6),
+            )
+        return figures
 
 
 def _published(a: published.Activations, layer: int, n_expert: int) -> pd.DataFrame:

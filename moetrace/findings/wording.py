@@ -1,4 +1,4 @@
-"""Numbers in sentences: intervals, layers, p-values, and rows to speak of."""
+"""Numbers in sentences: intervals, layers, and rows to speak of."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
+#: Words by which a sentence says that a question is left open: it is no conclusion.
+CANNOT = ("cannot be tested", "cannot be said", "remains open", "nothing can be said")
 
 
 def span(value: float, low: float, high: float, form: str = ".3f") -> str:
@@ -52,8 +55,8 @@ def p_value(p: float) -> str:
 
 def best(table: pd.DataFrame, column: str, *, least: bool = False) -> dict[str, Any] | None:
     """The row of the largest (or least) value of a column, NaN left out; None if there is none."""
-    known = table[table[column].notna()]
-    if known.empty:
+    values = table[column].to_numpy(dtype=np.float64)
+    if np.isnan(values).all():
         return None
-    where = known[column].idxmin() if least else known[column].idxmax()
-    return {str(name): value for name, value in known.loc[where].items()}
+    where = int(np.nanargmin(values) if least else np.nanargmax(values))
+    return {str(name): value for name, value in table.iloc[where].items()}

@@ -100,7 +100,9 @@ class Answer:
     from_ns, to_ns
         Monotonic time of sending and of the last byte, nanoseconds.
     prompt_tokens, tokens
-        Token ids of the prompt and of the answer.
+        Token ids of the prompt and of the answer. A server before December 2024 does not give the answer's: none.
+    n_generated
+        Number of tokens in the answer.
     text
         The generated text.
     cached
@@ -113,6 +115,7 @@ class Answer:
     to_ns: int
     prompt_tokens: tuple[int, ...]
     tokens: tuple[int, ...]
+    n_generated: int
     text: str
     cached: int
 
@@ -125,7 +128,7 @@ class Answer:
             "id": self.prompt.id,
             "label": self.prompt.label,
             "prompt": self.prompt.text,
-            "n_generated": len(self.tokens),
+            "n_generated": self.n_generated,
             **self.prompt.extra,
         }
 
@@ -205,13 +208,19 @@ def _ask(
     start = time.monotonic_ns()
     answer = client.call("/completion", body)
     end = time.monotonic_ns()
+    generated = tuple(int(t) for t in answer.get("tokens", ()))
+    timings = answer.get("timings", {})
+    # releases before September 2025 say how much of the prompt they computed, not how much they had
+    computed = timings.get("prompt_n", len(tokens))
+    cached = timings.get("cache_n", answer.get("tokens_evaluated", len(tokens)) - computed)
     return Answer(
         prompt=prompt,
         slot=int(answer.get("id_slot", slot)),
         from_ns=start,
         to_ns=end,
         prompt_tokens=tuple(tokens),
-        tokens=tuple(int(t) for t in answer.get("tokens", ())),
+        tokens=generated,
+        n_generated=int(answer.get("tokens_predicted", len(generated))),
         text=str(answer.get("content", "")),
-        cached=int(answer.get("timings", {}).get("cache_n", answer.get("tokens_cached", 0))),
+        cached=int(cached),
     )

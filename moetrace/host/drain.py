@@ -9,9 +9,9 @@ from pathlib import Path
 
 from moetrace.errors import MoetraceError
 from moetrace.trace.record import OnFull
-from moetrace.trace.ring import Ring, ring_is_ready
+from moetrace.trace.ring import Ring, ring_is_ready, ring_paths
 from moetrace.trace.rows import Layout
-from moetrace.trace.writer import ContextWriter, TraceWriter
+from moetrace.trace.writer import ContextWriter, TraceWriter, final_counters
 
 #: a block is sealed after so many seconds, or when it fills this share of the ring
 SEAL_SECONDS = 0.5
@@ -31,8 +31,17 @@ class ContextDrain:
         self.ring = ring
         self.writer = writer
         self.rows = 0
-        self._taken = 0  # records appended since the last seal
+        self._taken = 0  # records appended and not released
         self._sealed_at = time.monotonic()
+
+    def catch_up(self) -> int:
+        """Take over from a reader that died: seal what it did not; gives the number of rows."""
+        records, gone = self.ring.snapshot()
+        rows = self.writer.catch_up(records)
+        self.rows += rows
+        self._taken = len(records) + gone
+        self._seal()
+        return rows
 
     def step(self, *, seal: bool = False) -> int:
         """Take what is there; gives the number of records taken."""
@@ -63,23 +72,27 @@ class ContextDrain:
 
     def _seal(self) -> None:
         self.writer.seal()
-        self.ring.release(self._taken)
-        self._taken = 0
+        held = self.writer.held
+        if self.ring.on_full == OnFull.OVERWRITE or held > self.ring.capacity / 2:
+            held = 0  # nobody waits for these, or the host would wait for ever
+        self.ring.release(self._taken - held)
+        self._taken = held
         self._sealed_at = time.monotonic()
 
     def close(self) -> None:
         """Take the rest, seal, write the counters, and delete the ring."""
         while self.step(seal=True):
             pass
-        counters = self.ring.counters
-        if self.ring.on_full == OnFull.OVERWRITE:
-            # only the reader knows what it came too late for
-            counters["rows_overwritten"] = counters["rows_committed"] - self.writer.rows.sealed
-            counters["events_overwritten"] = counters["events_committed"] - self.writer.events.sealed
-        self.writer.close(counters, self.ring.status)
+        self.writer.close(final_counters(self.ring, self.writer), self.ring.status)
         path = self.ring.path
         self.ring.close()
         path.unlink(missing_ok=True)
+
+    def detach(self) -> None:
+        """Seal what was taken and give the ring back; the host goes on writing to it."""
+        self.step(seal=True)
+        self.writer.detach()
+        self.ring.close()
 
 
 class Drain:
@@ -125,13 +138,30 @@ class Drain:
             self._thread.join()
         if self.error is None:
             try:
-                self._attach()
+                self.attach()
                 for context in self.contexts:
                     context.close()
             except MoetraceError as e:
                 self.error = e
         if self.error is not None:
             raise self.error
+
+    def detach(self) -> None:
+        """Seal what was taken and let go of the rings and the trace, which stays live: the host goes on.
+
+        Raises
+        ------
+        MoetraceError
+            If draining failed, now or before.
+        """
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self.error is not None:
+            raise self.error
+        for context in self.contexts:
+            context.detach()
+        self.trace.detach()
 
     def flush(self) -> None:
         """Wait until everything committed before this call is sealed (or draining has failed)."""
@@ -145,7 +175,7 @@ class Drain:
     def _run(self) -> None:
         try:
             while not self._stop.is_set():
-                self._attach()
+                self.attach()
                 if not sum(context.step() for context in self.contexts):
                     self._stop.wait(IDLE_SECONDS)
         except MoetraceError as e:
@@ -157,12 +187,18 @@ class Drain:
         if self.error is not None and self._on_error is not None:
             self._on_error(self.error)
 
-    def _attach(self) -> None:
-        for path in sorted(self.trace.path.glob("ctx*/ring")):
+    def attach(self) -> None:
+        """Take on every ring that has appeared since the last call."""
+        for path in ring_paths(self.trace.path):
             if path in self._seen or not ring_is_ready(path):
                 continue
             ring = Ring(path, claim=True)
-            layout = Layout.from_context(ring.meta, ring.fields)
-            writer = self.trace.add_context(path.parent.name, ring.meta, layout, epoch_ns=ring.epoch_ns)
-            self.contexts.append(ContextDrain(ring, writer))
+            writer = self.trace.context(path.parent.name)
+            if writer is None:
+                layout = Layout.from_context(ring.meta, ring.fields)
+                writer = self.trace.add_context(path.parent.name, ring.meta, layout, epoch_ns=ring.epoch_ns)
+                self.contexts.append(ContextDrain(ring, writer))
+            else:  # another drain had it, and died
+                self.contexts.append(ContextDrain(ring, writer))
+                self.contexts[-1].catch_up()
             self._seen.add(path)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from moetrace.errors import InputError, MoetraceError, UsageError
 from moetrace.host import llama
 from moetrace.host.inprocess import prompt_tokens, tracing
-from moetrace.host.intervene import Given, Interventions, model_routers
+from moetrace.host.intervene import Given, Interventions
 from moetrace.host.model import store_vocabulary
 from moetrace.host.options import CaptureOptions
 from moetrace.host.prompts import Prompt, read_prompts
@@ -342,8 +342,7 @@ class Evaluator:
         MoetraceError
             If llama.cpp fails, or its graph does not allow the intervention.
         """
-        routers = model_routers(self._model_path, self._n_expert_used)
-        interventions = Interventions(self._control, intervene, routers)
+        interventions = Interventions(self._control, intervene, self._model_path, self._n_expert_used)
         prompts = read_prompts(texts)
         bos = self.model.bos if self.model.adds_bos else None
         windows = list(_windows([prompt_tokens(self.model, p) for p in prompts], self.context, chunks, bos))

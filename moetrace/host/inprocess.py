@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moetrace.errors import MoetraceError
 from moetrace.host import llama
 from moetrace.host.drain import Drain
-from moetrace.host.intervene import Given, Interventions, model_routers
+from moetrace.host.intervene import Given, Interventions
 from moetrace.host.model import store_vocabulary
 from moetrace.host.options import CaptureOptions
 from moetrace.host.prompts import Prompt, read_prompts
@@ -271,9 +271,8 @@ def capture(
     folder = (
         Path(output) if output is not None else Path(tempfile.mkdtemp(prefix="moetrace-")) / "capture.moet"
     )
-    interventions = Interventions(
-        folder, intervene, model_routers(str(model))
-    )  # refused before anything happens
+    # what the model cannot do is refused before anything happens
+    interventions = Interventions(folder, intervene, os.fspath(model))
     trace = TraceWriter(folder, command=["moetrace", "capture"], model_path=str(model), force=force)
     done = 0
 

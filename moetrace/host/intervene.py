@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -157,6 +157,8 @@ def check_model(interventions: Sequence[Intervention], model: str | None) -> Non
     UsageError
         If it cannot, or an intervention is about a request.
     """
+    if not interventions:
+        return
     data, routers = _encoded(interventions), model_routers(model)
     if routers is not None:
         check(data, routers)
@@ -207,8 +209,8 @@ def _main_rings(trace: Path) -> Iterable[Ring]:
     return (ring for ring in live_rings(trace) if ring.meta.get("role") == "main")
 
 
-def refuse_if_refused(trace: Path, number: int | None = None) -> None:
-    """Raise what a host has refused; of all that it was told, or of one number. Nothing if it refused nothing.
+def refuse_if_refused(trace: Path, numbers: Container[int]) -> None:
+    """Raise what a host has refused of these; nothing if it refused none of them.
 
     Raises
     ------
@@ -219,7 +221,7 @@ def refuse_if_refused(trace: Path, number: int | None = None) -> None:
         if ring_is_ready(path):
             with Ring(path) as ring:
                 refused, why = ring.intervention_refused
-            if refused and number in (None, refused):
+            if refused and refused in numbers:
                 raise MoetraceError(
                     f"llama.cpp did not take intervention {refused}: the routing was left alone", why=why
                 )
@@ -238,8 +240,8 @@ class Interventions:
         The folder that the process records into.
     given
         What shall be in force.
-    routers
-        What the model's routers are like; None: not known before it runs.
+    model, n_expert_used
+        The GGUF file, and how many experts it is to use, if not its own number.
 
     Raises
     ------
@@ -247,14 +249,15 @@ class Interventions:
         If it is no intervention, or the model cannot do it. Then nothing has changed.
     """
 
-    def __init__(self, trace: Path, given: Given, routers: Sequence[Router] | None) -> None:
+    def __init__(self, trace: Path, given: Given, model: str, n_expert_used: int | None = None) -> None:
         interventions = parse_interventions(given)
         self._by_request = [i for i in interventions if is_by_request(i)]
         self._always = tuple(i for i in interventions if i not in self._by_request)
         self._trace = trace
-        self._routers = routers
+        self._routers = model_routers(model, n_expert_used) if interventions else None
         self._rules = cache(rules_of)
         self._now: tuple[Intervention, ...] = ()
+        self._numbers: set[int] = set()
         self._encode(self._always)
         for intervention in self._by_request:
             if intervention.request is not None:  # whether it can be done does not hang on the slot
@@ -272,8 +275,10 @@ class Interventions:
         wanted = self._always + tie(self._by_request, running)
         if wanted != self._now:
             data = self._encode(wanted)
-            llama.intervene(store(self._trace, wanted, data) if wanted else 0)
+            number = store(self._trace, wanted, data) if wanted else 0
+            llama.intervene(number)
             self._now = wanted
+            self._numbers.add(number)
 
     def end(self) -> None:
         """Switch off what is in force; call it while the context still is there.
@@ -285,8 +290,7 @@ class Interventions:
         """
         llama.intervene(0)
         self._now = ()
-        if self._always or self._by_request:
-            refuse_if_refused(self._trace)
+        refuse_if_refused(self._trace, self._numbers)
 
     def _encode(self, interventions: Iterable[Intervention]) -> bytes:
         data = encode([rule for intervention in interventions for rule in self._rules(intervention)])

@@ -23,6 +23,10 @@ _tracer: ctypes.CDLL | None = None
 _started = False
 
 
+#: the newest of the functions used: of January and June 2025
+_NEEDED = ("llama_model_load_from_file", "llama_get_memory")
+
+
 def tracer() -> ctypes.CDLL:
     """Load the tracer's library in front of llama.cpp's, once per process.
 
@@ -79,6 +83,11 @@ def intervene(number: int) -> None:
     tracer().moetrace_intervene(ctypes.c_uint32(number))
 
 
+def _has(params: ctypes.Structure, name: str) -> bool:
+    """Whether llama.cpp's structure has the field; ctypes would take any name and forget it."""
+    return name in (field[0] for field in params._fields_)
+
+
 def _llama_cpp() -> Any:
     tracer()
     try:
@@ -93,6 +102,14 @@ def _llama_cpp() -> Any:
         raise RuntimeMissingError(
             "llama-cpp-python cannot load llama.cpp", why=str(e), fix="reinstall it"
         ) from e
+    absent = [name for name in _NEEDED if not hasattr(api, name)]
+    if absent:
+        raise RuntimeMissingError(
+            f"this llama-cpp-python ({sys.modules['llama_cpp'].__version__}) is too old to run prompts in-process",
+            why=f"it has no {absent[0]}",
+            fix="install the pinned runtime with `llama.cpp/install.sh`, or record that release's llama-server with "
+            "`moetrace run`",
+        )
     return api
 
 
@@ -162,10 +179,14 @@ class Llama:
         context = api.llama_context_default_params()
         context.n_ctx, context.n_batch, context.n_ubatch = n_ctx, n_batch, min(n_ubatch, n_batch)
         context.n_seq_max = n_seq
-        context.kv_unified = True
+        if _has(context, "kv_unified"):  # before July 2025 it always was
+            context.kv_unified = True
         context.n_threads = context.n_threads_batch = n_threads or min(os.cpu_count() or 1, 16)
         if flash_attention is not None:
-            context.flash_attn_type = int(flash_attention)
+            name = (
+                "flash_attn_type" if _has(context, "flash_attn_type") else "flash_attn"
+            )  # before September 2025
+            setattr(context, name, int(flash_attention))
         if eval_callback is not None:
             function, context.cb_eval_user_data = eval_callback
             context.cb_eval = ctypes.cast(function, api.ggml_backend_sched_eval_callback)

@@ -127,17 +127,20 @@ def _check(model: ModelFile, groups: Mapping[int, Grouping], keep_count: bool) -
             f"groupings of layers {sorted(groups)}, experts in layers {model.moe_layers}",
             fix="give one grouping for each layer with experts",
         )
-    sizes = {g.n_expert for g in groups.values()}
-    if any(g.group.shape != (model.n_expert,) for g in groups.values()) or len(sizes) != 1:
-        raise UsageError(
-            f"every layer must go from {model.n_expert} experts to the same number, not to {sorted(sizes)}",
-            why="a model file has one number of experts",
-        )
-    (n_expert,) = sizes
+    if any(g.group.shape != (model.n_expert,) for g in groups.values()):
+        raise UsageError(f"every grouping must be of {model.n_expert} experts, which {model.path} has")
     if keep_count:
         if any((g.group < 0).any() for g in groups.values()):
             raise UsageError("experts that are left out have no place to keep", fix="keep_count=False")
         return model.n_expert
+    sizes = sorted({g.n_expert for g in groups.values()})
+    if len(sizes) != 1:
+        raise UsageError(
+            f"every layer must go to the same number of experts, not to {sizes}",
+            why="a model file has one number of experts",
+            fix="group all layers into equally many, or keep_count=True",
+        )
+    (n_expert,) = sizes
     blocks = int(model.field("{arch}.expert_group_count", 1) or 1)
     if n_expert < model.n_expert_used or n_expert % blocks:
         raise UsageError(
@@ -199,7 +202,7 @@ class _Plan:
 
     def _is_merging(self, layer: int) -> bool:
         group = self._groups[layer].group
-        return len(np.unique(group[group >= 0])) < (group >= 0).sum()
+        return bool(len(np.unique(group[group >= 0])) < (group >= 0).sum())
 
     def data(self, name: str) -> NDArray[Any]:
         """Give a tensor as it is stored."""

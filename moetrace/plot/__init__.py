@@ -12,29 +12,34 @@ from moetrace.plot.components import components
 from moetrace.plot.depth import depth_contrast
 from moetrace.plot.entropy import entropy
 from moetrace.plot.gate import gate_distances
-from moetrace.plot.heatmap import heatmap, usage
+from moetrace.plot.heatmap import Measure, heatmap, usage
 from moetrace.plot.load import load_balance
-from moetrace.plot.persistence import persistence, persistence_by_layer
-from moetrace.plot.separation import separation
-from moetrace.plot.specialists import specialists
-from moetrace.plot.style import DARK, LIGHT, OKABE_ITO, style
+from moetrace.plot.persistence import persistence, persistence_by_layer, strongest_layer
+from moetrace.plot.separation import matched_separation, separation
+from moetrace.plot.specialists import kinds, specialists
+from moetrace.plot.style import DARK, LIGHT, OKABE_ITO, Theme, style
 from moetrace.plot.transitions import transitions
 
 __all__ = [
     "DARK",
     "LIGHT",
     "OKABE_ITO",
+    "Measure",
+    "Theme",
     "agreement",
     "components",
     "depth_contrast",
     "entropy",
     "gate_distances",
     "heatmap",
+    "kinds",
     "load_balance",
+    "matched_separation",
     "persistence",
     "persistence_by_layer",
     "separation",
     "specialists",
+    "strongest_layer",
     "style",
     "transitions",
     "usage",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 
-from moetrace.plot.style import OKABE_ITO, axes, band, layer_axis, legend_above
+from moetrace.plot.style import OKABE_ITO, axes, band, layer_axis, legend_above, marker
 
 _NAMES = {
     "overlap": "experts shared, |A ∩ B|/k",
@@ -26,7 +26,7 @@ def agreement(summary: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         t = summary[summary["metric"] == metric]
         if not t["mean"].notna().any():
             continue
-        ax.plot(t["layer"], t["mean"], color=OKABE_ITO[i], marker="o", label=name)
+        ax.plot(t["layer"], t["mean"], color=OKABE_ITO[i], marker=marker(len(t)), label=name)
         band(ax, t["layer"], t["low"], t["high"], OKABE_ITO[i])
         if metric != "kendall_tau":
             ax.plot(t["layer"], t["chance"], color=OKABE_ITO[i], linestyle=":", linewidth=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 
-from moetrace.plot.style import OKABE_ITO, axes, band, faint, layer_axis, legend_above, short
+from moetrace.plot.style import OKABE_ITO, axes, band, faint, layer_axis, legend_above, marker, short
 
 
 def entropy(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -19,7 +19,9 @@ def entropy(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for i, (domain, t) in enumerate(table.groupby("domain", sort=True)):
         color = OKABE_ITO[i % len(OKABE_ITO)]
         bits = t["entropy_jackknife_bits"].fillna(t["entropy_miller_madow_bits"])
-        ax.plot(t["layer"], bits, color=color, marker="o", markersize=2.5, label=short(str(domain)))
+        ax.plot(
+            t["layer"], bits, color=color, marker=marker(len(t)), markersize=2.5, label=short(str(domain))
+        )
         band(ax, t["layer"], t["low"], t["high"], color)
     layer_axis(ax, table["layer"].to_numpy())
     ax.set_ylabel("entropy of expert use (bits)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 
-from moetrace.plot.style import OKABE_ITO, axes, band, faint, layer_axis, legend_above
+from moetrace.plot.style import OKABE_ITO, axes, band, faint, layer_axis, legend_above, marker
 
 _UNITS = {
     "cosine_similarity": "cosine similarity",
@@ -38,7 +38,7 @@ def gate_distances(
         shown["cosine_unpaired"] = (faint(), "--", "another token (no relation)")
     for name, (color, line, label) in shown.items():
         t = summary[summary["metric"] == name]
-        ax.plot(t["layer"], t["mean"], color=color, linestyle=line, marker="o", label=label)
+        ax.plot(t["layer"], t["mean"], color=color, linestyle=line, marker=marker(len(t)), label=label)
         band(ax, t["layer"], t["low"], t["high"], color)
     layer_axis(ax, summary["layer"].to_numpy())
     ax.set(xlabel="layer (to the next one)", ylabel=f"{_UNITS.get(metric, metric)} of gate inputs")

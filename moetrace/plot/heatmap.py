@@ -12,7 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from moetrace.plot.style import LIGHT, axes, short
+from moetrace.plot.style import DARK, LIGHT, axes, faint, short
+
+Measure = Literal["percent_of_tokens", "percent", "lift"]
 
 #: Lift is shown from 1/LIFT to LIFT; what lies beyond takes the outermost colour.
 LIFT = 4.0
@@ -48,7 +50,7 @@ def heatmap(
     else:
         top = high if high is not None else float(data.max()) if data.count() else 1.0
         norm, cmap = Normalize(0.0, top or 1.0), mpl.colormaps["cividis"]
-        extend = "max" if data.count() and float(data.max()) > norm.vmax * (1 + 1e-9) else "neither"
+        extend = "max" if data.count() and float(data.max()) > (top or 1.0) * (1 + 1e-9) else "neither"
     hatch_missing(ax)
     clear = cmap.with_extremes(bad=(0, 0, 0, 0))
     image = ax.imshow(data, aspect="auto", cmap=clear, norm=norm, interpolation="nearest")
@@ -57,7 +59,7 @@ def heatmap(
     _ticks(ax, "x", values.columns)
     _ticks(ax, "y", values.index)
     bar = ax.figure.colorbar(image, ax=ax, label=label, extend=extend, fraction=0.05, pad=0.02)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     if scale == "lift":
         bar.ax.yaxis.set_major_locator(FixedLocator([1 / 4, 1 / 2, 1, 2, 4]))
         bar.ax.yaxis.set_minor_locator(NullLocator())
@@ -71,7 +73,7 @@ def usage(
     frequency: pd.DataFrame,
     domain: str | None = None,
     *,
-    measure: Literal["percent_of_tokens", "percent", "lift"] = "percent_of_tokens",
+    measure: Measure = "percent_of_tokens",
     high: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
@@ -81,11 +83,13 @@ def usage(
     ----------
     frequency
         Of :func:`moetrace.analysis.expert_frequency` (for "lift": of :func:`moetrace.analysis.domain_lift`),
-        one row per (layer, domain, expert).
+        one row per (layer, domain, expert); or of :func:`moetrace.analysis.expert_usage`, one per (layer,
+        expert).
     domain
-        Which; None: the mean over domains, which all weigh the same.
+        Which; None: all prompts where the table has no domains, else the mean over domains.
     high
-        Top of the colour scale, to compare domains; the largest value of all domains if None.
+        Top of the colour scale; if None, that of all domains, so that they compare: all but the highest 0.1 % of
+        values lie below it.
     """
     chosen = frequency if domain is None else frequency[frequency["domain"] == domain]
     matrix = chosen.pivot_table(
@@ -97,19 +101,19 @@ def usage(
         "lift": "lift over the mean of domains",
     }
     if measure != "lift" and high is None:
-        high = float(frequency[measure].max())
+        high = float(frequency[measure].quantile(0.999))
     ax = heatmap(
         matrix, label=labels[measure], scale="lift" if measure == "lift" else "linear", high=high, ax=ax
     )
-    ax.set(xlabel="expert", ylabel="layer", title="all domains" if domain is None else short(domain, 60))
+    ax.set(xlabel="expert", ylabel="layer", title="all prompts" if domain is None else short(domain, 60))
     return ax
 
 
 def hatch_missing(ax: Axes) -> None:
     """Hatch the axes' ground: it shows where a cell is missing."""
     dark = mpl.colors.to_rgb(mpl.rcParams["axes.facecolor"])[0] < 0.5
-    ax.set_facecolor(LIGHT["missing"] if not dark else "#2A3037")
-    ax.patch.set(hatch="////", edgecolor=mpl.rcParams["hatch.color"], linewidth=0)
+    ax.set_facecolor((DARK if dark else LIGHT)["missing"])
+    ax.patch.set(hatch="////", edgecolor=faint(), linewidth=0)
 
 
 def _ticks(ax: Axes, which: Literal["x", "y"], labels: pd.Index[Any]) -> None:

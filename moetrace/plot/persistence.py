@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from moetrace.plot.style import OKABE_ITO, axes, band, faint, layer_axis, legend_above
+from moetrace.plot.style import OKABE_ITO, axes, band, faint, layer_axis, legend_above, marker
 
 Family = Literal["overlap", "top1"]
 _NAMES = {"overlap": "experts shared, |A ∩ B|/k", "top1": "same first expert"}
@@ -36,7 +36,9 @@ def persistence(
     if t.empty:
         raise ValueError(f"layer {layer} is not in the table")
     shuffle = t[f"{family}_shuffle"]
-    ax.plot(t["lag"], t[family], color=OKABE_ITO[0], marker="o", label=f"layer {layer}, 95 % interval")
+    ax.plot(
+        t["lag"], t[family], color=OKABE_ITO[0], marker=marker(len(t)), label=f"layer {layer}, 95 % interval"
+    )
     band(ax, t["lag"], shuffle + t[f"{family}_low"], shuffle + t[f"{family}_high"], OKABE_ITO[0])
     ax.plot(t["lag"], shuffle, color=OKABE_ITO[1], linestyle="--", label="same prompt, random order")
     ax.plot(t["lag"], t[f"{family}_marginal"], color=faint(), linestyle=":", label="any two tokens")
@@ -54,7 +56,13 @@ def persistence_by_layer(
     ax = axes(ax)
     t = table[table["lag"] == lag]
     ax.axhline(0.0, color=faint(), linewidth=0.9, linestyle="--", label="random order of the prompt's tokens")
-    ax.plot(t["layer"], t[f"{family}_excess"], color=OKABE_ITO[0], marker="o", label="excess, 95 % interval")
+    ax.plot(
+        t["layer"],
+        t[f"{family}_excess"],
+        color=OKABE_ITO[0],
+        marker=marker(len(t)),
+        label="excess, 95 % interval",
+    )
     band(ax, t["layer"], t[f"{family}_low"], t[f"{family}_high"], OKABE_ITO[0])
     layer_axis(ax, t["layer"].to_numpy())
     ax.set_ylabel(f"{_NAMES[family]},\nexcess at lag {lag}")

@@ -46,3 +46,29 @@ def separation(table: pd.DataFrame, *, ax: Axes | None = None, alpha: float = 0.
         ax.set_ylim(0, 1)
     legend_above(ax, 2)
     return ax
+
+
+def matched_separation(table: pd.DataFrame, *, ax: Axes | None = None, alpha: float = 0.05) -> Axes:
+    """Draw separation with the words taken out, beside the whole.
+
+    ``table`` is that of :class:`moetrace.analysis.MatchedSeparation`. Points mark ``q_value`` ≤ alpha.
+    """
+    ax = axes(ax)
+    x = table["layer"].to_numpy()
+    ax.plot(x, table["jsd_bits"], color=OKABE_ITO[1], linestyle="--", label="words and all")
+    ax.plot(x, table["jsd_matched_bits"], color=OKABE_ITO[0], label="words taken out")
+    ax.plot(
+        x,
+        table["jsd_matched_null_mean"],
+        color=faint(),
+        linestyle=":",
+        label="prompts alone, words taken out",
+    )
+    found = (table["q_value"] <= alpha).to_numpy()
+    if found.any():
+        y = table["jsd_matched_bits"].to_numpy()[found]
+        ax.scatter(x[found], y, s=18, color=OKABE_ITO[0], zorder=3, label=f"q ≤ {alpha:g}")
+    layer_axis(ax, x)
+    ax.set(ylabel="Jensen-Shannon divergence (bits)", ylim=(0, None))
+    legend_above(ax, 4)
+    return ax

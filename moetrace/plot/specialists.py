@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from moetrace.plot.style import OKABE_ITO, axes, faint, legend_above, short
+from moetrace.plot.style import LIGHT, OKABE_ITO, axes, faint, layer_axis, legend_above, short
 
 
 def specialists(table: pd.DataFrame, *, at_most: int = 24, ax: Axes | None = None) -> Axes:
@@ -46,4 +46,23 @@ def specialists(table: pd.DataFrame, *, at_most: int = 24, ax: Axes | None = Non
     if not len(shown):
         ax.text(0.5, 0.5, "no expert is a specialist", transform=ax.transAxes, ha="center", color=faint())
     legend_above(ax, 5)
+    return ax
+
+
+def kinds(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw how many experts of each layer are specialists, generalists, undecided and unused.
+
+    ``table`` is that of :func:`moetrace.analysis.specialists`.
+    """
+    ax = axes(ax, (7.0, 3.0))
+    names = ("specialist", "generalist", "undecided", "unused")
+    count = table.groupby("layer")["kind"].value_counts().unstack(fill_value=0)
+    count = count.reindex(columns=list(names), fill_value=0)
+    below = np.zeros(len(count))
+    for name, color in zip(names, (OKABE_ITO[0], OKABE_ITO[2], LIGHT["grid"], OKABE_ITO[6]), strict=True):
+        ax.bar(count.index, count[name], bottom=below, width=0.85, color=color, label=name)
+        below += count[name].to_numpy()
+    layer_axis(ax, count.index.to_numpy())
+    ax.set_ylabel("experts")
+    legend_above(ax, 4)
     return ax

@@ -10,6 +10,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
@@ -45,7 +46,7 @@ def style(theme: Theme = "light") -> AbstractContextManager[None]:
             "hatch.linewidth": 0.4,
             "lines.color": c["ink"],
             "patch.edgecolor": c["ink"],
-            "axes.prop_cycle": mpl.cycler(color=OKABE_ITO),
+            "axes.prop_cycle": cycler(color=OKABE_ITO),
             "image.cmap": "cividis",
             "image.interpolation": "nearest",
             "axes.spines.top": False,
@@ -103,6 +104,11 @@ def layer_axis(ax: Axes, layers: Sequence[int] | npt.NDArray[Any]) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=12))
     ax.set_xlim(numbers.min() - 0.5, numbers.max() + 0.5)
     ax.grid(axis="y", linewidth=0.6)
+
+
+def marker(n: int) -> str:
+    """The marker of a line of n points: none where they would run into each other."""
+    return "o" if n <= 48 else ""
 
 
 def short(text: str, at_most: int = 24) -> str:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moetrace.errors import MoetraceError
-from moetrace.findings import Finding, question
+from moetrace.findings import QUESTIONS, Figure, Finding, question
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
 
 
 def write_finding(finding: Finding, folder: Path) -> list[Path]:
@@ -13,7 +17,7 @@ def write_finding(finding: Finding, folder: Path) -> list[Path]:
 
     Raises MoetraceError if a file cannot be written.
     """
-    from matplotlib.figure import Figure as Canvas
+    from moetrace.plot.style import style
 
     written: list[Path] = []
     try:
@@ -24,13 +28,30 @@ def write_finding(finding: Finding, folder: Path) -> list[Path]:
         for name, table in finding.tables.items():
             written.append(folder / "tables" / f"{finding.name}-{name}.csv")
             table.to_csv(written[-1], index=False)
-        if finding.missing is None:
-            for name, figure in question(finding.name)().figures(finding).items():
-                canvas = Canvas(figsize=figure.size, layout="constrained")
-                figure.draw(canvas.add_subplot())
+        for name, figure in figures_of(finding).items():
+            with style():
+                canvas = drawn(figure)
                 for ending in ("png", "pdf"):
                     written.append(folder / "figures" / f"{finding.name}-{name}.{ending}")
                     canvas.savefig(written[-1], dpi=150)
     except OSError as e:
         raise MoetraceError(f"{e.filename or folder} cannot be written", why=e.strerror or str(e)) from e
     return written
+
+
+def figures_of(finding: Finding) -> dict[str, Figure]:
+    """Figures of a finding; none if it was not answered, or is of a question that is not ours."""
+    if finding.missing is not None or finding.name not in QUESTIONS:
+        return {}
+    return question(finding.name)().figures(finding)
+
+
+def drawn(figure: Figure) -> Canvas:
+    """Draw a figure, in the style in force; its layout is settled, so that it can be saved in many forms."""
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=figure.size, layout="constrained")
+    figure.draw(canvas.add_subplot())
+    canvas.draw_without_rendering()
+    canvas.set_layout_engine("none")
+    return canvas

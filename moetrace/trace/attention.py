@@ -34,10 +34,17 @@ class AttentionAssembler:
     ----------
     offset
         Values that are stored already.
+
+    Attributes
+    ----------
+    held
+        Records, counted from the end of what was fed, that a row is not complete without: they are needed again
+        should whoever assembles it die.
     """
 
     def __init__(self, offset: int = 0) -> None:
-        self._offset = offset
+        self.offset = offset
+        self.held = 0
         self._head: Any = None
         self._pieces: list[NDArray[np.float32]] = []
 
@@ -45,10 +52,12 @@ class AttentionAssembler:
         """Take ring records, in order; gives what to append to ``attention`` and to ``attention_values``."""
         rows: list[tuple[int, ...]] = []
         values: list[NDArray[np.float32]] = []
-        for record in records[records["kind"] == RecordKind.ATTENTION]:
+        begins = -self.held  # where the row being assembled begins
+        where = np.flatnonzero(records["kind"] == RecordKind.ATTENTION)
+        for at, record in zip(where.tolist(), records[where], strict=True):
             n = int(record["arg0"])
             if record["row"] == 0:
-                self._head, self._pieces = record, []
+                self._head, self._pieces, begins = record.copy(), [], at
             elif self._head is None or not self._continues(record):
                 self._head = None
                 continue
@@ -63,12 +72,13 @@ class AttentionAssembler:
                         n_heads,
                         n_keys,
                         int(head["position"]),
-                        self._offset,
+                        self.offset,
                     )
                 )
                 values += self._pieces
-                self._offset += n_heads * n_keys
+                self.offset += n_heads * n_keys
                 self._head = None
+        self.held = len(records) - begins if self._head is not None else 0
         columns = list(zip(*rows, strict=True)) if rows else [()] * len(ATTENTION_TABLE)
         table = {
             name: np.array(column, dtype)
@@ -101,6 +111,26 @@ class Attention:
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    @property
+    def index(self) -> Columns:
+        """Where each row lies: the columns of the table ``attention`` (docs/format.md), in order of capture."""
+        return self._index
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """The values of all rows one after the other, float32; a read-only view."""
+        return self._values
+
+    def find(self, serials: NDArray[np.uint64], layer: int) -> NDArray[np.int64]:
+        """Give where in :attr:`index` one layer's rows of many tokens stand: (n,) int64, -1 where there is none."""
+        keys = serials.astype(np.uint64) << np.uint64(16) | np.uint64(layer)
+        at = np.searchsorted(self._keys, keys, side="right") - 1  # of several the last holds
+        there = at >= 0
+        there[there] = self._keys[at[there]] == keys[there]
+        return np.where(there, self._order[np.maximum(at, 0)] if len(self._order) else -1, -1).astype(
+            np.int64
+        )
 
     def row(self, serial: int, layer: int) -> tuple[NDArray[np.float32], int] | None:
         """Give one row, or None if it is not there.

@@ -324,6 +324,35 @@ class Table(Mapping[str, NDArray[Any]]):
         """CRC-32 of the ledger's rows, for ``tables`` in meta.json."""
         return zlib.crc32(self.ledger.tobytes())
 
+    @property
+    def hidden(self) -> str:
+        """What of it would be gone for good if it were cut at its last good block; empty if nothing."""
+        if self.missing_rows:
+            return f"{self.missing_rows} sealed rows are missing from a column"
+        if self.ledger_damage and not self.ledger_torn:
+            return f"{self.ledger_damage}, with good ones behind them"
+        return ""
+
+    def overlap(self, columns: Mapping[str, NDArray[Any]]) -> int:
+        """Count how many of these rows are in the table already: its longest end that they begin with.
+
+        Parameters
+        ----------
+        columns
+            Columns of the table, each (n, ...); those that are not given are not compared.
+        """
+        n = min(self.n_rows, len(next(iter(columns.values()))))
+        if n == 0:
+            return 0
+        ends = {name: self[name][self.n_rows - n :] for name in columns}
+        begins = np.ones(n, bool)
+        for name, column in columns.items():
+            begins &= ends[name] == column[0]
+        for i in np.flatnonzero(begins).tolist():
+            if all(np.array_equal(ends[name][i:], columns[name][: n - i]) for name in columns):
+                return n - i
+        return 0
+
     def __getitem__(self, name: str) -> NDArray[Any]:
         if name not in self._maps:
             header = self._headers[name]

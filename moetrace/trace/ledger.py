@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +53,11 @@ def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...], size: int) -> bytes
     )
 
 
+@functools.lru_cache(maxsize=256)  # a trace has few, and reading them again is most of opening it again
+def _parse_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    return npy.read_array_header_1_0(io.BytesIO(data), max_header_size=MAX_HEADER)
+
+
 def read_header(path: Path) -> Header:
     """Read the header of a column or ledger; nothing in it is executed, object arrays are refused.
 
@@ -74,9 +81,8 @@ def read_header(path: Path) -> Header:
             size = 10 + int.from_bytes(start[8:10], "little")
             if size > file_size:
                 raise bad("it ends within its header")
-            f.seek(8)
             try:
-                shape, fortran, dtype = npy.read_array_header_1_0(f, max_header_size=MAX_HEADER)
+                shape, fortran, dtype = _parse_header(start[8:] + f.read(size - 10))
             except Exception as e:  # numpy lets errors of all kinds out of a damaged header
                 raise bad(f"its header is damaged: {str(e)[:120]}") from None
     except OSError as e:

@@ -62,6 +62,32 @@ class Loss:
         return [getattr(self, name) for name in self.__dataclass_fields__]
 
 
+def settle_counters(counters: dict[str, int], n_rows: int, n_events: int, end: int) -> dict[str, int]:
+    """Give the counters that a host would have left, had it not died before it counted its last ubatch.
+
+    A host writes the rows of a ubatch first and counts them afterwards.
+
+    Parameters
+    ----------
+    counters
+        As they stand in the ring of a host that died; under ``overwrite`` with the reader's own count of what it
+        came too late for.
+    n_rows, n_events
+        What of them is in the tables.
+    end
+        The last row's serial plus 1.
+    """
+    settled = dict(counters)
+    settled["rows_produced"] = max(counters["rows_produced"], end)
+    settled["rows_lost_error"] += max(
+        0, settled["rows_produced"] - n_rows - sum(settled[name] for name in LOST_COUNTERS)
+    )
+    lost_by_host = settled["rows_lost_full"] + settled["rows_lost_error"]
+    settled["rows_committed"] = settled["rows_produced"] - lost_by_host
+    settled["events_committed"] = max(counters["events_committed"], n_events)
+    return settled
+
+
 def count_loss(context: ContextStore, counters: dict[str, int], cached: int) -> Loss:
     """Count one context's rows and entries.
 

@@ -131,6 +131,20 @@ class ModelFile:
         tensor = self._stored(name)
         return tensor.data, tensor.tensor_type
 
+    def expert_bytes(self, layer: int) -> int:
+        """Bytes of one expert of a layer as the file stores it: its share of every tensor of the layer's experts.
+
+        Raises
+        ------
+        InputError
+            If the layer has no experts.
+        """
+        prefix = f"blk.{layer}.ffn_"
+        names = [name for name in self.tensor_names if name.startswith(prefix) and "_exps." in name]
+        if not names:
+            raise InputError(f"{self.path} has no experts in layer {layer}")
+        return sum(int(self.stored(name)[0].nbytes) for name in names) // self.shape(names[0])[0]
+
     def has_tensor(self, name: str) -> bool:
         """Whether the file has a tensor of this name."""
         return name in self._tensors

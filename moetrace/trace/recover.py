@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetrace.errors import MoetraceError, TraceError
-from moetrace.trace.attention import AttentionAssembler
-from moetrace.trace.columns import Table, TableWriter
-from moetrace.trace.jsonfile import read_json, write_json
+from moetrace.trace.columns import Table
+from moetrace.trace.jsonfile import read_json
 from moetrace.trace.ledger import (
     COLUMN_HEADER,
     LEDGER_NAME,
@@ -23,19 +22,12 @@ from moetrace.trace.ledger import (
     npy_header,
     read_header,
 )
-from moetrace.trace.record import OnFull
-from moetrace.trace.requests import REQUEST_TABLE, RequestAssigner, allot_again, replay
-from moetrace.trace.ring import Ring, peek_reader, process_alive
-from moetrace.trace.rows import (
-    EVENT_COLUMNS,
-    Columns,
-    ColumnSpec,
-    Layout,
-    events_from_records,
-    rows_from_records,
-)
-from moetrace.trace.storage import disk_error, write_at
-from moetrace.trace.store import CONTEXT_NAME, RING_NAME, ContextStore, TraceStore
+from moetrace.trace.requests import REQUEST_TABLE
+from moetrace.trace.ring import Ring, peek_host, peek_reader, process_alive, ring_is_ready, ring_paths
+from moetrace.trace.rows import EVENT_COLUMNS, ColumnSpec, Layout
+from moetrace.trace.storage import disk_error, refuse_links, write_at
+from moetrace.trace.store import CONTEXT_NAME, RING_NAME, TraceStore
+from moetrace.trace.writer import ContextWriter, TraceWriter, final_counters
 
 
 @dataclass(frozen=True)
@@ -98,8 +90,8 @@ def recover(path: str | os.PathLike[str], *, cut: bool = False, fsync: bool = Fa
         If the disk is full or fails.
     """
     store = TraceStore(path)
-    for name in store.context_names:
-        _refuse_if_busy(store.path / name / RING_NAME)
+    for ring in ring_paths(store.path):
+        _refuse_if_busy(ring)
     headers = _mend_headers(store)
     store = TraceStore(path)
     for name, table in store.tables().items():
@@ -110,25 +102,33 @@ def recover(path: str | os.PathLike[str], *, cut: bool = False, fsync: bool = Fa
                 why=hidden,
                 fix=f"restore it from a copy, or give up what lies behind: moetrace recover --cut {path}",
             )
-    requests = TableWriter.resume(store.path / "requests", fsync=fsync)
-    known = set(np.asarray(store.requests["request"]).tolist())
-    results, rings, n_requests = [], [], 0
-    with requests:
-        next_number = 1 + max([-1, *known, *(int(c.rows["request"].max(initial=-1)) for c in store.contexts)])
-        for index, context in enumerate(store.contexts):
-            result, ended, next_number = _recover_context(context, index, next_number, fsync=fsync)
-            fresh = ~np.isin(ended["request"], list(known))
-            requests.append({name: column[fresh] for name, column in ended.items()})
-            n_requests += int(fresh.sum())
-            results.append(result)
-            if context.ring.exists() and not result.note:
-                rings.append(context.ring)
-        requests.seal()
+    trace = TraceWriter.resume(path, fsync=fsync)
+    n_listed = len(store.requests["request"])
+    results = []
+    for context in store.contexts:
+        writer = trace.context(context.name)
+        assert writer is not None
+        results.append(_recover_context(context.ring, writer, context.facts))
+    for ring in _unlisted_rings(store):
+        results.append(_recover_unlisted(ring, trace))
+    rings = [store.path / result.name / RING_NAME for result in results if not result.note]
+    trace.seal_requests()
+    n_requests = len(trace.requests) - n_listed
     if store.live or n_requests or cut or any(result.recovered for result in results):
-        store.close_as("recovered", fsync=fsync)
+        trace.close(state="recovered", exit_code=store.meta.get("exit_code"))
+    trace.detach()
     for ring in rings:
-        ring.unlink()
+        ring.unlink(missing_ok=True)
     return Recovery(store.path, tuple(results), tuple(headers), n_requests)
+
+
+def _unlisted_rings(store: TraceStore) -> list[Path]:
+    """Give the rings of contexts whose recorder died before it had listed them."""
+    return [
+        ring
+        for ring in ring_paths(store.path)
+        if ring.parent.name not in store.context_names and ring_is_ready(ring)
+    ]
 
 
 def _refuse_if_busy(ring: Path) -> None:
@@ -139,16 +139,21 @@ def _refuse_if_busy(ring: Path) -> None:
             why=f"process {reader} writes it",
             fix="stop the recording first",
         )
+    host = peek_host(ring)
+    if host and process_alive(host):
+        raise MoetraceError(
+            f"the host of {ring.parent} still runs",
+            why=f"process {host} goes on writing to its ring",
+            fix=f"take the recording up again: moetrace resume {ring.parent.parent}; or stop it: kill {host}",
+        )
 
 
 def _hidden(store: TraceStore, name: str, table: Table) -> str:
     """Say what cutting the table at its last good block would hide for good; empty if nothing."""
     said = store.meta.get("tables")
     closed = said.get(name, {}).get("rows") if isinstance(said, dict) else None
-    if table.missing_rows:
-        return f"{table.missing_rows} sealed rows are missing from a column"
-    if table.ledger_damage and not table.ledger_torn:
-        return f"{table.ledger_damage}, with good ones behind them"
+    if table.hidden:
+        return table.hidden
     if isinstance(closed, int) and closed > table.n_rows:
         return f"it was closed with {closed} rows, and its ledger now ends at {table.n_rows}"
     return ""
@@ -156,6 +161,8 @@ def _hidden(store: TraceStore, name: str, table: Table) -> str:
 
 def _mend_headers(store: TraceStore) -> list[str]:
     """Write headers again that cannot be read; what they must say follows from context.json."""
+    for name in ("", *store.context_names):
+        refuse_links(store.path / name)
     specs: list[tuple[Path, ColumnSpec]] = [(store.path / "requests", REQUEST_TABLE)]
     for name in store.context_names:
         layout = Layout.from_context(read_json(store.path / name / CONTEXT_NAME))
@@ -172,6 +179,8 @@ def _mend_headers(store: TraceStore) -> list[str]:
         wanted[LEDGER_NAME] = (ledger, (), ledger_header_size(ledger))
         for name, (dtype, shape, size) in wanted.items():
             path = column_path(folder, name)
+            if path.is_symlink():
+                continue  # opening the table will say so
             try:
                 header = read_header(path)
                 if header.dtype == dtype and header.shape[1:] == shape and header.size == size:
@@ -191,133 +200,41 @@ def _mend_headers(store: TraceStore) -> list[str]:
     return mended
 
 
-def _recover_context(
-    context: ContextStore, index: int, next_number: int, *, fsync: bool
-) -> tuple[RecoveredContext, Columns, int]:
-    sealed = context.rows.n_rows
-    last = int(context.rows["serial"][-1]) if sealed else -1
-    allot = allot_again(context.rows["request"])
-
-    def number() -> int:
-        nonlocal next_number
-        stored = allot()
-        if stored in known:
-            return stored
-        next_number += 1
-        return next_number - 1
-
-    known = set(np.unique(context.rows["request"]).tolist())
-    assigner = RequestAssigner(index, number)
-    left = _left_in_ring(context)
-    rows, events, torn, counters, note = left.rows, left.events, left.torn, left.counters, left.note
-    events = {name: column[_overlap(context.events, events) :] for name, column in events.items()}
-    new = rows["serial"].astype(np.int64) > last
-    rows = {name: column[new] for name, column in rows.items()}
-    with (
-        TableWriter.resume(context.events.path, fsync=fsync) as event_writer,
-        TableWriter.resume(context.rows.path, fsync=fsync) as row_writer,
-    ):
-        # events beyond the last sealed row belong before rows that are still in the ring
-        before = int(np.searchsorted(context.events["serial"], max(last, 0), side="right")) if sealed else 0
-        past = {name: column[:before] for name, column in context.events.items()}
-        waiting = {name: column[before:] for name, column in context.events.items()}
-        for _ in replay(assigner, context.rows, past):
-            pass
-        rows["request"], rows["phase"] = assigner.feed(
-            rows, {name: np.concatenate([waiting[name], events[name]]) for name in events}
-        )
-        event_writer.append(events)
-        event_writer.seal()
-        _recover_attention(context, left.records, fsync=fsync)
-        row_writer.append({name: rows[name] for name in row_writer.columns})
-        row_writer.seal()
-    recovered = len(rows["serial"])
-    if counters is not None:
-        if counters["rows_overwritten"] < 0:
-            counters["rows_overwritten"] = counters["rows_committed"] - sealed - recovered
-            counters["events_overwritten"] = counters["events_committed"] - event_writer.sealed
-        context.facts["counters"] = counters
-        write_json(context.path / CONTEXT_NAME, context.facts, fsync=fsync)
-    stored = context.facts.get("counters")
-    lost = stored["rows_produced"] - sealed - recovered if isinstance(stored, dict) else None
-    return RecoveredContext(context.name, sealed, recovered, torn, lost, note), assigner.finish(), next_number
-
-
-@dataclass(frozen=True)
-class _Left:
-    """What a ring still holds."""
-
-    rows: Columns
-    events: Columns
-    records: NDArray[np.void] | None = None
-    torn: int = 0
+def _recover_context(path: Path, writer: ContextWriter, facts: Mapping[str, Any]) -> RecoveredContext:
+    sealed, torn, note, status = writer.rows.sealed, 0, "", ""
     counters: dict[str, int] | None = None
-    note: str = ""
+    if path.exists():
+        try:
+            with Ring(path, claim=True) as ring:
+                torn = _take(ring, writer)
+                writer.seal()
+                counters, status = final_counters(ring, writer), ring.status
+        except TraceError as e:
+            note = f"its ring cannot be read, and was left alone: {e.why or e.what}"
+    recovered = writer.rows.sealed - sealed
+    writer.close(counters, status)
+    stored = counters if counters is not None else facts.get("counters")
+    known = isinstance(stored, dict) and "rows_produced" in stored
+    lost = stored["rows_produced"] - sealed - recovered if known and isinstance(stored, dict) else None
+    return RecoveredContext(path.parent.name, sealed, recovered, torn, lost, note)
 
 
-def _left_in_ring(context: ContextStore) -> _Left:
-    spec = context.layout.row_columns
-    rows: Columns = {name: np.empty((0, *shape), dtype) for name, (dtype, shape) in spec.items()}
-    events: Columns = {name: np.empty(0, dtype) for name, (dtype, _) in EVENT_COLUMNS.items()}
-    if not context.ring.exists():
-        return _Left(rows, events)
+def _recover_unlisted(path: Path, trace: TraceWriter) -> RecoveredContext:
     try:
-        with Ring(context.ring, claim=True) as ring:
-            if ring.host_alive and not ring.closed:
-                raise MoetraceError(
-                    f"the host of {context.path} still runs",
-                    why=f"process {ring.host_pid} goes on writing to its ring",
-                    fix=f"stop it first: kill {ring.host_pid}",
-                )
+        with Ring(path) as ring:
             layout = Layout.from_context(ring.meta, ring.fields)
-            if layout.row_columns != context.layout.row_columns:
-                return _Left(rows, events, note="its ring has another layout, and was left alone")
-            records, gone = ring.snapshot()
-            overwritten = max(0, ring.head - ring.capacity - ring.tail)
-            counters = ring.counters
-            if ring.on_full == OnFull.OVERWRITE:  # then the reader's count is the one that holds
-                counters["rows_overwritten"] = counters["events_overwritten"] = -1
-            return _Left(
-                rows_from_records(records, layout),
-                events_from_records(records),
-                records,
-                gone - overwritten,
-                counters,
-            )
+            writer = trace.add_context(path.parent.name, ring.meta, layout, epoch_ns=ring.epoch_ns)
     except TraceError as e:
-        return _Left(rows, events, note=f"its ring cannot be read, and was left alone: {e.why or e.what}")
+        note = f"its ring cannot be read, and was left alone: {e.why or e.what}"
+        return RecoveredContext(path.parent.name, 0, 0, 0, None, note)
+    return _recover_context(path, writer, {})
 
 
-def _recover_attention(context: ContextStore, records: NDArray[np.void] | None, *, fsync: bool) -> None:
-    """Append the attention rows that are in the ring and not yet in the tables."""
-    if records is None or not (context.path / "attention").is_dir():
-        return
-    with (
-        TableWriter.resume(context.path / "attention", fsync=fsync) as index_writer,
-        TableWriter.resume(context.path / "attention_values", fsync=fsync) as value_writer,
-    ):
-        index, values = AttentionAssembler().feed(records)
-        stored = Table(context.path / "attention")
-        known = set(zip(stored["serial"].tolist(), stored["layer"].tolist(), strict=True))
-        fresh = np.array(
-            [key not in known for key in zip(index["serial"].tolist(), index["layer"].tolist(), strict=True)],
-            bool,
-        )
-        sizes = index["n_heads"].astype(np.int64) * index["n_keys"]
-        values = {"value": values["value"][np.repeat(fresh, sizes)]}
-        index = {name: column[fresh] for name, column in index.items()}
-        ends = np.cumsum(sizes[fresh])
-        index["offset"] = (value_writer.sealed + ends - sizes[fresh]).astype("<u8")
-        value_writer.append(values)
-        value_writer.seal()
-        index_writer.append(index)
-        index_writer.seal()
-
-
-def _overlap(table: Table, events: Columns) -> int:
-    """Count the ring's events that were sealed already: the longest end of the table that begins them."""
-    n = min(table.n_rows, len(events["serial"]))
-    for m in range(n, 0, -1):
-        if all(np.array_equal(table[name][table.n_rows - m :], events[name][:m]) for name in events):
-            return m
-    return 0
+def _take(ring: Ring, writer: ContextWriter) -> int:
+    """Append what the ring holds beyond the tables; gives the number of torn records."""
+    layout = Layout.from_context(ring.meta, ring.fields)
+    if layout.row_columns != writer.layout.row_columns:
+        raise TraceError("the ring does not fit its context", why="it has another layout")
+    records, gone = ring.snapshot()
+    writer.catch_up(records)
+    return gone - max(0, ring.head - ring.capacity - ring.tail)

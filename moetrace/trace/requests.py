@@ -254,10 +254,11 @@ class RequestAssigner:
                 else getattr(request, name)
             )
 
-        return {
-            name: np.array([value(r, name) for r in requests], dtype)
-            for name, (dtype, _) in REQUEST_TABLE.items()
-        }
+        def column(name: str, dtype: str) -> NDArray[Any]:
+            room = np.iinfo(dtype)  # rows that are damaged may say anything
+            return np.array([min(max(value(r, name), room.min), room.max) for r in requests], dtype)
+
+        return {name: column(name, dtype) for name, (dtype, _) in REQUEST_TABLE.items()}
 
     # -- events --------------------------------------------------------------------------------------
 
@@ -492,8 +493,11 @@ def _map(runs: list[_Run], p0: int, p1: int, moved: Callable[[int], int | None])
     return result
 
 
-def allot_again(request: NDArray[Any]) -> Callable[[], int]:
-    """Allot a stored column ``request``'s numbers again, for :func:`replay`; then the ones after them."""
+def allot_again(request: NDArray[Any], then: Callable[[], int] | None = None) -> Callable[[], int]:
+    """Allot a stored column ``request``'s numbers again, for :func:`replay`.
+
+    What comes after them ``then`` allots; without it, numbers go on after the last.
+    """
     stored = _first_seen(request)
     last = -1
 
@@ -501,7 +505,7 @@ def allot_again(request: NDArray[Any]) -> Callable[[], int]:
         nonlocal last
         number = next(stored, None)
         if number is None:
-            number = last + 1
+            number = last + 1 if then is None else then()
         last = max(last, number)
         return number
 

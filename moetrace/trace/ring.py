@@ -36,6 +36,7 @@ from moetrace.trace.record import (
     field_offset,
     record_dtype,
 )
+from moetrace.trace.store import RING_NAME
 
 _FACTS = (
     *("header_size", "file_size", "data_offset", "capacity", "stride", "n_fields", "fields_offset"),
@@ -107,8 +108,14 @@ def peek_reader(path: Path) -> int | None:
     return None if header is None else int(header["reader_pid"])
 
 
+def peek_host(path: Path) -> int | None:
+    """Give the process number of a ring's host (0: it has closed the ring), or None if there is no such ring."""
+    header = _peek(path)
+    return None if header is None else 0 if header["closed"] else int(header["host_pid"])
+
+
 def process_alive(pid: int) -> bool:
-    """Say whether a process of this number runs (its name is not looked at)."""
+    """Say whether a process of this number runs (its name is not looked at); a zombie does not."""
     if pid <= 0:
         return False
     try:
@@ -117,7 +124,17 @@ def process_alive(pid: int) -> bool:
         return False
     except (PermissionError, OverflowError):
         return True
-    return True
+    try:
+        facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # of a process that is killed the first thread may be gone while another still ends a write
+        return facts[0] not in ("Z", "X") or int(facts[17]) > 1
+    except (OSError, IndexError):  # where there is no /proc, a zombie counts until its parent has looked
+        return True
+
+
+def ring_paths(trace: Path) -> list[Path]:
+    """Give the rings in a trace's folder, of contexts that it lists or does not; links lead elsewhere and are none."""
+    return [path for path in sorted(trace.glob(f"ctx*/{RING_NAME}")) if not path.parent.is_symlink()]
 
 
 def live_rings(trace: Path) -> Iterator[Ring]:
@@ -128,7 +145,7 @@ def live_rings(trace: Path) -> Iterator[Ring]:
     TraceError
         If the trace is not being recorded.
     """
-    paths = [path for path in sorted(trace.glob("ctx*/ring")) if ring_is_ready(path)]
+    paths = [path for path in ring_paths(trace) if ring_is_ready(path)]
     if not paths:
         raise TraceError(
             f"{trace} is not being recorded",

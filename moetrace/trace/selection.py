@@ -70,6 +70,13 @@ class Rows:
 
     def _no_channel(self, name: str) -> ChannelMissingError:
         have = self._trace.channels
+        source = self._trace.meta.get("import")
+        if isinstance(source, dict):
+            return ChannelMissingError(
+                f"the recording has no {name}",
+                why=f"it is of the format {source.get('format')} and holds {', '.join(have) or 'no channel'}",
+                fix=f"give one that has it, or capture with moetrace: --capture {name}",
+            )
         option = ",".join([*have, name])
         return ChannelMissingError(
             f"{self._trace.path} has no {name}",
@@ -531,7 +538,8 @@ class Selection(Rows):
     @property
     def consumers(self) -> list[list[str]]:
         """:attr:`Trace.consumers` of the selected layers."""
-        return np.array([*self._trace.consumers, None], dtype=object)[:-1][self._layer_index].tolist()
+        every = self._trace.consumers
+        return [every[i] for i in np.arange(len(every))[self._layer_index].tolist()]
 
     def __repr__(self) -> str:
         return f"<Selection of {self._trace.path}: {len(self):,} tokens × {len(self.layers)} layers>"

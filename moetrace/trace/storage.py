@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 
-from moetrace.errors import MoetraceError
+from moetrace.errors import MoetraceError, TraceError
 
 
 def disk_error(path: Path, error: OSError) -> MoetraceError:
@@ -31,6 +32,48 @@ def disk_error(path: Path, error: OSError) -> MoetraceError:
         why=f"{error.strerror or error} ({free})",
         fix=fixes.get(error.errno or 0, "write the trace to another disk with -o"),
     )
+
+
+def lock_folder(path: Path) -> int:
+    """Lock a trace's folder for whoever writes to it; gives the descriptor that holds the lock.
+
+    The lock goes when the descriptor is closed, and with the process. File systems that know no locks let anyone
+    have it.
+
+    Raises
+    ------
+    TraceError
+        If another process, or another part of this one, has it.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno == errno.EWOULDBLOCK:
+            os.close(fd)
+            raise TraceError(
+                f"{path} is being recorded",
+                why="another process has locked it",
+                fix="stop that recording first, or choose another name",
+            ) from e
+    return fd
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a folder with links to other folders in it: what is written there would go elsewhere.
+
+    Raises
+    ------
+    TraceError
+        If there is one. Links to files are not followed where files are opened.
+    """
+    for path in folder.iterdir():
+        if path.is_symlink() and path.is_dir():
+            raise TraceError(
+                f"{path} is a link",
+                why="a trace is never written through links",
+                fix="put the folder itself there",
+            )
 
 
 def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:

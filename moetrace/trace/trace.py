@@ -239,7 +239,7 @@ class Trace(Rows):
     def interventions(self) -> pd.DataFrame:
         """Which interventions were in force when: one row for each time that one was.
 
-        Columns: ``number``, ``rules`` (as they were given, None if their file is gone), ``first_serial`` and
+        Columns: ``number``, ``rules`` (as they were given; missing if their file is gone), ``first_serial`` and
         ``end_serial`` (of the rows computed meanwhile; the end excluded), ``from_ns`` and ``to_ns`` (nanoseconds
         since the epoch). ``end_serial`` and ``to_ns`` are -1 where it was in force to the end. Which of these rows
         it concerned says :attr:`intervened`.

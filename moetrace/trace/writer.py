@@ -16,38 +16,123 @@ from numpy.typing import NDArray
 
 from moetrace.errors import MoetraceError, TraceError
 from moetrace.trace.attention import ATTENTION_TABLE, VALUES_TABLE, AttentionAssembler
-from moetrace.trace.columns import TableWriter
+from moetrace.trace.columns import Table, TableWriter
 from moetrace.trace.jsonfile import read_json, write_json
-from moetrace.trace.requests import REQUEST_TABLE, RequestAssigner
+from moetrace.trace.loss import settle_counters
+from moetrace.trace.record import OnFull
+from moetrace.trace.requests import REQUEST_TABLE, RequestAssigner, allot_again, replay
+from moetrace.trace.ring import Ring
 from moetrace.trace.rows import EVENT_COLUMNS, Columns, Layout, events_from_records, rows_from_records
-from moetrace.trace.storage import disk_error
-from moetrace.trace.store import FORMAT, META_NAME, VERSION
+from moetrace.trace.storage import disk_error, lock_folder, refuse_links
+from moetrace.trace.store import CONTEXT_NAME, FORMAT, META_NAME, VERSION, ContextStore, TraceStore
+
+_TABLES = ("rows", "events", "attention_values", "attention")
 
 
 class ContextWriter:
-    """The tables of one llama context.
+    """The tables of one llama context; made by :meth:`TraceWriter.add_context` and :meth:`TraceWriter.resume`.
 
     Rows and events are appended in the order in which they happened; requests are told apart on the way.
     Nothing counts until :meth:`seal`.
+
+    Attributes
+    ----------
+    end
+        The serial after the last row's.
     """
 
     def __init__(
-        self, path: Path, index: int, layout: Layout, meta: Mapping[str, Any], trace: TraceWriter
+        self,
+        path: Path,
+        layout: Layout,
+        meta: Mapping[str, Any],
+        trace: TraceWriter,
+        assigner: RequestAssigner,
+        tables: Mapping[str, TableWriter],
     ) -> None:
         self.path = path
         self.layout = layout
         self.meta = dict(meta)
         self._trace = trace
-        self._assigner = RequestAssigner(index, trace.allot_request)
-        self.rows = TableWriter.create(path / "rows", layout.row_columns, fsync=trace.fsync)
-        self.events = TableWriter.create(path / "events", EVENT_COLUMNS, fsync=trace.fsync)
-        self.tables = {"events": self.events}
+        self._assigner = assigner
+        self.rows, self.events = tables["rows"], tables["events"]
+        # rows last: events and attention that come before a row are sealed when it is
+        order = ("events", "attention_values", "attention", "rows")
+        self.tables = {name: tables[name] for name in order if name in tables}
         self._assembler: AttentionAssembler | None = None
+        if "attention" in tables:
+            self._assembler = AttentionAssembler(tables["attention_values"].sealed)
+        self._waiting: Columns | None = None
+        self.end = 0
+
+    @classmethod
+    def create(
+        cls, path: Path, index: int, layout: Layout, meta: Mapping[str, Any], trace: TraceWriter
+    ) -> ContextWriter:
+        """Make the tables, empty."""
+        specs = {"rows": layout.row_columns, "events": EVENT_COLUMNS}
         if "attention" in meta.get("channels", ()):
-            self._assembler = AttentionAssembler()
-            for name, columns in (("attention_values", VALUES_TABLE), ("attention", ATTENTION_TABLE)):
-                self.tables[name] = TableWriter.create(path / name, columns, fsync=trace.fsync)
-        self.tables["rows"] = self.rows
+            specs |= {"attention_values": VALUES_TABLE, "attention": ATTENTION_TABLE}
+        for (
+            name
+        ) in specs:  # of a recorder that died before it had listed the context: nothing is sealed there
+            if (path / name).exists():
+                shutil.rmtree(path / name)
+        tables = {
+            name: TableWriter.create(path / name, spec, fsync=trace.fsync) for name, spec in specs.items()
+        }
+        return cls(path, layout, meta, trace, RequestAssigner(index, trace.allot_request), tables)
+
+    @classmethod
+    def resume(cls, store: ContextStore, index: int, trace: TraceWriter) -> ContextWriter:
+        """Open the tables to go on after the last sealed row; what was not sealed is cut off."""
+        rows, events = store.rows, store.events
+        end = int(rows["serial"][-1]) + 1 if rows.n_rows else 0
+        # events beyond the last sealed row come before rows that are not there yet
+        before = int(np.searchsorted(events["serial"], max(end - 1, 0), side="right")) if end else 0
+        assigner = RequestAssigner(index, allot_again(rows["request"], trace.allot_request))
+        for _ in replay(assigner, rows, {name: column[:before] for name, column in events.items()}):
+            pass
+        tables = {
+            name: TableWriter.resume(store.path / name, fsync=trace.fsync)
+            for name in _TABLES
+            if (store.path / name).is_dir()
+        }
+        writer = cls(store.path, store.layout, store.facts, trace, assigner, tables)
+        writer.end = end
+        writer._waiting = {name: np.array(column[before:]) for name, column in events.items()}
+        trace.end_requests(assigner.take_ended())
+        return writer
+
+    @property
+    def held(self) -> int:
+        """Records at the end of those appended that are needed again should this process die."""
+        return 0 if self._assembler is None else self._assembler.held
+
+    def catch_up(self, records: NDArray[np.void]) -> int:
+        """Append, after :meth:`resume`, what of the records in the ring is not sealed yet; gives the number of rows.
+
+        Parameters
+        ----------
+        records
+            Structured array (n,) of the ring's dtype: all that the ring holds; copied.
+        """
+        rows, events = rows_from_records(records, self.layout), events_from_records(records)
+        new = rows["serial"].astype(np.int64) >= self.end
+        sealed = Table(self.events.path).overlap(events)
+        if self._assembler is not None:
+            index, values = self._assembler.feed(records)
+            known = Table(self.tables["attention"].path)
+            twice = known.overlap({name: column for name, column in index.items() if name != "offset"})
+            n_twice = int((index["n_heads"][:twice].astype(np.int64) * index["n_keys"][:twice]).sum())
+            index["offset"] -= np.uint64(n_twice)
+            self._assembler.offset -= n_twice
+            self.tables["attention_values"].append({"value": values["value"][n_twice:]})
+            self.tables["attention"].append({name: column[twice:] for name, column in index.items()})
+        return self.append_columns(
+            {name: column[new] for name, column in rows.items()},
+            {name: column[sealed:] for name, column in events.items()},
+        )
 
     def append(self, records: NDArray[np.void]) -> int:
         """Append ring records; gives the number of rows among them.
@@ -65,7 +150,13 @@ class ContextWriter:
 
     def append_columns(self, rows: Columns, events: Columns) -> int:
         """Append rows (all columns but ``request`` and ``phase``) and the events among them."""
-        request, phase = self._assigner.feed(rows, events)
+        happened = events
+        if self._waiting is not None:  # sealed by a recorder that died before the rows that they precede
+            happened = {name: np.concatenate([self._waiting[name], events[name]]) for name in events}
+            self._waiting = None
+        request, phase = self._assigner.feed(rows, happened)
+        if len(request):
+            self.end = int(rows["serial"][-1]) + 1
         self.events.append(events)
         self.rows.append({**rows, "request": request, "phase": phase})
         self._trace.end_requests(self._assigner.take_ended())
@@ -73,18 +164,32 @@ class ContextWriter:
 
     def seal(self) -> int:
         """Seal what was appended; gives the number of rows sealed."""
-        # rows last: events and attention that come before a row are sealed when it is
         return [table.seal() for table in self.tables.values()][-1]
 
-    def close(self, counters: Mapping[str, int], status: str = "") -> None:
-        """End all requests, seal, and write what is known at the end."""
+    def close(self, counters: Mapping[str, int] | None, status: str = "") -> None:
+        """End all requests, seal, and write what is known at the end; without counters, nothing new is."""
         self._trace.end_requests(self._assigner.finish())
         self.seal()
         self._trace.seal_requests()
-        self.meta.update(counters=dict(counters), status=status)
-        write_json(self.path / "context.json", self.meta, fsync=self._trace.fsync)
+        if counters is not None:
+            self.meta.update(counters=dict(counters), status=status)
+            write_json(self.path / CONTEXT_NAME, self.meta, fsync=self._trace.fsync)
+        self.detach()
+
+    def detach(self) -> None:
+        """Let go of the files; what was not sealed is lost from them, and still in the ring."""
         for table in self.tables.values():
             table.close()
+
+
+def final_counters(ring: Ring, writer: ContextWriter) -> dict[str, int]:
+    """Give what context.json says of a ring that is read to its end."""
+    counters, n_rows, n_events = ring.counters, writer.rows.sealed, writer.events.sealed
+    if ring.on_full == OnFull.OVERWRITE:
+        # only the reader knows what it came too late for
+        counters["rows_overwritten"] = max(counters["rows_committed"] - n_rows, 0)
+        counters["events_overwritten"] = max(counters["events_committed"] - n_events, 0)
+    return counters if ring.closed else settle_counters(counters, n_rows, n_events, writer.end)
 
 
 class TraceWriter:
@@ -140,10 +245,49 @@ class TraceWriter:
         _make_room(self.path, force=force)
         try:
             self.path.mkdir(mode=0o700, parents=True)
+            self._lock = lock_folder(self.path)
         except OSError as e:
             raise disk_error(self.path, e) from e
         self.requests = TableWriter.create(self.path / "requests", REQUEST_TABLE, fsync=fsync)
+        self._listed: NDArray[Any] = np.empty(0, np.int64)
         self._write_meta()
+
+    @classmethod
+    def resume(cls, path: str | os.PathLike[str], *, fsync: bool = False) -> TraceWriter:
+        """Open a trace whose recorder died, to go on with it.
+
+        Each context's tables end at their last sealed block; :meth:`ContextWriter.catch_up` takes what its ring
+        holds beyond. The caller sees to it that nobody else writes, and that nothing lies behind the last good
+        block (:attr:`Table.hidden`): it would be overwritten.
+
+        Raises
+        ------
+        TraceError
+            If it is no trace, or its tables cannot be found.
+        MoetraceError
+            If it cannot be written.
+        """
+        store = TraceStore(path)
+        writer = cls.__new__(cls)
+        try:
+            writer._lock = lock_folder(store.path)
+        except OSError as e:
+            raise disk_error(store.path, e) from e
+        for name in ("", *store.context_names):
+            refuse_links(store.path / name)
+        writer.path, writer.fsync, writer._meta = store.path, fsync, dict(store.meta)
+        writer._listed = np.array(store.requests["request"])
+        highest = [int(context.rows["request"].max(initial=-1)) for context in store.contexts]
+        writer._request_numbers = itertools.count(1 + max([*highest, int(writer._listed.max(initial=-1))]))
+        writer.requests = TableWriter.resume(store.path / "requests", fsync=fsync)
+        writer.contexts = []
+        for index, context in enumerate(store.contexts):
+            writer.contexts.append(ContextWriter.resume(context, index, writer))
+        return writer
+
+    def context(self, name: str) -> ContextWriter | None:
+        """Give a context by its folder's name, or None if the trace does not have it."""
+        return next((context for context in self.contexts if context.path.name == name), None)
 
     def allot_request(self) -> int:
         """Give the next request number; unique in the trace."""
@@ -175,8 +319,8 @@ class TraceWriter:
             "epoch_ns": epoch_ns,
             "status": "",
         }
-        context = ContextWriter(self.path / name, len(self.contexts), layout, facts, self)
-        write_json(context.path / "context.json", facts, fsync=self.fsync)
+        context = ContextWriter.create(self.path / name, len(self.contexts), layout, facts, self)
+        write_json(context.path / CONTEXT_NAME, facts, fsync=self.fsync)
         self.contexts.append(context)
         self._meta["contexts"].append(name)
         self._write_meta()
@@ -188,8 +332,9 @@ class TraceWriter:
         self._write_meta()
 
     def end_requests(self, requests: Columns) -> None:
-        """Append requests that have ended."""
-        self.requests.append(requests)
+        """Append requests that have ended; those that a resumed trace lists already are left out."""
+        fresh = ~np.isin(requests["request"], self._listed)
+        self.requests.append({name: column[fresh] for name, column in requests.items()})
 
     def seal_requests(self) -> None:
         """Seal the requests that have ended so far."""
@@ -206,7 +351,16 @@ class TraceWriter:
         }
         self._meta.update(exit_code=exit_code, state=state)
         self._write_meta()
+        self.detach()
+
+    def detach(self) -> None:
+        """Let go of the files and of the trace as it is: somebody else may :meth:`resume` it."""
         self.requests.close()
+        for context in self.contexts:
+            context.detach()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _write_meta(self) -> None:
         write_json(self.path / META_NAME, self._meta, fsync=self.fsync)
@@ -231,11 +385,17 @@ def _make_room(path: Path, *, force: bool) -> None:
             f"{path} exists and is not a moetrace trace",
             fix="choose another name with -o; it is never overwritten",
         )
+    if os.geteuid() not in (0, path.stat().st_uid):
+        raise MoetraceError(
+            f"the trace {path} belongs to another user",
+            fix="choose another name with -o; it is never overwritten",
+        )
     if not force:
         raise MoetraceError(
             f"the trace {path} exists", fix="choose another name with -o, or replace it with --force"
         )
     try:
+        os.close(lock_folder(path))  # not while it is being recorded
         shutil.rmtree(path)
     except OSError as e:
         raise disk_error(path, e) from e

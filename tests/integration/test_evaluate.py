@@ -83,7 +83,7 @@ def test_equals_llama_perplexity(name, runtime, model_file, tmp_path):
     override = f"{key}.expert_used_count=int:1"
     said = perplexity(
         runtime, model, text, "--override-kv", override, "--kl-divergence-base", tmp_path / "logits",
-        "--kl-divergence", until="Same top",
+        "--kl-divergence", until="Same top p:",
     )  # fmt: skip
     assert other == pytest.approx(number(r"Mean PPL\(Q\) +: +([\d.]+)", said), rel=1e-5)
     assert change == pytest.approx(number(r"Mean ln\(PPL\(Q\)/PPL\(base\)\) +: +(-?[\d.]+)", said), abs=2e-6)

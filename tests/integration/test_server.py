@@ -63,7 +63,7 @@ def check_identity(trace: moetrace.Trace, answers: list[Answer]) -> None:
         assert (sequence[rows] == answer.slot).all()
         assert said["slot"] == answer.slot
         assert said["n_prompt"] == len(answer.prompt_tokens)
-        assert said["n_generated"] == len(answer.tokens)
+        assert said["n_generated"] == answer.n_generated == len(answer.tokens)
         assert said["label"] == answer.prompt.label
         np.testing.assert_array_equal(phase[rows], (position[rows] >= len(answer.prompt_tokens)).astype(int))
 

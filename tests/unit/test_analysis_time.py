@@ -15,6 +15,7 @@ from routing import random_rows
 from scipy.stats import kendalltau
 
 from moetrace.analysis import (
+    MetricSums,
     RoutingCounts,
     agreement,
     agreement_summary,
@@ -25,6 +26,7 @@ from moetrace.analysis import (
     domain_entropy,
     gate_distances,
     gate_summary,
+    gate_sums,
     load_balance,
     persistence,
     shuffle_test,
@@ -149,13 +151,15 @@ def test_gate_distances_are_scipy_s_and_leave_absent_layers_out() -> None:
     one = found.query("row == 0 and layer == 3").iloc[0]
     told = notebook.distance_script(x[0, 0].astype(float), x[2, 1].astype(float))["cosine_similarity"]
     assert one["cosine_unpaired"] == pytest.approx(told, rel=1e-6)
-    summary = gate_summary(found, found["row"] % 2).set_index(["layer", "metric"])
+    sums = gate_sums(x, [0, 2, 3, 5], ["p", "p", "q", "q"], state=state, chunk=3)
+    summary = gate_summary(sums, [3, 4, 5, 6]).set_index(["layer", "metric"])
     values = found.query("layer == 4")["euclidean"]
     assert summary.loc[(4, "euclidean"), "mean"] == pytest.approx(values.mean())
     assert summary.loc[(4, "euclidean"), "std"] == pytest.approx(values.std(ddof=0))
     assert summary.loc[(4, "euclidean"), "tokens"] == 3
     assert gate_distances(x, []).empty
-    assert gate_summary(gate_distances(x, []), []).empty
+    with pytest.raises(UsageError, match="no rows"):
+        gate_sums(x, [], [])
 
 
 @settings(max_examples=20, deadline=None)
@@ -188,7 +192,8 @@ def test_agreement_marks_missing_cells_and_sums_up_per_prompt() -> None:
     found = agreement(a, b, n_expert=8)
     assert np.isnan(found["overlap"][2, 0])
     assert found["kendall_tau"][0, 0] == -1
-    table = agreement_summary(found, ["p", "q", "q"], n_expert=8, n_expert_used=2).set_index("metric")
+    sums = MetricSums.of(["p", "q", "q"], found)
+    table = agreement_summary(sums, n_expert=8, n_expert_used=2).set_index("metric")
     assert table.loc["overlap", "mean"] == 0.75
     assert table.loc["overlap", "tokens"] == 2
     assert table.loc["overlap", "chance"] == 0.25

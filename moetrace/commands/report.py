@@ -1,0 +1,89 @@
+"""``moetrace report``."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from moetrace.commands.options import add_option, paint
+from moetrace.commands.progress import progress_bar
+from moetrace.commands.showing import opened, subject_of
+from moetrace.errors import InputError
+from moetrace.findings import Finding
+
+
+class Report:
+    """Make a report of a trace: a page to look at, figures, tables.
+
+    Asks every question that the recording can answer and writes into DIR: report.html, one file that needs no
+    network and no other file; figures/ as PNG and PDF; tables/ as CSV; each finding as JSON. Of a trace, of
+    several taken together, of another program's recording (docs/import.md), or of a count table. Questions
+    that need the model are asked if it is given (that takes a while); or ask them before, and name the folder:
+
+      moetrace report t.moet
+      moetrace analyze NAME -m model.gguf -o answers
+      moetrace report t.moet --findings answers
+    """
+
+    passthrough = False
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        """Add the options."""
+        parser.add_argument(
+            "recordings", nargs="+", metavar="T.moet", help="traces of one model, or recordings"
+        )
+        add_option(parser, "-o", "--output", metavar="DIR", help="folder; default: T-report")
+        add_option(parser, "--phase", choices=["prefill", "decode", "unknown", "all"], help="rows to look at")
+        add_option(
+            parser, "--layers", metavar="LIST", help="layers to look at, for example 0-5,23; default: all"
+        )
+        add_option(
+            parser,
+            "--findings",
+            nargs="+",
+            default=[],
+            metavar="DIR",
+            help="findings (JSON) that were made before",
+        )
+        add_option(parser, "-m", "--model", metavar="FILE", help="GGUF file: ask what needs the model, too")
+        add_option(
+            parser, "-s", "--seed", type=int, default=0, metavar="N", help="of permutations and bootstraps"
+        )
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Make it."""
+        from moetrace.report.page import ask_all, write_report
+        from moetrace.report.summary import summary
+
+        given = read_findings(args.findings)
+        folder = Path(args.output or f"{Path(args.recordings[0]).stem}-report")
+        with ExitStack() as stack:
+            recordings = opened(args.recordings, stack)
+            subject = subject_of(recordings, args, Path(args.model) if args.model else None)
+            with progress_bar("questions") as update:
+                findings = ask_all(subject, given, update)
+            report = write_report(subject, findings, folder, [Path(p).name for p in args.recordings])
+            width = min(120, shutil.get_terminal_size().columns)
+            sys.stdout.write(summary(report, width=width, paint=paint))
+        return 0
+
+
+def read_findings(paths: list[str]) -> list[Finding]:
+    """Read findings from JSON files, or from all of them in a folder. Raises InputError if there are none."""
+    out = []
+    for path in map(Path, paths):
+        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        if not files:
+            raise InputError(
+                f"{path} holds no findings", fix="write them with `moetrace analyze NAME -o DIR`"
+            )
+        for file in files:
+            try:
+                text = file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as e:
+                raise InputError(f"{file} cannot be read", why=str(e)) from e
+            out.append(Finding.from_json(text, str(file)))
+    return out

@@ -1,0 +1,63 @@
+"""What the commands that answer questions share: which rows to look at, and how findings are shown."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from moetrace.commands.options import add_option
+from moetrace.commands.selecting import numbers
+from moetrace.findings import Finding, Subject
+from moetrace.report.files import write_finding
+from moetrace.report.text import FORMATS, render
+from moetrace.trace.importers import CountTable, open_source
+from moetrace.trace.trace import Trace
+
+
+def add_showing(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add_option(parser, "--phase", choices=["prefill", "decode", "unknown", "all"], help="rows to look at")
+    add_option(parser, "--layers", metavar="LIST", help="layers to look at, for example 0-5,23; default: all")
+    add_option(
+        parser, "-s", "--seed", type=int, default=0, metavar="N", help="of permutations and bootstraps"
+    )
+    add_option(parser, "--format", choices=FORMATS, default="table", help="of what is printed")
+    add_option(
+        parser, "--max-rows", type=int, default=20, metavar="N", help="rows of a printed table; 0: all"
+    )
+    add_option(parser, "-o", "--output", metavar="DIR", help="write JSON, CSV and figures there")
+
+
+def opened(paths: Sequence[str], stack: ExitStack) -> list[Trace | CountTable]:
+    """Open traces, other programs' recordings and count tables; ``stack`` closes them."""
+    out: list[Trace | CountTable] = []
+    for path in paths:
+        recording = open_source(path)
+        out.append(recording if isinstance(recording, CountTable) else stack.enter_context(recording))
+    return out
+
+
+def subject_of(
+    recordings: Sequence[Trace | CountTable], args: argparse.Namespace, model: Path | None = None
+) -> Subject:
+    """The subject that the options of :func:`add_showing` describe."""
+    return Subject(
+        recordings,
+        names=[r.path.stem for r in recordings if isinstance(r, Trace)],
+        phase=args.phase,
+        model=model,
+        seed=args.seed,
+        layers=numbers(args.layers, "--layers") if args.layers else None,
+    )
+
+
+def show(findings: Sequence[Finding], args: argparse.Namespace) -> None:
+    """Print findings, and write them where ``-o`` says."""
+    sys.stdout.write(render(findings, args.format, max_rows=args.max_rows or None))
+    if args.output:
+        for finding in findings:
+            for path in write_finding(finding, Path(args.output)):
+                print(f"Wrote {path}", file=sys.stderr)

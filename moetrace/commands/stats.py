@@ -1,0 +1,63 @@
+"""``moetrace stats``."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+
+from moetrace.commands.options import add_option
+from moetrace.commands.progress import progress_bar
+from moetrace.commands.showing import add_showing, opened, show, subject_of
+from moetrace.errors import UsageError
+from moetrace.findings import QUESTIONS, question
+
+
+class Stats:
+    """Print the statistics of a recording: every question that it can answer, with its tables.
+
+    Of a trace, of several taken together (as if they were one), of another program's recording
+    (docs/import.md), or of a count table. What cannot be answered says why. Tables named as_published
+    hold published formulas, faults included, beside the sound ones.
+
+      moetrace stats t.moet
+      moetrace stats t.moet --only domain-separation,specialists --format csv > tables.csv
+      moetrace stats monday.moet tuesday.moet -o results
+    """
+
+    passthrough = False
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        """Add the options."""
+        parser.add_argument(
+            "recordings", nargs="+", metavar="T.moet", help="traces of one model, or recordings"
+        )
+        add_option(
+            parser,
+            "--only",
+            metavar="NAME,...",
+            help="only these questions, as `moetrace analyze` names them",
+        )
+        add_showing(parser)
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Ask every question; 1 if none could be answered."""
+        asked = [question(name) for name in wanted(args.only)]
+        with ExitStack() as stack:
+            subject = subject_of(opened(args.recordings, stack), args)
+            findings = []
+            with progress_bar("questions") as update:
+                for i, each in enumerate(asked):
+                    findings.append(each().ask(subject))
+                    update(i + 1, len(asked))
+            show(findings, args)
+        return 0 if any(finding.missing is None for finding in findings) else 1
+
+
+def wanted(only: str | None) -> list[str]:
+    """The questions about one subject that need no model, or those of ``--only`` in the order given."""
+    if only is None:
+        return [n for n in QUESTIONS if not (question(n).needs_model or question(n).compares)]
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    if not names:
+        raise UsageError(f"--only {only!r} names no question", fix=f"choose among: {', '.join(QUESTIONS)}")
+    return names

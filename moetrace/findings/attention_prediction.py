@@ -1,0 +1,144 @@
+"""Whether attention tells which experts a token gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from moetrace.errors import MoetraceError
+from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.subject import Subject
+from moetrace.findings.wording import best, of_layers, p_value, span
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_SHOWN = ("popularity", "position", "attention", "token", "token and attention", "hidden")
+
+
+@dataclass(frozen=True)
+class AttentionPrediction(Question):
+    """Do a token's attention patterns tell which experts it gets in the same layer?
+
+    Ridge regression from attention features of every head (entropy, weight on the token itself, on the first and on the
+    8 recent keys, distance, largest weight, sink) to the experts, scored on prompts that it was not fitted on:
+    recall of the k experts used among the k predicted. Attention depends on the position and on the token, so its
+    gain over both is what counts; the p-value exchanges whole prompts' attention, position taken out. Beside it:
+    popularity, the previous token's experts, tables by token and position, and the router's own input. Intervals redraw
+    prompts. As published: five head-mean features of the last layer's attention, whichever layer is predicted.
+    """
+
+    name: ClassVar[str] = "attention-prediction"
+    title: ClassVar[str] = "Experts from attention"
+    channels: ClassVar[tuple[str, ...]] = ("attention", "gate_input")
+
+    permutations: int = parameter(199, "exchanges of prompts for the p-value; 0: none")
+    max_tokens: int = parameter(20_000, "tokens to look at: whole prompts drawn at random")
+
+    def answer(self, subject: Subject) -> Finding:
+        """Predict every layer."""
+        predictions = subject.analysis.predictions
+        recall, gains = predictions.attention_prediction(
+            max_tokens=self.max_tokens, n_permutations=self.permutations, seed=subject.seed
+        )
+        tables = {"recall": recall, "gains": gains}
+        k = recall.groupby("layer")["m"].transform("min")
+        wide = recall[recall["m"] == k].pivot(index="layer", columns="predictor", values="recall")
+        over_position = gains[gains["better"] == "attention"]
+        over_token = gains[gains["better"] == "token and attention"]
+        n = len(wide)
+        sentences = []
+        row = best(over_position, "gain")
+        if row is not None:
+            layer = wide.loc[row["layer"]]
+            gained = span(row["gain"], row["low"], row["high"], ".1%")
+            sentences.append(
+                f"Attention tells most in layer {row['layer']:.0f}: {layer['attention']:.1%} of a token's experts are"
+                f" among as many predicted from attention and position, {gained}"
+                f" more than from position alone"
+                + (
+                    "."
+                    if np.isnan(row["p_value"])
+                    else f" ({p_value(row['p_value'])}; another prompt's attention gains {row['null_gain']:.1%})."
+                )
+                + f" The token's id by itself tells {layer['token']:.1%}, popularity {layer['popularity']:.1%}."
+            )
+        if over_position["q_value"].notna().any():
+            found = over_position[over_position["q_value"] <= 0.05]
+            sentences.append(
+                f"Attention tells more than position {of_layers(found['layer'], n)} (q ≤ 0.05, Benjamini-Hochberg)."
+            )
+        row = best(over_token, "gain")
+        if row is not None:
+            more = over_token[over_token["low"] > 0]
+            sentences.append(
+                f"Where the token's id is known as well, attention adds {of_layers(more['layer'], n)} (95 % intervals),"
+                f" at most {span(row['gain'], row['low'], row['high'], '.1%')} in layer {row['layer']:.0f}."
+            )
+        if "hidden" in wide:
+            sentences.append(
+                f"From the router's input the same regression reaches {wide['hidden'].min():.1%} to"
+                f" {wide['hidden'].max():.1%}: the router is linear in it, so the rest is the limit of the regression."
+            )
+        caveats = [
+            subject.phase_note,
+            "Telling is not causing: attention, routing and the token's id all follow from the same hidden state.",
+            "gain is measured on all tokens; p_value and null_gain on prompts cut to the length of similar ones.",
+        ]
+        if "hidden" not in wide:
+            caveats.append(
+                "What the router's input tells is not known: capture with --capture attention,gate_input."
+            )
+        if len(wide) < len(predictions.rows.layers):
+            caveats.append("Layers without routing or attention of these tokens are left out.")
+        try:
+            evaluation, correlations = predictions.as_published_attention_prediction()
+            tables |= {"as_published_evaluation": evaluation, "as_published_correlations": correlations}
+        except MoetraceError as e:
+            caveats.append(f"The published figures cannot be given: {e.what}.")
+        return self.finding(sentences, tables, caveats)
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Recall by layer and predictor; the gains."""
+        from moetrace.plot.style import OKABE_ITO, axes, band, faint, layer_axis, legend_above
+
+        recall, gains = finding.tables["recall"], finding.tables["gains"]
+        recall = recall[recall["m"] == recall.groupby("layer")["m"].transform("min")]
+
+        def draw_recall(ax: Axes) -> Axes:
+            ax = axes(ax)
+            alone = recall[recall["predictor"] == "popularity"]
+            ax.plot(alone["layer"], alone["chance"], color=faint(), linestyle="--", label="chance")
+            for color, name in zip(OKABE_ITO, _SHOWN, strict=False):
+                mine = recall[recall["predictor"] == name]
+                if len(mine):
+                    ax.plot(mine["layer"], mine["recall"], color=color, marker="o", label=name)
+                    band(ax, mine["layer"], mine["low"], mine["high"], color)
+            layer_axis(ax, recall["layer"].to_numpy())
+            ax.set(ylabel="recall of k experts among k predicted", ylim=(0, 1))
+            legend_above(ax)
+            return ax
+
+        def draw_gains(ax: Axes) -> Axes:
+            ax = axes(ax)
+            ax.axhline(0, color=faint(), linewidth=0.9)
+            for color, (better, than) in zip(OKABE_ITO, _GAINS, strict=False):
+                mine = gains[gains["better"] == better]
+                ax.plot(mine["layer"], mine["gain"], color=color, marker="o", label=f"over {than}")
+                band(ax, mine["layer"], mine["low"], mine["high"], color)
+            layer_axis(ax, gains["layer"].to_numpy())
+            ax.set(ylabel="recall gained by attention")
+            legend_above(ax)
+            return ax
+
+        return {
+            "recall": Figure(draw_recall, "What tells a token's experts, by layer, on prompts held out."),
+            "gain": Figure(
+                draw_gains, "What attention adds to position, and to token and position, by layer."
+            ),
+        }
+
+
+_GAINS = (("attention", "position"), ("token and attention", "token and position"))

@@ -1,0 +1,134 @@
+"""Whether a token that attends alike in two contexts is routed alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import pandas as pd
+
+from moetrace.errors import MoetraceError, UsageError
+from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.subject import Subject
+from moetrace.findings.wording import best, of_layers, p_value, span
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class ContextAttentionRouting(Question):
+    """Does one token in many contexts use similar experts where its attention is similar?
+
+    One place per prompt where the token sees enough keys. Attention: Bhattacharyya coefficient of every head's
+    weights on the latest keys, so that contexts have one length; routing: share of experts in common. Correlation over
+    pairs of contexts, with what position explains taken out of both; the p-value is Mantel's, contexts of similar
+    positions being exchanged; jackknife intervals over contexts. As published: cosine of the last layer's
+    attention, 0 wherever two prompts differ in length, against a Jaccard index with a bonus, without a test.
+    """
+
+    name: ClassVar[str] = "context-attention-routing"
+    title: ClassVar[str] = "One token, many contexts"
+    channels: ClassVar[tuple[str, ...]] = ("attention",)
+
+    token: str = parameter("", "text of the token; default: those that stand in most prompts")
+    tokens: int = parameter(5, "how many tokens, if none is given")
+    length: int = parameter(16, "keys that are compared: the token and those before it")
+    permutations: int = parameter(999, "exchanges of contexts for the p-value")
+
+    def answer(self, subject: Subject) -> Finding:
+        """Compare contexts in every layer."""
+        predictions = subject.analysis.predictions
+        table = predictions.context_attention_routing(
+            self._ids(subject),
+            n_tokens=self.tokens,
+            length=self.length,
+            n_permutations=self.permutations,
+            seed=subject.seed,
+        )
+        ids = table["token"].drop_duplicates().tolist()
+        texts = dict(zip(ids, subject.trace.text(np.asarray(ids)).tolist(), strict=True))
+        table.insert(1, "text", table["token"].map(texts))
+        found = table[table["q_value"] <= 0.05]
+        sentences = [
+            f"Of {len(table)} cases ({len(ids)} token{'s' if len(ids) > 1 else ''}, {table['layer'].nunique()} layers)"
+            f" {len(found)} have contexts that are alike in attention and in routing beyond what position explains"
+            f" (q ≤ 0.05, Benjamini-Hochberg)."
+        ]
+        row = best(table, "partial")
+        if row is not None:
+            sentences.append(
+                f"Position taken out, the correlation is largest for {_name(row)} in layer {row['layer']:.0f}:"
+                f" {span(row['partial'], row['low'], row['high'], '.2f')} over pairs of {row['contexts']} contexts"
+                f" ({p_value(row['p_value'])}; exchanged contexts: {row['null_mean']:.2f})."
+            )
+        mean = table.groupby("layer")["partial"].mean()
+        sentences.append(
+            f"Mean over tokens, by layer: {mean.min():.2f} (layer {mean.idxmin()}) to {mean.max():.2f}"
+            f" (layer {mean.idxmax()})."
+        )
+        for token in ids[:1]:
+            mine = table[table["token"] == token]
+            hits = mine[mine["q_value"] <= 0.05]
+            sentences.append(
+                f"For {_name(mine.iloc[0].to_dict())}, in most prompts: {of_layers(hits['layer'], len(mine))}."
+            )
+        caveats = [
+            subject.phase_note,
+            "Contexts that are alike in topic are alike in attention and in routing: a correlation does not say that"
+            " attention decides. One token is looked at at a time, so that its identity explains nothing.",
+        ]
+        tables = {"contexts": table}
+        try:
+            published = [predictions.as_published_context_attention_routing(token) for token in ids]
+            tables["as_published"] = pd.concat(published, ignore_index=True)
+        except (MoetraceError, ValueError) as e:
+            caveats.append(f"The published figures cannot be given: {e}.")
+        return self.finding(sentences, tables, caveats)
+
+    def _ids(self, subject: Subject) -> list[int]:
+        if not self.token:
+            return []
+        words = subject.trace.vocabulary
+        if words is None:
+            raise UsageError(
+                "--token needs the vocabulary, which the trace does not have", fix="leave out --token"
+            )
+        wanted = self.token.encode()
+        ids = [i for i, word in enumerate(words) if word.strip() == wanted.strip()]
+        if not ids:
+            raise UsageError(
+                f"no token of the vocabulary is {self.token!r}", fix="give the text of a single token"
+            )
+        return ids
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """The correlation by layer, token by token."""
+        from moetrace.plot.style import OKABE_ITO, axes, faint, layer_axis, legend_above, short
+
+        table = finding.tables["contexts"]
+        ids = table["token"].drop_duplicates().tolist()[: len(OKABE_ITO)]
+
+        def draw(ax: Axes) -> Axes:
+            ax = axes(ax)
+            ax.axhline(0, color=faint(), linewidth=0.9)
+            for i, (color, token) in enumerate(zip(OKABE_ITO, ids, strict=False)):
+                mine = table[table["token"] == token]
+                x = mine["layer"] + 0.08 * (i - (len(ids) - 1) / 2)
+                ax.vlines(x, mine["low"], mine["high"], color=color, alpha=0.5)
+                name = short(repr(mine["text"].iloc[0]))
+                ax.plot(x, mine["partial"], color=color, marker="o", linewidth=0.7, label=name)
+            layer_axis(ax, table["layer"].to_numpy())
+            ax.set(ylabel="attention alike ~ routing alike")
+            legend_above(ax)
+            return ax
+
+        caption = (
+            "Correlation of attention and routing similarity over pairs of contexts, by layer and token."
+        )
+        return {"correlation": Figure(draw, caption)}
+
+
+def _name(row: dict[str, object]) -> str:
+    return repr(row["text"]) if row["text"] is not None else f"token {row['token']}"

@@ -1,0 +1,199 @@
+"""What a cache of experts would hit: is there a hot set, and how much memory buys how much?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pandas as pd
+
+from moetrace.analysis.cache import POLICIES
+from moetrace.errors import UsageError
+from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.subject import Subject
+from moetrace.findings.wording import span
+from moetrace.trace.model import ModelFile
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class ExpertCache(Question):
+    """Is there a hot set of experts, and how much memory for experts buys how much?
+
+    Simulates keeping some experts in fast memory while tokens are computed one at a time: least recently used goes
+    (lru), least often used goes (lfu), the hottest experts of other prompts stay (pinned), and the best that anyone
+    could do who knew the future (oracle; Belady). For slots of each layer and for slots that all layers share. Half of the
+    prompts, drawn at random, warm the caches up and choose what is pinned; hits count on the other half, with jackknife
+    intervals over prompts. With -m model.gguf also in bytes.
+    """
+
+    name: ClassVar[str] = "expert-cache"
+    title: ClassVar[str] = "A cache of experts"
+
+    slots: str = parameter("", "slots per layer to try, as 4,8,16; default: from k to all experts")
+    policies: str = parameter(",".join(POLICIES), "policies to simulate")
+    max_tokens: int = parameter(5_000, "tokens to simulate: whole prompts drawn at random; 0: all")
+
+    def answer(self, subject: Subject) -> Finding:
+        """Simulate."""
+        try:
+            slots = [int(part) for part in self.slots.split(",") if part.strip()]
+        except ValueError:
+            raise UsageError(
+                f"--slots {self.slots}: no numbers", fix="give numbers, as --slots 4,8,16"
+            ) from None
+        predictions = subject.analysis.predictions
+        sizes = None
+        if subject.model is not None:
+            with ModelFile(subject.model) as model:
+                sizes = [model.expert_bytes(layer) for layer in predictions.rows.layers.tolist()]
+        found = predictions.expert_cache(
+            slots,
+            policies=[name.strip() for name in self.policies.split(",")],
+            max_tokens=self.max_tokens,
+            expert_bytes=sizes,
+            seed=subject.seed,
+        )
+        layer = found.curve[found.curve["cache"] == "layer"]
+        rate = layer.set_index(["policy", "slots"])
+        sentences = []
+        for slot in _middle(layer):
+            names = [p for p in ("pinned", "lru", "lfu", "oracle") if (p, slot) in rate.index]
+            told = ", ".join(f"{_WORDS[p]} {_hits(rate.loc[(p, slot)])}" for p in names)
+            memory = float(layer.loc[layer["slots"] == slot, "memory"].iloc[0])
+            size = float(layer.loc[layer["slots"] == slot, "memory_bytes"].iloc[0]) if sizes else float("nan")
+            sentences.append(
+                f"With {slot} slots per layer ({memory:.0%} of all experts"
+                + (f", {_bytes(size)}" if sizes else "")
+                + f") this share of the experts that tokens need is there already: {told}."
+            )
+        sentences.append(_hot_set(layer, found.hot))
+        if "shared" in set(found.curve["cache"]):
+            sentences += _shared(found.curve)
+        if sizes and "lru" in set(layer["policy"]):
+            mine = layer[layer["policy"] == "lru"]
+            sentences.append(
+                "Bytes fetched per token (lru): "
+                + ", ".join(
+                    f"{_bytes(row['fetched_bytes'])} with {_bytes(row['memory_bytes'])} of slots"
+                    for row in mine.to_dict("records")
+                )
+                + "."
+            )
+        used = int(layer["tokens"].iloc[0])
+        caveats = [
+            subject.phase_note,
+            f"Hits are counted on {used:,} tokens of held-out prompts, after the others warmed the caches up"
+            + (
+                f"; of {len(predictions.rows):,} tokens"
+                if len(predictions.rows) > 2 * used + self.max_tokens
+                else ""
+            )
+            + ".",
+            "Tokens are computed one at a time, prompt after prompt; those computed together share what is fetched.",
+            "A miss is counted, not timed: what it costs depends on the link, and fetching ahead can hide it"
+            " (task-prediction).",
+        ]
+        if sizes is None:
+            caveats.append("In experts; give the model for bytes: -m model.gguf.")
+        tables = {"cache": found.curve, "by_layer": found.layers, "hot_set": found.hot}
+        return self.finding(sentences, tables, caveats)
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Hit rate against memory, for both kinds of cache."""
+        from moetrace.plot.style import OKABE_ITO, axes, band, faint, legend_above
+
+        curve = finding.tables["cache"]
+
+        def drawing(cache: str) -> Figure:
+            table = curve[curve["cache"] == cache]
+
+            def draw(ax: Axes) -> Axes:
+                ax = axes(ax)
+                ax.plot(
+                    [0, 1],
+                    [0, 1],
+                    color=faint(),
+                    linestyle="--",
+                    linewidth=0.9,
+                    label="pinned, if usage were even",
+                )
+                for color, name in zip(OKABE_ITO, POLICIES, strict=False):
+                    mine = table[table["policy"] == name]
+                    if len(mine):
+                        ax.plot(mine["memory"], mine["hit_rate"], color=color, marker="o", label=name)
+                        band(ax, mine["memory"], mine["low"], mine["high"], color)
+                ax.set(
+                    xlabel="share of all experts in memory", ylabel="hit rate", xlim=(0, 1), ylim=(0, 1.02)
+                )
+                legend_above(ax, 3)
+                return ax
+
+            where = "with slots of its own for each layer" if cache == "layer" else "shared by all layers"
+            return Figure(
+                draw, f"Hit rate of a cache of experts {where} against its size, on prompts held out."
+            )
+
+        return {f"{cache}_slots": drawing(cache) for cache in dict.fromkeys(curve["cache"])}
+
+
+_WORDS = {
+    "lru": "keeping what was used last",
+    "lfu": "keeping what is used often",
+    "pinned": "pinning the hottest of other prompts",
+    "oracle": "knowing the future",
+}
+
+
+def _middle(layer: pd.DataFrame) -> list[int]:
+    """Slots nearest to a quarter and to a half of the experts."""
+    slots, memory = layer["slots"].to_numpy(), layer["memory"].to_numpy()
+    return sorted({int(slots[np.abs(memory - share).argmin()]) for share in (0.25, 0.5)})
+
+
+def _hits(row: Any) -> str:
+    return span(float(row["hit_rate"]), float(row["low"]), float(row["high"]), ".1%")
+
+
+def _hot_set(layer: pd.DataFrame, hot: pd.DataFrame) -> str:
+    known = hot[hot["activations"] > 0]
+    pinned = layer[layer["policy"] == "pinned"]
+    text = ""
+    for row in pinned[pinned["slots"] == _middle(layer)[0]].to_dict("records"):
+        text = (
+            "There is a hot set: what is hot in some prompts is hot in others. "
+            if row["low"] > row["memory"]
+            else "No hot set was found that holds for other prompts. "
+        )
+    few, many = known["for_80"].min(), known["for_80"].max()
+    return (
+        f"{text}To serve 80 % of activations the hottest {few:.0f} to {many:.0f} experts of a layer are needed"
+        f" (even usage: {known['even_80'].iloc[0]:.0f})."
+    )
+
+
+def _shared(curve: pd.DataFrame) -> list[str]:
+    wide = (
+        curve.pivot_table(index=["policy", "experts"], columns="cache", values="hit_rate")
+        .dropna()
+        .reset_index()
+    )
+    if wide.empty:
+        return []
+    gap = wide["shared"] - wide["layer"]
+    policy, experts = wide.loc[gap.abs().argmax(), ["policy", "experts"]]
+    return [
+        f"Sharing the slots between layers changes hit rates by {gap.min():+.1%} to {gap.max():+.1%}"
+        f" (most: {policy}, {experts} slots in all)."
+    ]
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    raise AssertionError

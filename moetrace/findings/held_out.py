@@ -1,0 +1,60 @@
+"""Held-out text for questions that run the model, and what models make of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from moetrace import data
+from moetrace.host.evaluate import Divergence, Evaluation, Evaluator, divergence
+
+TEXT_HELP = "JSON lines of held-out text; default: the shipped texts, which suit the demo model"
+
+CHOSEN_NOTE = (
+    "What is named as the most or the least was chosen for being that; its interval does not allow for that."
+)
+
+
+def held_out(text: str | None) -> str | os.PathLike[str]:
+    """The file that a question's parameter ``text`` names."""
+    return text or data.prompts("heldout-text")
+
+
+@dataclass
+class Comparison:
+    """A model's evaluation of some texts, and a place to compare others with it."""
+
+    base: Evaluation
+    _text: str | os.PathLike[str]
+    _folder: Path
+    _kl: bool
+    _options: Mapping[str, Any]
+
+    def other(self, model: str | os.PathLike[str], **options: Any) -> tuple[Evaluation, Divergence]:
+        """Evaluate another model, or the same one otherwise; ``options`` are the Evaluator's."""
+        kept = self._folder / "other.npy"
+        with Evaluator(model, **{**self._options, **options}) as evaluator:
+            found = evaluator.evaluate(self._text, logits=kept if self._kl else None)
+        apart = divergence(self.base, found)
+        kept.unlink(missing_ok=True)
+        return found, apart
+
+
+@contextmanager
+def compared_with(
+    model: Path, text: str | None, *, kl: bool, options: Mapping[str, Any]
+) -> Iterator[Comparison]:
+    """Evaluate ``model`` on the text, and give what compares others with it.
+
+    ``kl`` keeps logits in a temporary folder (4 bytes × vocabulary per token, twice).
+    """
+    with TemporaryDirectory(prefix="moetrace-evaluate-") as folder:
+        path = held_out(text)
+        with Evaluator(model, **options) as evaluator:
+            base = evaluator.evaluate(path, logits=Path(folder) / "base.npy" if kl else None)
+        yield Comparison(base, path, Path(folder), kl, options)

@@ -1,0 +1,345 @@
+"""Which inputs reach a given expert, and how far an edit changes the routing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from moetrace.analysis import manipulation
+from moetrace.analysis.manipulation import Edit, Path
+from moetrace.errors import UsageError
+from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.held_out import CHOSEN_NOTE
+from moetrace.findings.subject import Subject
+from moetrace.findings.wording import span
+from moetrace.host.probe import RoutingProbe
+from moetrace.trace.model import ModelFile
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from moetrace.trace.trace import Trace
+
+_NORMAL_TOKEN = 1  # llama.cpp's LLAMA_TOKEN_TYPE_NORMAL
+_PUBLISHED_POOL, _PUBLISHED_TEMPLATES = 49, ("{}", "The {}", "{} is", "What is {}?")
+
+
+@dataclass(frozen=True)
+class RoutingManipulation(Question):
+    """Can inputs be found that reach a chosen expert, and how much of the routing does an edit change?
+
+    Token sequences are searched for ones whose last token uses a target expert, or one expert in each of several
+    layers; success is compared with random search of the same budget. Prompts of the trace are edited, and every
+    token that the edit leaves as it is is compared with itself.
+
+    Asked in the seed experiment "MoE dynamics", which did not complete it.
+    """
+
+    name: ClassVar[str] = "routing-manipulation"
+    title: ClassVar[str] = "Routing manipulation"
+    needs_model: ClassVar[bool] = True
+
+    target: str | None = parameter(
+        None, "what to reach, LAYER:EXPERT, several joined by +, such as 3:17 or 2:5+7:30"
+    )
+    targets: int = parameter(24, "targets drawn at random where none is given")
+    depth: int = parameter(3, "layers on such a target: one expert in each")
+    length: int = parameter(6, "tokens of the searched input")
+    free: str = parameter("all", "what the search may choose: every token, or only what comes before a drawn last one",
+                          choices=["all", "context"])  # fmt: skip
+    budget: int = parameter(256, "inputs that each search may try")
+    prompts: int = parameter(12, "prompts of the trace to edit")
+    min_tokens: int = parameter(20, "tokens that an expert must be chosen at for its robustness")
+
+    def answer(self, subject: Subject) -> Finding:
+        """Answer it."""
+        path = subject.need_model("routing manipulation")
+        trace = subject.trace
+        rng = np.random.default_rng(subject.seed)
+        with ModelFile(path) as model:
+            kinds = np.asarray(
+                model.field("tokenizer.ggml.token_type", [_NORMAL_TOKEN] * len(model.vocabulary))
+            )
+        words = np.flatnonzero(kinds == _NORMAL_TOKEN)
+        texts = [(str(r.id), r.prompt) for r in trace.requests.itertuples() if isinstance(r.prompt, str)]
+        texts = (
+            [texts[i] for i in np.unique(np.linspace(0, len(texts) - 1, self.prompts).astype(int))]
+            if texts
+            else []
+        )
+        longest = max([len(text.encode()) * 2 + 16 for _, text in texts] + [self.length + 1, 64])
+        with RoutingProbe(path, n_tokens=longest, n_parallel=16, **subject.model_options) as probe:
+            layout = probe.layout
+            targets = self._targets(layout.layers, layout.n_expert, rng)
+            found, runs, inputs = self._searches(probe, targets, words, rng)
+            edits = _edits(probe, texts, words, rng)
+            n_expert = max(layout.n_expert)
+            first = targets[0][0]
+            triggers, control = self._published_triggers(probe, trace, words, first[0])
+        counts = subject.analysis.counts
+        rates = counts.included.sum(axis=0) / np.maximum(counts.tokens.sum(axis=0), 1)[:, None]
+        seen = {int(layer): rates[i] for i, layer in enumerate(counts.layers)}
+        inputs["rarest_rate"] = [
+            min(float(seen[number][e]) if (number := layout.layers[i]) in seen else np.nan for i, e in each)
+            for each in targets
+        ]
+        tables = {
+            "success": found,
+            "targets": inputs,
+            "searches": runs,
+            "as_published_triggers": triggers,
+            "as_published_control": control,
+        }
+        sentences = _search_sentences(found, self)
+        caveats = [
+            "Targets of one model are not independent of each other; intervals take them so."
+            if not self.target
+            else "One target was given: its success says nothing about others.",
+            CHOSEN_NOTE,
+            "Greedy and beam search are each tested by themselves at 5 %.",
+            "A sequence found is one of token ids; its text may be tokenised otherwise.",
+        ]
+        if edits:
+            effect = manipulation.edit_effect(edits, n_expert, layers=layout.layers)
+            robust = manipulation.expert_robustness(
+                edits, n_expert, layers=layout.layers, min_tokens=self.min_tokens
+            )
+            changed, stability = manipulation.as_published_robustness(edits, n_expert)
+            tables |= {"edits": effect, "robustness": robust, "as_published_robustness": stability}
+            sentences += _edit_sentences(effect, robust, changed, stability)
+        else:
+            caveats.append(
+                "The trace has no prompt texts to edit: record with `moetrace capture -f` or `moetrace drive`."
+            )
+        return self.finding(sentences, tables, caveats)
+
+    def _targets(
+        self, layers: tuple[int, ...], n_expert: tuple[int, ...], rng: np.random.Generator
+    ) -> list[Path]:
+        if self.target:
+            pairs = []
+            for part in self.target.split("+"):
+                match = re.fullmatch(r"(\d+):(\d+)", part.strip())
+                index = layers.index(int(match[1])) if match and int(match[1]) in layers else -1
+                if match is None or index < 0 or int(match[2]) >= n_expert[index]:
+                    raise UsageError(
+                        f"--target {self.target!r} does not exist",
+                        why=f"layers with experts: {', '.join(map(str, layers))}; {max(n_expert)} experts each",
+                        fix="write it like 3:17, or 2:5+7:30",
+                    )
+                pairs.append((index, int(match[2])))
+            return [tuple(pairs)]
+        if not 1 <= self.depth <= len(layers) or self.targets < 2:
+            raise UsageError(
+                f"no target of {self.depth} layers, or fewer than 2 of them",
+                fix=f"give --depth 1 to {len(layers)}, and --targets 2 or more",
+            )
+        return [
+            tuple(
+                (int(layer), int(rng.integers(n_expert[layer])))
+                for layer in np.sort(rng.choice(len(layers), self.depth, replace=False))
+            )
+            for _ in range(self.targets)
+        ]
+
+    def _searches(
+        self, probe: RoutingProbe, targets: list[Path], words: npt.NDArray[Any], rng: np.random.Generator
+    ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+        """Success by method, every search, and the best input for each target."""
+        layout = probe.layout
+        begin = [probe.model.bos] if probe.model.adds_bos else []
+        rows, best = [], []
+        for number, target in enumerate(targets):
+            template = np.array([*begin, *[-1] * self.length])
+            if self.free == "context":
+                template[-1] = rng.choice(words)
+
+            def score(tokens: npt.NDArray[np.int64], target: Path = target) -> npt.NDArray[np.float64]:
+                scores = np.stack([routed.scores[-1] for routed in probe.route(list(tokens))])
+                return manipulation.path_margin(scores, target, layout.n_expert_used)
+
+            name = " + ".join(f"{layout.layers[layer]}:{expert}" for layer, expert in target)
+            runs = {
+                method: manipulation.search_input(
+                    score, template, words, method=method, budget=self.budget, seed=int(rng.integers(1 << 32))
+                )
+                for method in manipulation.METHODS
+            }
+            for method, run in runs.items():
+                rows.append(
+                    {
+                        "target": f"{number}: {name}",
+                        "method": method,
+                        "reached_at": np.nan if run.reached_at is None else run.reached_at,
+                        "score": run.score,
+                    }
+                )
+            winner = max(runs.values(), key=lambda run: run.score)
+            best.append(
+                {
+                    "target": f"{number}: {name}",
+                    "reached": winner.score > 0,
+                    "score": winner.score,
+                    "tokens": winner.tokens.tolist(),
+                    "text": b"".join(probe.model.piece(int(t)) for t in winner.tokens).decode(
+                        "utf-8", "replace"
+                    ),
+                }
+            )
+        table = pd.DataFrame(rows)
+        return manipulation.routing_manipulation(table, budget=self.budget), table, pd.DataFrame(best)
+
+    def _published_triggers(
+        self, probe: RoutingProbe, trace: Trace, words: npt.NDArray[Any], layer: int
+    ) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The published trigger scores of one layer, with the most frequent tokens of the trace as the pool."""
+        ids, count = np.unique(np.asarray(trace.token_ids), return_counts=True)
+        ids = ids[np.argsort(-count, kind="stable")]
+        ids = ids[np.isin(ids, words)]
+        pieces = [probe.model.piece(int(t)).decode("utf-8", "replace").strip() for t in ids]
+        pool = list(dict.fromkeys(word for word in pieces if word))[:_PUBLISHED_POOL]
+        n = len(_PUBLISHED_TEMPLATES)
+        routed = probe.route(
+            [probe.model.tokenize(t.format(word)) for word in pool for t in _PUBLISHED_TEMPLATES]
+        )
+        chosen = np.zeros((len(routed), max(probe.layout.n_expert)), bool)
+        for i, one in enumerate(routed):
+            chosen[i, np.unique(one.experts[:, layer, : probe.layout.n_expert_used[layer]])] = True
+        triggers = manipulation.as_published_triggers(chosen.reshape(len(pool), n, -1))
+        best = triggers.sort_values(["score", "specificity"], ascending=False).drop_duplicates("expert")
+        control = []
+        for token, expert in best[["token", "expert"]].to_numpy().tolist():
+            hits = [
+                manipulation.as_published_control(one.experts[:, layer], one.weights[:, layer], expert)
+                for one in routed[token * n : (token + 1) * n]
+            ]
+            control.append({"expert": expert, "trigger": pool[token], "success": float(np.mean(hits))})
+        number = probe.layout.layers[layer]
+        triggers["token"] = [pool[token] for token in triggers["token"]]
+        triggers.insert(0, "layer", number)
+        table = pd.DataFrame(control, columns=["expert", "trigger", "success"]).sort_values("expert")
+        table.insert(0, "layer", number)
+        return triggers, table.reset_index(drop=True)
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Success against budget, and what edits leave."""
+        searches = finding.tables["searches"]
+
+        def draw_success(ax: Axes) -> Axes:
+            for method, part in searches.groupby("method", sort=False):
+                reached = np.sort(part["reached_at"].dropna().to_numpy(np.float64))
+                steps = np.concatenate([[0], reached, [self._budget(finding)]])
+                share = np.arange(len(reached) + 1) / len(part)
+                ax.step(steps, [*share, share[-1]], where="post", label=str(method))
+            ax.set(xlabel="inputs tried", ylabel="targets reached", ylim=(0, 1.02))
+            ax.legend()
+            return ax
+
+        figures = {
+            "success": Figure(
+                draw_success, "Share of the targets that each search reached, by the number of inputs tried."
+            )
+        }
+        if "edits" in finding.tables:
+            edits = finding.tables["edits"]
+            after = edits[edits["region"] == "after"]
+
+            def draw_edits(ax: Axes) -> Axes:
+                for kind, part in after.groupby("kind"):
+                    ax.fill_between(part["layer"], part["low"], part["high"], alpha=0.2, linewidth=0)
+                    ax.plot(part["layer"], part["jaccard"], marker="o", markersize=3, label=str(kind))
+                ax.set(xlabel="layer", ylabel="Jaccard of a token's experts", ylim=(0, 1.02))
+                ax.legend()
+                return ax
+
+            figures["edits"] = Figure(
+                draw_edits,
+                "How much of its routing a token keeps when the text before it is edited, by layer, with 95 % intervals"
+                " over prompts.",
+            )
+        return figures
+
+    def _budget(self, finding: Finding) -> int:
+        return int(finding.parameters.get("budget", self.budget))
+
+
+def _edits(
+    probe: RoutingProbe, texts: list[tuple[str, str]], words: npt.NDArray[Any], rng: np.random.Generator
+) -> list[Edit]:
+    """Each text before and after each edit, routed; "substitute" replaces one token in the middle."""
+    out = []
+    tokenize: Callable[[str], list[int]] = probe.model.tokenize
+    for name, text in texts:
+        before = tokenize(text)
+        changed = {kind: tokenize(new) for kind, new in manipulation.text_edits(text).items()}
+        middle = len(before) // 2
+        changed["substitute"] = [*before[:middle], int(rng.choice(words)), *before[middle + 1 :]]
+        routed = probe.route([before, *changed.values()])
+        for (kind, after), one in zip(changed.items(), routed[1:], strict=True):
+            pairs, later = manipulation.align_tokens(before, after)
+            out.append(Edit(name, kind, routed[0].experts, one.experts, pairs, later))
+    return out
+
+
+def _search_sentences(found: pd.DataFrame, asked: RoutingManipulation) -> list[str]:
+    by = found.set_index("method")
+    out = []
+    for method in by.index:
+        row = by.loc[method]
+        line = (
+            f"{str(method).capitalize()} search reached {row['reached']:.0f} of {row['targets']:.0f} targets within"
+            f" {asked.budget} inputs, {span(row['rate'], row['low'], row['high'], '.0%')}, after"
+            f" {row['mean_evaluations']:.0f} on average"
+        )
+        if method != "random" and row["targets"] > 1:
+            line += (
+                f": fewer than random search by {span(row['saved'], row['saved_low'], row['saved_high'], '.0f')},"
+                f" p = {row['p_value']:.2g}"
+            )
+        out.append(line + ".")
+    return out
+
+
+def _edit_sentences(
+    effect: pd.DataFrame, robust: pd.DataFrame, changed: float, stability: pd.DataFrame
+) -> list[str]:
+    out = []
+    before, after = effect[effect["region"] == "before"], effect[effect["region"] == "after"]
+    if len(before):
+        worst = before["jaccard"].min()
+        out.append(
+            "Tokens before an edit keep their experts"
+            + (
+                " exactly, as in a causal model they must."
+                if worst == 1
+                else f" up to rounding (Jaccard {worst:.4f})."
+            )
+        )
+    for kind, part in after.groupby("kind"):
+        least = part.iloc[int(part["jaccard"].argmin())]
+        line = (
+            f"After the edit “{kind}” unchanged tokens keep the least in layer {least['layer']:.0f}: Jaccard"
+            f" {span(least['jaccard'], least['low'], least['high'], '.2f')}"
+        )
+        if np.isfinite(least["jaccard_other"]):
+            line += f"; between different tokens {least['jaccard_other']:.2f}"
+        out.append(line + ".")
+    if len(robust):
+        row = robust.iloc[int(robust["kept"].argmin())]
+        out.append(
+            f"Least robust of {len(robust)} (layer, expert) pairs is expert {row['expert']:.0f} of layer"
+            f" {row['layer']:.0f}: kept at {span(row['kept'], row['low'], row['high'], '.0%')} of the tokens where"
+            f" it was chosen; it serves {row['rate']:.0%} of all."
+        )
+    stable = int((stability["verdict"] == "stable").sum())
+    out.append(
+        f"As published: {changed:.0%} of the texts' unions of experts changed, {stable} of {len(stability)} expert ids"
+        " are “stable”, layers pooled."
+    )
+    return out

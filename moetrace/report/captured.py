@@ -1,0 +1,227 @@
+"""What was captured, and what of it is missing: what every report opens with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+
+from moetrace.analysis import nulls, overview
+from moetrace.findings import Subject
+from moetrace.trace.loss import Loss
+from moetrace.trace.trace import Trace
+
+Weight = Literal["bad", "warn", "good", "note"]
+
+
+@dataclass(frozen=True)
+class Remark:
+    """One sentence, and how loudly it is said: "bad" and "warn" before everything else."""
+
+    weight: Weight
+    text: str
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What was captured, for people.
+
+    Attributes
+    ----------
+    names
+        Of the recordings.
+    facts
+        (name, sentence) pairs: model, tokens, layers, experts, channels, ….
+    tiles
+        (number, unit) pairs: the same in a few words.
+    completeness
+        What became of everything that the model computed; the first remark says whether all of it is here.
+    domains
+        One row per domain, as :func:`moetrace.analysis.overview.domains`; no rows for a count table.
+    gaps
+        One row per layer of which an entry is missing: ``layer``, ``present``, ``not_computed``, ``lost``.
+    limits
+        What these data cannot tell, whatever is asked: sentences.
+    """
+
+    names: tuple[str, ...]
+    facts: tuple[tuple[str, str], ...]
+    tiles: tuple[tuple[str, str], ...]
+    completeness: tuple[Remark, ...]
+    domains: pd.DataFrame
+    gaps: pd.DataFrame
+    limits: tuple[str, ...]
+
+
+def captured(subject: Subject, names: Sequence[str] = ()) -> Captured:
+    """Gather it from the subject's traces or count table; ``names`` of these, if not their folders'."""
+    if subject.table is not None:
+        return _of_table(subject, tuple(names) or ("count table",))
+    traces = subject.traces
+    loss = sum((trace.loss for trace in traces[1:]), traces[0].loss)
+    domains = overview.domains([trace.requests for trace in traces])
+    facts = _facts(subject, traces)
+    named = int((domains["domain"] != "").sum())
+    return Captured(
+        names=tuple(names) or tuple(trace.path.name for trace in traces),
+        facts=facts,
+        tiles=(
+            (f"{sum(len(t) for t in traces):,}", "tokens"),
+            (f"{domains['prompts'].sum():,}", "prompt" if domains["prompts"].sum() == 1 else "prompts"),
+            (f"{named}", "domain" if named == 1 else "domains"),
+            (f"{subject.analysis.layers.size}", "MoE layers"),
+            (dict(facts)["experts"].removeprefix("top-"), "experts per token"),
+            (f"{loss.lost:,}", "entries lost"),
+        ),
+        completeness=_completeness(traces, loss),
+        domains=domains.assign(domain=domains["domain"].replace("", "(no label)")),
+        gaps=_gaps(traces),
+        limits=_limits(subject, loss),
+    )
+
+
+def _of_table(subject: Subject, names: tuple[str, ...]) -> Captured:
+    counts = subject.analysis.counts
+    picks = int(counts.included.sum())
+    layers, n_expert = counts.layers.size, counts.n_expert
+    return Captured(
+        names=names,
+        facts=(
+            ("model", "not known: a table of counts"),
+            ("picks", f"{picks:,}"),
+            ("layers", f"{layers}"),
+            ("experts", f"{n_expert} (highest id + 1)"),
+        ),
+        tiles=(
+            (f"{picks:,}", "picks"),
+            (f"{counts.prompts.size}", "domains"),
+            (f"{layers}", "MoE layers"),
+            (f"{n_expert}", "experts"),
+        ),
+        completeness=(Remark("note", "A table of counts does not say what is missing of it."),),
+        domains=pd.DataFrame(columns=["domain"]),
+        gaps=pd.DataFrame(columns=["layer"]),
+        limits=(
+            "Whether domains differ cannot be tested: counts do not tell the prompts of a domain apart.",
+            "Nothing about time, words or gate inputs: for that the tokens must be known.",
+        ),
+    )
+
+
+def _facts(subject: Subject, traces: Sequence[Trace]) -> tuple[tuple[str, str], ...]:
+    told = dict(traces[0].summary())
+    channels = [c for c in traces[0].channels if all(c in trace.channels for trace in traces)]
+    versions = sorted({str(t.facts.get("ggml") or "") for t in traces} - {""})
+    phases = pd.concat([overview.phases(t.phase, t.state, t.request) for t in traces])
+    by_phase = phases.groupby("phase", sort=False)["tokens"].sum()
+    names = {
+        "prefill": "of prompts (prefill)",
+        "decode": "generated (decode)",
+        "unknown": "of unknown phase",
+        "no request": "of no request (warm-up)",
+    }
+    seen = ", ".join(f"{n:,} {names[str(phase)]}" for phase, n in by_phase.items() if n)
+    return (
+        ("model", told["model"]),
+        ("tokens", seen or "none"),
+        ("requests", f"{sum(len(t.requests) for t in traces):,}"),
+        ("layers", told["layers"]),
+        ("experts", told["experts"]),
+        ("channels", ", ".join(channels)),
+        *((("recorded from", f"ggml {', '.join(versions)}"),) if versions else ()),
+        ("looked at here", subject.phase_note),
+    )
+
+
+def _completeness(traces: Sequence[Trace], loss: Loss) -> tuple[Remark, ...]:
+    said: list[Remark] = []
+    if loss.lost:
+        rows = f"{loss.rows_lost:,} of {loss.rows_produced:,} tokens" if loss.rows_lost else ""
+        entries = f"{loss.lost:,} of {loss.produced:,} (token, layer) entries"
+        said.append(
+            Remark(
+                "bad",
+                f"Incomplete: {' and with them '.join(filter(None, (rows, entries)))}"
+                f" ({loss.lost / loss.produced:.2%}) were lost. They are missing below, not zero; if loss went"
+                " with load, what is left is not a fair sample.",
+            )
+        )
+    elif not loss.waiting:
+        said.append(
+            Remark(
+                "good",
+                f"Complete: all {loss.produced:,} (token, layer) entries are accounted for, none lost.",
+            )
+        )
+    if loss.waiting:
+        said.append(
+            Remark(
+                "warn",
+                f"{loss.rows_waiting:,} tokens are not sealed yet and not in this report:"
+                " the trace is still being recorded, or its recorder died (then: moetrace recover).",
+            )
+        )
+    live = [trace.path.name for trace in traces if trace.live]
+    if live and not loss.waiting:
+        said.append(Remark("warn", f"Not closed: {', '.join(live)}. This is what it held when it was read."))
+    for trace in traces:
+        if status := trace.facts.get("status"):
+            said.append(Remark("bad", f"The tracer stopped early: {status}"))
+        others = [name for name in trace.contexts if name != trace.name and trace.in_context(name).loss.lost]
+        if others:
+            said.append(
+                Remark("warn", f"Other contexts of {trace.path.name} lost entries: {', '.join(others)}.")
+            )
+    if loss.not_computed:
+        said.append(
+            Remark(
+                "note",
+                f"{loss.not_computed:,} entries ({loss.not_computed / loss.produced:.1%}) do not exist:"
+                " llama.cpp computes the last layer only for tokens whose output is asked for.",
+            )
+        )
+    if loss.cached:
+        said.append(
+            Remark(
+                "note",
+                f"{loss.cached:,} prompt positions came from the prompt cache: the model did not compute them, so"
+                " there is nothing to record.",
+            )
+        )
+    return tuple(said)
+
+
+def _gaps(traces: Sequence[Trace]) -> pd.DataFrame:
+    parts = [
+        overview.layers(t.state, layers=t.layers, n_expert=t.n_expert, n_expert_used=t.n_expert_used)
+        for t in traces
+    ]
+    table = pd.concat(parts).groupby("layer")[["present", "not_computed", "lost"]].sum().reset_index()
+    table["lost"] += sum(trace.loss.rows_lost for trace in traces)
+    missing = (table["not_computed"] > 0) | (table["lost"] > 0)
+    return table[missing].reset_index(drop=True)
+
+
+def _limits(subject: Subject, loss: Loss) -> tuple[str, ...]:
+    said = []
+    counts = subject.analysis.counts
+    labelled = counts.labelled()
+    if not labelled.prompts.size:
+        said.append("Nothing can be said about domains: no request has a label (moetrace drive --label-key).")
+    else:
+        chance_of = nulls.feasibility(nulls.Domains.of(labelled.labels))
+        if not chance_of.testable:
+            said.append(
+                f"Whether domains differ {chance_of.reason}."
+                " Record several prompts per domain, at least 3 and better 8."
+            )
+    if counts.prompts.size == 1:
+        said.append(
+            "Everything below is about one prompt: no interval over prompts can be given, and nothing carries"
+            " over to other texts."
+        )
+    if loss.lost:
+        said.append(f"Nothing is known of the {loss.lost:,} entries that were lost.")
+    return tuple(said)

@@ -1,0 +1,253 @@
+"""The report: one self-contained HTML file, with figures and tables beside it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+
+import moetrace
+from moetrace.errors import MoetraceError
+from moetrace.findings import QUESTIONS, Finding, Subject, question
+from moetrace.findings.wording import CANNOT
+from moetrace.report.captured import Captured, captured
+from moetrace.report.explorer import explorer, pack, table_json
+from moetrace.report.files import figures_of, write_finding
+from moetrace.report.methods import Method, linked
+from moetrace.report.svg import inline_svg
+
+#: The page is made smaller until it is at most this large: fewer experts in transition matrices, fewer rows.
+MAX_BYTES = 5_000_000
+_SMALLER = ((64, 1000), (48, 300), (24, 60), (8, 20))
+
+# Question -> interactive figures in its section, each with the static ones whose place it takes ("": all).
+_WIDGETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "domain-separation": {"separation": ("by_layer",)},
+    "specialists": {"forest": ()},
+    "expert-frequency": {"": ("",)},
+    "persistence": {"persistence": ("by_lag",)},
+    "transitions": {"transitions": ("",)},
+}
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was made: the page, the files beside it, and what they say."""
+
+    page: Path
+    files: tuple[Path, ...]
+    captured: Captured
+    findings: tuple[Finding, ...]
+
+    @property
+    def answered(self) -> tuple[Finding, ...]:
+        """Findings of the questions that could be answered."""
+        return tuple(f for f in self.findings if f.missing is None)
+
+    @property
+    def missing(self) -> tuple[tuple[str, str], ...]:
+        """Reason and fix why questions could not be answered, and the titles of those."""
+        return unanswered(self.findings)
+
+
+def concludes(finding: Finding) -> bool:
+    """Say whether an answer begins with a conclusion, not with what cannot be said."""
+    return bool(finding.sentences) and not any(words in finding.sentences[0] for words in CANNOT)
+
+
+def unanswered(findings: Sequence[Finding]) -> tuple[tuple[str, str], ...]:
+    """Titles of the questions that could not be answered, those of one reason together; and the reason."""
+    why: dict[str, list[str]] = {}
+    for finding in findings:
+        if finding.missing is not None:
+            why.setdefault(finding.missing, []).append(finding.title)
+    return tuple((", ".join(titles), reason) for reason, titles in why.items())
+
+
+def ask_all(
+    subject: Subject, given: Sequence[Finding] = (), progress: Progress | None = None
+) -> tuple[Finding, ...]:
+    """Ask every question of the subject, in the order of the report.
+
+    Findings in ``given`` (made elsewhere, of questions that need the model, say) are not asked again.
+    Questions that need a model are asked only if the subject has one; without, they are among the missing.
+    """
+    by_name = {finding.name: finding for finding in given}
+    out = []
+    for done, name in enumerate(QUESTIONS):
+        asked = question(name)
+        if name in by_name:
+            out.append(by_name.pop(name))
+        elif not asked.compares or len(subject.traces) == 2:
+            out.append(asked().ask(subject))
+        if progress:
+            progress(done + 1, len(QUESTIONS))
+    return (*out, *by_name.values())
+
+
+def write_report(
+    subject: Subject, findings: Sequence[Finding], folder: Path, names: Sequence[str] = ()
+) -> Report:
+    """Write report.html, and each finding's JSON, figures/ and tables/, into ``folder``.
+
+    ``names`` are what the recordings are called, if not by their folders.
+
+    Raises MoetraceError if a file cannot be written.
+    """
+    about = captured(subject, names)
+    files: list[Path] = []
+    for finding in findings:
+        if finding.missing is None:
+            files += write_finding(finding, folder)
+    text = render_page(subject, findings, about)
+    page = folder / "report.html"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        page.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise MoetraceError(f"{page} cannot be written", why=e.strerror or str(e)) from e
+    return Report(page, tuple(files), about, tuple(findings))
+
+
+def render_page(subject: Subject, findings: Sequence[Finding], about: Captured) -> str:
+    """Give the page as HTML, at most :data:`MAX_BYTES` if that can be reached by leaving out detail."""
+    answered = [f for f in findings if f.missing is None]
+    sections = [_section(f, subject.phase_note) for f in answered]
+    opening = next((s for s in sections if s["name"] == "overview"), None)
+    sections = [s for s in sections if s is not opening]
+    for max_experts, max_rows in _SMALLER:
+        head, arrays = explorer(subject, answered, max_experts=max_experts)
+        head["tables"] = {
+            f"{f.name}-{name}": table_json(table, max_rows)
+            for f in answered
+            for name, table in f.tables.items()
+        }
+        text = _render(subject, opening, sections, findings, about, pack(head, arrays))
+        if len(text.encode()) <= MAX_BYTES:
+            break
+    return text
+
+
+def _render(
+    subject: Subject,
+    opening: dict[str, Any] | None,
+    sections: list[dict[str, Any]],
+    findings: Sequence[Finding],
+    about: Captured,
+    data: bytes,
+) -> str:
+    environment = _environment()
+    loader = environment.loader
+    assert loader is not None
+    script = loader.get_source(environment, "report.js")[0]
+    created = subject.traces[0].meta.get("created_ns") if subject.traces else None
+    facts = dict(about.facts)
+    return environment.get_template("report.html.j2").render(
+        name=", ".join(about.names),
+        captured=about,
+        experts_line=f"{facts['layers'].split(' ')[0]} layers, {facts['experts']}",
+        opening=opening,
+        phase_note=subject.phase_note,
+        sections=sections,
+        missing=unanswered(findings),
+        n_missing=sum(f.missing is not None for f in findings),
+        methods=Method.every,
+        linked=linked,
+        plain_table=plain_table,
+        version=moetrace.__version__,
+        created=datetime.fromtimestamp(created / 1e9, UTC).strftime("%Y-%m-%d %H:%M UTC") if created else "",
+        seed=subject.seed,
+        css=Markup(loader.get_source(environment, "report.css")[0]),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        data=base64.b64encode(data).decode(),
+    )
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("moetrace.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # the hash of the script is that of its file, to the last byte
+        keep_trailing_newline=True,
+        newline_sequence="\n",
+    )
+
+
+def _section(finding: Finding, phase_note: str) -> dict[str, Any]:
+    """What the template needs of an answered question; the note on phases is said once, not everywhere."""
+    known = finding.name in QUESTIONS
+    doc = inspect.cleandoc(question(finding.name).__doc__ or "") if known else ""
+    asks, _, how = doc.partition("\n")
+    widgets = _WIDGETS.get(finding.name, {})
+    replaced = {name for names in widgets.values() for name in names}
+    return {
+        "name": finding.name,
+        "title": finding.title,
+        "asks": asks,
+        "how": " ".join(how.split()),
+        "sentences": finding.sentences,
+        "concludes": concludes(finding),
+        "caveats": [text for text in finding.caveats if text and text != phase_note],
+        "parameters": ", ".join(f"{n} {v}" for n, v in finding.parameters.items() if v not in ("", -1, None)),
+        "widgets": [name for name in widgets if name],
+        "figures": [
+            {"svg": inline_svg(figure, f"{finding.name}-{name}-"), "caption": figure.caption}
+            for name, figure in figures_of(finding).items()
+            if not replaced & {name, ""}
+        ],
+        "tables": [
+            {
+                "key": f"{finding.name}-{name}",
+                "name": _table_name(name),
+                "size": f"{len(table):,} rows × {len(table.columns)} columns",
+                "file": f"tables/{finding.name}-{name}.csv",
+            }
+            for name, table in finding.tables.items()
+        ],
+    }
+
+
+def _table_name(name: str) -> str:
+    said = name.replace("_", " ")
+    return f"as published: {said[13:]}" if name.startswith("as_published_") else said
+
+
+def plain_table(table: pd.DataFrame, caption: str) -> Markup:
+    """A small table as HTML; numbers to the right, nothing where a value is missing."""
+    numeric = [pd.api.types.is_numeric_dtype(dtype) for dtype in table.dtypes]
+
+    def cells(tag: str, values: Sequence[object]) -> Markup:
+        return Markup("").join(
+            Markup("<{0}{1}>{2}</{0}>").format(Markup(tag), Markup(' class="n"') if n else "", v)
+            for v, n in zip(values, numeric, strict=True)
+        )
+
+    def shown(value: object) -> object:
+        return f"{value:,}" if isinstance(value, int) else textwrap.shorten(str(value), 80, placeholder="…")
+
+    rows = Markup("").join(
+        Markup("<tr>{}</tr>").format(cells("td", [shown(v) for v in row]))
+        for row in table.itertuples(index=False)
+    )
+    head = cells("th", [str(c).replace("_", " ") for c in table.columns])
+    return Markup(
+        '<div class="wide"><table><caption>{}</caption><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
+    ).format(caption, head, rows)

@@ -1,0 +1,66 @@
+"""Figures as SVG for the page: part of the document, in the page's own colours, light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from html import escape
+
+from markupsafe import Markup
+
+from moetrace.findings import Figure
+from moetrace.plot.style import LIGHT, OKABE_ITO, style
+from moetrace.report.files import drawn
+
+# Colours of the light style -> the page's variables, which know both themes.
+_VARIABLES = {
+    **{LIGHT[name].lower(): f"var(--{name})" for name in ("ink", "faint", "grid", "missing")},
+    LIGHT["ground"].lower(): "var(--surface)",
+    **{color.lower(): f"var(--c{i})" for i, color in enumerate(OKABE_ITO)},
+}
+
+
+def inline_svg(figure: Figure, prefix: str) -> Markup:
+    """Draw a figure as an ``<svg>`` element to stand in an HTML page.
+
+    ``prefix`` goes before every id, which must be unique in the page. Namespaces and metadata, and with them
+    every URL, are left out: HTML needs none.
+    """
+    with style("light"):
+        canvas = drawn(figure)
+        out = io.StringIO()
+        canvas.savefig(out, format="svg", dpi=150, metadata={"Date": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, count=1, flags=re.DOTALL)
+    text = re.sub(r'<style type="text/css">[^<]*</style>', "", text, count=1)
+    width, height = (round(72 * side) for side in figure.size)
+    head = (
+        f'<svg class="static" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(figure.caption)}"'
+        f' style="max-width: {1.45 * width:.0f}px">'
+    )
+    text = head + text[text.index(">") + 1 :]
+    pieces = re.split(r"(<text\b.*?</text>)", text, flags=re.DOTALL)
+    # text is what others may have written: only its tag is touched
+    return Markup("".join(_text(p, prefix) if p.startswith("<text") else _shape(p, prefix) for p in pieces))
+
+
+def _shape(piece: str, prefix: str) -> str:
+    piece = re.sub(r"<!--.*?-->", "", piece, flags=re.DOTALL)
+    piece = piece.replace("xlink:href=", "href=").replace('href="#', f'href="#{prefix}')
+    piece = re.sub(r'<g id="[^"]*"', "<g", piece)
+    piece = piece.replace(' id="', f' id="{prefix}').replace("url(#", f"url(#{prefix}")
+    piece = re.sub(r"(\d\.\d\d)\d+", r"\1", piece)
+    piece = re.sub(r"\s*\n\s*", " ", piece)
+    return _themed(piece)
+
+
+def _text(piece: str, prefix: str) -> str:
+    end = piece.index(">")
+    tag = re.sub(r"font-family: [^;\"]*;?", "", piece[:end])
+    tag = re.sub(r"font: (?:\w+ )*([\d.]+px) [^;\"]*;?", r"font-size: \1;", tag)
+    return _themed(re.sub(r' id="', f' id="{prefix}', tag)) + piece[end:]
+
+
+def _themed(piece: str) -> str:
+    return re.sub(r"#[0-9a-fA-F]{6}\b", lambda found: _VARIABLES.get(found[0].lower(), found[0]), piece)

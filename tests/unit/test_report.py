@@ -1,0 +1,336 @@
+"""The report: self-contained, small, escaped, and the same numbers as the findings."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import traces
+
+import moetrace
+from moetrace.__main__ import main
+from moetrace.analysis.counts import RoutingCounts
+from moetrace.findings import QUESTIONS, Finding, Subject, question
+from moetrace.report.captured import captured
+from moetrace.report.explorer import explorer, pack, unpack
+from moetrace.report.methods import Method, linked
+from moetrace.report.page import MAX_BYTES, Report, ask_all, render_page, write_report
+from moetrace.report.summary import summary
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> $\\frac{1}{2$ {{7*7}} \x1b[31m"
+
+
+class Page(HTMLParser):
+    """Elements and attributes of a page, and its text outside scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.scripts: list[str] = []
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
+            self.text += data
+
+    @property
+    def ids(self) -> list[str]:
+        return [i for _, a in self.elements if (i := a.get("id"))]
+
+    @property
+    def data(self) -> bytes:
+        return base64.b64decode(self.scripts[0])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A report of a small trace with loss, and what went into it."""
+    folder = tmp_path_factory.mktemp("report")
+    path = traces.domain_trace(folder / "t.moet", ("code", "math", HOSTILE), lose=(30, 31))
+    with moetrace.open(path) as trace:
+        subject = Subject([trace], names=["t"])
+        findings = ask_all(subject)
+        report = write_report(subject, findings, folder / "out")
+        counts = subject.analysis.counts
+    text = report.page.read_text(encoding="utf-8")
+    return SimpleNamespace(folder=folder / "out", report=report, text=text, page=Page(text), counts=counts)
+
+
+def test_nothing_is_loaded_from_anywhere(small: SimpleNamespace) -> None:
+    for tag, attributes in small.page.elements:
+        for name in ("src", "href", "xlink:href", "action", "data", "poster", "srcset"):
+            value = attributes.get(name)
+            if value is not None:
+                assert re.match(r"#|data:image/|tables/|figures/", value), (tag, name, value)
+        assert tag not in ("link", "iframe", "object", "embed", "base", "img")
+    for target in re.findall(r"url\(([^)]*)\)", small.text):
+        assert target.strip("'\"").startswith("#"), target
+    assert "http://" not in small.text
+    assert "https://" not in small.text
+    assert "@import" not in small.text
+
+
+def test_only_the_pages_own_script_may_run(small: SimpleNamespace) -> None:
+    policy = next(a["content"] or "" for t, a in small.page.elements if "http-equiv" in a)
+    assert "default-src 'none'" in policy
+    digest = base64.b64encode(hashlib.sha256(small.page.scripts[1].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert not any(name.startswith("on") for _, a in small.page.elements for name in a)
+
+
+def test_labels_are_text_wherever_they_stand(small: SimpleNamespace) -> None:
+    assert len(small.page.scripts) == 2
+    assert "alert(1)" in small.page.text
+    assert not any(a.get("onerror") or a.get("src") == "x" for _, a in small.page.elements)
+    assert all(HOSTILE[:8] not in path.name for path in small.report.files)
+    said = dataclasses.replace(small.report, findings=(Finding("x", "X", (f"Most by {HOSTILE}.",)),))
+    told = summary(said, width=80)
+    assert "alert(1)" in told
+    assert "\x1b" not in told
+
+
+def test_every_answer_has_its_section_and_every_table_its_file(small: SimpleNamespace) -> None:
+    assert len(set(small.page.ids)) == len(small.page.ids)
+    head, _ = unpack(small.page.data)
+    for finding in small.report.answered:
+        if finding.name != "overview":
+            assert f"q-{finding.name}" in small.page.ids
+            assert finding.sentences[0].split("\x1b")[0] in small.page.text
+        for name, table in finding.tables.items():
+            assert f"{finding.name}-{name}" in head["tables"]
+            assert head["tables"][f"{finding.name}-{name}"]["rows"] == len(table)
+            assert (small.folder / "tables" / f"{finding.name}-{name}.csv").is_file()
+    files = [
+        a["href"] for t, a in small.page.elements if t == "a" and (a["href"] or "").startswith("tables/")
+    ]
+    assert files
+    assert all((small.folder / name).is_file() for name in files)
+    anchors = [a["href"] for t, a in small.page.elements if t == "a" and (a["href"] or "").startswith("#")]
+    assert {a[1:] for a in anchors if a} <= set(small.page.ids)
+
+
+def test_figures_are_there_as_png_and_pdf(small: SimpleNamespace) -> None:
+    for finding in small.report.answered:
+        for name in question(finding.name)().figures(finding):
+            png, pdf = (small.folder / "figures" / f"{finding.name}-{name}.{e}" for e in ("png", "pdf"))
+            assert png.read_bytes()[:4] == b"\x89PNG"
+            assert pdf.read_bytes()[:4] == b"%PDF"
+
+
+def test_what_is_missing_is_listed_with_reason_and_fix(small: SimpleNamespace) -> None:
+    assert "gate-distances" in [f.name for f in small.report.findings if f.missing]
+    assert "missing" in small.page.ids
+    assert "fix: capture it again with --capture experts,weights,gate_input" in small.page.text
+    assert "fix: capture it again with --capture experts,weights,gate_input" in summary(
+        small.report, width=120
+    )
+
+
+def test_loss_comes_first_and_loud(small: SimpleNamespace) -> None:
+    about = small.report.captured
+    assert about.completeness[0].weight == "bad"
+    assert "2 of 216 tokens and with them 6 of 648 (token, layer) entries" in about.completeness[0].text
+    classes = [a.get("class") or "" for _, a in small.page.elements]
+    assert "remark bad" in classes
+    assert classes.index("remark bad") < next(i for i, c in enumerate(classes) if c == "conclusions")
+    assert summary(small.report, width=120).split("\n")[2].startswith("  ✕ Incomplete")
+    gaps = about.gaps.set_index("layer")
+    assert gaps.loc[2, "not_computed"] == 60
+    assert gaps["lost"].tolist() == [2, 2, 2]
+
+
+def test_the_page_holds_the_counts_and_the_findings_numbers(small: SimpleNamespace) -> None:
+    head, arrays = unpack(small.page.data)
+    counts = small.counts
+    assert head["domains"] == sorted({str(x) for x in counts.labels})
+    assert np.array_equal(arrays["count"][0], counts.included.sum(axis=0))
+    math = np.asarray(counts.labels) == "math"
+    d = head["domains"].index("math")
+    assert np.array_equal(arrays["count"][d + 1], counts.included[math].sum(axis=0))
+    assert np.array_equal(arrays["tokens"][d + 1], counts.tokens[math].sum(axis=0))
+    tables = {f.name: f.tables for f in small.report.findings}
+    lift = tables["specialists"]["domain_lift"].set_index(["domain", "layer", "expert"])
+    for layer, expert in ((0, 0), (1, 5), (2, 7)):
+        row = lift.loc[("math", layer, expert)]
+        for name, column in (("low", "low"), ("high", "high"), ("p", "p_family")):
+            np.testing.assert_allclose(arrays[name][d, layer, expert], row[column], rtol=1e-3)
+    test = tables["domain-separation"]["domain_test"]
+    np.testing.assert_allclose(arrays["separation"][0], test["jsd_bits"], rtol=1e-6)
+    np.testing.assert_allclose(arrays["separation"][5], test["q_value"], rtol=1e-6)
+    time = tables["persistence"]["persistence"]
+    first = time[time["lag"] == 1]
+    np.testing.assert_allclose(arrays["persistence"][0][:, 0], first["overlap"], rtol=1e-6)
+    np.testing.assert_allclose(arrays["persistence"][6][:, 0], first["top1_shuffle"], rtol=1e-6)
+    assert np.array_equal(arrays["steps"].sum(axis=2), arrays["steps_from"])
+    assert np.array_equal(arrays["steps"], counts.transitions)
+
+
+def test_packed_arrays_come_back_as_they_were() -> None:
+    given = {
+        "a": np.arange(6, dtype="<u4").reshape(2, 3) * 70000,
+        "b": np.array([[1.5, np.nan]], dtype="<f2"),
+        "c": np.array([], dtype="<f4"),
+    }
+    head, arrays = unpack(pack({"domains": ["</script>"]}, given))
+    assert head == {"domains": ["</script>"]}
+    for name, array in given.items():
+        assert arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(arrays[name], array)
+
+
+def test_a_domain_without_tokens_in_a_layer_stays_missing(tmp_path: Path) -> None:
+    path = traces.domain_trace(tmp_path / "t.moet", n_predict=4)
+    with moetrace.open(path) as trace:
+        subject = Subject([trace], phase="prefill")
+        _, arrays = explorer(subject, [])
+        findings = [question("expert-frequency")().ask(subject)]
+    # the last layer of a prompt is computed for one token; nowhere is a number made up
+    assert arrays["tokens"][:, -1].tolist() == [8, 4, 4]
+    assert findings[0].missing is None
+
+
+def test_one_prompt_per_domain_cannot_be_tested(tmp_path: Path) -> None:
+    path = traces.domain_trace(tmp_path / "t.moet", prompts=1, n_predict=30)
+    with moetrace.open(path) as trace:
+        subject = Subject([trace])
+        findings = ask_all(subject)
+        about = captured(subject)
+        page = Page(render_page(subject, findings, about))
+    (tmp_path / "report.html").touch()
+    report = Report(tmp_path / "report.html", (), about, findings)
+    assert "cannot be tested: domain and prompt are the same thing" in about.limits[0]
+    conclusions, _, limits = page.text.partition("What cannot")
+    assert "cannot be tested" not in conclusions
+    assert limits.count("cannot be tested") >= 3
+    before, _, after = summary(report).partition("What cannot")
+    assert "cannot be tested" not in before
+    assert "cannot be tested" in after
+
+
+def dense_counts(n_prompts: int = 40, n_layers: int = 92, n_expert: int = 160, k: int = 8) -> RoutingCounts:
+    """Counts as of a long recording: a million tokens, every transition seen."""
+    rng = np.random.default_rng(0)
+    tokens = np.full((n_prompts, n_layers), 25_000)
+    taste = rng.dirichlet(np.full(n_expert, 2.0), size=(5, n_layers))
+    included = rng.poisson(taste[np.arange(n_prompts) % 5] * 25_000 * k)
+    top1 = rng.poisson(taste[np.arange(n_prompts) % 5] * 25_000)
+    steps = rng.poisson(1_000_000 * taste[0][:, :, None] * taste[1][:, None, :])
+    lags = np.full((n_prompts, n_layers, 32), 24_900)
+    return RoutingCounts(
+        prompts=np.array([f"p{i:02}" for i in range(n_prompts)]),
+        labels=np.array([f"domain{i % 5}" for i in range(n_prompts)]),
+        layers=np.arange(n_layers),
+        n_expert_used=np.full(n_layers, k),
+        tokens=tokens,
+        included=included,
+        top1=top1,
+        transitions=steps,
+        lag_pairs=lags,
+        lag_shared=rng.poisson(lags * 0.6),
+        lag_top1=rng.poisson(lags * 0.02),
+    )
+
+
+def test_the_page_stays_below_5_mb_at_92_layers_of_160_experts(tmp_path: Path) -> None:
+    counts = dense_counts()
+    shape = (92, 5, 160)
+    rng = np.random.default_rng(1)
+    index = pd.MultiIndex.from_product(
+        [range(92), [f"domain{i}" for i in range(5)], range(160)], names=["layer", "domain", "expert"]
+    )
+    lift = pd.DataFrame(
+        {
+            name: rng.lognormal(size=int(np.prod(shape)))
+            for name in ("share", "lift", "low", "high", "p_family")
+        },
+        index=index,
+    ).reset_index()
+    time = moetrace.analysis.persistence(counts)
+    names = ("jsd_bits", "jsd_null_q95", "jsd_jackknife", "jsd_low", "jsd_high", "q_value")
+    separation = pd.DataFrame({"layer": range(92)} | {name: rng.random(92) for name in names})
+    steps = pd.DataFrame({n: rng.integers(0, 160, 200_000) for n in ("layer", "from", "to", "count")})
+    kinds = lift[lift["domain"] == "domain0"].assign(kind="specialist").reset_index(drop=True)
+    entropy = moetrace.analysis.domain_entropy(counts.included, counts.labels)
+    findings = [
+        Finding("domain-separation", "Separation", ("s",), (), {"domain_test": separation}),
+        Finding("specialists", "Specialists", ("s",), (), {"domain_lift": lift, "specialists": kinds}),
+        Finding("domain-entropy", "Entropy", ("s",), (), {"domain_entropy": entropy}),
+        Finding("persistence", "Persistence", ("s",), (), {"persistence": time}),
+        *(Finding(f"other{i}", "Other", ("s",), (), {"rows": steps, "more": lift}) for i in range(25)),
+    ]
+    with moetrace.open(traces.small_trace(tmp_path / "t.moet")) as trace:
+        subject = Subject([trace])
+        about = captured(subject)
+        stand_in = SimpleNamespace(
+            analysis=SimpleNamespace(counts=counts, n_expert=np.full(92, 160)),
+            phase_note="decode", seed=0, traces=(), table=None,
+        )  # fmt: skip
+        text = render_page(stand_in, findings, about)  # type: ignore[arg-type]
+    assert len(text.encode()) <= MAX_BYTES
+    head, arrays = unpack(Page(text).data)
+    assert arrays["count"].shape == (6, 92, 160)
+    assert arrays["steps"].shape[1] < 160
+    kept = arrays["steps_expert"][3].astype(int)
+    assert np.array_equal(arrays["steps"][3], counts.transitions[3][np.ix_(kept, kept)])
+    assert head["tables"]["other0-rows"]["rows"] == 200_000
+
+
+def test_findings_made_elsewhere_get_their_section(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moetrace.report.page.QUESTIONS", {"overview": "", "load-balance": ""})
+    path = traces.domain_trace(tmp_path / "t.moet")
+    made = Finding(
+        "expert-merging", "Merging", ("Two experts are alike.",), (), {"pairs": pd.DataFrame({"a": [1]})}
+    )
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "expert-merging.json").write_text(made.to_json(), encoding="utf-8")
+    arguments = ["report", str(path), "-o", str(tmp_path / "out"), "--findings", str(tmp_path / "given")]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "Two experts are alike." in out
+    assert f"Wrote {tmp_path / 'out' / 'report.html'}" in out
+    page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    assert "q-expert-merging" in page.ids
+    assert "Two experts are alike." in page.text
+    assert (tmp_path / "out" / "tables" / "expert-merging-pairs.csv").is_file()
+
+
+def test_report_refuses_what_holds_no_findings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = traces.small_trace(tmp_path / "t.moet")
+    assert main(["report", str(path), "--findings", str(tmp_path)]) == 1
+    assert "holds no findings" in capsys.readouterr().err
+
+
+def test_words_lead_to_their_method() -> None:
+    text = linked("By the jackknife over prompts & <b>lift</b>; jackknife")
+    assert text.count("<a ") == 3
+    assert '<a class="method" href="#m-jackknife">jackknife</a>' in text
+    assert "&lt;b&gt;" in text
+    assert len({method.anchor for method in Method.every}) == len(Method.every)
+
+
+def test_every_question_says_how_its_number_is_made() -> None:
+    for name in QUESTIONS:
+        assert len((question(name).__doc__ or "").split("\n\n", 1)[-1].split()) > 15, name
