@@ -668,12 +668,14 @@ def sequence_patterns(
     stands late.
 
     Returns the table (columns as ``TokenPatterns.trigrams`` up to ``p_family``, ``pattern`` the kind; ``p_family`` over
-    all places, or over all repetition), and how many tests were made.
+    beginnings, over ends, or over repetition), and how many tests were made.
     """
     place = np.arange(len(text)) - np.repeat(text.starts[:-1], np.diff(text.starts))
     left = np.repeat(np.diff(text.starts), np.diff(text.starts)) - 1 - place
     families: tuple[tuple[dict[str, npt.NDArray[np.bool_]], Rearrange], ...] = (
-        ({"first": place == 0, "start": place < reach, "last": left == 0, "end": left < reach}, rotation),
+        # Apart: where a text is turned round its end meets its beginning, so the two would go together.
+        ({"first": place == 0, "start": place < reach}, rotation),
+        ({"last": left == 0, "end": left < reach}, rotation),
         ({f"repeat {n}": repeated(text, n) for n in (1, 2, 3)}, exchange),
     )
     tables, tested = [], 0

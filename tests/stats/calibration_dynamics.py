@@ -54,7 +54,8 @@ TESTS = {
     "patterns: trigrams, family": "the same over trigrams",
     "patterns: types beyond words, family": "types handed out anew among words, where routing follows from the word",
     "patterns: vocabulary": "vocabulary specialisation, prompts exchanged",
-    "patterns: places, family": "smallest max-T p-value over places, prompts turned round",
+    "patterns: beginnings, family": "smallest max-T p-value over first tokens, prompts turned round",
+    "patterns: ends, family": "the same over last tokens",
     "patterns: repetition, family": "smallest max-T p-value over repetition, prompts exchanged",
     "phases: common": "largest divergence over steps, all prompts together, some read backwards",
     "prefill against decode": "usage of the two exchanged within prompts",
@@ -134,10 +135,11 @@ def null_patterns(world: World, seed: int, n_permutations: int) -> PValues:
 def null_places(world: World, seed: int, n_permutations: int) -> PValues:
     """Routing that knows nothing of places and repetition."""
     table, _ = m.sequence_patterns(text_of(world.trace(seed)), n_permutations=n_permutations, seed=seed)
-    again = table["pattern"].str.startswith("repeat")
+    kind = table["pattern"]
     return {
-        "patterns: places, family": [table.loc[~again, "p_family"].min()],
-        "patterns: repetition, family": [table.loc[again, "p_family"].min()],
+        "patterns: beginnings, family": [table.loc[kind.isin(["first", "start"]), "p_family"].min()],
+        "patterns: ends, family": [table.loc[kind.isin(["last", "end"]), "p_family"].min()],
+        "patterns: repetition, family": [table.loc[kind.str.startswith("repeat"), "p_family"].min()],
     }
 
 
