@@ -30,7 +30,7 @@ from moetrace.trace.ring import Ring
 from moetrace.trace.rows import Layout, events_from_records, rows_from_records
 from moetrace.trace.verify import verify
 
-pytestmark = pytest.mark.stress
+pytestmark = [pytest.mark.stress, pytest.mark.timeout(3600)]
 
 TARGETS = ("batch", "graph", "layout", "ring", "text")
 CORPUS = ROOT / "tests" / "cpp" / "fuzz" / "corpus"
@@ -56,7 +56,6 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tests" / "cpp"
 
 
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("target", TARGETS)
 def test_cpp(
     target: str, size: Size, figures: Figures, tmp_path: Path, request: pytest.FixtureRequest
@@ -122,80 +121,88 @@ def only_our_errors() -> Iterator[None]:
         yield
 
 
-@many
-@given(
-    edits=st.lists(st.tuples(st.integers(0, len(RING) - 1), st.binary(min_size=1, max_size=8)), max_size=6),
-    cut=st.integers(0, len(RING)) | st.none(),
-    honest=st.booleans(),
-)
-def test_rings(tmp_path_factory: pytest.TempPathFactory, edits: Any, cut: int | None, honest: bool) -> None:
-    data = bytearray(RING)
-    for at, piece in edits:
-        data[at : at + len(piece)] = piece[: len(data) - at]
-    if honest:  # under a checksum that fits
-        header = np.frombuffer(bytes(data[:640]), RING_HEADER)[0]
-        ends = int(header["fields_offset"]) + 72 * int(header["n_fields"]), int(header["meta_offset"])
-        if max(ends) < len(data):
-            reseal(data)
-    path = tmp_path_factory.getbasetemp() / "ring"
-    path.write_bytes(data[:cut])
-    with only_our_errors(), Ring(path) as ring:
-        _ = ring.counters, ring.status, ring.host_alive
-        layout = Layout.from_context(ring.meta, ring.fields)
-        for read in (ring.snapshot, ring.pending):
-            with only_our_errors():
-                got = read()
-                parts = [got[0]] if isinstance(got, tuple) else got
-                for records in parts:
-                    rows_from_records(records, layout)
-                    events_from_records(records)
-                del got, parts
+def test_rings(tmp_path: Path, figures: Figures) -> None:
+    path = tmp_path / "ring"
 
-
-@many
-@given(text=TEXTS, name=st.sampled_from(["x.csv", "x.log", "x.jsonl", "x.npy", "x.pkl", "counts.csv"]),
-       kind=st.sampled_from([None, "token-json", "expert-log", "gate-log", "olmoe", "counts"]))  # fmt: skip
-def test_importers(
-    tmp_path_factory: pytest.TempPathFactory, text: bytes, name: str, kind: str | None
-) -> None:
-    folder = tmp_path_factory.getbasetemp() / "import"
-    (folder / "domain" / "traces").mkdir(parents=True, exist_ok=True)
-    source = folder / name
-    if kind == "token-json":
-        source = folder
-        (folder / "domain" / "traces" / "token-00000.json").write_bytes(text)
-    else:
-        source.write_bytes(text)
-    with only_our_errors():
-        import_trace(source, folder / "out", format=kind)
-    with only_our_errors():
-        read_prompts(folder / name if (folder / name).exists() else source)
-    shutil.rmtree(folder)
-
-
-@many
-@given(text=TEXTS, header=st.binary(max_size=200))
-def test_files_of_a_trace(tmp_path_factory: pytest.TempPathFactory, text: bytes, header: bytes) -> None:
-    path = tmp_path_factory.getbasetemp() / "trace"
-    path.mkdir(exist_ok=True)
-    (path / "labels.jsonl").write_bytes(text)
-    (path / "meta.json").write_bytes(text)
-    column = path / "x.npy"
-    column.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + header)
-    with only_our_errors():
-        read_labels(path)
-    with only_our_errors():
-        read_header(column)
-    column.write_bytes(header)
-    with only_our_errors():
-        read_header(column)
-    for read in (moetrace.open, verify):
-        with only_our_errors():
-            read(path)
-
-
-def test_figures_of_python(figures: Figures) -> None:
-    """The three above have run when this does: they are in the same file, before it."""
-    figures(
-        "fuzz", **{"Hypothesis": f"{3 * EXAMPLES:,} examples of rings, importers and trace files; 0 crashes"}
+    @many
+    @given(
+        edits=st.lists(
+            st.tuples(st.integers(0, len(RING) - 1), st.binary(min_size=1, max_size=8)), max_size=6
+        ),
+        cut=st.integers(0, len(RING)) | st.none(),
+        honest=st.booleans(),
     )
+    def check(edits: Any, cut: int | None, honest: bool) -> None:
+        data = bytearray(RING)
+        for at, piece in edits:
+            data[at : at + len(piece)] = piece[: len(data) - at]
+        if honest:  # under a checksum that fits
+            header = np.frombuffer(bytes(data[:640]), RING_HEADER)[0]
+            ends = int(header["fields_offset"]) + 72 * int(header["n_fields"]), int(header["meta_offset"])
+            if max(ends) < len(data):
+                reseal(data)
+        path.write_bytes(data[:cut])
+        with only_our_errors(), Ring(path) as ring:
+            _ = ring.counters, ring.status, ring.host_alive
+            layout = Layout.from_context(ring.meta, ring.fields)
+            with only_our_errors():
+                records = ring.snapshot()[0]
+                rows_from_records(records, layout)
+                events_from_records(records)
+            with only_our_errors():
+                ring.pending()
+
+    check()
+    figures("fuzz", **{"Hypothesis, rings": f"{EXAMPLES:,} examples; 0 crashes"})
+
+
+def test_importers(tmp_path: Path, figures: Figures) -> None:
+    folder = tmp_path / "import"
+
+    @many
+    @given(
+        text=TEXTS,
+        name=st.sampled_from(["x.csv", "x.log", "x.jsonl", "x.npy", "x.pkl", "counts.csv"]),
+        kind=st.sampled_from([None, "token-json", "expert-log", "gate-log", "olmoe", "counts"]),
+    )
+    def check(text: bytes, name: str, kind: str | None) -> None:
+        (folder / "domain" / "traces").mkdir(parents=True)
+        if kind == "token-json":
+            source = folder
+            (folder / "domain" / "traces" / "token-00000.json").write_bytes(text)
+        else:
+            source = folder / name
+            source.write_bytes(text)
+        with only_our_errors():
+            import_trace(source, folder / "out", format=kind)
+        with only_our_errors():
+            read_prompts(source)
+        shutil.rmtree(folder)
+
+    check()
+    figures("fuzz", **{"Hypothesis, importers and prompts": f"{EXAMPLES:,} examples; 0 crashes"})
+
+
+def test_files_of_a_trace(tmp_path: Path, figures: Figures) -> None:
+    column = tmp_path / "x.npy"
+
+    @many
+    @given(text=TEXTS, header=st.binary(max_size=200))
+    def check(text: bytes, header: bytes) -> None:
+        (tmp_path / "labels.jsonl").write_bytes(text)
+        (tmp_path / "meta.json").write_bytes(text)
+        column.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + header)
+        with only_our_errors():
+            read_labels(tmp_path)
+        with only_our_errors():
+            read_header(column)
+        column.write_bytes(header)
+        with only_our_errors():
+            read_header(column)
+        with only_our_errors():
+            moetrace.open(tmp_path)
+        with only_our_errors():
+            verify(tmp_path)
+
+    check()
+    figures("fuzz", **{"Hypothesis, files of a trace": f"{EXAMPLES:,} examples; 0 crashes"})
