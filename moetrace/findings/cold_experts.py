@@ -221,6 +221,8 @@ class ColdExperts(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """All experts' rates in order, with the bound."""
+        if "experts" not in finding.tables:
+            return {}
         table = finding.tables["experts"]
 
         def draw(ax: Axes) -> Axes:

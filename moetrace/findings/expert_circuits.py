@@ -110,6 +110,8 @@ class ExpertCircuits(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Mutual information by layer, and its null."""
+        if "layers" not in finding.tables:
+            return {}
         table = finding.tables["layers"]
 
         def draw(ax: Axes) -> Axes:

@@ -171,6 +171,8 @@ class GenerationDynamics(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """The divergence at each step, and persistence by layer."""
+        if "phase_curve" not in finding.tables or "handoffs" not in finding.tables:
+            return {}
         curve, changes = finding.tables["phase_curve"], finding.tables["handoffs"]
 
         def draw_phases(ax: Axes) -> Axes:
