@@ -6,7 +6,10 @@ STAMP  := $(VENV)/.moetrace
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo report-image releases test test-unit test-slow test-cpp sanitize lint notebooks clean bench-overhead bench-analysis gpu-check
+# which of tests/stress `make stress` runs: T=test_kill.py; all by default
+T ?=
+
+.PHONY: help setup demo report-image releases test test-unit test-slow test-cpp sanitize stress lint notebooks clean bench-overhead bench-analysis gpu-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -56,6 +59,10 @@ sanitize: $(STAMP)-package ## the C++ tests under AddressSanitizer, UBSan and Th
 	    $(BIN)/cmake --build build/$$s --parallel 2 && \
 	    $(BIN)/ctest --test-dir build/$$s --output-on-failure || exit 1; \
 	done
+
+stress: setup ## kill, damage, fuzz, race and starve it: up to an hour; writes docs/reliability.md
+	MOETRACE_STRESS=whole $(BIN)/python -m pytest tests/stress/$(T) --timeout 7200
+	$(BIN)/python tests/stress/report.py
 
 lint: $(STAMP)-package ## style and types
 	$(BIN)/ruff check .

@@ -202,6 +202,11 @@ void context_open(tracer_env & env, sched_trace & s, context_trace & c) {
         return;
     }
 
+    struct stat info;
+    if (stat(env.cfg.dir.c_str(), &info) == 0 && info.st_uid != geteuid() && (info.st_mode & S_IWOTH)) {
+        context_fail(c, env.cfg.dir + " belongs to another user, and anybody may write to it");
+        return;
+    }
     std::string folder;
     for (int i = 0; i < 10000; i++) {
         c.name = "ctx" + std::to_string(i);

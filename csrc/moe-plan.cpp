@@ -78,8 +78,12 @@ static bool is_selector(ggml_abi & abi, ggml_tensor * t) {
 // chosen by the sum of each one's two best scores.
 static void groups_find(ggml_abi & abi, moe_layer & layer) {
     ggml_tensor * masked = view_skip(abi, layer.choice.scores);
-    ggml_tensor * kept   = masked && abi.op(masked) == OP_SET_ROWS ? abi.src(masked, 0) : nullptr;
-    if (!kept || abi.op(kept) != OP_GET_ROWS) {
+    if (!masked || abi.op(masked) != OP_SET_ROWS) {
+        return;
+    }
+    layer.group_choice.scores = masked; // a mask that may be made in another way
+    ggml_tensor * kept = abi.src(masked, 0);
+    if (abi.op(kept) != OP_GET_ROWS) {
         return;
     }
     layer.group_choice.scores = abi.src(kept, 0);

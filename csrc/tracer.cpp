@@ -130,6 +130,9 @@ const char * context_role(const tracer_state & T, const context_trace & c) {
 // the callback: asked before a node is computed, called again after it
 bool callback_trampoline(ggml_tensor * t, bool ask, void * user_data) {
     sched_trace & s = *(sched_trace *) user_data;
+    if (!s.context) { // tracing has ended since the callback was installed
+        return s.user_callback ? s.user_callback(t, ask, s.user_data) : !ask;
+    }
     context_trace & c = *s.context;
     const int first = c.running ? c.running->sources.find(t) : -1;
     const attention_source * attention = c.running ? c.running->attention_at(t) : nullptr;

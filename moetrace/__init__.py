@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from moetrace.trace.trace import Trace
 
     capture: Callable[..., Any]
+    divergence: Callable[..., Any]
     evaluate: Callable[..., Any]
     serve: Callable[..., Any]
 
@@ -45,6 +46,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "capture",
+    "divergence",
     "evaluate",
     "open",
     "serve",
@@ -54,6 +56,7 @@ _LAZY = {
     "Trace": ("moetrace.trace.trace", "Trace"),
     "open": ("moetrace.trace.importers", "open_source"),
     "capture": ("moetrace.host.inprocess", "capture"),
+    "divergence": ("moetrace.host.evaluate", "divergence"),
     "evaluate": ("moetrace.host.evaluate", "evaluate"),
     "Evaluator": ("moetrace.host.evaluate", "Evaluator"),
     "Intervention": ("moetrace.trace.intervention", "Intervention"),

@@ -24,7 +24,11 @@ def execute(path: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
-            notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}}
+            notebook,
+            timeout=300,
+            kernel_name="python3",
+            coalesce_streams=True,  # or where a stream is cut depends on the moment
+            resources={"metadata": {"path": folder}},
         )
         client.execute()
     for i, cell in enumerate(notebook.cells):

@@ -21,7 +21,7 @@ from moetrace.errors import UsageError
 Floats = npt.NDArray[np.float64]
 
 # Contexts of neighbouring positions that are exchanged with each other.
-_STRATUM = 3
+_STRATUM = 2
 #: fewer contexts than this are not tested
 FEWEST = 8
 
@@ -31,9 +31,9 @@ class ContextTest:
     """One token, one layer.
 
     ``correlation`` is Pearson's over pairs of contexts as they are, ``partial`` with what position explains taken out
-    of both, with ``low`` and ``high`` (jackknife over contexts); ``null_mean`` is the partial one where contexts of
-    similar positions are exchanged, ``p_value`` one-sided: attention and routing are more alike together than position
-    makes them. ``attention`` and ``routing`` are mean similarities. NaN where nothing varies.
+    of both, with ``low`` and ``high`` (jackknife over contexts); ``p_value`` is one-sided: attention and routing are
+    more alike together than position makes them. ``attention`` and ``routing`` are mean similarities. NaN where
+    nothing varies.
     """
 
     contexts: int
@@ -41,7 +41,6 @@ class ContextTest:
     partial: float
     low: float
     high: float
-    null_mean: float
     p_value: float
     attention: float
     routing: float
@@ -73,9 +72,9 @@ def context_attention_routing(
 ) -> ContextTest:
     """Mantel's test between two similarity matrices (n, n) of contexts, position (n,) taken out.
 
-    Twice: both similarities are replaced by what a regression on the pair's positions leaves of them (difference and
-    level, linear and square, and whether they are equal; Smouse, Long & Sokal 1986), and contexts are exchanged within
-    strata of three neighbouring positions only.
+    Twice: the correlation is the partial one, given the pair's positions (difference and level, linear and square, and
+    whether they are equal; Smouse, Long & Sokal 1986), and contexts are exchanged within strata of two neighbouring
+    positions only. It is reckoned anew for every exchange, so that the test is exact where contexts are exchangeable.
 
     Raises UsageError for fewer than :data:`FEWEST` contexts.
     """
@@ -84,44 +83,44 @@ def context_attention_routing(
         raise UsageError(f"{n} contexts are too few", fix=f"give {FEWEST} or more")
     rng, place = np.random.default_rng((seed, 6)), np.asarray(position, dtype=np.float64)
     i, j = np.triu_indices(n, 1)
-    plain = _correlation(attention[i, j], routing[i, j])
-    x, y = _without_position(attention, place), _without_position(routing, place)
-    mean = float(attention[i, j].mean()), float(routing[i, j].mean())
-    if np.isnan(plain) or np.isnan(_correlation(x[i, j], y[i, j])):
-        return ContextTest(n, plain, nan, nan, nan, nan, nan, *mean)
+    x, y = attention[i, j], routing[i, j]
+    plain, mean = _correlation(x, y), (float(x.mean()), float(y.mean()))
+    basis = _position_basis(place, i, j)
+    rest = x - basis @ (basis.T @ x), y - basis @ (basis.T @ y)
+    if np.isnan(_correlation(*rest)):
+        return ContextTest(n, plain, nan, nan, nan, nan, *mean)
     strata = np.array_split(np.lexsort((rng.random(n), place)), max(1, n // _STRATUM))
     reached = np.empty(n_permutations + 1)
-    scale = np.linalg.norm(x[i, j]) * np.linalg.norm(y[i, j])  # residuals have mean 0
+    size = np.linalg.norm(rest[0])
     for b in range(n_permutations + 1):
         dealt = np.arange(n)
         if b:
             for stratum in strata:
                 dealt[stratum] = rng.permutation(stratum)
-        reached[b] = x[i, j] @ y[dealt[i], dealt[j]] / scale
-    interval = nulls.jackknife(reached[0], np.array([_without(x, y, c) for c in range(n)]))
+        other = routing[dealt[i], dealt[j]]
+        left = other @ other - ((basis.T @ other) ** 2).sum()
+        reached[b] = rest[0] @ other / (size * np.sqrt(max(left, 1e-18)))
+    without = [_correlation(*(r[(i != c) & (j != c)] for r in rest)) for c in range(n)]
+    interval = nulls.jackknife(reached[0], np.array(without))
     return ContextTest(
         n,
         plain,
         float(reached[0]),
         float(np.clip(interval.low, -1, 1)),
         float(np.clip(interval.high, -1, 1)),
-        float(reached[1:].mean()) if n_permutations else nan,
         float(nulls.permutation_p(reached)) if n_permutations else nan,
         *mean,
     )
 
 
-def _without_position(similarity: Floats, position: Floats) -> Floats:
-    """What a regression on the positions of each pair leaves of a similarity; (n, n), symmetric, 0 on the diagonal."""
-    i, j = np.triu_indices(len(similarity), 1)
+def _position_basis(position: Floats, i: npt.NDArray[np.intp], j: npt.NDArray[np.intp]) -> Floats:
+    """What may depend on the positions of the pairs (i, j): an orthonormal basis (pairs, at most 8), 1 included."""
     log = np.log1p(np.maximum(position, 0))
     apart, far = np.abs(log[i] - log[j]), np.abs(position[i] - position[j]) / max(1.0, float(position.max()))
     level = log[i] + log[j]
     design = np.stack((np.ones(i.size), apart, apart**2, far, far**2, far == 0, level, level**2), axis=1)
-    values = similarity[i, j]
-    out = np.zeros_like(similarity)
-    out[i, j] = out[j, i] = values - design @ np.linalg.lstsq(design, values, rcond=None)[0]
-    return out
+    left, size, _ = np.linalg.svd(design, full_matrices=False)
+    return np.asarray(left[:, size > 1e-9 * size[0]])
 
 
 def _correlation(x: Floats, y: Floats) -> float:
@@ -129,10 +128,3 @@ def _correlation(x: Floats, y: Floats) -> float:
     if x.std() < 1e-9 or y.std() < 1e-9:
         return float("nan")
     return float(np.corrcoef(x, y)[0, 1])
-
-
-def _without(x: Floats, y: Floats, c: int) -> float:
-    """The correlation without context c."""
-    rest = np.delete(np.arange(len(x)), c)
-    i, j = np.triu_indices(rest.size, 1)
-    return _correlation(x[rest[i], rest[j]], y[rest[i], rest[j]])

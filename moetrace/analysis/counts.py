@@ -420,13 +420,13 @@ def count_tokens(
     ids, code = np.unique(token_[order.rows], return_inverse=True)
     row_prompt = np.repeat(prompt_of, np.diff(order.request_starts))
 
-    known = np.ones((order.rows.size, n_layers), dtype=bool)
-    if state is not None:
-        known = np.asarray(state)[order.rows] == PRESENT
-    columns, layer_class = np.unique(known, axis=1, return_inverse=True)
+    layer_class = _layer_classes(state, order.rows, n_layers)
     occurrences = []
-    for c in range(columns.shape[1]):
-        ones = columns[:, c].astype(np.int64)
+    for c in range(int(layer_class.max()) + 1):
+        layer = int(np.argmax(layer_class == c))
+        ones = np.ones(order.rows.size, dtype=np.int64)
+        if state is not None:
+            ones = (np.asarray(state[order.rows, layer]) == PRESENT).astype(np.int64)
         cells = sparse.coo_array((ones, (row_prompt, code)), shape=(who.size, ids.size))
         occurrences.append(sparse.csr_array(cells.tocsr()))
 
@@ -449,7 +449,7 @@ def count_tokens(
             else np.asarray(n_expert_used, dtype=np.int64)
         ),
         tokens=ids.astype(np.int64),
-        layer_class=layer_class.reshape(-1).astype(np.int64),
+        layer_class=layer_class,
         occurrences=tuple(occurrences),
         token_included=histogram(code.astype(np.int64), ids.size),
         prompt_included=histogram(row_prompt.astype(np.int64), who.size),
@@ -469,6 +469,23 @@ def frequent_tokens(token: npt.ArrayLike, request: npt.ArrayLike, at_most: int) 
 
 
 # --- kernels
+
+
+def _layer_classes(
+    state: npt.NDArray[np.uint8] | None, rows: Ints, n_layers: int, chunk: int = 1 << 16
+) -> Ints:
+    """Layers (L,) that are known at the same rows share a number, from 0 in order of first appearance."""
+    label = np.zeros(n_layers, dtype=np.int64)
+    if state is None:
+        return label
+    for start in range(0, rows.size, chunk):
+        known = np.asarray(state[rows[start : start + chunk]]) == PRESENT
+        column = np.ascontiguousarray(np.packbits(known, axis=0).T)
+        number: dict[tuple[int, bytes], int] = {}
+        for layer in range(n_layers):
+            key = (int(label[layer]), column[layer].tobytes())
+            label[layer] = number.setdefault(key, len(number))
+    return label
 
 
 def _shares(order: ReadingOrder, prompt_of: Ints, n: int) -> Iterator[tuple[ReadingOrder, Ints]]:

@@ -273,7 +273,7 @@ class Predictions:
         """:func:`moetrace.analysis.published_prediction.as_published_task_prediction` of these tokens.
 
         From the mean of the early layer's gate inputs (the original: of the layer's input, before attention), to
-        the second half of the layers. Prompts in order of their names. Raises ChannelMissingError without gate inputs.
+        the second half of the layers. Raises ChannelMissingError without gate inputs.
         """
         early = self._early(early_layer)
         targets = list(range(self.rows.layers.size // 2, self.rows.layers.size))

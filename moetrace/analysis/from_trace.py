@@ -655,24 +655,7 @@ class Analysis:
 
         Numbers and weights are as the trace has them; a cell that was not computed or is lost has no expert.
         """
-        n_expert = int(max(self.n_expert))
-        parts: list[tuple[RoutedRows, npt.NDArray[np.int64]]] = []
-        sizes: list[int] = []
-        prompts: list[str] = []
-        labels: list[str] = []
-        seen: set[str] = set()
-        for trace, name in zip(self._traces, self._names, strict=True):
-            order = reading_order(trace.request, trace.positions, self._keep(trace), self._shifted(trace))
-            names, domains = self._prompts(trace, name), self._labels(trace)
-            pieces = []
-            for i, number in enumerate(order.requests.tolist()):
-                if names[number] not in seen:
-                    seen.add(names[number])
-                    prompts.append(names[number])
-                    labels.append(domains[number])
-                    pieces.append(order.rows[order.request_starts[i] : order.request_starts[i + 1]])
-            sizes += [piece.size for piece in pieces]
-            parts.append((trace, np.concatenate([*pieces, np.empty(0, dtype=np.int64)])))
+        parts, sizes, prompts, labels = self._texts
         columns = [_channel(trace, "weights") for trace, _ in parts]
         weights = [
             None if column is None else np.asarray(column[rows])
@@ -682,7 +665,7 @@ class Analysis:
         return RoutedText(
             np.concatenate([_present(trace, rows) for trace, rows in parts]),
             np.concatenate(([0], np.cumsum(sizes))).astype(np.int64),
-            n_expert,
+            int(max(self.n_expert)),
             weights=np.concatenate(known) if self._top1 == "weight" and len(known) == len(parts) else None,
             tokens=np.concatenate([trace.token_ids[rows] for trace, rows in parts]),
             positions=np.concatenate([trace.positions[rows] for trace, rows in parts]),
@@ -722,40 +705,49 @@ class Analysis:
         return out
 
     @cached_property
-    def token_rows(self) -> TokenRows:
-        """The chosen rows in reading order, requests of one prompt together; a copy. Cells that are not there have
-        no expert.
-        """
-        n_expert, parts, names, labels, before = int(max(self.n_expert)), [], [], [], 0
-        for source, (trace, name) in enumerate(zip(self._traces, self._names, strict=True)):
+    def _texts(
+        self,
+    ) -> tuple[list[tuple[RoutedRows, npt.NDArray[np.int64]]], list[int], list[str], list[str]]:
+        """Each trace's rows of whole texts, the first request of each prompt; their lengths, prompts and labels."""
+        parts: list[tuple[RoutedRows, npt.NDArray[np.int64]]] = []
+        sizes: list[int] = []
+        prompts: list[str] = []
+        labels: list[str] = []
+        seen: set[str] = set()
+        for trace, name in zip(self._traces, self._names, strict=True):
             order = reading_order(trace.request, trace.positions, self._keep(trace), self._shifted(trace))
-            rows = order.rows
-            number = np.asarray(trace.request)[rows]
-            names.append(np.array(self._prompts(trace, name), dtype=np.str_)[number])
-            labels.append(np.array(self._labels(trace), dtype=np.str_)[number])
-            run = before + np.searchsorted(order.run_starts, np.arange(rows.size), side="right")
-            before += order.run_starts.size
-            experts = _present(trace, rows)
-            columns = (trace.token_ids[rows], trace.positions[rows], np.full(rows.size, source), rows)
-            parts.append((experts, run, *(np.asarray(c).astype(np.int64) for c in columns)))
-        every = np.concatenate(names)
-        prompts, first, prompt = np.unique(every, return_index=True, return_inverse=True)
-        chosen = np.argsort(prompt, kind="stable")
-        experts, run, token, position, source_of, row = (
-            np.concatenate(part)[chosen] for part in zip(*parts, strict=True)
-        )
+            names, domains = self._prompts(trace, name), self._labels(trace)
+            pieces = []
+            for i, number in enumerate(order.requests.tolist()):
+                if names[number] not in seen:
+                    seen.add(names[number])
+                    prompts.append(names[number])
+                    labels.append(domains[number])
+                    pieces.append(order.rows[order.request_starts[i] : order.request_starts[i + 1]])
+            sizes += [piece.size for piece in pieces]
+            parts.append((trace, np.concatenate([*pieces, np.empty(0, dtype=np.int64)])))
+        return parts, sizes, prompts, labels
+
+    @cached_property
+    def token_rows(self) -> TokenRows:
+        """:attr:`text` token by token, with where each one is from."""
+        parts, text = self._texts[0], self.text
+        position = np.asarray(text.positions, dtype=np.int64)
+        follows = np.diff(position) == 1
+        follows |= (position[1:] < 0) & (position[:-1] < 0)  # positions were not recorded
+        follows &= np.diff(text.owner) == 0
         return TokenRows(
-            experts=experts,
-            n_expert=n_expert,
-            layers=self.layers.astype(np.int64),
-            prompts=prompts,
-            labels=np.concatenate(labels)[first],
-            prompt=prompt[chosen].astype(np.int64),
-            run=run,
-            token=token,
+            experts=text.experts,
+            n_expert=text.n_expert,
+            layers=text.numbers,
+            prompts=np.array(text.names, dtype=np.str_),
+            labels=np.array(text.labels, dtype=np.str_),
+            prompt=text.owner,
+            run=np.cumsum(np.append(0, ~follows)[: len(text)]),
+            token=np.asarray(text.tokens, dtype=np.int64),
             position=position,
-            source=source_of,
-            row=row,
+            source=np.repeat(np.arange(len(parts)), [rows.size for _, rows in parts]),
+            row=np.concatenate([rows for _, rows in parts]),
         )
 
     @cached_property

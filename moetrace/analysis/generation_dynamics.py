@@ -17,10 +17,8 @@ from moetrace.analysis import nulls
 from moetrace.analysis.counts import RoutingCounts
 from moetrace.analysis.information import entropy_bits, jsd_bits, shares
 from moetrace.analysis.nulls import Floats, Ints
-from moetrace.analysis.routed import RoutedText, rotation
+from moetrace.analysis.routed import RoutedText
 from moetrace.errors import UsageError
-
-_GAP = 2  # steps on either side of a change that are not looked at: tokens resemble their neighbours
 
 
 def handoffs(counts: RoutingCounts, level: float = 0.95) -> pd.DataFrame:
@@ -59,25 +57,21 @@ def handoffs(counts: RoutingCounts, level: float = 0.95) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Phases:
-    """Changes of routing at steps of the generation.
+    """Changes of routing at steps of the generation that prompts have in common.
 
     Attributes
     ----------
     common
-        One row per stretch of steps between changes that all prompts share: ``start``, ``end`` (steps from the
-        first row, end not included), ``prompts`` that reach it, ``change`` (a step, or NA), ``jsd_bits`` between
-        before and after (mean over layers), ``null_bits`` its 95 % quantile if there is no change, ``p_value``.
-        A stretch with ``p_value`` ≤ alpha is divided, and its parts follow.
+        One row per stretch of steps between changes: ``start``, ``end`` (steps from the first row, end not
+        included), ``prompts`` that reach it, ``change`` (a step, or NA), ``jsd_bits`` between before and after (mean
+        over layers), ``null_bits`` its 95 % quantile if there is no change, ``p_value``. A stretch with ``p_value`` ≤
+        alpha is divided, and its parts follow.
     curve
         One row per step of the first stretch: ``step``, ``jsd_bits`` if the change were there, ``null_q95``.
-    own
-        One row: does each prompt change at a step of its own? ``prompts``, ``statistic`` (mean over prompts of
-        the largest divergence), ``null``, ``p_value``.
     """
 
     common: pd.DataFrame
     curve: pd.DataFrame
-    own: pd.DataFrame
 
 
 def generation_phases(
@@ -89,24 +83,19 @@ def generation_phases(
     max_rows: int = 8000,
     seed: int = 0,
 ) -> Phases:
-    """Look for steps at which routing changes, against the same prompts turned round.
+    """Look for steps at which routing changes, against the same prompts with some of them read backwards.
 
     The divergence between the tokens before and after a step (Jensen-Shannon, weighted by their numbers, mean
-    over layers) is largest at a change. If there are no phases, the generation looks the same wherever it is
-    taken to begin, so each prompt's rows are turned round by a random number of steps: that keeps how experts
-    follow each other, how prompts differ, and how long they are. ``common`` adds up all prompts step by step;
-    ``own`` takes each prompt's largest divergence and needs no agreement on the step.
+    over layers, all prompts added up step by step) is largest at a change. Without phases a generation looks the
+    same read forwards and backwards, so each prompt's rows are reversed or not, at random: that keeps how experts
+    follow each other, how prompts differ, and how long they are. With n prompts p-values cannot fall below
+    2^(1 − n): 6 prompts at least.
 
     Parameters
     ----------
     min_steps
-        Shortest phase, at least 6: the two steps at either end of a phase are not looked at, because tokens resemble
-        their neighbours across a change, too.
-
-    Raises UsageError if ``min_steps`` is smaller.
+        Shortest phase.
     """
-    if min_steps <= 2 * _GAP + 1:
-        raise UsageError(f"phases of {min_steps} steps are too short", fix="give min_steps of 6 or more")
     used = text.some(max_rows, seed)
     rng = np.random.default_rng(seed)
     members = _stacked(used)
@@ -119,25 +108,21 @@ def generation_phases(
         start, end = waiting.pop(0)
         inside = np.flatnonzero((step >= start) & (step < end))
         sizes = np.bincount(used.owner[inside], minlength=used.n_requests)
-        starts = np.concatenate(([0], np.cumsum(sizes[sizes > 0]))).astype(np.int64)
-        width = end - start
-        # Where a prompt's end meets its beginning tokens do not follow each other, elsewhere they do. So both ends
-        # are left out, and in _divergence what is next to the change.
         mine = sizes[sizes > 0]
-        place = np.arange(inside.size) - np.repeat(starts[:-1], mine)
-        inner = np.flatnonzero((place >= _GAP) & (place < np.repeat(mine, mine) - _GAP))
-        here = step[inside][inner] - start
+        width = end - start
         if width < 2 * min_steps or not inside.size:
-            rows.append(_stretch(start, end, int((sizes > 0).sum())))
+            rows.append(_stretch(start, end, mine.size))
             continue
-        null = np.stack(
-            [
-                _divergence(
-                    members[:, inside if not draw else inside[rotation(starts, rng)]][:, inner], here, width
-                )
-                for draw in range(n_permutations + 1)
-            ]
-        )[:, min_steps - 1 : width - min_steps]
+        first = np.repeat(np.cumsum(mine) - mine, mine)
+        place = np.arange(inside.size) - first
+        back = first + np.repeat(mine, mine) - 1 - place
+        here = step[inside] - start
+        null = np.empty((n_permutations + 1, width - 1))
+        for draw in range(n_permutations + 1):
+            turned = np.repeat(rng.random(mine.size) < 0.5, mine) & (draw > 0)
+            order = inside[np.where(turned, back, np.arange(inside.size))]
+            null[draw] = _divergence(members[:, order], here, width)
+        null = null[:, min_steps - 1 : width - min_steps]
         largest = null.max(axis=1)
         p = float(nulls.permutation_p(largest))
         at = int(null[0].argmax()) + min_steps + start
@@ -150,7 +135,7 @@ def generation_phases(
                 }
             )
         rows.append(
-            _stretch(start, end, int((sizes > 0).sum()))
+            _stretch(start, end, mine.size)
             | {
                 "change": at,
                 "jsd_bits": largest[0],
@@ -162,7 +147,7 @@ def generation_phases(
             waiting += [(start, at), (at, end)]
     common = pd.DataFrame(rows)
     common["change"] = common["change"].astype("Int64")
-    return Phases(common, curve, _own_phases(used, members, min_steps, n_permutations, rng))
+    return Phases(common, curve)
 
 
 def _stretch(start: int, end: int, prompts: int) -> dict[str, object]:
@@ -176,19 +161,15 @@ def _stacked(text: RoutedText) -> npt.NDArray[np.float32]:
 
 
 def _divergence(members: npt.NDArray[np.float32], step: Ints, width: int) -> Floats:
-    """Divergence in bits between steps before and from each of 1..width − 1 on, without the _GAP steps on either side
-    of the change: (width − 1,), mean over layers.
-    """
+    """Divergence in bits between steps before and from each of 1..width − 1 on: (width − 1,), mean over layers."""
     n_layers, _, n_expert = members.shape
     by_step = np.zeros((n_layers, width, n_expert))
     order = np.argsort(step, kind="stable")
     begin = np.searchsorted(step[order], np.arange(width))
     there = np.flatnonzero(np.diff(np.append(begin, step.size)) > 0)
     by_step[:, there] = np.add.reduceat(members[:, order], begin[there], axis=1, dtype=np.float64)
-    running = np.concatenate((np.zeros((n_layers, 1, n_expert)), np.cumsum(by_step, axis=1)), axis=1)
-    at = np.arange(1, width)
-    before = running[:, np.maximum(at - _GAP, 0)]
-    after = running[:, -1:] - running[:, np.minimum(at + _GAP, width)]
+    before = np.cumsum(by_step, axis=1)[:, :-1]
+    after = by_step.sum(axis=1, keepdims=True) - before
     return np.asarray(_weighted_jsd(before, after).mean(axis=0))
 
 
@@ -202,73 +183,39 @@ def _weighted_jsd(a: Floats, b: Floats) -> Floats:
     return np.where((n_a > 0) & (n_b > 0), entropy_bits(shares(a + b)) - inner, 0.0)
 
 
-def _own_phases(
-    text: RoutedText,
-    members: npt.NDArray[np.float32],
-    min_steps: int,
-    n_permutations: int,
-    rng: np.random.Generator,
-) -> pd.DataFrame:
-    long = [i for i, n in enumerate(np.diff(text.starts)) if n >= 2 * min_steps]
-    total = np.zeros(n_permutations + 1)
-    for i in long:
-        mine = members[:, text.starts[i] : text.starts[i + 1]].astype(np.float64)
-        n = mine.shape[1]
-        # A turned prompt's sums before a step are differences of the prompt's own running sums.
-        running = np.concatenate((np.zeros_like(mine[:, :1]), np.cumsum(mine, axis=1)), axis=1)
-        total_ = running[:, -1:]
-        turns = np.concatenate(([0], rng.integers(0, n, n_permutations)))
-        largest = np.full(n, np.nan)
-        steps = np.arange(min_steps, n - min_steps + 1)
-
-        def up_to(place: Ints, running: Floats = running, total_: Floats = total_, n: int = n) -> Floats:
-            """Sums of the rows from 0 to places of the endless repetition of the prompt."""
-            return np.asarray(running[:, place % n] + (place // n)[None, :, None] * total_)
-
-        for turn in np.unique(turns):
-            before = up_to(turn + steps - _GAP) - up_to(np.array([turn + _GAP]))
-            after = up_to(np.array([turn + n - _GAP])) - up_to(turn + steps + _GAP)
-            largest[turn] = _weighted_jsd(before, after).mean(axis=0).max()
-        total += largest[turns]
-    if not long:
-        return pd.DataFrame({"prompts": [0], "statistic": [np.nan], "null": [np.nan], "p_value": [np.nan]})
-    total /= len(long)
-    return pd.DataFrame(
-        {
-            "prompts": [len(long)],
-            "statistic": [total[0]],
-            "null": [total[1:].mean()],
-            "p_value": [float(nulls.permutation_p(total))],
-        }
-    )
-
-
 def phase_comparison(
-    prefill: RoutingCounts,
-    decode: RoutingCounts,
-    *,
-    n_permutations: int = 999,
-    level: float = 0.95,
-    seed: int = 0,
+    prefill: RoutedText, decode: RoutedText, *, n_permutations: int = 999, seed: int = 0
 ) -> pd.DataFrame:
     """Compare prompt tokens with generated ones, prompt by prompt.
 
-    Each prompt that has both counts once with its usage of either kind. If it makes no difference, the two kinds
-    can be exchanged within a prompt: so they are, at random.
+    Of each prompt as many tokens of either kind count, those nearest to where generation begins: then, if it makes no
+    difference which is which, the two can be exchanged within a prompt, and so they are, at random.
 
-    Returns one row per layer: ``prompts``; ``jsd_bits`` between the mean usages of both, ``jsd_null_bits`` (mean
-    over exchanges); ``excess_bits``; ``hottest`` expert of each kind; ``p_value``, ``p_family`` over layers (max-T).
-    NaN where fewer than two prompts have both.
+    Returns one row per layer: ``prompts`` that have both, ``tokens`` of either kind; ``jsd_bits`` between the mean
+    usages of both, ``jsd_null_bits`` (mean over exchanges); ``excess_bits``; ``hottest`` expert of each kind;
+    ``p_value``, ``p_family`` over layers (max-T). NaN where fewer than two prompts have both.
     """
-    names = np.intersect1d(prefill.prompts, decode.prompts)
-    sides = []
-    for counts in (prefill, decode):
-        at = np.searchsorted(counts.prompts, names)
-        sides.append(counts.included[at].astype(np.float64))
-    both = (sides[0].sum(axis=2) > 0) & (sides[1].sum(axis=2) > 0)  # (P, L)
-    a, b = (np.nan_to_num(shares(side)) * both[:, :, None] for side in sides)
+    where = {name: i for i, name in enumerate(decode.names)}
+    both_have = [(i, where[name]) for i, name in enumerate(prefill.names) if name in where]
+    n_layers, n_expert = prefill.experts.shape[1], prefill.n_expert
+    a, b = np.zeros((2, len(both_have), n_layers, n_expert))
+    tokens = np.zeros((len(both_have), n_layers), dtype=np.int64)
+    for layer in range(n_layers):
+        known = [np.flatnonzero(text.known(layer)) for text in (prefill, decode)]
+        for p, (i, j) in enumerate(both_have):
+            mine, theirs = (
+                rows[slice(*np.searchsorted(rows, text.starts[which : which + 2]))]
+                for rows, text, which in zip(known, (prefill, decode), (i, j), strict=True)
+            )
+            n = min(mine.size, theirs.size)
+            tokens[p, layer] = n
+            if n:
+                a[p, layer] = prefill.member(layer, mine[mine.size - n :]).mean(axis=0)
+                b[p, layer] = decode.member(layer, theirs[:n]).mean(axis=0)
+    both = tokens > 0
+    a, b = (np.nan_to_num(shares(side)) for side in (a, b))
     rng = np.random.default_rng(seed)
-    swap = np.vstack((np.zeros((1, names.size)), rng.integers(0, 2, (n_permutations, names.size))))
+    swap = np.vstack((np.zeros((1, len(both_have))), rng.integers(0, 2, (n_permutations, len(both_have)))))
     with np.errstate(invalid="ignore", divide="ignore"):
         n = both.sum(axis=0)[:, None]
         moved = np.einsum("bp,ple->ble", swap, b - a)
@@ -277,8 +224,9 @@ def phase_comparison(
     mean = null[1:].mean(axis=0)
     return pd.DataFrame(
         {
-            "layer": prefill.layers,
+            "layer": prefill.numbers,
             "prompts": both.sum(axis=0),
+            "tokens": tokens.sum(axis=0),
             "jsd_bits": null[0],
             "jsd_null_bits": mean,
             "excess_bits": null[0] - mean,

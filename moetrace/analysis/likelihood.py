@@ -97,5 +97,10 @@ def likelihood_change(
         other=mean(b),
         change=mean(b - a),
         kl=None if kl is None else mean(kl),
-        same_top=None if same_top is None else mean(same_top),
+        same_top=None if same_top is None else _share(mean(same_top)),
     )
+
+
+def _share(found: Interval) -> Interval:
+    """A share's interval ends at 0 and 1."""
+    return Interval(found.estimate, found.error, np.clip(found.low, 0, 1), np.clip(found.high, 0, 1))

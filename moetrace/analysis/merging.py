@@ -28,7 +28,7 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 _KEYS = ["expert_a", "expert_b"]
-_OUTPUT_COLUMNS = ("cosine_mean_output", "output_distance", "low", "high")
+_OUTPUT_COLUMNS = ("cosine_mean_output", "output_distance", "output_distance_low", "output_distance_high")
 _ROUTING_COLUMNS = ("both", "coactivation", "logit_correlation")
 
 #: what experts can be grouped by
@@ -274,8 +274,8 @@ def output_similarity(
     pandas.DataFrame
         One row per pair: ``expert_a``, ``expert_b``; ``cosine_mean_output`` of the two mean outputs, by which
         HC-SMoE (arXiv 2410.08589) groups experts; ``output_distance``, Σ‖f_a(x) − f_b(x)‖² / Σ(‖f_a(x)‖² +
-        ‖f_b(x)‖²): 0 for equal functions, 1 for outputs at right angles; ``low`` and ``high`` of its jackknife
-        interval (NaN for fewer than two prompts).
+        ‖f_b(x)‖²): 0 for equal functions, 1 for outputs at right angles; ``output_distance_low`` and
+        ``output_distance_high`` of its jackknife interval (NaN for fewer than two prompts).
     """
     unit = np.unique(np.asarray(prompts), return_inverse=True)[1]
     n = len(outputs)
@@ -297,8 +297,8 @@ def output_similarity(
             "expert_b": b,
             "cosine_mean_output": [_cosine(mean[i], mean[j]) for i, j in zip(a, b, strict=True)],
             "output_distance": distance,
-            "low": np.maximum(found.low, 0),
-            "high": found.high,
+            "output_distance_low": np.maximum(found.low, 0),
+            "output_distance_high": found.high,
         }
     )
 
@@ -392,7 +392,7 @@ def merge_candidates(
     .05 where it was tested). ``by`` says which: outputs, weights or both.
     """
     nothing = pd.Series(np.nan, index=pairs.index)
-    near = pairs.get("high", nothing) < max_distance
+    near = pairs.get("output_distance_high", nothing) < max_distance
     alike = pairs.get("cosine_aligned", nothing) >= min_cosine
     tested = pairs.get("p_family", nothing)
     alike &= tested.isna() | (tested <= 0.05)

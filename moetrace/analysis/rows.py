@@ -1,4 +1,7 @@
-"""Tokens in reading order with what is needed to predict one from another."""
+"""Tokens in reading order with what is needed to predict one from another.
+
+:class:`~moetrace.analysis.routed.RoutedText` holds whole texts; these are single tokens, some of which may be missing.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ class TokenRows:
     layers
         (L,) llama.cpp's numbers.
     prompts, labels
-        (P,) names, sorted, and domains ("" where unlabelled).
+        (P,) names and domains ("" where unlabelled).
     prompt
         (n,) code of each token's prompt.
     run

@@ -11,7 +11,7 @@ What is tested, and against what:
   largest of all statistics of all layers is compared (max-T).
 - *types beyond words*: a type may owe its expert to a single frequent word. So types are also handed out anew
   among words that are about as frequent.
-- *places and repetition* against the same prompts turned round.
+- *places* against the same prompts turned round, *repetition* against an exchange of prompts.
 - *relations* (labels of prompts) by exchanging labels between prompts.
 """
 
@@ -662,34 +662,38 @@ def sequence_patterns(
 ) -> tuple[pd.DataFrame, int]:
     """Which experts prefer a place in the text, or repetition, whatever the token.
 
-    Kinds of token: ``first`` and ``last``; ``start`` and ``end`` (the ``reach`` first and last ones); ``repeat 1``,
-    ``repeat 2``, ``repeat 3``: its id, or the two or three ids up to it, stood earlier in the same text. The null turns
-    each prompt's routing round.
+    Kinds of token: ``first`` and ``last``; ``start`` and ``end`` (the ``reach`` first and last ones): each prompt's
+    routing is turned round for the null. ``repeat 1``, ``repeat 2``, ``repeat 3``: its id, or the two or three ids up
+    to it, stood earlier in the same text: prompts are exchanged for the null, place by place, since what is repeated
+    stands late.
 
-    Returns the table (columns as ``TokenPatterns.trigrams`` up to ``p_family``, ``pattern`` the kind), and how many
-    tests were made.
+    Returns the table (columns as ``TokenPatterns.trigrams`` up to ``p_family``, ``pattern`` the kind; ``p_family`` over
+    beginnings, over ends, or over repetition), and how many tests were made.
     """
     place = np.arange(len(text)) - np.repeat(text.starts[:-1], np.diff(text.starts))
     left = np.repeat(np.diff(text.starts), np.diff(text.starts)) - 1 - place
-    kinds = {
-        "first": place == 0,
-        "start": place < reach,
-        "last": left == 0,
-        "end": left < reach,
-        **{f"repeat {n}": repeated(text, n) for n in (1, 2, 3)},
-    }
-    member = sparse.csr_array(np.stack(list(kinds.values())).astype(np.float32))
-    found = associate(
-        text,
-        member,
-        rotation,
-        min_activity=min_activity,
-        min_support=min_support,
-        min_prompts=min(3, text.n_requests),
-        n_permutations=n_permutations,
-        seed=seed,
+    families: tuple[tuple[dict[str, npt.NDArray[np.bool_]], Rearrange], ...] = (
+        # Apart: where a text is turned round its end meets its beginning, so the two would go together.
+        ({"first": place == 0, "start": place < reach}, rotation),
+        ({"last": left == 0, "end": left < reach}, rotation),
+        ({f"repeat {n}": repeated(text, n) for n in (1, 2, 3)}, exchange),
     )
-    return found.table(alpha, max_listed, list(kinds), "pattern"), found.n_tested
+    tables, tested = [], 0
+    for kinds, rearrange in families:
+        found = associate(
+            text,
+            sparse.csr_array(np.stack(list(kinds.values())).astype(np.float32)),
+            rearrange,
+            min_activity=min_activity,
+            min_support=min_support,
+            min_prompts=min(3, text.n_requests),
+            n_permutations=n_permutations,
+            seed=seed,
+        )
+        tables.append(found.table(alpha, max_listed, list(kinds), "pattern"))
+        tested += found.n_tested
+    table = pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True)
+    return table.sort_values("z", ascending=False, kind="stable").reset_index(drop=True), tested
 
 
 def repeated(text: RoutedText, n: int) -> npt.NDArray[np.bool_]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from moetrace.commands.options import add_option, red
+from moetrace.commands.options import Collect, add_option, red
 from moetrace.errors import UsageError
 from moetrace.host.options import CHANNELS, COLLECTORS, ON_FULL, CaptureOptions, parse_size
 from moetrace.trace.trace import Trace, open_trace
@@ -44,9 +44,10 @@ def add_capture_options(parser: argparse.ArgumentParser) -> None:
 
 def add_intervene_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--intervene``, which may be given several times."""
-    parser.add_argument(
+    add_option(
+        parser,
         "--intervene",
-        action="append",
+        action=Collect,
         metavar="SPEC",
         help="change the routing: ablate:7:3,12, force:*:5, bias:7:3=+1.5 or replay:OTHER.moet, with @slot=N or "
         "@request=ID for the tokens of one; may be given several times",

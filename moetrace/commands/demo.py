@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from moetrace import data
 from moetrace.analysis.from_trace import Phase
@@ -104,6 +106,6 @@ def _ask(name: str, trace: Trace, phase: Phase) -> Finding:
     return question(name)().answer(Subject([trace], phase=phase))
 
 
-def _cells(row: dict[str, float]) -> str:
+def _cells(row: Mapping[Any, Any]) -> str:
     jsd = span(row["jsd_jackknife"], row["jsd_low"], row["jsd_high"])
     return f"{row['jsd_bits']:<7.3f}{row['jsd_null_mean']:<9.3f}{jsd:<24}{row['q_value']:<8.3f}"

@@ -43,6 +43,9 @@ class Info:
                     + (f" + {loss.waiting:,} waiting" if loss.waiting else "")
                 )
                 print(f"{'cached':<13} {loss.cached:,} positions served from the prompt cache")
+                if n := int(context.intervened.sum()):
+                    rules = context.interventions["rules"].dropna().unique()
+                    print(f"{'intervened':<13} {n:,} rows: {'; '.join(rules)}")
                 if status := context.facts.get("status"):
                     print(f"{'tracer':<13} {red(str(status))}")
         return 0

@@ -42,8 +42,18 @@ def add_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *names
     action = parser.add_argument(*names, **spec)
     value = os.environ.get(variable)
     if value is not None:
-        action.default = _from_environment(action, variable, value)
+        given = _from_environment(action, variable, value)
+        action.default = [given] if isinstance(action, Collect) else given
         action.required = False
+
+
+class Collect(argparse.Action):
+    """Values of an option that may be given several times; those given replace the default."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Add one."""
+        given = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*([] if given is self.default else given), values])
 
 
 def _from_environment(action: argparse.Action, variable: str, value: str) -> Any:

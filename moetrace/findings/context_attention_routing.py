@@ -61,7 +61,7 @@ class ContextAttentionRouting(Question):
             sentences.append(
                 f"Position taken out, the correlation is largest for {_name(row)} in layer {row['layer']:.0f}:"
                 f" {span(row['partial'], row['low'], row['high'], '.2f')} over pairs of {row['contexts']} contexts"
-                f" ({p_value(row['p_value'])}; exchanged contexts: {row['null_mean']:.2f})."
+                f" ({p_value(row['p_value'])})."
             )
         mean = table.groupby("layer")["partial"].mean()
         sentences.append(

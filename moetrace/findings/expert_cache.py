@@ -25,9 +25,9 @@ class ExpertCache(Question):
 
     Simulates keeping some experts in fast memory while tokens are computed one at a time: least recently used goes
     (lru), least often used goes (lfu), the hottest experts of other prompts stay (pinned), and the best that anyone
-    could do who knew the future (oracle; Belady). For slots of each layer and for slots that all layers share. Half of the
-    prompts, drawn at random, warm the caches up and choose what is pinned; hits count on the other half, with jackknife
-    intervals over prompts. With -m model.gguf also in bytes.
+    could do who knew the future (oracle; Belady). For slots of each layer and for slots that all layers share. Half of
+    the prompts, drawn at random, warm the caches up and choose what is pinned; hits count on the other half, with
+    jackknife intervals over prompts. With -m model.gguf also in bytes.
     """
 
     name: ClassVar[str] = "expert-cache"

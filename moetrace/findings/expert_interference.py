@@ -14,14 +14,17 @@ from moetrace.analysis import interference, nulls
 from moetrace.analysis.experts import chosen_outputs
 from moetrace.errors import ChannelMissingError, UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
-from moetrace.findings.held_out import TEXT_HELP, compared_with
+from moetrace.findings.held_out import CHOSEN_NOTE, TEXT_HELP, compared_with
 from moetrace.findings.subject import Subject
+from moetrace.findings.wording import of_layers, span
 from moetrace.host.llama import Llama
 from moetrace.trace.experts import LayerExperts
 from moetrace.trace.model import ModelFile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_TOO_FAR = 0.05  # quantised activations cost about 1 %
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class ExpertInterference(Question):
             subject.phase_note,
             "A model was trained with its own k. Where mixing weights are not normalised over the chosen experts, fewer"
             " experts also mean a smaller output.",
+            CHOSEN_NOTE,
             "Some tokens are predicted better with another k by chance alone.",
             *caveats,
         ]
@@ -177,6 +181,13 @@ class ExpertInterference(Question):
             found.insert(0, "layer", layer)
             pairs.append(found)
         table = pd.DataFrame(rows)
+        wrong = table[table["error_median"] > _TOO_FAR]
+        if len(wrong):
+            caveats.append(
+                f"The sums do not fit {of_layers(wrong['layer'], len(table))}: {model.architecture} computes something"
+                " else there than is assumed, or its activations are rounded hard. Do not rely on what is said of"
+                " contributions."
+            )
         table.insert(6, "q_value", nulls.benjamini_hochberg(table["p_value"]))
         return table, pd.concat(pairs, ignore_index=True), caveats
 
@@ -263,8 +274,8 @@ def _k_sentences(table: pd.DataFrame, default: int) -> list[str]:
     for row in table[table["k"] != default].to_dict("records"):
         kl = f", KL {row['kl']:.3f}" if np.isfinite(row["kl"]) else ""
         out.append(
-            f"k = {row['k']:.0f}: {row['change']:+.3f} nats per token ({row['change_low']:+.3f} to"
-            f" {row['change_high']:+.3f}){kl}; the same most likely token at {row['same_top']:.1%} of positions;"
+            f"k = {row['k']:.0f}: {span(row['change'], row['change_low'], row['change_high'], '+.3f')} nats per"
+            f" token{kl}; the same most likely token at {row['same_top']:.1%} of positions;"
             f" {row['better_texts']:.0%} of the texts are predicted better."
         )
     return out
@@ -276,10 +287,10 @@ def _layer_sentences(layers: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
     high, low = layers.iloc[int(layers["gain"].argmax())], layers.iloc[int(layers["gain"].argmin())]
     related = layers[layers["q_value"] <= 0.05]
     out = [
-        f"What a token's experts contribute adds up most in layer {high['layer']:.0f} (‖sum‖² is"
-        f" {high['gain']:.2f} times the sum of ‖·‖²; {high['low']:.2f} to {high['high']:.2f}) and least in layer"
-        f" {low['layer']:.0f} ({low['gain']:.2f}; {low['low']:.2f} to {low['high']:.2f}). In {len(related)} of"
-        f" {len(layers)} layers it differs from what unrelated experts would do (FDR 5 %).",
+        f"What a token's experts contribute adds up most in layer {high['layer']:.0f} (‖sum‖² over the"
+        f" sum of ‖·‖²: {span(high['gain'], high['low'], high['high'], '.2f')}) and least in layer"
+        f" {low['layer']:.0f}: {span(low['gain'], low['low'], low['high'], '.2f')}; 1 is at right angles. In"
+        f" {len(related)} of {len(layers)} layers it differs from what unrelated experts would do (FDR 5 %).",
     ]
     found = pairs[pairs["p_family"] <= 0.05] if len(pairs) else pairs
     if len(pairs):
@@ -304,6 +315,6 @@ def _layer_sentences(layers: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
 
 def _pair(row: Any) -> str:
     return (
-        f"experts {row['expert_a']:.0f} and {row['expert_b']:.0f} of layer {row['layer']:.0f} (cosine"
-        f" {row['cosine']:+.2f}, {row['low']:+.2f} to {row['high']:+.2f})"
+        f"experts {row['expert_a']:.0f} and {row['expert_b']:.0f} of layer {row['layer']:.0f}, cosine"
+        f" {span(row['cosine'], row['low'], row['high'], '+.2f')}"
     )

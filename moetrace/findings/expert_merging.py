@@ -17,9 +17,9 @@ from moetrace.analysis.experts import expert_outputs
 from moetrace.analysis.likelihood import likelihood_change
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
-from moetrace.findings.held_out import TEXT_HELP, compared_with
+from moetrace.findings.held_out import CHOSEN_NOTE, TEXT_HELP, compared_with
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import layer_list
+from moetrace.findings.wording import layer_list, span
 from moetrace.host.merged import write_merged
 from moetrace.trace.experts import LayerExperts
 from moetrace.trace.model import ModelFile
@@ -116,6 +116,7 @@ class ExpertMerging(Question):
             subject.phase_note,
             *caveats,
             *notes,
+            CHOSEN_NOTE,
             "Experts that are far apart one by one can still be spared together, and the other way round: the curve"
             " is what counts. No training follows the merging.",
         ]
@@ -338,4 +339,4 @@ def _by(criterion: str) -> str:
 
 
 def _change(row: Any) -> str:
-    return f"{row['change']:+.3f} nats per token ({row['change_low']:+.3f} to {row['change_high']:+.3f})"
+    return f"{span(row['change'], row['change_low'], row['change_high'], '+.3f')} nats per token"

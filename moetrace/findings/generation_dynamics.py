@@ -27,7 +27,7 @@ class GenerationDynamics(Question):
     """How does the choice of experts move on from token to token?
 
     Overlap of the sets and sameness of the first expert by lag and layer, handoffs per token, both against the same
-    prompts' tokens in random order; phases by change-points against the same prompts turned round; prompt tokens
+    prompts' tokens in random order; phases by change-points against the same prompts read backwards; prompt tokens
     against generated ones; and, where prompts carry an answer (key ``answer`` of their line), right against wrong
     outputs. First asked by the chuk-mlx experiment on expert dynamics (consistency .459, 20.8 handoffs per token,
     phases everywhere); the as_published tables follow its formulas.
@@ -62,7 +62,6 @@ class GenerationDynamics(Question):
             "handoffs": changes,
             "phases": phases.common,
             "phase_curve": phases.curve,
-            "own_phases": phases.own,
         }
         said = _of_handoffs(changes) + _of_phases(phases, self.alpha)
         caveats = [subject.phase_note]
@@ -96,7 +95,7 @@ class GenerationDynamics(Question):
 
     def _phases_of_work(self, subject: Subject, said: list[str], caveats: list[str]) -> _Tables:
         try:
-            prefill, decode = subject.in_phase("prefill").counts, subject.in_phase("decode").counts
+            prefill, decode = subject.in_phase("prefill").text, subject.in_phase("decode").text
         except UsageError as e:
             caveats.append(f"Prompt and generated tokens cannot be compared: {e.what}.")
             return {}
@@ -182,7 +181,7 @@ class GenerationDynamics(Question):
                 curve["null_q95"],
                 color=faint(),
                 linestyle="--",
-                label="prompts turned round, 95 % quantile",
+                label="some prompts read backwards, 95 % quantile",
             )
             ax.set(xlabel="step", ylabel="divergence (bits)")
             legend_above(ax)
@@ -241,8 +240,4 @@ def _of_phases(phases: dynamics.Phases, alpha: float) -> list[str]:
             f" {first['jsd_bits']:.3f} bits, where chance gives up to {first['null_bits']:.3f}"
             f" ({p_value(first['p_value'])})."
         )
-    own = phases.own.iloc[0].to_dict()
-    if np.isnan(own["p_value"]):
-        return [said]
-    verdict = "change" if own["p_value"] <= alpha else "do not change more than chance lets them"
-    return [said, f"Prompts {verdict} at steps of their own ({p_value(own['p_value'])})."]
+    return [said]

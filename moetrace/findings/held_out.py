@@ -15,6 +15,10 @@ from moetrace.host.evaluate import Divergence, Evaluation, Evaluator, divergence
 
 TEXT_HELP = "JSON lines of held-out text; default: the shipped texts, which suit the demo model"
 
+CHOSEN_NOTE = (
+    "What is named as the most or the least was chosen for being that; its interval does not allow for that."
+)
+
 
 def held_out(text: str | None) -> str | os.PathLike[str]:
     """The file that a question's parameter ``text`` names."""

@@ -15,7 +15,9 @@ from moetrace.analysis import manipulation
 from moetrace.analysis.manipulation import Edit, Path
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.held_out import CHOSEN_NOTE
 from moetrace.findings.subject import Subject
+from moetrace.findings.wording import span
 from moetrace.host.probe import RoutingProbe
 from moetrace.trace.model import ModelFile
 
@@ -99,6 +101,8 @@ class RoutingManipulation(Question):
             "Targets of one model are not independent of each other; intervals take them so."
             if not self.target
             else "One target was given: its success says nothing about others.",
+            CHOSEN_NOTE,
+            "Greedy and beam search are each tested by themselves at 5 %.",
             "A sequence found is one of token ids; its text may be tokenised otherwise.",
         ]
         if edits:
@@ -290,13 +294,13 @@ def _search_sentences(found: pd.DataFrame, asked: RoutingManipulation) -> list[s
         row = by.loc[method]
         line = (
             f"{str(method).capitalize()} search reached {row['reached']:.0f} of {row['targets']:.0f} targets within"
-            f" {asked.budget} inputs ({row['rate']:.0%}, {row['low']:.0%} to {row['high']:.0%}), after"
+            f" {asked.budget} inputs, {span(row['rate'], row['low'], row['high'], '.0%')}, after"
             f" {row['mean_evaluations']:.0f} on average"
         )
         if method != "random" and row["targets"] > 1:
             line += (
-                f": {row['saved']:.0f} fewer than random search ({row['saved_low']:.0f} to {row['saved_high']:.0f},"
-                f" p = {row['p_value']:.2g})"
+                f": fewer than random search by {span(row['saved'], row['saved_low'], row['saved_high'], '.0f')},"
+                f" p = {row['p_value']:.2g}"
             )
         out.append(line + ".")
     return out
@@ -319,17 +323,19 @@ def _edit_sentences(
         )
     for kind, part in after.groupby("kind"):
         least = part.iloc[int(part["jaccard"].argmin())]
-        out.append(
+        line = (
             f"After the edit “{kind}” unchanged tokens keep the least in layer {least['layer']:.0f}: Jaccard"
-            f" {least['jaccard']:.2f} ({least['low']:.2f} to {least['high']:.2f}; between different tokens"
-            f" {least['jaccard_other']:.2f})."
+            f" {span(least['jaccard'], least['low'], least['high'], '.2f')}"
         )
+        if np.isfinite(least["jaccard_other"]):
+            line += f"; between different tokens {least['jaccard_other']:.2f}"
+        out.append(line + ".")
     if len(robust):
         row = robust.iloc[int(robust["kept"].argmin())]
         out.append(
             f"Least robust of {len(robust)} (layer, expert) pairs is expert {row['expert']:.0f} of layer"
-            f" {row['layer']:.0f}: kept at {row['kept']:.0%} of the tokens ({row['low']:.0%} to {row['high']:.0%}; it"
-            f" serves {row['rate']:.0%} of all)."
+            f" {row['layer']:.0f}: kept at {span(row['kept'], row['low'], row['high'], '.0%')} of the tokens where"
+            f" it was chosen; it serves {row['rate']:.0%} of all."
         )
     stable = int((stability["verdict"] == "stable").sum())
     out.append(

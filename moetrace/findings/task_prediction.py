@@ -34,15 +34,19 @@ class TaskPrediction(Question):
     title: ClassVar[str] = "Later experts from an early layer"
     channels: ClassVar[tuple[str, ...]] = ("gate_input",)
 
-    early_layer: int = parameter(4, "layer that predicts, by llama.cpp's number")
+    early_layer: int = parameter(
+        4, "layer that predicts, by llama.cpp's number; if it has no experts, the one before"
+    )
     permutations: int = parameter(199, "exchanges of prompts for the p-value; 0: none")
     max_tokens: int = parameter(20_000, "tokens to look at: whole prompts drawn at random")
 
     def answer(self, subject: Subject) -> Finding:
         """Predict every later layer."""
         predictions = subject.analysis.predictions
+        have = predictions.rows.layers.tolist()[:-1]
+        early = max((layer for layer in have if layer <= self.early_layer), default=have[0] if have else 0)
         recall, gains = predictions.task_prediction(
-            self.early_layer,
+            early,
             routers=_routers(subject, predictions.rows.layers.tolist()),
             max_tokens=self.max_tokens,
             n_permutations=self.permutations,
@@ -59,9 +63,9 @@ class TaskPrediction(Question):
         if row is not None:
             cheap = others.loc[row["layer"]]
             sentences.append(
-                f"{read} in layer {self.early_layer} tells layer {row['layer']:.0f} best: {row[probe]:.1%} of a"
-                f" token's experts are among as many predicted; {cheap.idxmax()}, the best baseline, tells {cheap.max():.1%},"
-                f" popularity {cheap['popularity']:.1%}."
+                f"{read} in layer {early} tells layer {row['layer']:.0f} best: {row[probe]:.1%} of a"
+                f" token's experts are among as many predicted; {cheap.idxmax()}, the best baseline, tells"
+                f" {cheap.max():.1%}, popularity {cheap['popularity']:.1%}."
             )
         last = wide.index.max()
         sentences.append(
@@ -101,6 +105,10 @@ class TaskPrediction(Question):
             subject.phase_note,
             "Recall depends on m, k and what is predicted from: figures of other work are comparable only at the same.",
         ]
+        if early != self.early_layer:
+            caveats.append(
+                f"Layer {self.early_layer} is no MoE layer with others after it: layer {early} predicts."
+            )
         if probe == "experts":
             caveats.append(
                 "Only the early layer's choices are known: with --capture gate_input its router's input predicts too."
@@ -108,9 +116,7 @@ class TaskPrediction(Question):
         elif "gate" not in wide:
             caveats.append("The later router on the early input needs the model: -m model.gguf.")
         try:
-            tables["as_published"] = predictions.as_published_task_prediction(
-                self.early_layer, seed=subject.seed
-            )
+            tables["as_published"] = predictions.as_published_task_prediction(early, seed=subject.seed)
         except MoetraceError as e:
             caveats.append(f"The published figures cannot be given: {e.what}. {e.fix}")
         return self.finding(sentences, tables, caveats)

@@ -154,7 +154,7 @@ class TokenPatterns(Question):
         say.append(
             f"{len(places[['layer', 'expert']].drop_duplicates())} experts prefer the beginning or the end of a text,"
             f" {len(repeats[['layer', 'expert']].drop_duplicates())} what is repeated in it"
-            f" ({tested:,} combinations tested against prompts turned round)."
+            f" ({tested:,} combinations tested)."
         )
         return {"sequence_patterns": table}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moetrace.errors import MoetraceError
 from moetrace.trace.record import OnFull
-from moetrace.trace.ring import Ring, ring_is_ready
+from moetrace.trace.ring import Ring, ring_is_ready, ring_paths
 from moetrace.trace.rows import Layout
 from moetrace.trace.writer import ContextWriter, TraceWriter, final_counters
 
@@ -189,7 +189,7 @@ class Drain:
 
     def attach(self) -> None:
         """Take on every ring that has appeared since the last call."""
-        for path in sorted(self.trace.path.glob("ctx*/ring")):
+        for path in ring_paths(self.trace.path):
             if path in self._seen or not ring_is_ready(path):
                 continue
             ring = Ring(path, claim=True)

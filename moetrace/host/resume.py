@@ -9,8 +9,8 @@ from collections.abc import Callable
 from moetrace.errors import MoetraceError, TraceError
 from moetrace.host.drain import Drain
 from moetrace.host.model import store_vocabulary
-from moetrace.trace.ring import peek_host, peek_reader, process_alive
-from moetrace.trace.store import RING_NAME, TraceStore
+from moetrace.trace.ring import peek_host, peek_reader, process_alive, ring_paths
+from moetrace.trace.store import TraceStore
 from moetrace.trace.writer import TraceWriter
 
 #: how often the host is looked at, seconds
@@ -97,7 +97,7 @@ def _hosts(store: TraceStore) -> set[int]:
         raise TraceError(
             f"{store.path} is closed", why="its recording has ended", fix="record into another trace"
         )
-    rings = sorted(store.path.glob(f"ctx*/{RING_NAME}"))
+    rings = ring_paths(store.path)
     for ring in rings:
         reader = peek_reader(ring)
         if reader and reader != os.getpid() and process_alive(reader):

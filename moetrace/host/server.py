@@ -73,8 +73,9 @@ class TracedProcess:
         check_model(interventions, None if "--override-kv" in command else self._model_path)
         self.trace = TraceWriter(output, command=command, model_path=self._model_path, force=force)
         environment.update(options.environment(self.trace.path))
-        if interventions:
-            environment["MOETRACE_INTERVENTION"] = str(begin(self.trace.path, interventions))
+        self.intervention = begin(self.trace.path, interventions) if interventions else 0
+        if self.intervention:
+            environment["MOETRACE_INTERVENTION"] = str(self.intervention)
         self.drain = Drain(self.trace, on_error)
         self.drain.start()
         try:
@@ -103,8 +104,14 @@ class TracedProcess:
         Raises
         ------
         MoetraceError
-            If draining failed. What was sealed is in the trace; the rest stays in the rings.
+            If draining failed: what was sealed is in the trace, the rest stays in the rings. Or if the host
+            refused what it was to change about the routing.
         """
+        refused: MoetraceError | None = None
+        try:
+            refuse_if_refused(self.trace.path, {self.intervention})
+        except MoetraceError as e:
+            refused = e
         try:
             self.drain.stop()
             store_vocabulary(self.trace.path, self._model_path)
@@ -113,6 +120,8 @@ class TracedProcess:
                 self.trace.close(exit_code=exit_code, state="live")
             raise
         self.trace.close(exit_code=exit_code)
+        if refused is not None:
+            raise refused
 
     def nothing_seen(self) -> MoetraceError | None:
         """Give the reason why no context was recorded; None if one was."""
@@ -305,7 +314,8 @@ def serve(
     Raises
     ------
     MoetraceError
-        If the server cannot be started or does not get ready within ``timeout`` seconds.
+        If the server cannot be started, does not get ready within ``timeout`` seconds, or refuses the
+        intervention.
     """
     if not Path(model).is_file():
         raise MoetraceError(f"there is no model {model}", fix="check the path")
@@ -325,6 +335,7 @@ def serve(
     server = TracedServer(process, f"http://127.0.0.1:{number}", log_path)
     try:
         server.wait_ready(timeout)
+        refuse_if_refused(folder, {process.intervention})
     except BaseException:
         server.stop()
         raise

@@ -25,7 +25,15 @@ _ACTIVATIONS: dict[str, Activation] = {
     "smallthinker": "relu",
 }
 # Here the experts read something else than the router, or compute something that none of the above is.
-_ROUTER_READS_ELSE = ("arctic", "glm5-next", "grovemoe", "kimi-k3", "smallthinker")
+_ROUTER_READS_ELSE = (
+    "arctic",
+    "gemma4",
+    "glm5-next",
+    "grovemoe",
+    "kimi-k3",
+    "nemotron_h_moe",
+    "smallthinker",
+)
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from moetrace.trace.ledger import (
     read_header,
 )
 from moetrace.trace.requests import REQUEST_TABLE
-from moetrace.trace.ring import Ring, peek_host, peek_reader, process_alive, ring_is_ready
+from moetrace.trace.ring import Ring, peek_host, peek_reader, process_alive, ring_is_ready, ring_paths
 from moetrace.trace.rows import EVENT_COLUMNS, ColumnSpec, Layout
-from moetrace.trace.storage import disk_error, write_at
+from moetrace.trace.storage import disk_error, refuse_links, write_at
 from moetrace.trace.store import CONTEXT_NAME, RING_NAME, TraceStore
 from moetrace.trace.writer import ContextWriter, TraceWriter, final_counters
 
@@ -90,7 +90,7 @@ def recover(path: str | os.PathLike[str], *, cut: bool = False, fsync: bool = Fa
         If the disk is full or fails.
     """
     store = TraceStore(path)
-    for ring in sorted(store.path.glob(f"ctx*/{RING_NAME}")):
+    for ring in ring_paths(store.path):
         _refuse_if_busy(ring)
     headers = _mend_headers(store)
     store = TraceStore(path)
@@ -126,7 +126,7 @@ def _unlisted_rings(store: TraceStore) -> list[Path]:
     """Give the rings of contexts whose recorder died before it had listed them."""
     return [
         ring
-        for ring in sorted(store.path.glob(f"ctx*/{RING_NAME}"))
+        for ring in ring_paths(store.path)
         if ring.parent.name not in store.context_names and ring_is_ready(ring)
     ]
 
@@ -161,6 +161,8 @@ def _hidden(store: TraceStore, name: str, table: Table) -> str:
 
 def _mend_headers(store: TraceStore) -> list[str]:
     """Write headers again that cannot be read; what they must say follows from context.json."""
+    for name in ("", *store.context_names):
+        refuse_links(store.path / name)
     specs: list[tuple[Path, ColumnSpec]] = [(store.path / "requests", REQUEST_TABLE)]
     for name in store.context_names:
         layout = Layout.from_context(read_json(store.path / name / CONTEXT_NAME))
@@ -177,6 +179,8 @@ def _mend_headers(store: TraceStore) -> list[str]:
         wanted[LEDGER_NAME] = (ledger, (), ledger_header_size(ledger))
         for name, (dtype, shape, size) in wanted.items():
             path = column_path(folder, name)
+            if path.is_symlink():
+                continue  # opening the table will say so
             try:
                 header = read_header(path)
                 if header.dtype == dtype and header.shape[1:] == shape and header.size == size:

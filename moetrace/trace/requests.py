@@ -254,10 +254,11 @@ class RequestAssigner:
                 else getattr(request, name)
             )
 
-        return {
-            name: np.array([value(r, name) for r in requests], dtype)
-            for name, (dtype, _) in REQUEST_TABLE.items()
-        }
+        def column(name: str, dtype: str) -> NDArray[Any]:
+            room = np.iinfo(dtype)  # rows that are damaged may say anything
+            return np.array([min(max(value(r, name), room.min), room.max) for r in requests], dtype)
+
+        return {name: column(name, dtype) for name, (dtype, _) in REQUEST_TABLE.items()}
 
     # -- events --------------------------------------------------------------------------------------
 

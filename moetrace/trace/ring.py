@@ -36,6 +36,7 @@ from moetrace.trace.record import (
     field_offset,
     record_dtype,
 )
+from moetrace.trace.store import RING_NAME
 
 _FACTS = (
     *("header_size", "file_size", "data_offset", "capacity", "stride", "n_fields", "fields_offset"),
@@ -131,6 +132,11 @@ def process_alive(pid: int) -> bool:
         return True
 
 
+def ring_paths(trace: Path) -> list[Path]:
+    """Give the rings in a trace's folder, of contexts that it lists or does not; links lead elsewhere and are none."""
+    return [path for path in sorted(trace.glob(f"ctx*/{RING_NAME}")) if not path.parent.is_symlink()]
+
+
 def live_rings(trace: Path) -> Iterator[Ring]:
     """Give the rings of a trace that is being recorded, each open for the moment.
 
@@ -139,7 +145,7 @@ def live_rings(trace: Path) -> Iterator[Ring]:
     TraceError
         If the trace is not being recorded.
     """
-    paths = [path for path in sorted(trace.glob("ctx*/ring")) if ring_is_ready(path)]
+    paths = [path for path in ring_paths(trace) if ring_is_ready(path)]
     if not paths:
         raise TraceError(
             f"{trace} is not being recorded",

@@ -59,6 +59,23 @@ def lock_folder(path: Path) -> int:
     return fd
 
 
+def refuse_links(folder: Path) -> None:
+    """Refuse a folder with links to other folders in it: what is written there would go elsewhere.
+
+    Raises
+    ------
+    TraceError
+        If there is one. Links to files are not followed where files are opened.
+    """
+    for path in folder.iterdir():
+        if path.is_symlink() and path.is_dir():
+            raise TraceError(
+                f"{path} is a link",
+                why="a trace is never written through links",
+                fix="put the folder itself there",
+            )
+
+
 def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of ``data`` at ``offset``; short writes are continued.
 

@@ -23,7 +23,7 @@ from moetrace.trace.record import OnFull
 from moetrace.trace.requests import REQUEST_TABLE, RequestAssigner, allot_again, replay
 from moetrace.trace.ring import Ring
 from moetrace.trace.rows import EVENT_COLUMNS, Columns, Layout, events_from_records, rows_from_records
-from moetrace.trace.storage import disk_error, lock_folder
+from moetrace.trace.storage import disk_error, lock_folder, refuse_links
 from moetrace.trace.store import CONTEXT_NAME, FORMAT, META_NAME, VERSION, ContextStore, TraceStore
 
 _TABLES = ("rows", "events", "attention_values", "attention")
@@ -273,6 +273,8 @@ class TraceWriter:
             writer._lock = lock_folder(store.path)
         except OSError as e:
             raise disk_error(store.path, e) from e
+        for name in ("", *store.context_names):
+            refuse_links(store.path / name)
         writer.path, writer.fsync, writer._meta = store.path, fsync, dict(store.meta)
         writer._listed = np.array(store.requests["request"])
         highest = [int(context.rows["request"].max(initial=-1)) for context in store.contexts]
@@ -381,6 +383,11 @@ def _make_room(path: Path, *, force: bool) -> None:
     if path.is_symlink() or not is_trace(path):
         raise MoetraceError(
             f"{path} exists and is not a moetrace trace",
+            fix="choose another name with -o; it is never overwritten",
+        )
+    if os.geteuid() not in (0, path.stat().st_uid):
+        raise MoetraceError(
+            f"the trace {path} belongs to another user",
             fix="choose another name with -o; it is never overwritten",
         )
     if not force:

@@ -1,6 +1,7 @@
-"""Makes the golden traces. They are kept: a reader must read those of every format version for ever.
+"""Makes the golden traces.
 
-Run it only to add one: ``PYTHONPATH=.:tests/unit python tests/golden/make.py FOLDER``.
+A reader must read those of every format version for ever: before a version changes, keep one under its number
+(``killed-1.0``), then run ``PYTHONPATH=.:tests/unit python tests/golden/make.py FOLDER``.
 """
 
 from __future__ import annotations

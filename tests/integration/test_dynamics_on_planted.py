@@ -119,9 +119,8 @@ def test_the_change_of_phase_is_found_at_its_step(planted: Ask) -> None:
     found = ask("generation-dynamics", "decode")
     phases = found.tables["phases"]
     assert phases["change"].iloc[0] == 30
-    assert phases["p_value"].iloc[0] == 1 / 200
-    assert phases["jsd_bits"].iloc[0] > 5 * phases["null_bits"].iloc[0]
-    assert found.tables["own_phases"]["p_value"].iloc[0] <= 0.05
+    assert phases["p_value"].iloc[0] <= 0.02
+    assert phases["jsd_bits"].iloc[0] > 0.9
 
 
 def test_a_random_router_shows_nothing(planted: Ask) -> None:
@@ -136,7 +135,6 @@ def test_a_random_router_shows_nothing(planted: Ask) -> None:
     assert found["paths"].empty
     dynamics = ask("generation-dynamics").tables
     assert (dynamics["phases"]["p_value"] > 0.05).all()
-    assert (dynamics["own_phases"]["p_value"] > 0.05).all()
     assert (dynamics["order_test"][["top1_p_family", "overlap_p_family"]] > 0.05).all(axis=None)
     # what the published definitions make of the same recording
     assert dynamics["as_published_summary"]["phase_boundaries_per_step"].min() == 1.0

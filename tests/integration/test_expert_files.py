@@ -386,7 +386,7 @@ def test_routing_manipulation_of_the_demo_model(demo_trace, tmp_path):
         demo_trace,
         tmp_path / "out",
         targets=3,
-        layers=1,
+        depth=1,
         budget=96,
         prompts=4,
         length=3,
@@ -400,6 +400,33 @@ def test_routing_manipulation_of_the_demo_model(demo_trace, tmp_path):
     # a text with a word more at its end: unchanged token by token, and "changed" in the published way
     assert not [row for row in edits if row["kind"] == "suffix" and row["region"] == "after"]
     assert len(rows(finding, "as_published_robustness")) == 32
+
+
+def test_on_a_random_model_nothing_is_claimed(runtime, tmp_path):
+    model = write_planted(tmp_path / "r.gguf", n_expert=8, n_expert_used=3, n_vocab=2048).path
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps(line) + "\n" for line in distinct_tokens(6, 60, 2048, seed=1)))
+    code = """
+        import sys, json, moetrace
+        from moetrace.findings import Subject, question
+        from moetrace.synthetic import distinct_tokens
+        model, folder, text = sys.argv[1:]
+        trace = moetrace.capture(model, distinct_tokens(12, 80, 2048), folder + "/t.moet", n_threads=1,
+                                 all_outputs=True, channels=["experts", "weights", "gate_input"])
+        subject = Subject([trace], model=model, model_options={"n_threads": 1})
+        merging = question("expert-merging")(counts="7", criteria="prune", null=199, text=text, kl=False)
+        merging = merging.answer(subject)
+        k = question("expert-interference")(k="2", text=text, kl=False, generate=0).answer(subject)
+        layers, pairs = k.tables["layers"], k.tables["pairs"]
+        print(json.dumps([len(merging.tables["candidates"]), float(merging.tables["pairs"]["p_family"].min()),
+                          float(layers["q_value"].min()), len(pairs), float(pairs["p_family"].min()), list(k.caveats)]))
+    """
+    candidates, alike, gain, n_pairs, pair, caveats = ran(code, model, tmp_path, texts)
+    assert candidates == 0
+    assert n_pairs > 50
+    # 4 layers each: by chance the least of four p-values is below .0125 in one run of twenty
+    assert min(alike, gain, pair) > 0.0125
+    assert any("--capture experts,weights,gate_input,tensor:ffn_moe_out-*" in caveat for caveat in caveats)
 
 
 def test_a_trace_without_gate_inputs_says_which_channel(runtime, model_file, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from test_inprocess import python
 from test_synthetic_models import TEXT, mixing_weights
 
 import moetrace
-from moetrace.errors import UsageError
+from moetrace import data
+from moetrace.errors import MoetraceError, UsageError
 from moetrace.host.client import Answer, drive
 from moetrace.host.prompts import Prompt
 from moetrace.synthetic import ARCHITECTURES, Architecture, Gating
@@ -47,6 +49,24 @@ def captured(model: Path, output: Path, *options: str) -> moetrace.Trace:
     capture(model, output, PROMPTS, "-np", "4", "--capture", CHANNELS, *options)
     assert verify(output).exit_code == 0
     return moetrace.open(output)
+
+
+SEVERAL = """
+    import sys, json, moetrace
+    model, folder, prompts, runs = sys.argv[1:]
+    for name, options in json.loads(runs).items():
+        moetrace.capture(model, json.loads(prompts), f"{folder}/{name}.moet", n_parallel=4, n_threads=1,
+                         channels="CHANNELS", **options)
+""".replace("CHANNELS", CHANNELS)
+
+
+def several(model: Path, folder: Path, **runs: dict) -> list[moetrace.Trace]:
+    """Capture the prompts several times in one process, each with options of its own."""
+    run = python(SEVERAL, model, folder, json.dumps(PROMPTS), json.dumps(runs))
+    assert run.returncode == 0, run.stderr
+    for name in runs:
+        assert verify(folder / f"{name}.moet").exit_code == 0
+    return [moetrace.open(folder / f"{name}.moet") for name in runs]
 
 
 def request(trace: moetrace.Trace, identity: str):
@@ -143,13 +163,17 @@ def test_what_is_chosen_and_how_it_is_weighted_follows_in_numpy(name, plain, mod
             assert more > (choice(arch, scores, ablated=[ablated]) == biased).mean()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_replaying_a_routing_reproduces_it(name, plain, model_file, tmp_path):
+@pytest.mark.parametrize("name", [*NAMES, "demo"])
+def test_replaying_a_routing_reproduces_it(name, runtime, model_file, tmp_path):
     """A model's own routing changes nothing; that of an ablated run gives that run, without ablating anything."""
-    model, base = model_file(name), plain(name)
-    own = captured(model, tmp_path / "own.moet", "--intervene", f"replay:{base.path}")
-    changed = captured(model, tmp_path / "changed.moet", "--intervene", "ablate:*:1,2")
-    again = captured(model, tmp_path / "again.moet", "--intervene", f"replay:{changed.path}")
+    base, own, changed, again = several(
+        data.demo_model() if name == "demo" else model_file(name),
+        tmp_path,
+        base={},
+        own={"intervene": f"replay:{tmp_path}/base.moet"},
+        changed={"intervene": ["ablate:*:1", "ablate:*:2"]},
+        again={"intervene": f"replay:{tmp_path}/changed.moet"},
+    )
     for prompt in PROMPTS:
         identity = prompt["id"]
         same_rows(request(own, identity), request(base, identity))
@@ -159,7 +183,7 @@ def test_replaying_a_routing_reproduces_it(name, plain, model_file, tmp_path):
     assert not np.array_equal(request(changed, "a").experts, request(base, "a").experts)
 
 
-@pytest.mark.parametrize("name", ["gpt-oss", "olmoe", "deepseek2-v3"])
+@pytest.mark.parametrize("name", ["olmoe", "deepseek2-v3"])
 def test_replaying_another_prompts_routing_gives_exactly_these_ids(name, plain, model_file, tmp_path):
     base = plain(name)
     spec = f"replay:{base.path}#b@request=c"
@@ -179,7 +203,7 @@ def test_replaying_another_prompts_routing_gives_exactly_these_ids(name, plain, 
 
 
 @pytest.mark.parametrize("target", ["@slot=1", "@request=b"])
-@pytest.mark.parametrize("name", ["gpt-oss", "qwen3moe", "deepseek2-v3", "granitehybrid", "llama"])
+@pytest.mark.parametrize("name", ["gpt-oss", "deepseek2-v3", "granitehybrid"])
 def test_others_in_the_batch_are_not_touched(name, target, plain, model_file, tmp_path):
     """Four sequences in every batch: three of them stay as they were, byte for byte."""
     base = plain(name)
@@ -196,15 +220,14 @@ def test_others_in_the_batch_are_not_touched(name, target, plain, model_file, tm
     assert np.isin(np.asarray(request(base, "b").experts), [0, 1]).any()
 
 
-@pytest.mark.parametrize("name", ["gpt-oss", "olmoe", "deepseek2-v3", "llama4"])
+@pytest.mark.parametrize("name", ["gpt-oss", "deepseek2-v3", "llama4"])
 def test_both_collectors_record_the_same(name, runtime, model_file, tmp_path):
-    specs = ["--intervene", "ablate:*:3", "--intervene", "force:*:5@slot=2"]
-    if ARCHITECTURES[name].n_expert_used == 1:
-        specs = specs[:2]
-    traces = [
-        captured(model_file(name), tmp_path / f"{kind}.moet", *specs, "--collector", kind)
-        for kind in ("tap", "callback")
-    ]
+    specs = ["ablate:*:3"] if name == "llama4" else ["ablate:*:3", "force:*:5@slot=2"]
+    traces = several(
+        model_file(name),
+        tmp_path,
+        **{kind: {"intervene": specs, "collector": kind} for kind in ("tap", "callback")},
+    )
     for column in set(traces[0].column_names) - {"time_ns"}:
         assert traces[0].column(column).tobytes() == traces[1].column(column).tobytes(), column
 
@@ -525,10 +548,50 @@ def test_run_refuses_before_it_starts_anything(runtime, model_file, tmp_path):
         assert not path.exists()
 
 
+def test_what_the_server_refuses_is_told(runtime, model_file, tmp_path):
+    """The file says top-4 of 16, the server is told to use 8: too few are left, which only its graph shows."""
+    model, program = model_file("qwen3moe"), runtime.tool("llama-server")
+    arguments = ["-t", "1", "-c", "512", "--override-kv", "qwen3moe.expert_used_count=int:8"]
+    spec = "ablate:1:0,1,2,3,4,5,6,7,8"
+    with pytest.raises(MoetraceError, match="did not take intervention 1") as e:
+        moetrace.serve(
+            model, output=tmp_path / "t.moet", arguments=arguments, program=str(program), intervene=spec
+        )
+    assert e.value.why == "layer 1: leaves 7 experts, 8 are used"
+    assert not moetrace.open(tmp_path / "t.moet").live
+
+
 def test_a_trace_that_is_not_live(plain):
     run = moetrace_command("intervene", plain("qwen3moe").path, "ablate:1:2")
     assert run.returncode == 1
     assert "not being recorded" in run.stderr
+
+
+def test_the_model_goes_on_by_itself_when_tracing_has_ended(runtime, model_file, tmp_path):
+    """llama.cpp keeps the graph, and with it the callback, from before."""
+    code = """
+        import sys
+        from pathlib import Path
+        from moetrace.host import llama
+        from moetrace.host.intervene import Interventions
+        from moetrace.host.options import CaptureOptions
+        model, out = sys.argv[1:]
+        llama.start(CaptureOptions(collector="callback", on_full="drop").settings(Path(out)))
+        with llama.Llama(model, n_ctx=64, n_threads=1) as loaded:
+            tokens = loaded.tokenize("Some words to compute")
+            def logits():
+                loaded.forget(0)
+                loaded.decode([(token, i, 0, True) for i, token in enumerate(tokens)])
+                return loaded.outputs(len(tokens)).copy()
+            plain = logits()
+            Interventions(Path(out), "ablate:*:3,4,5", model).assign({})
+            changed = logits()
+            llama.stop()
+            print((changed != plain).any(), (logits() == plain).all(), (logits() == plain).all())
+    """
+    run = python(code, model_file("olmoe"), tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["True"] * 3
 
 
 def test_two_recordings_in_one_process_are_refused(runtime, model_file, tmp_path):

@@ -1,7 +1,7 @@
 """How often the tests of patterns, circuits and dynamics reject where there is nothing to find, and what the
 published definitions find there.
 
-    python tests/stats/calibration_dynamics.py [--runs 300] [--write docs/published.md]
+    python tests/stats/calibration_dynamics.py [--runs 300] [--write docs/published.md] [--keep FOLDER]
 
 Prints two Markdown tables; with --write puts them between the marks of that page.
 """
@@ -9,6 +9,7 @@ Prints two Markdown tables; with --write puts them between the marks of that pag
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -53,9 +54,10 @@ TESTS = {
     "patterns: trigrams, family": "the same over trigrams",
     "patterns: types beyond words, family": "types handed out anew among words, where routing follows from the word",
     "patterns: vocabulary": "vocabulary specialisation, prompts exchanged",
-    "patterns: places, family": "smallest max-T p-value over places and repetition, prompts turned round",
-    "phases: common": "largest divergence over steps, all prompts together, prompts turned round",
-    "phases: own": "mean of each prompt's largest divergence, prompts turned round",
+    "patterns: beginnings, family": "smallest max-T p-value over first tokens, prompts turned round",
+    "patterns: ends, family": "the same over last tokens",
+    "patterns: repetition, family": "smallest max-T p-value over repetition, prompts exchanged",
+    "phases: common": "largest divergence over steps, all prompts together, some read backwards",
     "prefill against decode": "usage of the two exchanged within prompts",
     "prefill against decode, family": "smallest max-T p-value over layers",
     "right against wrong": "features of right and wrong outputs, exchanged between prompts",
@@ -120,7 +122,6 @@ def null_patterns(world: World, seed: int, n_permutations: int) -> PValues:
     for name, codes in (("types", kinds.kind), ("trigrams", kinds.trigram)):
         names, code = np.unique(codes, return_inverse=True)
         families[name] = associate(text, indicator(code, names.size), exchange, **limits, **options)
-    places, _ = m.sequence_patterns(text, **options)
     vocabulary = m.vocabulary_specialisation(text, **options)
     each = families["trigrams"].p_value
     return {
@@ -128,7 +129,17 @@ def null_patterns(world: World, seed: int, n_permutations: int) -> PValues:
         "patterns: types, family": [np.nanmin(families["types"].p_family)],
         "patterns: trigrams, family": [np.nanmin(families["trigrams"].p_family)],
         "patterns: vocabulary": list(vocabulary["p_value"]),
-        "patterns: places, family": [places["p_family"].min()],
+    }
+
+
+def null_places(world: World, seed: int, n_permutations: int) -> PValues:
+    """Routing that knows nothing of places and repetition."""
+    table, _ = m.sequence_patterns(text_of(world.trace(seed)), n_permutations=n_permutations, seed=seed)
+    kind = table["pattern"]
+    return {
+        "patterns: beginnings, family": [table.loc[kind.isin(["first", "start"]), "p_family"].min()],
+        "patterns: ends, family": [table.loc[kind.isin(["last", "end"]), "p_family"].min()],
+        "patterns: repetition, family": [table.loc[kind.str.startswith("repeat"), "p_family"].min()],
     }
 
 
@@ -146,22 +157,19 @@ def null_dynamics(world: World, seed: int, n_permutations: int) -> PValues:
     options: dict[str, Any] = {"n_permutations": n_permutations, "seed": seed}
     phases = m.generation_phases(text, min_steps=8, **options)
     sizes = np.diff(text.starts)
-    cut = text.starts[:-1] + sizes // 3
-    place = np.arange(len(text))
-    early = place < np.repeat(cut, sizes)
+    cut = sizes // 3
+    early = np.asarray(text.positions) < np.repeat(cut, sizes)
     sides = [
-        m.count_routing(
-            text.experts, text.owner, np.asarray(text.positions), n_expert=text.n_expert, max_lag=0,
-            keep=keep, prompts=list(text.names),
+        m.RoutedText(
+            text.experts[rows], np.concatenate(([0], np.cumsum(n))), text.n_expert, prompts=text.names
         )
-        for keep in (early, ~early)
-    ]  # fmt: skip
+        for rows, n in ((early, cut), (~early, sizes - cut))
+    ]
     compared = m.phase_comparison(*sides, **options)
     right = np.random.default_rng(seed).permutation(text.n_requests) % 2 == 0
     features = m.correctness_features(counted(text), right.tolist(), **options)
     return {
         "phases: common": [phases.common["p_value"].iloc[0]],
-        "phases: own": [phases.own["p_value"].iloc[0]],
         "prefill against decode": list(compared["p_value"]),
         "prefill against decode, family": [compared["p_family"].min()],
         "right against wrong": list(features["p_value"][:3]),
@@ -174,18 +182,33 @@ _SIZES: dict[str, Any] = {"n_domains": 1, "n_layers": 3, "n_expert": 12, "n_expe
 PLAN: Plan = (
     (null_circuits, World(**_SIZES, n_prompts=10, length=(30, 60))),
     (null_patterns, World(**_SIZES, n_prompts=24, length=(30, 60), vocabulary=len(WORDS))),
+    (null_places, World(**_SIZES, n_prompts=16, length=(30, 60))),
     (null_words, World(**_SIZES, n_prompts=12, length=(30, 60), vocabulary=len(WORDS), token_sd=1.5)),
     (null_dynamics, World(**_SIZES, n_prompts=12, length=(40, 60))),
 )
 
 
-def calibrate(runs: int, n_permutations: int = 99, plan: Plan = PLAN) -> pd.DataFrame:
-    """Rejections at 5 %: ``test``, ``n`` p-values, ``rejected`` (share), ``low``, ``high`` (95 %, exact)."""
+def calibrate(
+    runs: int, n_permutations: int = 99, plan: Plan = PLAN, keep: Path | None = None
+) -> pd.DataFrame:
+    """Rejections at 5 %: ``test``, ``n`` p-values, ``rejected`` (share), ``low``, ``high`` (95 %, exact).
+
+    ``keep``: a folder for the p-values of each world, which are taken from there if they are as many.
+    """
     found: dict[str, list[float]] = defaultdict(list)
     for work, world in plan:
-        for seed in range(runs):
-            for name, values in work(world, seed, n_permutations).items():
-                found[name] += values
+        file = None if keep is None else keep / f"{work.__name__}-{runs}.json"
+        if file is not None and file.exists():
+            values = json.loads(file.read_text())
+        else:
+            values = defaultdict(list)
+            for seed in range(runs):
+                for name, some in work(world, seed, n_permutations).items():
+                    values[name] += [float(p) for p in some]
+            if file is not None:
+                file.write_text(json.dumps(values))
+        for name, some in values.items():
+            found[name] += some
     rows = []
     for name in TESTS:
         p = np.array(found[name])
@@ -324,10 +347,11 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=300)
     parser.add_argument("--write", type=Path)
+    parser.add_argument("--keep", type=Path, help="folder for p-values of worlds that are done")
     args = parser.parse_args()
     parts = {
         "side-by-side": markdown(side_by_side()),
-        "calibration-dynamics": calibration_page(args.runs, calibrate(args.runs)),
+        "calibration-dynamics": calibration_page(args.runs, calibrate(args.runs, keep=args.keep)),
     }
     print("\n\n".join(parts.values()))
     if args.write:

@@ -37,6 +37,7 @@ TESTS = {
 }
 #: these are expected to reject too often
 UNSOUND = ("contexts, pairs independent", "contexts, position ignored")
+EARLY = (("nothing", "early layer, nothing planted"), ("early", "early planted: early layer"))
 PLANTED = {
     "attention planted: attention": "attention over position",
     "attention planted: contexts": "contexts alike in attention and routing",
@@ -69,7 +70,7 @@ def run(seed: int, n_permutations: int) -> dict[str, list[float]]:
             ]
         if plant == "position":
             out["contexts, position ignored"] = [_without_strata(attention, r, **options) for r in routing]
-    for plant, name in (("nothing", "early layer, nothing planted"), ("early", "early planted: early layer"))[: 2 if planted else 1]:
+    for plant, name in EARLY[: 2 if planted else 1]:
         drawn = Attending(plant).draw(seed)
         early = [
             gain_test(

@@ -2,7 +2,7 @@
 
     python tests/stats/published_prediction.py [--runs 200] [--write docs/published.md]
 
-Prints Markdown; with --write puts it between the marks of that page.
+Prints Markdown; with --write puts each section between its marks of that page.
 """
 
 from __future__ import annotations
@@ -112,70 +112,83 @@ def context_runs(runs: int, n_contexts: int = 16) -> pd.DataFrame:
         attention, routing, position = world(seed, n_contexts, (16, 30)).contexts(np.random.default_rng(seed))
         test = context_attention_routing(attention, routing[1], position, n_permutations=99, seed=seed)
         out.append(
-            {"correlation": old["correlation"], "zeroed": old["zeroed"] / old["pairs"], "p": test.p_value}
+            {
+                "correlation": old["correlation"],
+                "zeroed": old["zeroed"] / old["pairs"],
+                "partial": test.partial,
+                "p": test.p_value,
+            }
         )
     return pd.DataFrame(out)
 
 
-def page(runs: int) -> str:
-    """The sections in Markdown."""
-    task, attention, context = task_runs(runs), attention_runs(runs), context_runs(runs)
-    lines = [
-        "## task-prediction",
-        "",
-        f"Routing drawn at random, {K} of {E} experts, every token and layer by itself; hidden states that have"
-        f" nothing to do with it; 40 prompts. Means of {runs} runs. Published on gpt-oss-20b: accuracy 94.2 %, prefetch"
-        " efficiency 52.9 %.",
-        "",
-        "| tokens per prompt | as published: accuracy | as published: prefetch efficiency | random picks: accuracy |"
-        " sound: recall@4 (chance 12.5 %) | sound: runs with p ≤ 0.05 |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: |",
-        *(
-            f"| {r.length:.0f} | **{r.accuracy:.1%}** | {r.precision:.1%} | {r.accuracy_random:.1%} | {r.recall:.1%} |"
-            f" {r.found:.1%} |"
-            for r in task.itertuples()
-        ),
-        "",
-        "The published accuracy asks whether any of four experts predicted is among all that any token of the prompt"
-        " used: with prompts of two to three tokens' variety random picks have 75 to 83 %, and with longer prompts all"
-        " of them are right.",
-        "",
-        "## attention-prediction",
-        "",
-        f"Attention and routing drawn apart from each other; experts differ in popularity, as in every trained model;"
-        f" {E} experts, top-{K}, 20 prompts of 8 to 24 tokens. {runs} runs. Published on gpt-oss-20b: top-1 4.3 %"
-        f" against 3.1 % by chance, overlap (Jaccard) 15.9 % against 7.5 %, correlation of self-attention with an"
-        " expert up to .906.",
-        "",
-        "| what | here, where there is nothing |",
-        "| --- | ---: |",
-        f"| as published: top-1 accuracy (1/{E} = {1 / E:.1%}) | **{attention['top1'].mean():.1%}** |",
-        f"| as published: overlap (chance 7.5 %) | **{attention['jaccard'].mean():.1%}** |",
-        f"| as published: largest correlation of self-attention with an expert, mean of runs |"
-        f" **{attention['self_attention_r'].mean():.2f}** |",
-        f"| sound: recall@{K} of the most popular experts | {attention['popularity'].mean():.1%} |",
-        f"| sound: recall gained by attention over position | {attention['gain'].mean():+.2%} |",
-        f"| sound: runs with p ≤ 0.05 | {(attention['p'] <= 0.05).mean():.1%} |",
-        "",
-        "What the published predictor knows is which experts are popular; its correlations pair the self-attention of"
-        " some tokens with the weights of others.",
-        "",
-        "## context-attention-routing",
-        "",
-        f"16 contexts, attention and routing drawn apart from each other; {runs} runs. Published on gpt-oss-20b:"
-        " correlations .141, .320, .157 in three layers, called weak support.",
-        "",
-        "| what | here, where there is nothing |",
-        "| --- | ---: |",
-        f"| as published, contexts of 2 to 5 tokens: pairs set to 0 as their lengths differ |"
-        f" {context['zeroed'].mean():.1%} |",
-        *(
-            f"| as published: runs with a correlation of {r} or more | **{(context['correlation'] >= r).mean():.1%}** |"
-            for r in (0.141, 0.157, 0.320)
-        ),
-        f"| sound, contexts of one length: runs with p ≤ 0.05 | {(context['p'] <= 0.05).mean():.1%} |",
-    ]
-    return "\n".join(lines)
+def task_section(runs: int) -> str:
+    """Its tables in Markdown."""
+    task = task_runs(runs)
+    return "\n".join(
+        [
+            f"Routing drawn at random, {K} of {E} experts, every token and layer by itself; hidden states that have"
+            f" nothing to do with it; 40 prompts, half of them to fit on. Means of {runs} runs.",
+            "",
+            "| tokens per prompt | as published: accuracy | as published: prefetch efficiency |"
+            f" accuracy of random picks | sound: recall@{K} (chance {K / E:.1%}) |",
+            "| ---: | ---: | ---: | ---: | ---: |",
+            *(
+                f"| {r.length:.0f} | **{r.accuracy:.1%}** | {r.precision:.1%} | {r.accuracy_random:.1%} |"
+                f" {r.recall:.1%} |"
+                for r in task.itertuples()
+            ),
+        ]
+    )
+
+
+def attention_section(runs: int) -> str:
+    """Its table in Markdown."""
+    found = attention_runs(runs)
+    return "\n".join(
+        [
+            "Attention and routing drawn apart from each other; some experts are more popular than others, as in every"
+            f" trained model; {E} experts, top-{K}, 20 prompts of 8 to 24 tokens. {runs} runs.",
+            "",
+            "| what | published for gpt-oss-20b | here, where there is nothing |",
+            "| --- | ---: | ---: |",
+            f"| as published: top-1 accuracy (1/{E} = {1 / E:.1%}) | 4.3 % | **{found['top1'].mean():.1%}** |",
+            f"| as published: overlap (uniform chance 7.5 %) | 15.9 % | **{found['jaccard'].mean():.1%}** |",
+            "| as published: largest correlation of self-attention with an expert, mean of runs | .906 |"
+            f" **{found['self_attention_r'].mean():.2f}** |",
+            f"| sound: recall@{K} of the most popular experts | | {found['popularity'].mean():.1%} |",
+            f"| sound: recall gained by attention over position | | {found['gain'].mean():+.1%} |",
+            f"| sound: runs with p ≤ 0.05 | | {(found['p'] <= 0.05).mean():.1%} |",
+        ]
+    )
+
+
+def context_section(runs: int) -> str:
+    """Its table in Markdown."""
+    found = context_runs(runs)
+    return "\n".join(
+        [
+            f"16 contexts, attention and routing drawn apart from each other; {runs} runs.",
+            "",
+            "| what | here, where there is nothing |",
+            "| --- | ---: |",
+            "| as published, contexts of 2 to 5 tokens: pairs whose attention counts as 0 because their"
+            f" lengths differ | {found['zeroed'].mean():.1%} |",
+            *(
+                f"| as published: runs with a correlation of {r:.3f} or more |"
+                f" **{(found['correlation'] >= r).mean():.1%}** |"
+                for r in (0.141, 0.157, 0.320)
+            ),
+            f"| sound, contexts of one length: mean correlation | {found['partial'].mean():+.3f} |",
+        ]
+    )
+
+
+SECTIONS = {
+    "attention-prediction": attention_section,
+    "context-attention-routing": context_section,
+    "task-prediction": task_section,
+}
 
 
 def main() -> None:
@@ -183,14 +196,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--only", choices=SECTIONS, nargs="*", default=list(SECTIONS))
     parser.add_argument("--write", type=Path)
     args = parser.parse_args()
-    text = page(args.runs)
-    print(text)
-    if args.write:
-        start, end = "<!-- prediction -->", "<!-- /prediction -->"
-        before, rest = args.write.read_text().split(start)
-        args.write.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
+    for name in args.only:
+        text = SECTIONS[name](args.runs)
+        print(f"{name}\n\n{text}\n", flush=True)
+        if args.write:
+            start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+            before, rest = args.write.read_text().split(start)
+            args.write.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 if __name__ == "__main__":

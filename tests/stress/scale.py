@@ -25,7 +25,7 @@ SIZES = {
     "flips": (400, None),
     "edits": (200, 100_000),
     "fuzz_seconds": (0, 720),  # of each C++ target; 0: the stored inputs alone
-    "fuzz_examples": (60, 20_000),  # of each Python reader
+    "fuzz_examples": (60, 5_000),  # of each Python reader
     "race_records": (20_000, 10_000_000),
     "faults_of_host": (12, None),
     "faults_of_drain": (60, None),

@@ -70,7 +70,8 @@ def test_columns(tmp_path: Path, size: Size, figures: Figures) -> None:
     figures(
         "truncation",
         **{
-            "cuts of a trace's files": f"{n_cut:,}: {n_opened:,} open as a prefix, {n_refused:,} are refused with the reason; verify tells of all"
+            "cuts of a trace's files": f"{n_cut:,}: {n_opened:,} open as a prefix, {n_refused:,} are refused with the "
+            "reason; verify tells of all"
         },
     )
 

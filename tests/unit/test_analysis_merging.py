@@ -180,8 +180,8 @@ def test_output_distance_is_0_for_equal_and_1_for_right_angles():
     assert distance[0, 2] == pytest.approx(1)
     assert distance[0, 3] == pytest.approx(2)
     assert table["cosine_mean_output"][0, 3] == pytest.approx(-1)
-    assert (table["low"] <= distance + 1e-12).all()
-    assert m.output_similarity(x, [0] * 6)["low"].isna().all()  # one prompt: no interval
+    assert (table["output_distance_low"] <= distance + 1e-12).all()
+    assert m.output_similarity(x, [0] * 6)["output_distance_low"].isna().all()  # one prompt: no interval
 
 
 def test_routing_similarity_counts_every_pair():
@@ -207,7 +207,7 @@ def test_candidates_are_near_by_an_interval_or_alike_beyond_chance():
             "cosine_aligned": [0.95, 0.95, 0.2, 0.2, 0.9],
             "p_family": [0.02, 0.6, 0.9, 0.9, np.nan],
             "output_distance": [0.1, 0.9, 0.3, 0.45, 0.8],
-            "high": [0.2, 1.0, 0.4, 0.6, 0.9],
+            "output_distance_high": [0.2, 1.0, 0.4, 0.6, 0.9],
         }
     )
     found = m.merge_candidates(pairs)
@@ -336,6 +336,13 @@ def test_fused_matrices_are_taken_apart(tmp_path):
         assert np.array_equal(one.up, fused[2, one.n_neuron :])
         with pytest.raises(MoetraceError, match="no experts"):
             LayerExperts(model, 0)  # the dense layer
+
+
+def test_experts_that_do_not_read_what_the_router_reads_are_known(tmp_path):
+    with ModelFile(write_model(tmp_path / "s.gguf", "smallthinker")) as model:
+        experts = LayerExperts(model, 0)
+        assert not experts.reads_gate_input
+        assert experts.activation == "relu"
 
 
 def layers_of(path: Path) -> list[int]:

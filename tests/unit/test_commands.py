@@ -229,3 +229,12 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("moetrace.commands.info.open_trace", interrupt)
     assert main(["info", GOLDEN]) == 130
+
+
+def test_an_option_given_again_adds_up_and_wins_over_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOETRACE_INTERVENE", "force:*:1")
+    parser = argparse.ArgumentParser()
+    load("run").prepare_parser(parser)
+    assert parser.parse_args([]).intervene == ["force:*:1"]
+    given = parser.parse_args(["--intervene", "ablate:0:1", "--intervene", "ablate:0:2"])
+    assert given.intervene == ["ablate:0:1", "ablate:0:2"]

@@ -113,3 +113,21 @@ def test_a_saved_finding_draws_the_same_figure(tmp_path: Path) -> None:
 )
 def test_analyze_refuses_what_makes_no_sense(arguments: list[str]) -> None:
     assert main(["analyze", "load-balance", *arguments]) == 2
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_no_parameter_takes_the_name_of_an_option_that_all_share(name: str) -> None:
+    """They would clash on the command line."""
+    shared = {
+        "phase",
+        "layers",
+        "seed",
+        "format",
+        "max_rows",
+        "output",
+        "model",
+        "prompt",
+        "file",
+        "n_predict",
+    }
+    assert not shared & set(question(name).__dataclass_fields__)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rings import make_layout, random_records
 from traces import Context, event, write_trace
@@ -76,6 +76,7 @@ def test_text_is_read_and_written_back(text, expected):
 ranges = st.tuples(st.integers(0, 99), st.integers(0, 9)).map(lambda r: (r[0], r[0] + r[1]))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     kind=st.sampled_from([Kind.ABLATE, Kind.FORCE, Kind.BIAS]),
     layers=st.lists(ranges, max_size=3).map(tuple),
@@ -151,7 +152,7 @@ def test_replays_are_checked_row_by_row():
 
 
 @needs_native
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_a_hostile_file_is_refused(data):
     """Whatever the bytes say, with a checksum that fits: an answer, and no crash."""

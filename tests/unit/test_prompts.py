@@ -19,11 +19,20 @@ def load(name):
     return [json.loads(line) for line in data.prompts(name).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", data.PROMPT_SETS)
+@pytest.mark.parametrize("name", ["domains", "heldout", "heldout-text"])
 def test_twelve_of_each_domain(name):
     prompts = load(name)
     assert Counter(p["label"] for p in prompts) == dict.fromkeys(DOMAINS, 12)
     assert all(p.keys() == {"id", "label", "prompt"} and p["prompt"].strip() for p in prompts)
+
+
+@pytest.mark.parametrize(("name", "keys"), [("semantic", set()), ("questions", {"answer"})])
+def test_twelve_of_each_of_four_kinds(name, keys):
+    prompts = load(name)
+    counts = Counter(p["label"] for p in prompts)
+    assert len(counts) == 4
+    assert set(counts.values()) == {12}
+    assert all(p.keys() == {"id", "label", "prompt", *keys} and all(p.values()) for p in prompts)
 
 
 def test_all_ids_and_prompts_differ():

@@ -48,7 +48,7 @@ def golden() -> moetrace.Trace:
     return moetrace.open(GOLDEN / "two-contexts")
 
 
-@pytest.mark.parametrize("name", ["two-contexts", "killed"])
+@pytest.mark.parametrize("name", ["two-contexts", "killed", "killed-1.0"])
 def test_the_plain_reader_reads_the_same(name: str) -> None:
     plain = read_trace(GOLDEN / name)
     trace = moetrace.open(GOLDEN / name)

@@ -1,0 +1,131 @@
+// Graphs as releases of different times build them: inputs with and without names, weights before and after the
+// experts, and another graph at the address of the last one.
+
+#include "check.h"
+#include "fuzz/fake-ggml.h"
+#include "moe-plan.h"
+
+#include <cstring>
+#include <memory>
+
+using namespace moetrace;
+
+static constexpr int64_t N_TOKENS = 5, N_OUTPUTS = 2, N_EMBD = 8, N_EXPERT = 4, K = 2;
+
+// tensors of a fake graph; those with an operation are its nodes
+struct fake_graph {
+    std::vector<std::unique_ptr<char[]>> memory;
+
+    ggml_tensor * leaf(const char * name, int32_t type, int64_t a, int64_t b, int64_t c = 1) {
+        const int64_t ne[4] = { a, b, c, 1 };
+        memory.push_back(std::make_unique<char[]>(fake().size));
+        void * t = memory.back().get();
+        fake().fill(t, type, ne);
+        strcpy((char *) t + fake().name, name);
+        return (ggml_tensor *) t;
+    }
+
+    ggml_tensor * node(const char * op, int32_t type, int64_t a, int64_t b, int64_t c, std::initializer_list<ggml_tensor *> sources) {
+        ggml_tensor * t = leaf("", type, a, b, c);
+        for (int i = 0; i < FAKE_N_OPS; i++) {
+            if (strcmp(FAKE_OPS[i], op) == 0) {
+                fake().at<int32_t>(t, fake().op) = fake().first_op + i;
+            }
+        }
+        size_t i = 0;
+        for (ggml_tensor * source : sources) {
+            fake().at<void *>(t, fake().src + 8*i++) = source;
+        }
+        fake().nodes.push_back(t);
+        return t;
+    }
+
+    ggml_tensor * view(const char * op, int64_t a, int64_t b, int64_t c, ggml_tensor * of) {
+        ggml_tensor * t = node(op, fake().at<int32_t>(of, fake().type), a, b, c, { of });
+        void * root = fake().at<void *>(of, fake().view_src);
+        fake().at<void *>(t, fake().view_src) = root ? root : of;
+        return t;
+    }
+};
+
+struct built {
+    ggml_tensor *tokens, *positions, *out_ids, *ids, *gathered, *weights;
+};
+
+// one layer with attention, and its experts on the output rows only
+static built build(fake_graph & g, bool names, bool weights_first) {
+    built b;
+    fake().nodes.clear();
+    b.tokens    = g.leaf(names ? "inp_tokens" : "leaf_1", TYPE_I32, N_TOKENS, 1);
+    b.positions = g.leaf(names ? "inp_pos" : "leaf_2", TYPE_I32, N_TOKENS, 1);
+    b.out_ids   = g.leaf(names ? "inp_out_ids" : "leaf_3", TYPE_I32, N_OUTPUTS, 1);
+    if (names) { // the fake looks for names among the nodes only
+        for (ggml_tensor * t : { b.tokens, b.positions, b.out_ids }) {
+            fake().nodes.push_back(t);
+        }
+    }
+    ggml_tensor * copied = g.leaf("leaf_4", TYPE_I32, N_OUTPUTS, 1); // which recurrent states go on
+    ggml_tensor * states = g.leaf("cache_r_l0", TYPE_F32, N_EMBD, N_TOKENS);
+    ggml_tensor * x = g.node("GET_ROWS", TYPE_F32, N_EMBD, N_TOKENS, 1, { g.leaf("token_embd.weight", TYPE_F32, N_EMBD, 99), b.tokens });
+    g.node("GET_ROWS", TYPE_F32, N_EMBD, N_OUTPUTS, 1, { g.view("RESHAPE", N_EMBD, N_TOKENS, 1, states), copied });
+    x = g.node("ROPE", TYPE_F32, N_EMBD, N_TOKENS, 1, { x, b.positions });
+    x = g.node("GET_ROWS", TYPE_F32, N_EMBD, N_OUTPUTS, 1, { x, b.out_ids });
+
+    ggml_tensor * logits = g.node("MUL_MAT", TYPE_F32, N_EXPERT, N_OUTPUTS, 1, { g.leaf("blk.0.ffn_gate_inp.weight", TYPE_F32, N_EMBD, N_EXPERT), x });
+    ggml_tensor * probs  = g.node("SOFT_MAX", TYPE_F32, N_EXPERT, N_OUTPUTS, 1, { logits });
+    ggml_tensor * sorted = g.node("ARGSORT", TYPE_I32, N_EXPERT, N_OUTPUTS, 1, { probs });
+    b.ids = g.view("VIEW", K, N_OUTPUTS, 1, sorted);
+    const auto weigh = [&] {
+        ggml_tensor * table = g.view("RESHAPE", 1, N_EXPERT, N_OUTPUTS, probs);
+        b.gathered = g.node("GET_ROWS", TYPE_F32, 1, K, N_OUTPUTS, { table, b.ids });
+        ggml_tensor * sum = g.node("UNARY", TYPE_F32, 1, 1, N_OUTPUTS, { b.gathered });
+        b.weights = g.node("DIV", TYPE_F32, 1, K, N_OUTPUTS, { b.gathered, sum });
+    };
+    if (weights_first) {
+        weigh();
+    }
+    ggml_tensor * up   = g.node("MUL_MAT_ID", TYPE_F32, N_EMBD, K, N_OUTPUTS, { g.leaf("blk.0.ffn_up_exps.weight", TYPE_F32, N_EMBD, N_EMBD, N_EXPERT), x, b.ids });
+    ggml_tensor * down = g.node("MUL_MAT_ID", TYPE_F32, N_EMBD, K, N_OUTPUTS, { g.leaf("blk.0.ffn_down_exps.weight", TYPE_F32, N_EMBD, N_EMBD, N_EXPERT), up, b.ids });
+    if (!weights_first) {
+        weigh();
+    }
+    g.node("MUL", TYPE_F32, N_EMBD, K, N_OUTPUTS, { down, b.weights });
+    return b;
+}
+
+int main() {
+    ggml_abi abi;
+    std::string error;
+    CHECK(abi.attach(error));
+    ggml_cgraph * graph = nullptr; // the fake asks for none
+
+    for (const bool names : { true, false }) {
+        for (const bool weights_first : { true, false }) {
+            fake_graph g;
+            const built b = build(g, names, weights_first);
+            const moe_graph moe = moe_graph_read(abi, graph);
+            CHECK(moe.trouble == nullptr);
+            CHECK(moe.layers.size() == 1);
+            CHECK(moe.inp_tokens == b.tokens);
+            CHECK(moe.inp_pos == b.positions);
+            CHECK(moe.out_ids == b.out_ids);
+            CHECK(moe.n_tokens == N_TOKENS);
+            const moe_layer & layer = moe.layers[0];
+            CHECK(layer.ids == b.ids);
+            CHECK(layer.weights == b.weights);
+            CHECK(layer.n_rows == N_OUTPUTS);
+            // with the weights, unless the ids' memory may be gone by then
+            CHECK(layer.ids_last == (weights_first ? b.weights : b.gathered));
+
+            // the same graph again; one with a node more; one that only copies, where this one was
+            CHECK(moe_graph_is_same(abi, graph, moe));
+            fake_graph other;
+            ggml_tensor * more = other.node("CPY", TYPE_F32, 1, 1, 1, {});
+            CHECK(!moe_graph_is_same(abi, graph, moe));
+            fake().nodes.assign((size_t) moe.n_nodes, more);
+            CHECK(!moe_graph_is_same(abi, graph, moe));
+        }
+    }
+    printf("ok\n");
+    return 0;
+}

@@ -1,0 +1,59 @@
+"""The tests of attention, contexts and early layers reject as often as they say, and find what is planted.
+
+The figures for the documentation come from ``calibration_prediction.py`` and ``published_prediction.py``.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+from calibration_prediction import PLANTED, TESTS, UNSOUND, calibrate
+from published_prediction import attention_runs, context_runs, task_runs
+from scipy import stats
+
+SOUND = [name for name in TESTS if name not in UNSOUND]
+
+
+@pytest.fixture(scope="module")
+def quick() -> pd.DataFrame:
+    return calibrate(30, n_permutations=39).set_index("test")
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_sound_tests_reject_in_five_percent_of_null_runs(quick: pd.DataFrame, name: str) -> None:
+    """As many rejections as 5 % gives in 99.9 % of such tables."""
+    n, share = int(quick.loc[name, "n"]), quick.loc[name, "rejected"]
+    assert n == 60
+    low, high = stats.binom.interval(0.999, n, 0.05)
+    assert low <= round(share * n) <= high
+
+
+def test_what_is_planted_is_found(quick: pd.DataFrame) -> None:
+    assert quick.loc["attention planted: attention", "rejected"] == 1
+    assert quick.loc["early planted: early layer", "rejected"] == 1
+
+
+def test_the_published_false_findings_are_made_and_not_shared() -> None:
+    """Random routing: the published figures are those of short prompts and of popularity; the sound ones are chance."""
+    task = task_runs(6, (3, 20)).set_index("length")
+    assert 0.75 <= task.loc[3, "accuracy"] <= 0.9
+    assert task.loc[20, "accuracy"] > 0.99
+    assert (task["recall"] - task["chance"]).abs().max() < 0.01
+    attention = attention_runs(4)
+    assert attention["jaccard"].mean() > 0.13  # 15.9 % was published, against 7.5 % of uniform chance
+    assert attention["gain"].max() < 0.01
+    context = context_runs(20)
+    assert context["zeroed"].mean() > 0.6
+    assert (context["p"] <= 0.05).sum() <= 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_calibration_in_full() -> None:
+    """400 runs, as documented: every sound test within 5 ± 1.5 %, but contexts where all follows the position."""
+    table = calibrate(400).set_index("test")["rejected"]
+    strict = [name for name in SOUND if name != "contexts, position planted"]
+    assert table[strict].between(0.035, 0.065).all(), table
+    assert table["contexts, position planted"] < 0.09
+    assert table["contexts, position ignored"] > 0.1
+    assert table[list(PLANTED)].min() > 0.1
