@@ -17,7 +17,7 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[2] / "tests" / "integration"))
 
-from browser import Browser, find_chromium  # noqa: E402
+from browser import Browser, find_chromium
 
 HERE = Path(__file__).parent
 WIDTH, HEIGHT, GAP = 900, 1400, 24
