@@ -15,11 +15,11 @@ from pathlib import Path
 
 from PIL import Image
 
+sys.path.append(str(Path(__file__).parents[2] / "tests" / "integration"))
+
+from browser import Browser, find_chromium
+
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parents[1] / "tests" / "integration"))
-
-from browser import Browser, find_chromium  # noqa: E402
-
 WIDTH, HEIGHT, GAP = 900, 1400, 24
 AT_MOST = 400_000  # bytes
 

@@ -58,7 +58,9 @@ class Report:
         from moetrace.report.page import ask_all, write_report
         from moetrace.report.summary import summary
 
-        given = read_findings(args.findings)
+        # from the environment it comes as one text
+        folders = args.findings.split(",") if isinstance(args.findings, str) else args.findings
+        given = read_findings(folders)
         folder = Path(args.output or f"{Path(args.recordings[0]).stem}-report")
         with ExitStack() as stack:
             recordings = opened(args.recordings, stack)

@@ -326,10 +326,15 @@ def test_a_finding_that_lacks_its_tables_is_refused_by_name() -> None:
         figures_of(made)
 
 
-def test_report_refuses_what_holds_no_findings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_refuses_what_holds_no_findings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = traces.small_trace(tmp_path / "t.moet")
     assert main(["report", str(path), "--findings", str(tmp_path)]) == 1
     assert "holds no findings" in capsys.readouterr().err
+    monkeypatch.setenv("MOETRACE_FINDINGS", f"{tmp_path},{tmp_path / 'x.json'}")
+    assert main(["report", str(path)]) == 1
+    assert f"{tmp_path} holds no findings" in capsys.readouterr().err
 
 
 def test_words_lead_to_their_method() -> None:
