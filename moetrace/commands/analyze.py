@@ -13,6 +13,7 @@ from typing import Any
 
 from moetrace import data
 from moetrace.commands.options import add_option
+from moetrace.commands.placement import add_placement, placement, server_arguments
 from moetrace.commands.progress import progress_bar
 from moetrace.commands.showing import add_showing, opened, show, subject_of
 from moetrace.errors import UsageError
@@ -27,7 +28,7 @@ class Analyze:
     """Ask one question about a model's routing.
 
     Of a trace, or of a model, which is then served and recorded first (what stands right of -- goes to
-    llama-server):
+    llama-server only; the options below also hold where the question runs the model itself):
 
       moetrace analyze load-balance t.moet
       moetrace analyze load-balance -m model.gguf -f prompts.jsonl -n 64 -- -c 4096 -ngl 99
@@ -67,7 +68,7 @@ class Analyze:
         given = {f.name: getattr(args, f.name) for f in dataclasses.fields(asked)}
         with ExitStack() as stack:
             recordings = _recordings(args, asked, stack)
-            subject = subject_of(recordings, args, Path(args.model) if args.model else None)
+            subject = subject_of(recordings, args, args.model, placement(args))
             show([asked(**given).answer(subject)], args)
         return 0
 
@@ -77,6 +78,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "-p", "--prompt", help="record this prompt")
     add_option(parser, "-f", "--file", metavar="FILE", help="record these prompts; default: the shipped ones")
     add_option(parser, "-n", "--n-predict", type=int, default=64, metavar="N", help="tokens to generate")
+    add_placement(parser)
     add_showing(parser)
 
 
@@ -111,7 +113,7 @@ def _recordings(
     folder = Path(tempfile.mkdtemp(prefix="moetrace-analyze-"))
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     channels = ["experts", "weights", *asked.channels]
-    arguments = [*args.rest, *(["-fa", "off"] if "attention" in channels else [])]
+    arguments = [*server_arguments(args), *args.rest, *(["-fa", "off"] if "attention" in channels else [])]
     with progress_bar("prompts") as update:
         record(
             args.model,

@@ -13,6 +13,7 @@ from moetrace.commands.capturing import (
     report_trace,
 )
 from moetrace.commands.options import add_option
+from moetrace.commands.placement import add_placement, placement
 from moetrace.commands.progress import progress_bar
 
 
@@ -35,20 +36,7 @@ class Capture:
         add_option(parser, "-c", "--ctx-size", type=int, metavar="N", help="positions; default: as needed")
         add_option(parser, "-b", "--batch-size", type=int, default=2048, metavar="N", help="logical batch")
         add_option(parser, "-ub", "--ubatch-size", type=int, default=512, metavar="N", help="physical batch")
-        add_option(parser, "-t", "--threads", type=int, metavar="N", help="threads")
-        add_option(
-            parser, "-ngl", "--gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPU"
-        )
-        add_option(parser, "-cmoe", "--cpu-moe", action="store_true", help="keep all experts on the CPU")
-        add_option(
-            parser,
-            "-ncmoe",
-            "--n-cpu-moe",
-            type=int,
-            default=0,
-            metavar="N",
-            help="keep the experts of the first N layers on the CPU",
-        )
+        add_placement(parser)
         add_option(parser, "--temp", type=float, default=0.0, metavar="T", help="temperature; 0 is greedy")
         add_option(parser, "-s", "--seed", type=int, default=0, metavar="N", help="seed of the sampling")
         add_option(
@@ -80,9 +68,7 @@ class Capture:
                 n_ctx=args.ctx_size,
                 n_batch=args.batch_size,
                 n_ubatch=args.ubatch_size,
-                n_threads=args.threads,
-                n_gpu_layers=args.gpu_layers,
-                n_cpu_moe=-1 if args.cpu_moe else args.n_cpu_moe,
+                **placement(args),
                 temperature=args.temp,
                 seed=args.seed,
                 all_outputs=args.all_outputs,

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from moetrace.commands.options import add_option, paint
+from moetrace.commands.placement import add_placement, placement
 from moetrace.commands.progress import progress_bar
 from moetrace.commands.showing import opened, subject_of
 from moetrace.errors import InputError
@@ -49,6 +50,7 @@ class Report:
             help="findings (JSON) that were made before",
         )
         add_option(parser, "-m", "--model", metavar="FILE", help="GGUF file: ask what needs the model, too")
+        add_placement(parser)
         add_option(
             parser, "-s", "--seed", type=int, default=0, metavar="N", help="of permutations and bootstraps"
         )
@@ -64,7 +66,7 @@ class Report:
         folder = Path(args.output or f"{Path(args.recordings[0]).stem}-report")
         with ExitStack() as stack:
             recordings = opened(args.recordings, stack)
-            subject = subject_of(recordings, args, Path(args.model) if args.model else None)
+            subject = subject_of(recordings, args, args.model, placement(args))
             with progress_bar("questions") as update:
                 findings = ask_all(subject, given, update)
             report = write_report(subject, findings, folder, [Path(p).name for p in args.recordings])

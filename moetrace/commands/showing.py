@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from moetrace.commands.options import add_option
 from moetrace.commands.selecting import numbers
@@ -41,14 +42,18 @@ def opened(paths: Sequence[str], stack: ExitStack) -> list[Trace | CountTable]:
 
 
 def subject_of(
-    recordings: Sequence[Trace | CountTable], args: argparse.Namespace, model: Path | None = None
+    recordings: Sequence[Trace | CountTable],
+    args: argparse.Namespace,
+    model: str | None = None,
+    model_options: Mapping[str, Any] | None = None,
 ) -> Subject:
     """The subject that the options of :func:`add_showing` describe."""
     return Subject(
         recordings,
         names=[r.path.stem for r in recordings if isinstance(r, Trace)],
         phase=args.phase,
-        model=model,
+        model=Path(model) if model else None,
+        model_options=model_options,
         seed=args.seed,
         layers=numbers(args.layers, "--layers") if args.layers else None,
     )

@@ -25,7 +25,7 @@ from moetrace.trace.intervention import (
 )
 from moetrace.trace.model import ModelFile
 from moetrace.trace.record import State
-from moetrace.trace.ring import Ring, live_rings, ring_is_ready
+from moetrace.trace.ring import Ring, live_rings, ring_is_ready, ring_paths
 from moetrace.trace.trace import Trace, open_trace
 
 Given = str | Intervention | Iterable[str | Intervention] | None
@@ -217,7 +217,7 @@ def refuse_if_refused(trace: Path, numbers: Container[int]) -> None:
     MoetraceError
         With the host's reason.
     """
-    for path in sorted(trace.glob("ctx*/ring")):
+    for path in ring_paths(trace):
         if ring_is_ready(path):
             with Ring(path) as ring:
                 refused, why = ring.intervention_refused

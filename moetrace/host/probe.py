@@ -22,7 +22,7 @@ from moetrace.host import llama
 from moetrace.host.options import CaptureOptions
 from moetrace.trace.model import ModelFile
 from moetrace.trace.record import RecordKind, State
-from moetrace.trace.ring import Ring, ring_is_ready
+from moetrace.trace.ring import Ring, ring_is_ready, ring_paths
 from moetrace.trace.rows import Layout, rows_from_records
 
 
@@ -170,7 +170,7 @@ class RoutingProbe:
     def _take(self) -> dict[str, NDArray[Any]]:
         """Take the rows that the last batch left in the ring."""
         if self._ring is None:
-            for path in self._folder.glob("ctx*/ring"):
+            for path in ring_paths(self._folder):
                 if ring_is_ready(path):
                     self._ring = self._stack.enter_context(Ring(path, claim=True))
                     self._layout = Layout.from_context(self._ring.meta, self._ring.fields)

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable
 
 from moetrace.report.page import Report, concludes
+from moetrace.report.text import printable
 
 _TITLE = 32  # columns of titles
 _SIGNS = {"bad": ("✕", "1;31"), "warn": ("!", "1;33"), "good": ("✓", "1;32"), "note": ("·", "2")}
@@ -82,6 +83,4 @@ def _entry(title: str, lines: list[str], width: int, color: Callable[[str], str]
 
 
 def _wrapped(text: str, indent: str, width: int) -> list[str]:
-    # labels are what others wrote: no control sequence of theirs reaches the terminal
-    clean = "".join(c if c.isprintable() or c.isspace() else "�" for c in text)
-    return textwrap.wrap(clean, width, initial_indent=indent, subsequent_indent=indent) or [indent]
+    return textwrap.wrap(printable(text), width, initial_indent=indent, subsequent_indent=indent) or [indent]

@@ -38,7 +38,7 @@ def render(findings: Sequence[Finding], form: str, *, max_rows: int | None = Non
             out.write(f"Not answered: {finding.missing}\n\n")
             continue
         for text in (*finding.sentences, *finding.caveats):
-            out.write(f"- {text}\n" if form == "md" else _bullet(text, width))
+            out.write(f"- {printable(text)}\n" if form == "md" else _bullet(text, width))
         for name, table in finding.tables.items():
             out.write(f"\n{f'### {name}' if form == 'md' else name}\n")
             out.write(table_text(table, "github" if form == "md" else "simple", max_rows) + "\n")
@@ -49,7 +49,9 @@ def render(findings: Sequence[Finding], form: str, *, max_rows: int | None = Non
 def table_text(table: pd.DataFrame, style: str = "simple", max_rows: int | None = None) -> str:
     """One table in a style of the tabulate package; NaN and None as an empty cell."""
     shown = table if max_rows is None else table.head(max_rows)
-    rows = [[_cell(value) for value in row] for row in shown.itertuples(index=False)]
+    rows = [[printable(_cell(value)) for value in row] for row in shown.itertuples(index=False)]
+    if style == "github":
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     numeric = [pd.api.types.is_numeric_dtype(dtype) for dtype in table.dtypes]
     text = tabulate(
         rows,
@@ -72,8 +74,13 @@ def _cell(value: object) -> str:
     return str(value)
 
 
+def printable(text: str) -> str:
+    """The text without control characters: labels are what others wrote, and must not steer a terminal."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
+
+
 def _bullet(text: str, width: int) -> str:
-    return textwrap.fill(text, width, initial_indent="• ", subsequent_indent="  ") + "\n"
+    return textwrap.fill(printable(text), width, initial_indent="• ", subsequent_indent="  ") + "\n"
 
 
 def _csv(findings: Sequence[Finding]) -> str:

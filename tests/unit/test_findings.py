@@ -50,6 +50,15 @@ def test_missing_values_are_printed_as_nothing_not_as_zero() -> None:
     assert table_text(TABLE, max_rows=1).endswith("… 1 more rows; all of them with --format csv")
 
 
+@pytest.mark.parametrize("form", ["table", "md"])
+def test_what_others_wrote_does_not_steer_the_terminal_or_break_the_table(form: str) -> None:
+    table = pd.DataFrame({"label": ["\x1b[2J\nred|"], "n": [1]})
+    text = render([Finding("x", "X", ("\x1b[31mloud",), tables={"t": table})], form)
+    assert "\x1b" not in text
+    assert "�[2J red" in text
+    assert ("red\\|" in text) == (form == "md")
+
+
 def test_an_unknown_question_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match="no analysis 'nope'"):
         question("nope")
