@@ -133,9 +133,7 @@ class Drain:
         MoetraceError
             If draining failed, now or before.
         """
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._finish()
         if self.error is None:
             try:
                 self.attach()
@@ -146,6 +144,11 @@ class Drain:
         if self.error is not None:
             raise self.error
 
+    def _finish(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
     def detach(self) -> None:
         """Seal what was taken and let go of the rings and the trace, which stays live: the host goes on.
 
@@ -154,9 +157,7 @@ class Drain:
         MoetraceError
             If draining failed, now or before.
         """
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._finish()
         if self.error is not None:
             raise self.error
         for context in self.contexts:
