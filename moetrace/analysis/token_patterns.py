@@ -21,6 +21,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -301,7 +302,11 @@ def pattern_summary(
     max_listed
         So many rows are listed, the strongest first; those with ``p_family`` ≤ alpha always.
     """
-    options = {"min_activity": min_activity, "min_support": min_support, "min_prompts": min_prompts}
+    options: dict[str, Any] = {
+        "min_activity": min_activity,
+        "min_support": min_support,
+        "min_prompts": min_prompts,
+    }
     made = {}
     for name, codes in (("types", typed.kind), ("trigrams", typed.trigram)):
         kinds, code = np.unique(codes, return_inverse=True)
@@ -437,8 +442,12 @@ def associate(
     min_prompts: int,
     n_permutations: int,
     seed: int,
+    within: bool = False,
 ) -> Associations:
-    """Test every expert against every kind of token, ``member`` (C, M), the routing being rearranged."""
+    """Test every expert against every kind of token, ``member`` (C, M), the routing being rearranged.
+
+    ``within``: against the prompt's other tokens, for what is rearranged within prompts; by default against all tokens.
+    """
     n_layers, n_kinds, n_expert = text.experts.shape[1], member.shape[0], text.n_expert
     shape = (n_layers, n_kinds, n_expert)
     joint, of_kind, of_expert, z, p_value, p_family = (np.full(shape, np.nan) for _ in range(6))
@@ -461,14 +470,15 @@ def associate(
         eligible = ((n_kind >= min_support) & (in_prompts >= min_prompts))[:, None] & (
             uses.sum(axis=0) >= min_activity
         )[None, :]
+        score = _WithinPrompts(kinds, starts) if within else _Overall(kinds)
         joint[layer] = kinds @ uses
         of_kind[layer], of_expert[layer] = n_kind[:, None], uses.sum(axis=0, dtype=np.float64)[None, :]
         null = np.empty((n_permutations + 1, int(eligible.sum())))
-        null[0] = _score(joint[layer], n_kind, uses)[eligible]
+        null[0] = score(uses)[eligible]
         for draw in range(n_permutations):
             # The same numbers in every layer: what layers share, the largest statistic must share too.
             moved = uses[rearrange(starts, np.random.default_rng((seed, draw)))]
-            null[draw + 1] = _score(kinds @ moved, n_kind, moved)[eligible]
+            null[draw + 1] = score(moved)[eligible]
         # What stays whatever is rearranged (the first token of every text, say) is no finding.
         null -= null.mean(axis=0)
         null /= np.maximum(null.std(axis=0), 1.0)
@@ -481,11 +491,43 @@ def associate(
     return Associations(text, member, joint, of_kind, of_expert, z, p_value, p_family)
 
 
-def _score(joint: npt.ArrayLike, n_kind: Floats, uses: npt.NDArray[np.float32]) -> Floats:
-    m = uses.shape[0]
-    a, b = n_kind[:, None], uses.sum(axis=0, dtype=np.float64)[None, :]
-    variance = a * b * (m - a) * (m - b) / (m * m * max(m - 1, 1))
-    return standardised(np.asarray(joint, dtype=np.float64), a * b / m, variance)
+class _Overall:
+    """How much more often than by their totals experts (m, E) meet kinds (C, m): (C, E)."""
+
+    def __init__(self, kinds: sparse.csr_array) -> None:
+        self._kinds = kinds
+        self._size = np.asarray(kinds.sum(axis=1), dtype=np.float64).reshape(-1, 1)
+
+    def __call__(self, uses: npt.NDArray[np.float32]) -> Floats:
+        m, a, b = uses.shape[0], self._size, uses.sum(axis=0, dtype=np.float64)[None, :]
+        variance = a * b * (m - a) * (m - b) / (m * m * max(m - 1, 1))
+        return standardised(np.asarray(self._kinds @ uses, dtype=np.float64), a * b / m, variance)
+
+
+class _WithinPrompts:
+    """The same against each prompt's own totals, studentised over prompts.
+
+    The first and last tokens of a text that remembers lie further from its mean than those inside, so a text that is
+    turned round varies too little; how prompts differ from each other shows how much it should.
+    """
+
+    def __init__(self, kinds: sparse.csr_array, starts: Ints) -> None:
+        self._starts, self._shape = starts, (kinds.shape[0], starts.size - 1)
+        cells = sparse.coo_array(kinds)
+        kind, row = cells.coords
+        prompt = np.searchsorted(starts, row, side="right") - 1
+        self._parts = sparse.csr_array(
+            (cells.data, (kind * self._shape[1] + prompt, row)), shape=(np.prod(self._shape), kinds.shape[1])
+        )
+        self._size = np.asarray(self._parts.sum(axis=1), dtype=np.float64).reshape(*self._shape, 1)
+
+    def __call__(self, uses: npt.NDArray[np.float32]) -> Floats:
+        share = np.add.reduceat(uses, self._starts[:-1], axis=0, dtype=np.float64)
+        share /= np.diff(self._starts)[:, None]
+        excess = (
+            np.asarray(self._parts @ uses, dtype=np.float64).reshape(*self._shape, -1) - self._size * share
+        )
+        return standardised(excess.sum(axis=1), np.zeros(()), (excess**2).sum(axis=1))
 
 
 def _with_words(
@@ -689,6 +731,7 @@ def sequence_patterns(
             min_prompts=min(3, text.n_requests),
             n_permutations=n_permutations,
             seed=seed,
+            within=rearrange is rotation,
         )
         tables.append(found.table(alpha, max_listed, list(kinds), "pattern"))
         tested += found.n_tested
