@@ -89,8 +89,8 @@ class Attending:
         keys = position + 1
         rows = [
             _softmax(
-                np.exp(0.5 * t)[:, None] * rng.normal(size=(self.n_heads, n))
-                - (1 + 0.3 * t)[:, None] * _ages(n)
+                np.exp(0.3 * t)[:, None] * rng.normal(size=(self.n_heads, n))
+                - (1 + 0.6 * t)[:, None] * _ages(n)
             )
             for t, n in zip(trait, keys, strict=True)
         ]
