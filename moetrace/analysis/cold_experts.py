@@ -140,7 +140,7 @@ def trigger_tokens(
     (``context`` tokens on either side, the token in ⟦ ⟧; None without a vocabulary), ``token_share``: of the same
     token's occurrences, how many use the expert, and ``token_count``, how many there are.
     """
-    tokens = np.asarray(text.tokens)
+    tokens = text.tokens
     rows: list[tuple[object, ...]] = []
     for layer, expert in experts:
         uses = (text.experts[:, layer] == expert).any(axis=1)
@@ -155,10 +155,10 @@ def trigger_tokens(
             same = known & (tokens == tokens[row])
             rows.append(
                 (
-                    int(text.numbers[layer]),
+                    int(text.layers[layer]),
                     expert,
-                    text.names[int(text.owner[row])],
-                    int(np.asarray(text.positions)[row]),
+                    text.prompts[int(text.owner[row])],
+                    int(text.positions[row]),
                     int(tokens[row]),
                     _piece(vocabulary, tokens[row : row + 1]),
                     float(weight[i]),
@@ -171,7 +171,7 @@ def trigger_tokens(
     return pd.DataFrame(rows, columns=[*names, "token_share", "token_count"])
 
 
-def _piece(vocabulary: Sequence[bytes] | None, tokens: npt.NDArray[np.int32]) -> str | None:
+def _piece(vocabulary: Sequence[bytes] | None, tokens: npt.NDArray[np.int64]) -> str | None:
     if vocabulary is None or ((tokens < 0) | (tokens >= len(vocabulary))).any():
         return None
     return b"".join(vocabulary[int(t)] for t in tokens).decode("utf-8", "replace")
@@ -181,7 +181,7 @@ def _around(text: RoutedText, row: int, vocabulary: Sequence[bytes] | None, reac
     request = int(text.owner[row])
     start = max(int(text.starts[request]), row - reach)
     stop = min(int(text.starts[request + 1]), row + reach + 1)
-    tokens = np.asarray(text.tokens)
+    tokens = text.tokens
     parts = [_piece(vocabulary, tokens[a:b]) for a, b in ((start, row), (row, row + 1), (row + 1, stop))]
     return None if None in parts else f"{parts[0]}⟦{parts[1]}⟧{parts[2]}"
 
@@ -190,7 +190,7 @@ def candidate_tokens(
     text: RoutedText, experts: Sequence[tuple[int, int]], *, at_most: int = 20
 ) -> dict[tuple[int, int], Ints]:
     """Token ids that may wake an expert, most promising first: those that used it, by their share of uses."""
-    tokens = np.asarray(text.tokens)
+    tokens = text.tokens
     out = {}
     for layer, expert in experts:
         uses = (text.experts[:, layer] == expert).any(axis=1) & (tokens >= 0)

@@ -87,15 +87,21 @@ def reading_order(
         chosen &= np.asarray(keep, dtype=bool)[rows]
     if not chosen.all():
         rows, req, pos = rows[chosen], req[chosen], pos[chosen]
-    other = req[1:] != req[:-1]
-    unrecorded = (pos[:-1] < 0) & (pos[1:] < 0)
-    broken = other | ~((pos[1:] - pos[:-1] == 1) | unrecorded)
     first = [0] if rows.size else []
     starts, runs = (
         np.concatenate((first, np.flatnonzero(new) + 1, [rows.size])).astype(np.int64)
-        for new in (other, broken)
+        for new in (req[1:] != req[:-1], breaks(req, pos))
     )
     return ReadingOrder(rows, req[starts[:-1]].astype(np.int64), starts, runs)
+
+
+def breaks(request: npt.NDArray[Any], position: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Of rows (n,) in reading order: (n − 1,) whether a run ends between two neighbours.
+
+    It goes on within a request where positions rise by one, or where neither position was recorded (negative).
+    """
+    unrecorded = (position[:-1] < 0) & (position[1:] < 0)
+    return np.asarray((request[1:] != request[:-1]) | ~((position[1:] - position[:-1] == 1) | unrecorded))
 
 
 def _rejected(

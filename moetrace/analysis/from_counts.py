@@ -94,11 +94,4 @@ class TableAnalysis(Analysis):
 
     matched_separation = persistence = shuffle_test = transitions = _no_tokens
     gate_distances = gate_summary = agreement = pieces = request_column = _no_tokens
-    text = property(_no_tokens)
-    vocabulary = property(_no_tokens)
-
-    @property
-    def token_rows(self) -> NoReturn:
-        self._no_tokens()
-
-    predictions = token_rows
+    text = vocabulary = predictions = property(_no_tokens)

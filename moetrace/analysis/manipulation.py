@@ -16,6 +16,7 @@ import pandas as pd
 from scipy import stats
 
 from moetrace.analysis import nulls
+from moetrace.analysis.routed import membership
 from moetrace.errors import UsageError
 
 Floats = npt.NDArray[np.float64]
@@ -424,10 +425,7 @@ def expert_robustness(
 
 
 def _indicators(ids: npt.NDArray[np.integer], n_expert: int) -> Bools:
-    """(n, L, k) ids to (n, L, E) booleans; ids of no expert count for nothing."""
-    out = np.zeros((*ids.shape[:2], n_expert + 1), bool)
-    np.put_along_axis(out, np.minimum(ids.astype(np.int64), n_expert), True, axis=2)
-    return out[:, :, :n_expert]
+    return membership(ids, n_expert).astype(bool)
 
 
 def _jaccard(a: Bools, b: Bools) -> Floats:

@@ -49,7 +49,7 @@ class ExpertCache(Question):
         sizes = None
         if subject.model is not None:
             with ModelFile(subject.model) as model:
-                sizes = [model.expert_bytes(layer) for layer in predictions.rows.layers.tolist()]
+                sizes = [model.expert_bytes(layer) for layer in predictions.text.layers.tolist()]
         found = predictions.expert_cache(
             slots,
             policies=[name.strip() for name in self.policies.split(",")],
@@ -88,8 +88,8 @@ class ExpertCache(Question):
             subject.phase_note,
             f"Hits are counted on {used:,} tokens of held-out prompts, after the others warmed the caches up"
             + (
-                f"; of {len(predictions.rows):,} tokens"
-                if len(predictions.rows) > 2 * used + self.max_tokens
+                f"; of {len(predictions.text):,} tokens"
+                if len(predictions.text) > 2 * used + self.max_tokens
                 else ""
             )
             + ".",

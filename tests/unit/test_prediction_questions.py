@@ -180,8 +180,8 @@ def test_selected_layers_and_several_traces(attending: Path, tmp_path: Path) -> 
     other = write_attending(tmp_path / "u.moet", seed=1)
     with moetrace.open(attending) as one, moetrace.open(other) as two:
         both = from_trace(one, two, phase="all").predictions
-        assert np.unique(both.rows.source).size == 1  # requests of one id are one prompt
-        assert len(both.rows) == len(from_trace(one, phase="all").predictions.rows)
+        assert np.unique(both.text.sources).size == 1  # requests of one id are one prompt
+        assert len(both.text) == len(from_trace(one, phase="all").predictions.text)
         with pytest.raises(UsageError, match="no MoE layer 9"):
             both.attention_prediction([9])
         with pytest.raises(UsageError, match="no MoE layer with others after it"):
