@@ -6,6 +6,9 @@ STAMP  := $(VENV)/.moetrace
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
+# one test process for each core: llama.cpp is run with one thread
+PARALLEL := --numprocesses auto --maxprocesses 8
+
 # which of tests/stress `make stress` runs: T=test_kill.py; all by default
 T ?=
 
@@ -39,10 +42,10 @@ report-image: setup ## the README's picture of a report, of the demo's trace; ne
 	$(BIN)/python docs/images/make.py demo/demo.moet
 
 test: setup lint test-cpp ## everything but the slow tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-unit: $(STAMP)-package ## the tests that need no llama.cpp
-	$(BIN)/python -m pytest tests/unit tests/stats -m "not slow"
+	$(BIN)/python -m pytest tests/unit tests/stats -m "not slow" $(PARALLEL)
 
 test-slow: setup ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow --timeout 3600

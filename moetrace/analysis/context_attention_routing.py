@@ -2,8 +2,8 @@
 
 Similarities of all pairs of contexts are no independent observations, so contexts are permuted, not pairs (Mantel
 1967): the contexts' experts are dealt out anew, and the correlation reckoned again. Both attention and routing may
-depend on where in the text the token stands: what position explains is taken out of both, contexts are exchanged among
-those of similar positions only, and attention is compared on a window of fixed length.
+depend on where in the text the token stands: what position explains is taken out of both, contexts are exchanged with
+those of the same position, or of the next one, only, and attention is compared on a window of fixed length.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from moetrace.errors import UsageError
 
 Floats = npt.NDArray[np.float64]
 
-# Contexts of neighbouring positions that are exchanged with each other.
-_STRATUM = 2
 #: fewer contexts than this are not tested
 FEWEST = 8
 
@@ -73,8 +71,9 @@ def context_attention_routing(
     """Mantel's test between two similarity matrices (n, n) of contexts, position (n,) taken out.
 
     Twice: the correlation is the partial one, given the pair's positions (difference and level, linear and square, and
-    whether they are equal; Smouse, Long & Sokal 1986), and contexts are exchanged within strata of two neighbouring
-    positions only. It is reckoned anew for every exchange, so that the test is exact where contexts are exchangeable.
+    whether they are equal; Smouse, Long & Sokal 1986), and contexts are exchanged among those of equal position only;
+    where a context is alone at its position, with the next that is. It is reckoned anew for every exchange, so that the
+    test is exact where contexts are exchangeable.
 
     Raises UsageError for fewer than :data:`FEWEST` contexts.
     """
@@ -89,7 +88,7 @@ def context_attention_routing(
     rest = x - basis @ (basis.T @ x), y - basis @ (basis.T @ y)
     if np.isnan(_correlation(*rest)):
         return ContextTest(n, plain, nan, nan, nan, nan, *mean)
-    strata = np.array_split(np.lexsort((rng.random(n), place)), max(1, n // _STRATUM))
+    strata = _strata(place)
     reached = np.empty(n_permutations + 1)
     size = np.linalg.norm(rest[0])
     for b in range(n_permutations + 1):
@@ -111,6 +110,14 @@ def context_attention_routing(
         float(nulls.permutation_p(reached)) if n_permutations else nan,
         *mean,
     )
+
+
+def _strata(position: Floats) -> list[npt.NDArray[np.intp]]:
+    """Contexts of equal position; those that are alone at theirs, two by two in order of position."""
+    order = np.argsort(position, kind="stable")
+    together = np.split(order, np.flatnonzero(np.diff(position[order])) + 1)
+    alone = np.array([stratum[0] for stratum in together if stratum.size == 1], dtype=np.intp)
+    return [s for s in together if s.size > 1] + [alone[i : i + 2] for i in range(0, alone.size, 2)]
 
 
 def _position_basis(position: Floats, i: npt.NDArray[np.intp], j: npt.NDArray[np.intp]) -> Floats:

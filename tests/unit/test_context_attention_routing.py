@@ -74,3 +74,12 @@ def test_nothing_varies_or_too_few() -> None:
     few = FEWEST - 1
     with pytest.raises(UsageError, match="too few"):
         context_attention_routing(np.ones((few, few)), np.ones((few, few)), FLAT[:few])
+
+
+def test_contexts_are_exchanged_at_equal_positions_only() -> None:
+    """Routing that is a function of the position, however rough, stays as it is under every exchange: p = 1."""
+    rng = np.random.default_rng(3)
+    position = np.repeat(np.arange(13), 3)
+    of_position = rng.normal(size=13)[position]
+    attention = alike(of_position + rng.normal(0, 0.1, 39))
+    assert context_attention_routing(attention, alike(of_position), position, n_permutations=49).p_value == 1
