@@ -46,7 +46,7 @@ def write_attending(path: Path, *, attention: bool = True, gate_input: bool = Tr
         records["experts"][rows, layer] = ids
     if gate_input:
         records["gate_input"][rows, 1] = np.hstack((logits, rng.normal(size=(rows.size, 8))))
-    traces.labelled_trace(path, layout, records, owner, n_domains=2)
+    traces.write_labelled(path, layout, records, owner, domains="ab")
     if attention:
         with moetrace.open(path) as trace:
             serial, position = np.asarray(trace.serial), np.asarray(trace.positions).astype(int)
