@@ -11,6 +11,7 @@ from scipy import stats
 
 from moetrace.analysis.nulls import Floats, Ints
 from moetrace.analysis.routed import RoutedText
+from moetrace.analysis.shapes import layer_numbers
 from moetrace.errors import UsageError
 
 
@@ -63,7 +64,7 @@ def cold_experts(
     if c.ndim != 3 or n.shape != c.shape[:2]:
         raise UsageError(f"counts {c.shape} and tokens {n.shape} do not fit", fix="give (P, L, E) and (P, L)")
     p_prompts, n_layers, n_expert = c.shape
-    numbers = np.arange(n_layers) if layers is None else np.asarray(layers)
+    numbers = layer_numbers(layers, n_layers)
     used, total = c.sum(axis=0), n.sum(axis=0)[:, None]
     with np.errstate(invalid="ignore", divide="ignore"):
         rate = used / total
@@ -247,7 +248,7 @@ def as_published_cold_experts(
     total = np.asarray(tokens).sum(axis=0)[:, None]
     rate = used / np.maximum(total, 1)
     n_layers, n_expert = used.shape
-    numbers = np.arange(n_layers) if layers is None else np.asarray(layers)
+    numbers = layer_numbers(layers, n_layers)
     return pd.DataFrame(
         {
             "layer": np.repeat(numbers, n_expert),

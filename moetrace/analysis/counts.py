@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
+from moetrace.analysis.shapes import layer_numbers, per_layer
 from moetrace.errors import UsageError
 
 Ints = npt.NDArray[np.int64]
@@ -310,12 +311,8 @@ def count_routing(
     return RoutingCounts(
         prompts=who.astype(np.str_),
         labels=domains[index].astype(np.str_),
-        layers=np.arange(n_layers) if layers is None else np.asarray(layers, dtype=np.int64),
-        n_expert_used=(
-            np.full(n_layers, k, dtype=np.int64)
-            if n_expert_used is None
-            else np.asarray(n_expert_used, dtype=np.int64)
-        ),
+        layers=layer_numbers(layers, n_layers),
+        n_expert_used=per_layer(n_expert_used, n_layers, k),
         **tables.finish(),
     )
 
@@ -448,12 +445,8 @@ def count_tokens(
     return TokenCounts(
         prompts=who.astype(np.str_),
         labels=domains[index].astype(np.str_),
-        layers=np.arange(n_layers) if layers is None else np.asarray(layers, dtype=np.int64),
-        n_expert_used=(
-            np.full(n_layers, k, dtype=np.int64)
-            if n_expert_used is None
-            else np.asarray(n_expert_used, dtype=np.int64)
-        ),
+        layers=layer_numbers(layers, n_layers),
+        n_expert_used=per_layer(n_expert_used, n_layers, k),
         tokens=ids.astype(np.int64),
         layer_class=layer_class,
         occurrences=tuple(occurrences),

@@ -17,6 +17,7 @@ from scipy import stats
 
 from moetrace.analysis import nulls
 from moetrace.analysis.routed import membership
+from moetrace.analysis.shapes import layer_numbers
 from moetrace.errors import UsageError
 
 Floats = npt.NDArray[np.float64]
@@ -215,11 +216,11 @@ def routing_manipulation(
         }
         if method != "random":
             saved = spent[:, list(table.columns).index("random")] - spent[:, i]
-            reach = nulls.ratio_interval(saved, np.ones(n), level) if n > 1 else None
+            reach = nulls.ratio_interval(saved, np.ones(n), level)
             row |= {
                 "saved": saved.mean(),
-                "saved_low": np.nan if reach is None else float(reach.low),
-                "saved_high": np.nan if reach is None else float(reach.high),
+                "saved_low": float(reach.low),
+                "saved_high": float(reach.high),
                 "p_value": sign_flip_p(saved, n_permutations=n_permutations, seed=seed),
             }
         rows.append(row)
@@ -340,7 +341,7 @@ def edit_effect(
     for key, part in table.groupby(["kind", "region", "layer"], sort=True):
         sums = part.groupby("prompt")[["tokens", "jaccard", "top1"]].sum()
         n = sums["tokens"].to_numpy(np.float64)
-        interval = nulls.ratio_interval(sums["jaccard"].to_numpy(), n, level) if len(n) > 1 else None
+        interval = nulls.ratio_interval(sums["jaccard"].to_numpy(), n, level)
         known = part[part["jaccard_other"].notna()]
         out.append(
             (
@@ -348,8 +349,8 @@ def edit_effect(
                 int(n.sum()),
                 len(n),
                 sums["jaccard"].sum() / n.sum(),
-                np.nan if interval is None else float(interval.low),
-                np.nan if interval is None else float(interval.high),
+                float(interval.low),
+                float(interval.high),
                 sums["top1"].sum() / n.sum(),
                 known["jaccard_other"].sum() / known["tokens"].sum() if len(known) else np.nan,
             )
@@ -402,7 +403,7 @@ def expert_robustness(
         kept[i] += (a & b).sum(axis=0)
         total[i] += len(a)
     layer, expert = np.nonzero(there.sum(axis=0) >= min_tokens)
-    numbers = np.asarray(layers) if layers is not None else np.arange(shape[1])
+    numbers = layer_numbers(layers, shape[1])
     mine, stay = there[:, layer, expert], kept[:, layer, expert]
     used = (mine > 0).sum(axis=0)
     low, high = np.full((2, len(layer)), np.nan)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from moetrace.analysis.counts import breaks
 from moetrace.analysis.nulls import Floats, Ints
+from moetrace.analysis.shapes import rows_of, some_requests
 from moetrace.errors import UsageError
 
 # A field that follows from the others unless it is given.
@@ -134,9 +135,8 @@ class RoutedText:
     def of(self, requests: npt.ArrayLike) -> RoutedText:
         """Only some requests (indices over R), numbered anew; a copy."""
         chosen = np.asarray(requests, dtype=np.int64)
-        pieces = [np.arange(self.starts[i], self.starts[i + 1]) for i in chosen]
         return self._at(
-            np.concatenate([*pieces, np.empty(0, dtype=np.int64)]).astype(np.int64),
+            rows_of(self.starts, chosen),
             np.diff(self.starts)[chosen],
             prompts=[self.prompts[i] for i in chosen],
             labels=[self.labels[i] for i in chosen],
@@ -146,11 +146,7 @@ class RoutedText:
         """Whole requests, at least one, drawn at random until they hold ``max_rows`` rows; itself if all fit."""
         if len(self) <= max_rows:
             return self
-        sizes = np.diff(self.starts)
-        draw = np.random.default_rng(seed).permutation(np.flatnonzero(sizes))
-        fits = np.cumsum(sizes[draw]) <= max_rows
-        fits[0] = True
-        return self.of(np.sort(draw[fits]))
+        return self.of(some_requests(self.starts, max_rows, seed))
 
     def _at(self, rows: npt.NDArray[Any], sizes: Ints, **more: Any) -> RoutedText:
         return replace(
