@@ -193,16 +193,19 @@ def routing_manipulation(
         targets); ``mean_evaluations`` (a target that was not reached counts the whole budget);
         ``saved``, evaluations fewer than random search on the same target, mean, with ``saved_low`` and
         ``saved_high`` (jackknife over targets); ``p_value`` of that difference, two-sided: signs of the targets'
-        differences flipped at random. NaN for random search itself.
+        differences flipped at random; ``p_family`` over the methods (max-T). NaN for random search itself.
     """
     table = runs.pivot(index="target", columns="method", values="reached_at")
     if "random" not in table or len(table) != len(runs) / table.shape[1]:
         raise UsageError(
             "success rates need random search on the same targets", fix='run method "random" on each target'
         )
-    spent = table.fillna(budget).to_numpy(np.float64)
+    spent = table.fillna(budget)
+    saved = spent.drop(columns="random").rsub(spent["random"], axis=0)
+    flipped = sign_flips(saved.to_numpy(np.float64), n_permutations=n_permutations, seed=seed)
+    p_value, p_family = nulls.permutation_p(flipped), nulls.max_t(flipped) if len(saved.columns) else flipped
     rows = []
-    for i, method in enumerate(table.columns):
+    for method in table.columns:
         n, hits = len(table), int(table[method].notna().sum())
         interval = stats.binomtest(hits, n).proportion_ci(level, "exact")
         row = {
@@ -212,16 +215,17 @@ def routing_manipulation(
             "rate": hits / n,
             "low": interval.low,
             "high": interval.high,
-            "mean_evaluations": spent[:, i].mean(),
+            "mean_evaluations": spent[method].mean(),
         }
         if method != "random":
-            saved = spent[:, list(table.columns).index("random")] - spent[:, i]
-            reach = nulls.ratio_interval(saved, np.ones(n), level)
+            fewer, i = saved[method].to_numpy(np.float64), saved.columns.get_loc(method)
+            reach = nulls.ratio_interval(fewer, np.ones(n), level)
             row |= {
-                "saved": saved.mean(),
+                "saved": fewer.mean(),
                 "saved_low": float(reach.low),
                 "saved_high": float(reach.high),
-                "p_value": sign_flip_p(saved, n_permutations=n_permutations, seed=seed),
+                "p_value": p_value[i],
+                "p_family": p_family[i],
             }
         rows.append(row)
     order = {name: i for i, name in enumerate(METHODS)}
@@ -230,17 +234,15 @@ def routing_manipulation(
     )
 
 
-def sign_flip_p(differences: npt.ArrayLike, *, n_permutations: int = 1999, seed: int = 0) -> float:
-    """Two-sided p-value for a mean of 0: signs of paired differences (n,) flipped at random.
+def sign_flips(differences: npt.ArrayLike, *, n_permutations: int = 1999, seed: int = 0) -> Floats:
+    """Null of a mean of 0: |sum| of paired differences (n, m), signs of the n flipped at random; row 0 as they are.
 
-    Exact for differences that are symmetric about 0. 1 where all are 0.
+    (1 + n_permutations, m), for :func:`moetrace.analysis.nulls.permutation_p` and ``max_t``: two-sided, exact for
+    differences that are symmetric about 0. A column of zeros gets p = 1.
     """
     d = np.asarray(differences, np.float64)
-    if not np.any(d):
-        return 1.0
-    signs = np.random.default_rng(seed).choice(np.array([-1.0, 1.0]), (n_permutations, d.size))
-    null = np.abs(np.concatenate([[d.sum()], signs @ d]))
-    return float(nulls.permutation_p(null))
+    signs = np.random.default_rng(seed).choice(np.array([-1.0, 1.0]), (n_permutations, len(d)))
+    return np.asarray(np.abs(np.concatenate([d.sum(axis=0)[None], signs @ d])))
 
 
 # -- edits -------------------------------------------------------------------------------------------------

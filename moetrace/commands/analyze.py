@@ -13,7 +13,7 @@ from typing import Any
 from moetrace import data
 from moetrace.commands.options import add_option, add_subparser
 from moetrace.commands.placement import add_placement, placement, server_arguments
-from moetrace.commands.progress import progress_bar
+from moetrace.commands.progress import progress_bar, progress_line
 from moetrace.commands.showing import add_showing, opened, show, subject_of
 from moetrace.errors import UsageError
 from moetrace.findings import QUESTIONS, Question, question
@@ -60,8 +60,10 @@ class Analyze:
         given = {f.name: getattr(args, f.name) for f in dataclasses.fields(asked)}
         with ExitStack() as stack:
             recordings = _recordings(args, asked, stack)
-            subject = subject_of(recordings, args, args.model, placement(args))
-            show([asked(**given).answer(subject)], args)
+            with progress_line() as progress:
+                subject = subject_of(recordings, args, args.model, placement(args), progress)
+                finding = asked(**given).answer(subject)
+            show([finding], args)
         return 0
 
 

@@ -1,8 +1,9 @@
-"""A progress bar on standard error, on a terminal only."""
+"""How far long work has come, on standard error, on a terminal only."""
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 
@@ -23,3 +24,20 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, refresh_per_second=10) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def progress_line() -> Iterator[Callable[[str], None]]:
+    """Give a function that takes what is being done now; shows nothing where standard error is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda what: None
+        return
+
+    def show(what: str) -> None:
+        width = shutil.get_terminal_size().columns - 2
+        print(f"\r\x1b[K{what[:width]} …", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)

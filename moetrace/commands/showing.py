@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ def subject_of(
     args: argparse.Namespace,
     model: str | None = None,
     model_options: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] = lambda what: None,
 ) -> Subject:
     """The subject that the options of :func:`add_showing` describe."""
     return Subject(
@@ -56,6 +57,7 @@ def subject_of(
         model_options=model_options,
         seed=args.seed,
         layers=numbers(args.layers, "--layers") if args.layers else None,
+        progress=progress,
     )
 
 

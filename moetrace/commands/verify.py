@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from moetrace.commands.options import add_option, paint, red
+from moetrace.commands.progress import progress_line
 from moetrace.trace.verify import verify
 
 
@@ -25,15 +25,8 @@ class Verify:
 
     def run(self, args: argparse.Namespace) -> int:
         """Check, and print what is wrong."""
-        on_terminal = sys.stderr.isatty()
-
-        def progress(name: str) -> None:
-            if on_terminal:
-                print(f"\r\x1b[K{name} …", end="", file=sys.stderr, flush=True)
-
-        result = verify(args.trace, progress)
-        if on_terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        with progress_line() as progress:
+            result = verify(args.trace, progress)
         for finding in result.findings:
             print(
                 f"{red('recoverable' if finding.recoverable else 'corrupt')}  {finding.where}: {finding.what}"

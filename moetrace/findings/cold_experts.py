@@ -189,9 +189,11 @@ class ColdExperts(Question):
         texts: str | os.PathLike[str] = Path(self.texts) if self.texts else data.prompts("heldout-text")
         rows: list[dict[str, Any]] = []
         with Evaluator(subject.need_model("ablation"), **subject.model_options) as evaluator:
+            subject.progress("evaluating the model as it is")
             base = evaluator.evaluate(texts)
             for layer, expert in experts:
                 number_ = int(text.layers[layer])
+                subject.progress(f"evaluating without expert {expert} of layer {number_}")
                 other = evaluator.evaluate(texts, intervene=f"ablate:{number_}:{expert}")
                 found = likelihood_change(base.nll, other.nll, base.text, same_top=base.top == other.top)
                 rows.append(

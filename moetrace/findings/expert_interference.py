@@ -63,7 +63,7 @@ class ExpertInterference(Question):
             default, ks = model.n_expert_used, self._ks(model)
             layers, pairs, caveats = self._contributions(subject, model)
         nll, kl, same_top = {}, {}, {}
-        with compared_with(path, self.text, kl=self.kl, options=subject.model_options) as comparison:
+        with compared_with(subject, self.text, kl=self.kl) as comparison:
             base = comparison.base
             for k in ks:
                 if k == default:
@@ -73,7 +73,7 @@ class ExpertInterference(Question):
                         np.ones(base.n_tokens, bool),
                     )
                     continue
-                found, apart = comparison.other(path, n_expert_used=k)
+                found, apart = comparison.other(f"k = {k}", path, n_expert_used=k)
                 nll[k], same_top[k] = found.nll, apart.same_top
                 kl[k] = np.full(base.n_tokens, np.nan) if apart.kl is None else apart.kl
         table = interference.expert_interference(
@@ -143,6 +143,7 @@ class ExpertInterference(Question):
             )
         checked = True
         for index, layer in enumerate(numbers):
+            subject.progress(f"what the experts of layer {layer} contribute")
             experts, chosen = LayerExperts(model, layer), subject.analysis.layer_rows(index, self.tokens)
             parts = chosen_outputs(
                 experts,

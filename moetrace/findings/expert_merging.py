@@ -155,6 +155,7 @@ class ExpertMerging(Question):
                 f"Of layers {layer_list(unseen)} nothing was looked at: their experts are compared by weights only."
             )
         for layer in model.moe_layers:
+            subject.progress(f"comparing the experts of layer {layer}")
             experts = LayerExperts(model, layer)
             chosen = self._chosen_pairs(model, layer)
             use[layer] = np.ones(len(experts))
@@ -228,7 +229,7 @@ class ExpertMerging(Question):
         rows: list[dict[str, Any]] = []
         notes: list[str] = []
         with (
-            compared_with(path, self.text, kl=self.kl, options=subject.model_options) as comparison,
+            compared_with(subject, self.text, kl=self.kl) as comparison,
             TemporaryDirectory(prefix="moetrace-merged-") as folder,
         ):
             first = True
@@ -244,7 +245,7 @@ class ExpertMerging(Question):
                     )
                     for in_place in (False, True) if self.in_place and criterion != "prune" else (False,):
                         file = write_merged(path, Path(folder) / "merged.gguf", groups, keep_count=in_place)
-                        found, apart = comparison.other(file.path)
+                        found, apart = comparison.other(f"{count} experts, merged by {criterion}", file.path)
                         change = likelihood_change(
                             comparison.base.nll, found.nll, found.text, kl=apart.kl, same_top=apart.same_top
                         )

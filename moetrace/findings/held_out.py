@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from moetrace import data
+from moetrace.findings.subject import Subject
 from moetrace.host.evaluate import Divergence, Evaluation, Evaluator, divergence
 
 TEXT_HELP = "JSON lines of held-out text; default: the shipped texts, which suit the demo model"
@@ -33,12 +34,15 @@ class Comparison:
     _text: str | os.PathLike[str]
     _folder: Path
     _kl: bool
-    _options: Mapping[str, Any]
+    _subject: Subject
 
-    def other(self, model: str | os.PathLike[str], **options: Any) -> tuple[Evaluation, Divergence]:
-        """Evaluate another model, or the same one otherwise; ``options`` are the Evaluator's."""
+    def other(
+        self, what: str, model: str | os.PathLike[str], **options: Any
+    ) -> tuple[Evaluation, Divergence]:
+        """Evaluate another model, or the same one otherwise; ``options`` are the Evaluator's, ``what`` names it."""
+        self._subject.progress(f"evaluating {what}")
         kept = self._folder / "other.npy"
-        with Evaluator(model, **{**self._options, **options}) as evaluator:
+        with Evaluator(model, **{**self._subject.model_options, **options}) as evaluator:
             found = evaluator.evaluate(self._text, logits=kept if self._kl else None)
         apart = divergence(self.base, found)
         kept.unlink(missing_ok=True)
@@ -46,15 +50,15 @@ class Comparison:
 
 
 @contextmanager
-def compared_with(
-    model: Path, text: str | None, *, kl: bool, options: Mapping[str, Any]
-) -> Iterator[Comparison]:
-    """Evaluate ``model`` on the text, and give what compares others with it.
+def compared_with(subject: Subject, text: str | None, *, kl: bool) -> Iterator[Comparison]:
+    """Evaluate the subject's model on the text, and give what compares others with it.
 
-    ``kl`` keeps logits in a temporary folder (4 bytes × vocabulary per token, twice).
+    ``kl`` keeps logits in a temporary folder (4 bytes × vocabulary per token, twice). Raises UsageError if there is
+    no model.
     """
     with TemporaryDirectory(prefix="moetrace-evaluate-") as folder:
         path = held_out(text)
-        with Evaluator(model, **options) as evaluator:
+        subject.progress("evaluating the model as it is")
+        with Evaluator(subject.need_model("evaluation"), **subject.model_options) as evaluator:
             base = evaluator.evaluate(path, logits=Path(folder) / "base.npy" if kl else None)
-        yield Comparison(base, path, Path(folder), kl, options)
+        yield Comparison(base, path, Path(folder), kl, subject)

@@ -77,7 +77,7 @@ class RoutingManipulation(Question):
         with RoutingProbe(path, n_tokens=longest, n_parallel=16, **subject.model_options) as probe:
             layout = probe.layout
             targets = self._targets(layout.layers, layout.n_expert, rng)
-            found, runs, inputs = self._searches(probe, targets, words, rng)
+            found, runs, inputs = self._searches(subject, probe, targets, words, rng)
             edits = _edits(probe, texts, words, rng)
             n_expert = max(layout.n_expert)
             first = targets[0][0]
@@ -102,7 +102,7 @@ class RoutingManipulation(Question):
             if not self.target
             else "One target was given: its success says nothing about others.",
             CHOSEN_NOTE,
-            "Greedy and beam search are each tested by themselves at 5 %.",
+            "The p-values of greedy and beam search allow for their being two.",
             "A sequence found is one of token ids; its text may be tokenised otherwise.",
         ]
         if edits:
@@ -149,13 +149,19 @@ class RoutingManipulation(Question):
         ]
 
     def _searches(
-        self, probe: RoutingProbe, targets: list[Path], words: npt.NDArray[Any], rng: np.random.Generator
+        self,
+        subject: Subject,
+        probe: RoutingProbe,
+        targets: list[Path],
+        words: npt.NDArray[Any],
+        rng: np.random.Generator,
     ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
         """Success by method, every search, and the best input for each target."""
         layout = probe.layout
         begin = [probe.model.bos] if probe.model.adds_bos else []
         rows, best = [], []
         for number, target in enumerate(targets):
+            subject.progress(f"searching inputs: target {number + 1} of {len(targets)}")
             template = np.array([*begin, *[-1] * self.length])
             if self.free == "context":
                 template[-1] = rng.choice(words)
@@ -300,7 +306,7 @@ def _search_sentences(found: pd.DataFrame, asked: RoutingManipulation) -> list[s
         if method != "random" and row["targets"] > 1:
             line += (
                 f": fewer than random search by {span(row['saved'], row['saved_low'], row['saved_high'], '.0f')},"
-                f" p = {row['p_value']:.2g}"
+                f" p = {row['p_family']:.2g}"
             )
         out.append(line + ".")
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,8 @@ class Subject:
         Of permutations and bootstraps: the same seed gives the same numbers.
     layers
         Numbers of the layers to look at; all if not given.
+    progress
+        Told what is being done, while traces are counted, or the model is run many times.
 
     Raises UsageError for a count table that is not alone.
     """
@@ -56,6 +58,7 @@ class Subject:
         model_options: Mapping[str, Any] | None = None,
         seed: int = 0,
         layers: Sequence[int] | None = None,
+        progress: Callable[[str], None] = lambda what: None,
     ) -> None:
         tables = [given for given in traces if isinstance(given, CountTable)]
         if tables and len(traces) > 1:
@@ -66,6 +69,7 @@ class Subject:
         self.model = model
         self.model_options = dict(model_options or {})
         self.seed = seed
+        self.progress = progress
         self._names = names
         self._phase = phase
 
@@ -145,7 +149,12 @@ class Subject:
                 counts, numbers = counts[:, chosen], numbers[chosen]
             return TableAnalysis(counts, self.table.domains, numbers)
         rows = traces if self.layers is None else [trace.sel(layer=self.layers) for trace in traces]
-        return from_trace(*rows, phase=phase, names=self._names if len(traces) == len(self.traces) else None)
+        return from_trace(
+            *rows,
+            phase=phase,
+            names=self._names if len(traces) == len(self.traces) else None,
+            progress=lambda done, total: self.progress(f"counting: {done:,} of {total:,} tokens"),
+        )
 
     def need_model(self, what: str) -> Path:
         """The model's file. Raises UsageError, saying what needs it, if none was given."""

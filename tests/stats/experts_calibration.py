@@ -22,8 +22,9 @@ from scipy import stats
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 import moetrace.analysis as m  # noqa: E402
+from moetrace.analysis import nulls  # noqa: E402
 from moetrace.analysis.experts import chosen_outputs  # noqa: E402
-from moetrace.analysis.manipulation import sign_flip_p  # noqa: E402
+from moetrace.analysis.manipulation import sign_flips  # noqa: E402
 from moetrace.trace.experts import Expert  # noqa: E402
 
 #: name of a test -> what it is
@@ -32,7 +33,8 @@ TESTS = {
     "combination p_value": "a layer's experts add up or cancel",
     "pair_compatibility p_family": "smallest max-T p-value of a layer's pairs, outputs where both are used",
     "routing_manipulation p_value": "inputs that two searches of one kind need, targets paired",
-    "sign_flip_p": "the same of differences with heavy tails",
+    "routing_manipulation p_family": "smallest max-T p-value of two such searches",
+    "sign_flips": "differences with heavy tails",
 }
 
 
@@ -69,20 +71,20 @@ def contributions(seed: int) -> tuple[float, float]:
     return float(whole), float(pairs.min())
 
 
-def searches(seed: int) -> float:
+def searches(seed: int) -> tuple[float, float]:
     """Random search against random search: each target is hit with a probability of its own."""
     rng = np.random.default_rng(seed)
     chance = rng.uniform(0.002, 0.2, 16)
-    needed = rng.geometric(chance, (2, 16)).astype(np.float64)
+    needed = rng.geometric(chance, (3, 16)).astype(np.float64)
     runs = pd.DataFrame(
         {
-            "target": np.tile(np.arange(16), 2),
-            "method": np.repeat(["random", "beam"], 16),
+            "target": np.tile(np.arange(16), 3),
+            "method": np.repeat(["random", "greedy", "beam"], 16),
             "reached_at": np.where(needed <= 256, needed, np.nan).ravel(),
         }
     )
     table = m.routing_manipulation(runs, budget=256, n_permutations=399, seed=seed).set_index("method")
-    return float(table.loc["beam", "p_value"])
+    return float(table.loc["beam", "p_value"]), float(table["p_family"].min())
 
 
 def calibrate(runs: int) -> pd.DataFrame:
@@ -94,9 +96,13 @@ def calibrate(runs: int) -> pd.DataFrame:
         whole, pairs = contributions(seed)
         found["combination p_value"].append(whole)
         found["pair_compatibility p_family"].append(pairs)
-        found["routing_manipulation p_value"].append(searches(seed))
+        one, family = searches(seed)
+        found["routing_manipulation p_value"].append(one)
+        found["routing_manipulation p_family"].append(family)
         d = np.random.default_rng(seed).standard_t(3, 15)
-        found["sign_flip_p"].append(sign_flip_p(d, n_permutations=399, seed=seed))
+        found["sign_flips"].append(
+            float(nulls.permutation_p(sign_flips(d[:, None], n_permutations=399, seed=seed))[0])
+        )
     rows = []
     for name, what in TESTS.items():
         hits = int((np.array(found[name]) <= 0.05).sum())

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 import moetrace.analysis as m
-from moetrace.analysis import manipulation
+from moetrace.analysis import manipulation, nulls
 from moetrace.analysis.manipulation import Edit
 from moetrace.errors import UsageError
 
@@ -91,11 +91,12 @@ def test_a_search_for_nothing_is_refused():
 def test_success_rates_have_exact_intervals_and_are_paired():
     runs = pd.DataFrame(
         [(t, "random", np.nan if t < 6 else 50.0) for t in range(8)]
+        + [(t, "greedy", 50.0 if t < 2 else np.nan) for t in range(8)]
         + [(t, "beam", 20.0 + t) for t in range(8)],
         columns=["target", "method", "reached_at"],
     )
     table = m.routing_manipulation(runs, budget=100).set_index("method")
-    assert table.index.tolist() == ["random", "beam"]
+    assert table.index.tolist() == ["random", "greedy", "beam"]
     assert table.loc["random", "reached"] == 2
     interval = stats.binomtest(2, 8).proportion_ci(method="exact")
     assert (table.loc["random", "low"], table.loc["random", "high"]) == pytest.approx(
@@ -104,7 +105,9 @@ def test_success_rates_have_exact_intervals_and_are_paired():
     spent = np.array([100] * 6 + [50, 50]) - np.arange(20, 28)
     assert table.loc["beam", "saved"] == pytest.approx(spent.mean())
     assert table.loc["beam", "p_value"] < 0.02  # all eight differ in one direction: 2/256 at best
-    assert np.isnan(table.loc["random", "p_value"])
+    assert (table["p_family"].dropna() >= table["p_value"].dropna()).all()  # two were tried
+    assert table.loc["beam", "p_family"] < 0.05 < table.loc["greedy", "p_family"]
+    assert table.loc["random", ["p_value", "p_family"]].isna().all()
     with pytest.raises(UsageError, match="random search"):
         m.routing_manipulation(runs[runs["method"] == "beam"], budget=100)
 
@@ -112,8 +115,9 @@ def test_success_rates_have_exact_intervals_and_are_paired():
 def test_sign_flips_agree_with_scipy(rng):
     d = rng.standard_normal(9) + 0.4
     reference = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue
-    assert manipulation.sign_flip_p(d, n_permutations=20000) == pytest.approx(reference, abs=0.02)
-    assert manipulation.sign_flip_p(np.zeros(4)) == 1
+    both = np.stack([d, np.zeros(9)], axis=1)
+    p = nulls.permutation_p(manipulation.sign_flips(both, n_permutations=20000))
+    assert p == pytest.approx([reference, 1], abs=0.02)
 
 
 # -- edits
