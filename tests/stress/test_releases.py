@@ -330,6 +330,33 @@ def test_doctor_says_yes_or_why_not(release):
         assert ("llama_set_sampler" in run.stdout) == by_positions
 
 
+@pytest.mark.parametrize("collector", ["tap", "callback"])
+def test_interventions_hold(release, collector, model_file, tmp_path):
+    """An ablated expert is never used and a forced one always, while they are; before and after, text is the same."""
+    path = tmp_path / "t.moet"
+    with moetrace.serve(
+        model_file("olmoe"),
+        output=path,
+        arguments=ARGUMENTS,
+        collector=collector,
+        program=str(release.program),
+    ) as server:
+        before = [answer.text for answer in answer_alone(server.client)]
+        with server.intervene("ablate:*:3", "force:*:5"):
+            drive(server.client, prompts_of_mixed_length(12), settings=SETTINGS)
+        after = [answer.text for answer in answer_alone(server.client)]
+    assert verify(path).exit_code == 0
+    assert before == after
+    with moetrace.open(path) as trace:
+        changed, ids = np.asarray(trace.intervened), np.asarray(trace.experts)
+        there = (np.asarray(trace.state) == State.PRESENT)[:, :, None]
+        assert changed.sum() > 100
+        assert not ((ids == 3) & there)[changed].any()
+        assert ((ids == 5).any(axis=2) | ~there[:, :, 0])[changed].all()
+        assert ((ids == 3) & there)[~changed].any()
+        assert not ((ids == 5).any(axis=2) | ~there[:, :, 0])[~changed].all()
+
+
 def test_the_tables_say_what_was_found(release, figures):
     """Last of all: what this run found, against what the READMEs say."""
     found = result_of(release)
