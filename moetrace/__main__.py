@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import inspect
 import keyword
 import os
 import signal
@@ -12,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import moetrace
-from moetrace.commands.options import Command, red
+from moetrace.commands.options import Command, add_subparser, red
 from moetrace.errors import MoetraceError, UsageError
 
 #: subcommand -> the class in moetrace/commands/SUBCOMMAND.py (import_.py), in the order of the help
@@ -62,14 +61,7 @@ def make_parser(name: str | None = None) -> argparse.ArgumentParser:
     for each in COMMANDS:
         if name is None or each == name:
             command = load(each)
-            text = inspect.cleandoc(command.__doc__ or "")
-            sub = subparsers.add_parser(
-                each,
-                help=text.split("\n")[0],
-                description=text,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-                allow_abbrev=False,
-            )
+            sub = add_subparser(subparsers, each, command)
             command.prepare_parser(sub)
             sub.set_defaults(run=command.run, passthrough=command.passthrough)
         else:

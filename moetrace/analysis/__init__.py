@@ -98,7 +98,6 @@ from moetrace.analysis.published_prediction import (
     as_published_task_prediction,
 )
 from moetrace.analysis.routed import RoutedText
-from moetrace.analysis.rows import TokenRows
 from moetrace.analysis.sums import MetricSums
 from moetrace.analysis.task_prediction import task_prediction
 from moetrace.analysis.temporal import Transitions, persistence, shuffle_test, transitions
@@ -142,7 +141,6 @@ __all__ = [
     "TableAnalysis",
     "TokenCounts",
     "TokenPatterns",
-    "TokenRows",
     "Transitions",
     "agreement",
     "agreement_by_depth",

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from moetrace.analysis import nulls
-from moetrace.analysis.rows import TokenRows
+from moetrace.analysis.routed import RoutedText
 from moetrace.errors import UsageError
 
 Ints = npt.NDArray[np.int64]
@@ -194,7 +194,7 @@ POLICIES = {
 
 
 def expert_cache(
-    rows: TokenRows,
+    text: RoutedText,
     slots: Sequence[int] = (),
     *,
     policies: Sequence[str] = tuple(POLICIES),
@@ -207,6 +207,8 @@ def expert_cache(
 
     Parameters
     ----------
+    text
+        The tokens: which experts they use, and which prompt each is of.
     slots
         Slots per layer (shared caches get that times the layers); default from k to E.
     expert_bytes
@@ -217,7 +219,7 @@ def expert_cache(
 
     Raises UsageError if there are fewer than two prompts or no routing.
     """
-    present = np.unique(rows.prompt)
+    present = np.unique(text.owner)
     if present.size < 2:
         raise UsageError(
             f"a cache is tried on prompts that it was not set up on, and there are {present.size}",
@@ -229,28 +231,28 @@ def expert_cache(
             f"there is no cache policy {unknown[0]!r}", fix=f"choose among: {', '.join(POLICIES)}"
         )
     order = np.random.default_rng((seed, 4)).permutation(present)
-    rank = np.zeros(rows.prompts.size, dtype=np.int64)
+    rank = np.zeros(text.n_requests, dtype=np.int64)
     rank[order] = np.arange(order.size)
-    turn = rank[rows.prompt]
+    turn = rank[text.owner]
     tokens = np.argsort(turn, kind="stable")
-    ids = rows.experts[tokens].astype(np.int64)
+    ids = text.experts[tokens].astype(np.int64)
     n, n_layers, k = ids.shape
-    ids = np.where(ids < rows.n_expert, ids, -1)
+    ids = np.where(ids < text.n_expert, ids, -1)
     turn = turn[tokens] - order.size // 2
-    sizes = _slots(slots, k, rows.n_expert)
+    sizes = _slots(slots, k, text.n_expert)
     weights = None if expert_bytes is None else np.asarray(expert_bytes, dtype=np.float64)
     by_layer = ids.transpose(1, 0, 2).reshape(n_layers, n * k)
     curves, layers = [], []
     for cache in ("layer", "shared") if shared and n_layers > 1 else ("layer",):
         if cache == "layer":
-            streams, n_items, scale = by_layer, rows.n_expert, n_layers
+            streams, n_items, scale = by_layer, text.n_expert, n_layers
             layer_of = np.broadcast_to(np.arange(n_layers)[:, None], streams.shape)
             turns = np.broadcast_to(np.repeat(turn, k), streams.shape)
             wanted = sizes
         else:
             number = np.arange(n_layers)[:, None]
-            streams = np.where(ids >= 0, ids + number * rows.n_expert, -1).reshape(1, -1)
-            n_items, scale = n_layers * rows.n_expert, 1
+            streams = np.where(ids >= 0, ids + number * text.n_expert, -1).reshape(1, -1)
+            n_items, scale = n_layers * text.n_expert, 1
             layer_of = np.broadcast_to(np.repeat(np.arange(n_layers), k), (n, n_layers * k)).reshape(1, -1)
             turns = np.repeat(turn, n_layers * k).reshape(1, -1)
             wanted = [s * n_layers for s in sizes]
@@ -271,11 +273,11 @@ def expert_cache(
                 [_count(who, where, n_layers, need.shape[0], distance <= s) for s in wanted], axis=2
             )
             curves.append(
-                _curve(cache, policy, wanted, scale, hit, need, rows, weights, int((turn >= 0).sum()))
+                _curve(cache, policy, wanted, scale, hit, need, text, weights, int((turn >= 0).sum()))
             )
             if cache == "layer":
-                layers.append(_by_layer(policy, wanted, hit, need, rows))
-    hot = _hot_sets(by_layer, np.repeat(turn, k), rows)
+                layers.append(_by_layer(policy, wanted, hit, need, text))
+    hot = _hot_sets(by_layer, np.repeat(turn, k), text)
     return CacheSimulation(pd.concat(curves, ignore_index=True), pd.concat(layers, ignore_index=True), hot)
 
 
@@ -314,7 +316,7 @@ def _curve(
     scale: int,
     hit: npt.NDArray[np.float64],
     need: npt.NDArray[np.float64],
-    rows: TokenRows,
+    text: RoutedText,
     weights: npt.NDArray[np.float64] | None,
     tokens: int,
 ) -> pd.DataFrame:
@@ -327,7 +329,7 @@ def _curve(
             "policy": policy,
             "slots": slots,
             "experts": np.asarray(slots) * scale,
-            "memory": np.asarray(slots) * scale / (rows.layers.size * rows.n_expert),
+            "memory": np.asarray(slots) * scale / (text.layers.size * text.n_expert),
             "hit_rate": hit.sum(axis=(0, 1)) / need.sum(),
             "low": np.clip(rate.low, 0, 1),
             "high": np.clip(rate.high, 0, 1),
@@ -347,30 +349,30 @@ def _by_layer(
     slots: Sequence[int],
     hit: npt.NDArray[np.float64],
     need: npt.NDArray[np.float64],
-    rows: TokenRows,
+    text: RoutedText,
 ) -> pd.DataFrame:
     with np.errstate(invalid="ignore", divide="ignore"):
         rate = hit.sum(axis=0) / need.sum(axis=0)[:, None]
     return pd.DataFrame(
         {
             "policy": policy,
-            "slots": np.repeat(slots, rows.layers.size),
-            "layer": np.tile(rows.layers, len(slots)),
+            "slots": np.repeat(slots, text.layers.size),
+            "layer": np.tile(text.layers, len(slots)),
             "hit_rate": rate.T.reshape(-1),
         }
     )
 
 
-def _hot_sets(streams: Ints, turn: Ints, rows: TokenRows) -> pd.DataFrame:
+def _hot_sets(streams: Ints, turn: Ints, text: RoutedText) -> pd.DataFrame:
     out = []
-    for layer, stream in zip(rows.layers.tolist(), streams, strict=True):
+    for layer, stream in zip(text.layers.tolist(), streams, strict=True):
         warm, held = stream[(turn < 0) & (stream >= 0)], stream[(turn >= 0) & (stream >= 0)]
-        order = np.argsort(-np.bincount(warm, minlength=rows.n_expert), kind="stable")
-        served = np.cumsum(np.bincount(held, minlength=rows.n_expert)[order])
+        order = np.argsort(-np.bincount(warm, minlength=text.n_expert), kind="stable")
+        served = np.cumsum(np.bincount(held, minlength=text.n_expert)[order])
         row: dict[str, Any] = {"layer": layer, "activations": int(held.size)}
         for share in (50, 80, 90):
             reach = np.flatnonzero(served >= share / 100 * held.size)
             row[f"for_{share}"] = int(reach[0]) + 1 if held.size else float("nan")
-            row[f"even_{share}"] = int(np.ceil(share / 100 * rows.n_expert))
+            row[f"even_{share}"] = int(np.ceil(share / 100 * text.n_expert))
         out.append(row)
     return pd.DataFrame(out)

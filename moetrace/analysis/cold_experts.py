@@ -11,6 +11,7 @@ from scipy import stats
 
 from moetrace.analysis.nulls import Floats, Ints
 from moetrace.analysis.routed import RoutedText
+from moetrace.analysis.shapes import layer_numbers
 from moetrace.errors import UsageError
 
 
@@ -63,7 +64,7 @@ def cold_experts(
     if c.ndim != 3 or n.shape != c.shape[:2]:
         raise UsageError(f"counts {c.shape} and tokens {n.shape} do not fit", fix="give (P, L, E) and (P, L)")
     p_prompts, n_layers, n_expert = c.shape
-    numbers = np.arange(n_layers) if layers is None else np.asarray(layers)
+    numbers = layer_numbers(layers, n_layers)
     used, total = c.sum(axis=0), n.sum(axis=0)[:, None]
     with np.errstate(invalid="ignore", divide="ignore"):
         rate = used / total
@@ -140,7 +141,7 @@ def trigger_tokens(
     (``context`` tokens on either side, the token in ⟦ ⟧; None without a vocabulary), ``token_share``: of the same
     token's occurrences, how many use the expert, and ``token_count``, how many there are.
     """
-    tokens = np.asarray(text.tokens)
+    tokens = text.tokens
     rows: list[tuple[object, ...]] = []
     for layer, expert in experts:
         uses = (text.experts[:, layer] == expert).any(axis=1)
@@ -155,10 +156,10 @@ def trigger_tokens(
             same = known & (tokens == tokens[row])
             rows.append(
                 (
-                    int(text.numbers[layer]),
+                    int(text.layers[layer]),
                     expert,
-                    text.names[int(text.owner[row])],
-                    int(np.asarray(text.positions)[row]),
+                    text.prompts[int(text.owner[row])],
+                    int(text.positions[row]),
                     int(tokens[row]),
                     _piece(vocabulary, tokens[row : row + 1]),
                     float(weight[i]),
@@ -171,7 +172,7 @@ def trigger_tokens(
     return pd.DataFrame(rows, columns=[*names, "token_share", "token_count"])
 
 
-def _piece(vocabulary: Sequence[bytes] | None, tokens: npt.NDArray[np.int32]) -> str | None:
+def _piece(vocabulary: Sequence[bytes] | None, tokens: npt.NDArray[np.int64]) -> str | None:
     if vocabulary is None or ((tokens < 0) | (tokens >= len(vocabulary))).any():
         return None
     return b"".join(vocabulary[int(t)] for t in tokens).decode("utf-8", "replace")
@@ -181,7 +182,7 @@ def _around(text: RoutedText, row: int, vocabulary: Sequence[bytes] | None, reac
     request = int(text.owner[row])
     start = max(int(text.starts[request]), row - reach)
     stop = min(int(text.starts[request + 1]), row + reach + 1)
-    tokens = np.asarray(text.tokens)
+    tokens = text.tokens
     parts = [_piece(vocabulary, tokens[a:b]) for a, b in ((start, row), (row, row + 1), (row + 1, stop))]
     return None if None in parts else f"{parts[0]}⟦{parts[1]}⟧{parts[2]}"
 
@@ -190,7 +191,7 @@ def candidate_tokens(
     text: RoutedText, experts: Sequence[tuple[int, int]], *, at_most: int = 20
 ) -> dict[tuple[int, int], Ints]:
     """Token ids that may wake an expert, most promising first: those that used it, by their share of uses."""
-    tokens = np.asarray(text.tokens)
+    tokens = text.tokens
     out = {}
     for layer, expert in experts:
         uses = (text.experts[:, layer] == expert).any(axis=1) & (tokens >= 0)
@@ -247,7 +248,7 @@ def as_published_cold_experts(
     total = np.asarray(tokens).sum(axis=0)[:, None]
     rate = used / np.maximum(total, 1)
     n_layers, n_expert = used.shape
-    numbers = np.arange(n_layers) if layers is None else np.asarray(layers)
+    numbers = layer_numbers(layers, n_layers)
     return pd.DataFrame(
         {
             "layer": np.repeat(numbers, n_expert),

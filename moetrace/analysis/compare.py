@@ -11,6 +11,7 @@ import pandas as pd
 from moetrace.analysis import information as info
 from moetrace.analysis import nulls
 from moetrace.analysis.chance import chance
+from moetrace.analysis.shapes import layer_numbers, per_layer
 from moetrace.analysis.sums import MetricSums
 from moetrace.errors import UsageError
 
@@ -40,7 +41,7 @@ def agreement(
             f"routings of shapes {a.shape} and {b.shape} cannot be compared",
             fix="align them first (align), and compare layers with the same k",
         )
-    k = np.full(a.shape[1], a.shape[2]) if n_expert_used is None else np.asarray(n_expert_used)
+    k = per_layer(n_expert_used, a.shape[1], a.shape[2])
     ranks = np.arange(a.shape[2])[None, :] < k[:, None]  # (L, k): what a layer has
     known = ((a < n_expert) | ~ranks).all(axis=2) & ((b < n_expert) | ~ranks).all(axis=2)
     same = (a[:, :, :, None] == b[:, :, None, :]) & ranks[:, :, None] & ranks[:, None, :]
@@ -90,7 +91,7 @@ def agreement_summary(
     ]
     table = sums.table(level).drop(columns="std")
     place = table.pop("place").to_numpy()
-    numbers = np.arange(n_layers) if layers is None else np.asarray(layers)
+    numbers = layer_numbers(layers, n_layers)
     table.insert(0, "layer", numbers[place])
     named = zip(place.tolist(), table["metric"], strict=True)
     table["chance"] = [by_layer[i].get(metric, np.nan) for i, metric in named]
@@ -110,7 +111,7 @@ def agreement_by_depth(
     text. Every (token, layer) counts alike; ``chance`` is the mean over layers.
     """
     n = sums.tokens.shape[1]
-    numbers = np.arange(n) if layers is None else np.asarray(layers)
+    numbers = layer_numbers(layers, n)
     quarter = n // 4
     groups = {"all": list(range(n))}
     if quarter:
@@ -174,7 +175,7 @@ def usage_difference(
             f"counts of shapes {one.shape} and {two.shape} cannot be compared",
             fix="give the same prompts and layers of both",
         )
-    own = np.full(one.shape[1], one.shape[2]) if n_expert is None else np.asarray(n_expert)
+    own = per_layer(n_expert, one.shape[1], one.shape[2])
 
     def both(x: Floats, y: Floats) -> Floats:
         p = info.shares(np.stack((x, y), axis=1))  # (L, 2, E)
@@ -189,7 +190,7 @@ def usage_difference(
     rest = np.stack([both(total[0] - x, total[1] - y) for x, y in zip(one, two, strict=True)])
     knife = nulls.jackknife(full, rest, level=level)
     out: dict[str, npt.NDArray[np.generic]] = {
-        "layer": np.arange(one.shape[1]) if layers is None else np.asarray(layers),
+        "layer": layer_numbers(layers, one.shape[1]),
         "jsd_bits": full[0],
         "jsd_jackknife": np.maximum(knife.estimate[0], 0.0),
         "jsd_low": np.maximum(knife.low[0], 0.0),

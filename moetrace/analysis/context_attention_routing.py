@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moetrace.analysis import nulls
-from moetrace.analysis.rows import membership
+from moetrace.analysis.routed import membership
 from moetrace.errors import UsageError
 
 Floats = npt.NDArray[np.float64]

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
+from moetrace.analysis.shapes import layer_numbers, per_layer
 from moetrace.errors import UsageError
 
 Ints = npt.NDArray[np.int64]
@@ -87,15 +88,21 @@ def reading_order(
         chosen &= np.asarray(keep, dtype=bool)[rows]
     if not chosen.all():
         rows, req, pos = rows[chosen], req[chosen], pos[chosen]
-    other = req[1:] != req[:-1]
-    unrecorded = (pos[:-1] < 0) & (pos[1:] < 0)
-    broken = other | ~((pos[1:] - pos[:-1] == 1) | unrecorded)
     first = [0] if rows.size else []
     starts, runs = (
         np.concatenate((first, np.flatnonzero(new) + 1, [rows.size])).astype(np.int64)
-        for new in (other, broken)
+        for new in (req[1:] != req[:-1], breaks(req, pos))
     )
     return ReadingOrder(rows, req[starts[:-1]].astype(np.int64), starts, runs)
+
+
+def breaks(request: npt.NDArray[Any], position: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Of rows (n,) in reading order: (n − 1,) whether a run ends between two neighbours.
+
+    It goes on within a request where positions rise by one, or where neither position was recorded (negative).
+    """
+    unrecorded = (position[:-1] < 0) & (position[1:] < 0)
+    return np.asarray((request[1:] != request[:-1]) | ~((position[1:] - position[:-1] == 1) | unrecorded))
 
 
 def _rejected(
@@ -304,12 +311,8 @@ def count_routing(
     return RoutingCounts(
         prompts=who.astype(np.str_),
         labels=domains[index].astype(np.str_),
-        layers=np.arange(n_layers) if layers is None else np.asarray(layers, dtype=np.int64),
-        n_expert_used=(
-            np.full(n_layers, k, dtype=np.int64)
-            if n_expert_used is None
-            else np.asarray(n_expert_used, dtype=np.int64)
-        ),
+        layers=layer_numbers(layers, n_layers),
+        n_expert_used=per_layer(n_expert_used, n_layers, k),
         **tables.finish(),
     )
 
@@ -442,12 +445,8 @@ def count_tokens(
     return TokenCounts(
         prompts=who.astype(np.str_),
         labels=domains[index].astype(np.str_),
-        layers=np.arange(n_layers) if layers is None else np.asarray(layers, dtype=np.int64),
-        n_expert_used=(
-            np.full(n_layers, k, dtype=np.int64)
-            if n_expert_used is None
-            else np.asarray(n_expert_used, dtype=np.int64)
-        ),
+        layers=layer_numbers(layers, n_layers),
+        n_expert_used=per_layer(n_expert_used, n_layers, k),
         tokens=ids.astype(np.int64),
         layer_class=layer_class,
         occurrences=tuple(occurrences),

@@ -18,6 +18,7 @@ import pandas as pd
 from moetrace.analysis import information as info
 from moetrace.analysis import nulls
 from moetrace.analysis.nulls import Domains, Floats, Ints
+from moetrace.analysis.shapes import layer_numbers, per_layer
 from moetrace.errors import UsageError
 
 Statistic = Literal["jsd", "pseudo_f", "entropy"]
@@ -505,10 +506,6 @@ def _same_prompts(counts: Floats, domains: Domains) -> None:
 
 def _existing(n_expert: npt.ArrayLike | None, n_layers: int, e: int, repeat: int) -> npt.NDArray[np.bool_]:
     """Which rows of a (layer, ..., expert) product are experts that the layer has."""
-    own = np.full(n_layers, e) if n_expert is None else np.asarray(n_expert)
+    own = per_layer(n_expert, n_layers, e)
     there = np.arange(e)[None, :] < own[:, None]
     return np.repeat(there, repeat, axis=0).reshape(-1)
-
-
-def layer_numbers(layers: npt.ArrayLike | None, n_layers: int) -> Ints:
-    return np.arange(n_layers) if layers is None else np.asarray(layers, dtype=np.int64)

@@ -255,8 +255,8 @@ class _Edges:
             bias = (kinds[0] - 1) * (kinds[1] - 1) / (2 * n * _LN2) if n else float("nan")
             rows.append(
                 {
-                    "layer": int(self.text.numbers[pair.a]),
-                    "to_layer": int(self.text.numbers[pair.b]),
+                    "layer": int(self.text.layers[pair.a]),
+                    "to_layer": int(self.text.layers[pair.b]),
                     "tokens": n,
                     "mi_bits": plain,
                     "mi_corrected_bits": plain - bias,
@@ -300,9 +300,9 @@ class _Edges:
             words = float((a_x * b_x / of_x).sum())
             given = seen / words if words > 0 else float("nan")
         return (
-            int(self.text.numbers[pair.a]),
+            int(self.text.layers[pair.a]),
             a,
-            int(self.text.numbers[pair.b]),
+            int(self.text.layers[pair.b]),
             b,
             int(seen),
             expected,
@@ -384,7 +384,7 @@ def path_test(
     return pd.DataFrame(
         {
             "path": [
-                " → ".join(f"L{text.numbers[layer]}-E{expert}" for layer, expert in path) for path in paths
+                " → ".join(f"L{text.layers[layer]}-E{expert}" for layer, expert in path) for path in paths
             ],
             "length": [len(path) for path in paths],
             "tokens": counts[0].astype(np.int64),

@@ -16,6 +16,7 @@ from moetrace.analysis.counts import RoutingCounts
 from moetrace.analysis.domain import DomainTest
 from moetrace.analysis.from_trace import Analysis
 from moetrace.analysis.published import Activations, ExpertFrequency
+from moetrace.analysis.shapes import layer_numbers
 from moetrace.errors import UsageError
 
 NO_PROMPTS = "cannot be tested: counts do not tell the prompts of a domain apart"
@@ -34,7 +35,7 @@ class TableAnalysis(Analysis):
         self._table = np.asarray(counts, dtype=np.int64)
         self._domain_names = [str(name) for name in domains]
         n_layers = self._table.shape[1]
-        self._numbers = np.arange(n_layers) if layers is None else np.asarray(layers, dtype=np.int64)
+        self._numbers = layer_numbers(layers, n_layers)
         self.phase = "unknown"
         self._traces = ()
 
@@ -94,11 +95,4 @@ class TableAnalysis(Analysis):
 
     matched_separation = persistence = shuffle_test = transitions = _no_tokens
     gate_distances = gate_summary = agreement = pieces = request_column = _no_tokens
-    text = property(_no_tokens)
-    vocabulary = property(_no_tokens)
-
-    @property
-    def token_rows(self) -> NoReturn:
-        self._no_tokens()
-
-    predictions = token_rows
+    text = vocabulary = predictions = property(_no_tokens)

@@ -31,7 +31,7 @@ from moetrace.analysis.context_attention_routing import (
 )
 from moetrace.analysis.counts import Progress
 from moetrace.analysis.predict import Prediction, Problem, Scores
-from moetrace.analysis.rows import TokenRows, membership
+from moetrace.analysis.routed import RoutedText
 from moetrace.analysis.task_prediction import task_prediction
 from moetrace.errors import MoetraceError, UsageError
 
@@ -57,12 +57,12 @@ class Predictions:
     ----------
     traces
         Of one model.
-    rows
-        The chosen tokens of them.
+    text
+        The chosen tokens; ``sources`` numbers the traces that they are from.
     """
 
-    def __init__(self, traces: Sequence[Any], rows: TokenRows) -> None:
-        self._traces, self.rows = traces, rows
+    def __init__(self, traces: Sequence[Any], text: RoutedText) -> None:
+        self._traces, self.text = traces, text
 
     def attention_prediction(
         self,
@@ -79,15 +79,15 @@ class Predictions:
         routing or attention of these tokens are left out. Whole prompts are drawn until they hold ``max_tokens``.
         From the gate inputs too where the trace has them. Raises ChannelMissingError without attention.
         """
-        rows = self.rows.limited(max_tokens, np.random.default_rng((seed, 7)))
+        text = self.text.some(max_tokens, (seed, 7))
         wanted = self._wanted(layers)
         found: dict[int, Prediction] = {}
         for done, layer in enumerate(wanted):
             index = self._index(layer)
-            attention = self._attention(rows, layer)
-            there = rows.known(index) & attention.known
+            attention = self._attention(text, layer)
+            there = text.known(index) & attention.known
             if there.any():
-                part = rows.take(there)
+                part = text.take(there)
                 found[layer] = attention_prediction(
                     self._problem(part, index, seed),
                     attention_features(attention)[there],
@@ -122,19 +122,19 @@ class Predictions:
         As :meth:`attention_prediction`. ``routers`` by layer number give the predictor ``gate``; it and ``hidden`` need
         gate inputs, and are left out without them. Raises UsageError if there is no such layer.
         """
-        rows = self.rows.limited(max_tokens, np.random.default_rng((seed, 7)))
+        text = self.text.some(max_tokens, (seed, 7))
         probe = self._early(early_layer)
         wanted = [n for n in self._wanted(layers) if n > early_layer]
         found: dict[int, Prediction] = {}
         for done, layer in enumerate(wanted):
             index = self._index(layer)
-            part = rows.take(rows.known(index) & rows.known(probe))
+            part = text.take(text.known(index) & text.known(probe))
             if len(part):
                 hidden = self._column("gate_input", part, probe)
                 gate = None if hidden is None or not routers else _routed(hidden, routers[layer])
                 found[layer] = task_prediction(
                     self._problem(part, index, seed),
-                    membership(part.experts[:, probe], part.n_expert),
+                    part.member(probe),
                     hidden,
                     gate,
                     seed=seed,
@@ -176,15 +176,15 @@ class Predictions:
         wanted, rng = self._wanted(layers), np.random.default_rng((seed, 8))
         places = self._contexts(length, wanted[0])
         if not len(tokens):
-            ids, counts = np.unique(self.rows.token[places], return_counts=True)
+            ids, counts = np.unique(self.text.tokens[places], return_counts=True)
             ids, counts = ids[counts >= FEWEST], counts[counts >= FEWEST]
             tokens = ids[np.argsort(-counts, kind="stable")][:n_tokens].tolist()
         out: list[dict[str, Any]] = []
         for done, token in enumerate(tokens):
-            mine = places[self.rows.token[places] == token]
+            mine = places[self.text.tokens[places] == token]
             if mine.size > max_contexts:
                 mine = np.sort(rng.choice(mine, max_contexts, replace=False))
-            part = self.rows.take(mine)
+            part = self.text.take(mine)
             for layer in wanted if mine.size >= FEWEST else []:
                 index = self._index(layer)
                 windows = attention_windows(self._attention(part, layer), length)
@@ -193,7 +193,7 @@ class Predictions:
                     test = context_attention_routing(
                         attention_similarity(windows[there]),
                         routing_similarity(part.experts[there, index], part.n_expert),
-                        part.position[there],
+                        part.positions[there],
                         n_permutations=n_permutations,
                         seed=seed,
                     )
@@ -213,10 +213,8 @@ class Predictions:
         self, slots: Sequence[int] = (), *, max_tokens: int = 5_000, seed: int = 0, **options: Any
     ) -> cache.CacheSimulation:
         """:func:`moetrace.analysis.cache.expert_cache`; 0 ``max_tokens``: all of them."""
-        rows = (
-            self.rows if max_tokens == 0 else self.rows.limited(max_tokens, np.random.default_rng((seed, 7)))
-        )
-        return cache.expert_cache(rows, slots, seed=seed, **options)
+        text = self.text if max_tokens == 0 else self.text.some(max_tokens, (seed, 7))
+        return cache.expert_cache(text, slots, seed=seed, **options)
 
     def as_published_attention_prediction(self) -> Frames:
         """:func:`moetrace.analysis.published_prediction.as_published_attention_prediction` of these tokens.
@@ -224,35 +222,35 @@ class Predictions:
         Of the first, middle and last layer that have routing of them. Raises ChannelMissingError without attention
         or weights.
         """
-        known = [n for n in self.rows.layers.tolist() if self.rows.known(self._index(n)).any()]
+        known = [n for n in self.text.layers.tolist() if self.text.known(self._index(n)).any()]
         chosen = (
             [self._index(n) for n in sorted({known[0], known[len(known) // 2], known[-1]})] if known else []
         )
         if not chosen:
             raise UsageError("these tokens have no routing", fix="choose another phase")
-        attention = self._attention(self.rows, int(self.rows.layers[-1]))
-        there = np.logical_and.reduce([attention.known, *(self.rows.known(i) for i in chosen)])
+        attention = self._attention(self.text, int(self.text.layers[-1]))
+        there = np.logical_and.reduce([attention.known, *(self.text.known(i) for i in chosen)])
         features = np.stack(
             [published.head_mean_features(attention.row(int(i))) for i in np.flatnonzero(there)]
         )
-        part = self.rows.take(there)
+        part = self.text.take(there)
         routing = [
             published.LayerRouting(int(part.layers[i]), part.experts[:, i], self._need("weights", part, i))
             for i in chosen
         ]
-        return published.as_published_attention_prediction(features, routing, part.prompt, part.n_expert)
+        return published.as_published_attention_prediction(features, routing, part.owner, part.n_expert)
 
     def as_published_context_attention_routing(self, token: int) -> pd.DataFrame:
         """:func:`moetrace.analysis.published_prediction.as_published_context_attention_routing`, layer by layer.
 
         Of the first, middle and last layer, in every prompt that has the token: where it stands first.
         """
-        rows, layers = self.rows, self.rows.layers.tolist()
-        first = np.flatnonzero(rows.token == token)
-        first = first[np.unique(rows.prompt[first], return_index=True)[1]]
-        last = np.zeros(rows.prompts.size, dtype=np.int64)
-        np.maximum.at(last, rows.prompt, rows.position)
-        part = rows.take(first)
+        text, layers = self.text, self.text.layers.tolist()
+        first = np.flatnonzero(text.tokens == token)
+        first = first[np.unique(text.owner[first], return_index=True)[1]]
+        last = np.zeros(text.n_requests, dtype=np.int64)
+        np.maximum.at(last, text.owner, text.positions)
+        part = text.take(first)
         attention = self._attention(part, layers[-1])
         out = []
         for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]}):
@@ -260,7 +258,7 @@ class Predictions:
             contexts = []
             for i in np.flatnonzero(part.known(index) & attention.known):
                 row, start = attention.row(int(i)).mean(axis=0), int(attention.first_position[i])
-                whole = np.zeros(max(int(last[part.prompt[i]]) + 1, start + row.size))
+                whole = np.zeros(max(int(last[part.owner[i]]) + 1, start + row.size))
                 whole[start : start + row.size] = row
                 ids = part.experts[i, index]
                 contexts.append(published.Context(whole, tuple(ids[ids < part.n_expert].tolist())))
@@ -276,14 +274,14 @@ class Predictions:
         the second half of the layers. Raises ChannelMissingError without gate inputs.
         """
         early = self._early(early_layer)
-        targets = list(range(self.rows.layers.size // 2, self.rows.layers.size))
-        rows = self.rows
-        targets = [i for i in targets if rows.known(i).any()]
-        part = rows.take(np.logical_and.reduce([rows.known(early), *(rows.known(i) for i in targets)]))
+        targets = list(range(self.text.layers.size // 2, self.text.layers.size))
+        text = self.text
+        targets = [i for i in targets if text.known(i).any()]
+        part = text.take(np.logical_and.reduce([text.known(early), *(text.known(i) for i in targets)]))
         hidden = self._need("gate_input", part, early)
-        edges = np.flatnonzero(np.diff(part.prompt)) + 1
+        edges = np.flatnonzero(np.diff(part.owner)) + 1
         features = np.stack([published.probe_features(h) for h in np.split(hidden, edges)])
-        experts = {int(rows.layers[i]): np.split(part.experts[:, i], edges) for i in targets}
+        experts = {int(text.layers[i]): np.split(part.experts[:, i], edges) for i in targets}
         if len(features) < 2 or not experts:
             raise UsageError("there are fewer than two prompts with routing", fix="capture more prompts")
         return published.as_published_task_prediction(features, experts, part.n_expert, seed=seed)
@@ -291,7 +289,7 @@ class Predictions:
     # -- columns -------------------------------------------------------------------------------------
 
     def _wanted(self, layers: Iterable[int] | None) -> list[int]:
-        have = self.rows.layers.tolist()
+        have = self.text.layers.tolist()
         wanted = have if layers is None else sorted(set(layers))
         unknown = sorted(set(wanted) - set(have))
         if unknown:
@@ -301,7 +299,7 @@ class Predictions:
         return wanted
 
     def _early(self, layer: int) -> int:
-        have: list[int] = self.rows.layers.tolist()
+        have: list[int] = self.text.layers.tolist()
         if layer not in have[:-1]:
             raise UsageError(
                 f"layer {layer} is no MoE layer with others after it",
@@ -310,54 +308,54 @@ class Predictions:
         return have.index(layer)
 
     def _index(self, layer: int) -> int:
-        have: list[int] = self.rows.layers.tolist()
+        have: list[int] = self.text.layers.tolist()
         return have.index(layer)
 
-    def _problem(self, rows: TokenRows, index: int, seed: int) -> Problem:
+    def _problem(self, text: RoutedText, index: int, seed: int) -> Problem:
         return Problem.of(
-            rows.experts[:, index],
-            rows.n_expert,
-            prompt=rows.prompt,
-            run=rows.run,
-            token=rows.token,
-            position=rows.position,
+            text.experts[:, index],
+            text.n_expert,
+            prompt=text.owner,
+            run=text.runs,
+            token=text.tokens,
+            position=text.positions,
             seed=seed,
         )
 
-    def _column(self, name: str, rows: TokenRows, index: int) -> npt.NDArray[np.float32] | None:
+    def _column(self, name: str, text: RoutedText, index: int) -> npt.NDArray[np.float32] | None:
         """A column's entries of one layer, (n, ...); None if a trace lacks it."""
         try:
-            return self._need(name, rows, index)
+            return self._need(name, text, index)
         except (AttributeError, MoetraceError):
             return None
 
-    def _need(self, name: str, rows: TokenRows, index: int) -> npt.NDArray[np.float32]:
+    def _need(self, name: str, text: RoutedText, index: int) -> npt.NDArray[np.float32]:
         def take(trace: Any, mine: Ints) -> npt.NDArray[np.float32]:
             return np.asarray(getattr(trace, name)[mine, index], dtype=np.float32)
 
-        return self._gather(rows, take)
+        return self._gather(text, take)
 
     def _gather(
-        self, rows: TokenRows, take: Callable[[Any, Ints], npt.NDArray[np.float32]]
+        self, text: RoutedText, take: Callable[[Any, Ints], npt.NDArray[np.float32]]
     ) -> npt.NDArray[np.float32]:
-        """Values of each trace's rows, put together in the order of ``rows``."""
+        """Values of each trace's rows, put together in the order of ``text``."""
         out: npt.NDArray[np.float32] | None = None
-        for source in np.unique(rows.source):
-            mine = rows.source == source
-            values = take(self._traces[source], rows.row[mine])
+        for source in np.unique(text.sources):
+            mine = text.sources == source
+            values = take(self._traces[source], text.rows[mine])
             if out is None:
-                out = np.empty((len(rows), *values.shape[1:]), dtype=values.dtype)
+                out = np.empty((len(text), *values.shape[1:]), dtype=values.dtype)
             out[mine] = values
         return np.empty((0,), dtype=np.float32) if out is None else out
 
-    def _attention(self, rows: TokenRows, layer: int) -> AttentionRows:
+    def _attention(self, text: RoutedText, layer: int) -> AttentionRows:
         """Attention of tokens in a layer. Raises ChannelMissingError if it was not captured."""
-        if np.unique(rows.source).size > 1:
+        if np.unique(text.sources).size > 1:
             raise UsageError("attention is looked at in one trace at a time", fix="analyse them one by one")
-        source = int(rows.source[0]) if len(rows) else 0
+        source = int(text.sources[0]) if len(text) else 0
         trace = self._traces[source]
         attention = getattr(trace, "trace", trace).attention  # a selection's trace
-        at = attention.find(np.asarray(trace.serial)[rows.row], layer)
+        at = attention.find(np.asarray(trace.serial)[text.rows], layer)
         there = at >= 0
         index = {name: np.asarray(column) for name, column in attention.index.items()}
 
@@ -373,14 +371,14 @@ class Predictions:
             known("n_keys"),
             known("first_position"),
             int(heads[0]) if heads.size else 1,
-            rows.position,
+            text.positions,
         )
 
     def _contexts(self, length: int, layer: int) -> Ints:
         """The first place of every token id in every prompt at which it sees ``length`` keys."""
-        attention = self._attention(self.rows, layer)
-        enough = np.flatnonzero(attention.known & (attention.n_keys >= length) & (self.rows.token >= 0))
-        pair = self.rows.prompt[enough] * (int(self.rows.token.max(initial=0)) + 1) + self.rows.token[enough]
+        attention = self._attention(self.text, layer)
+        enough = np.flatnonzero(attention.known & (attention.n_keys >= length) & (self.text.tokens >= 0))
+        pair = self.text.owner[enough] * (int(self.text.tokens.max(initial=0)) + 1) + self.text.tokens[enough]
         first: Ints = np.sort(np.unique(pair, return_index=True)[1])
         return enough[first]
 

@@ -31,7 +31,6 @@ from moetrace.analysis.counts import (
 from moetrace.analysis.from_tokens import Predictions
 from moetrace.analysis.published import Activations, ExpertFrequency
 from moetrace.analysis.routed import RoutedText
-from moetrace.analysis.rows import TokenRows
 from moetrace.analysis.sums import MetricSums
 from moetrace.errors import ChannelMissingError, MoetraceError, UsageError
 
@@ -653,22 +652,38 @@ class Analysis:
     def text(self) -> RoutedText:
         """The chosen rows as whole texts in reading order; a copy. One request per prompt: the first.
 
-        Numbers and weights are as the trace has them; a cell that was not computed or is lost has no expert.
+        Numbers and weights are as the traces have them, which ``sources`` counts in the order given; a cell that
+        was not computed or is lost has no expert.
         """
-        parts, sizes, prompts, labels = self._texts
-        columns = [_channel(trace, "weights") for trace, _ in parts]
-        weights = [
-            None if column is None else np.asarray(column[rows])
-            for column, (_, rows) in zip(columns, parts, strict=True)
-        ]
-        known = [part for part in weights if part is not None]
+        chosen: list[npt.NDArray[np.int64]] = []
+        sizes: list[int] = []
+        prompts: list[str] = []
+        labels: list[str] = []
+        seen: set[str] = set()
+        for trace, name in zip(self._traces, self._names, strict=True):
+            order = reading_order(trace.request, trace.positions, self._keep(trace), self._shifted(trace))
+            names, domains = self._prompts(trace, name), self._labels(trace)
+            pieces = [np.empty(0, dtype=np.int64)]
+            for i, number in enumerate(order.requests.tolist()):
+                if names[number] not in seen:
+                    seen.add(names[number])
+                    prompts.append(names[number])
+                    labels.append(domains[number])
+                    pieces.append(order.rows[order.request_starts[i] : order.request_starts[i + 1]])
+            sizes += [piece.size for piece in pieces[1:]]
+            chosen.append(np.concatenate(pieces))
+        parts = list(zip(self._traces, chosen, strict=True))
+        columns = [_channel(trace, "weights") if self._top1 == "weight" else None for trace in self._traces]
+        weights = [np.asarray(c[rows]) for c, rows in zip(columns, chosen, strict=True) if c is not None]
         return RoutedText(
             np.concatenate([_present(trace, rows) for trace, rows in parts]),
             np.concatenate(([0], np.cumsum(sizes))).astype(np.int64),
             int(max(self.n_expert)),
-            weights=np.concatenate(known) if self._top1 == "weight" and len(known) == len(parts) else None,
+            weights=np.concatenate(weights) if len(weights) == len(parts) else None,
             tokens=np.concatenate([trace.token_ids[rows] for trace, rows in parts]),
             positions=np.concatenate([trace.positions[rows] for trace, rows in parts]),
+            sources=np.repeat(np.arange(len(parts)), [rows.size for rows in chosen]),
+            rows=np.concatenate(chosen),
             prompts=prompts,
             labels=labels,
             layers=self.layers,
@@ -690,7 +705,7 @@ class Analysis:
     def pieces(self, text: RoutedText) -> list[bytes]:
         """The text of each of these rows' tokens, as bytes; of ids that have none, nothing."""
         words, n = self.vocabulary, len(self.vocabulary)
-        return [words[t] if 0 <= t < n else b"" for t in np.asarray(text.tokens).tolist()]
+        return [words[t] if 0 <= t < n else b"" for t in text.tokens.tolist()]
 
     def request_column(self, name: str) -> dict[str, Any]:
         """Prompt -> what the clients said about it under this key; only those who said something."""
@@ -705,55 +720,9 @@ class Analysis:
         return out
 
     @cached_property
-    def _texts(
-        self,
-    ) -> tuple[list[tuple[RoutedRows, npt.NDArray[np.int64]]], list[int], list[str], list[str]]:
-        """Each trace's rows of whole texts, the first request of each prompt; their lengths, prompts and labels."""
-        parts: list[tuple[RoutedRows, npt.NDArray[np.int64]]] = []
-        sizes: list[int] = []
-        prompts: list[str] = []
-        labels: list[str] = []
-        seen: set[str] = set()
-        for trace, name in zip(self._traces, self._names, strict=True):
-            order = reading_order(trace.request, trace.positions, self._keep(trace), self._shifted(trace))
-            names, domains = self._prompts(trace, name), self._labels(trace)
-            pieces = []
-            for i, number in enumerate(order.requests.tolist()):
-                if names[number] not in seen:
-                    seen.add(names[number])
-                    prompts.append(names[number])
-                    labels.append(domains[number])
-                    pieces.append(order.rows[order.request_starts[i] : order.request_starts[i + 1]])
-            sizes += [piece.size for piece in pieces]
-            parts.append((trace, np.concatenate([*pieces, np.empty(0, dtype=np.int64)])))
-        return parts, sizes, prompts, labels
-
-    @cached_property
-    def token_rows(self) -> TokenRows:
-        """:attr:`text` token by token, with where each one is from."""
-        parts, text = self._texts[0], self.text
-        position = np.asarray(text.positions, dtype=np.int64)
-        follows = np.diff(position) == 1
-        follows |= (position[1:] < 0) & (position[:-1] < 0)  # positions were not recorded
-        follows &= np.diff(text.owner) == 0
-        return TokenRows(
-            experts=text.experts,
-            n_expert=text.n_expert,
-            layers=text.numbers,
-            prompts=np.array(text.names, dtype=np.str_),
-            labels=np.array(text.labels, dtype=np.str_),
-            prompt=text.owner,
-            run=np.cumsum(np.append(0, ~follows)[: len(text)]),
-            token=np.asarray(text.tokens, dtype=np.int64),
-            position=position,
-            source=np.repeat(np.arange(len(parts)), [rows.size for _, rows in parts]),
-            row=np.concatenate([rows for _, rows in parts]),
-        )
-
-    @cached_property
     def predictions(self) -> Predictions:
         """What attention, contexts and early layers tell about experts, and what a cache of experts would hit."""
-        return Predictions(self._traces, self.token_rows)
+        return Predictions(self._traces, self.text)
 
     @cached_property
     def _domains(self) -> RoutingCounts:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from moetrace.analysis import nulls
+from moetrace.analysis.shapes import layer_numbers
 from moetrace.analysis.sums import MetricSums
 from moetrace.errors import UsageError
 
@@ -80,7 +81,7 @@ def gate_distances(
     of its partner, the level that two different tokens have. ``cosine_similarity`` means little until it is
     above that. NaN without a partner. A frame of all tokens is large: :func:`gate_sums` does not grow.
     """
-    numbers = np.arange(gate_input.shape[1]) if layers is None else np.asarray(layers)
+    numbers = layer_numbers(layers, gate_input.shape[1])
     parts: list[pd.DataFrame] = []
     for mine, metrics in _distances(gate_input, rows, partners, state, chunk):
         token, pair = np.nonzero(~np.isnan(metrics["euclidean"]))
@@ -138,7 +139,7 @@ def gate_summary(sums: MetricSums, layers: npt.ArrayLike | None = None, level: f
     and ``low``, ``high`` for the mean over prompts (jackknife; NaN for fewer than two prompts).
     """
     table = sums.table(level)
-    numbers = np.arange(sums.tokens.shape[1] + 1) if layers is None else np.asarray(layers)
+    numbers = layer_numbers(layers, sums.tokens.shape[1] + 1)
     place = table.pop("place").to_numpy()
     table.insert(0, "layer", numbers[place])
     table.insert(1, "next_layer", numbers[place + 1])

@@ -195,8 +195,8 @@ def phase_comparison(
     usages of both, ``jsd_null_bits`` (mean over exchanges); ``excess_bits``; ``hottest`` expert of each kind;
     ``p_value``, ``p_family`` over layers (max-T). NaN where fewer than two prompts have both.
     """
-    where = {name: i for i, name in enumerate(decode.names)}
-    both_have = [(i, where[name]) for i, name in enumerate(prefill.names) if name in where]
+    where = {name: i for i, name in enumerate(decode.prompts)}
+    both_have = [(i, where[name]) for i, name in enumerate(prefill.prompts) if name in where]
     n_layers, n_expert = prefill.experts.shape[1], prefill.n_expert
     a, b = np.zeros((2, len(both_have), n_layers, n_expert))
     tokens = np.zeros((len(both_have), n_layers), dtype=np.int64)
@@ -224,7 +224,7 @@ def phase_comparison(
     mean = null[1:].mean(axis=0)
     return pd.DataFrame(
         {
-            "layer": prefill.numbers,
+            "layer": prefill.layers,
             "prompts": both.sum(axis=0),
             "tokens": tokens.sum(axis=0),
             "jsd_bits": null[0],
@@ -364,13 +364,13 @@ def as_published_dynamics(
             apart = 1 - (m[step] & window).sum(axis=1)[there] / union[there]
             possible += 1
             if there.any() and apart.mean() > threshold:
-                boundaries.append((text.names[request], step, float(apart.mean())))
+                boundaries.append((text.prompts[request], step, float(apart.mean())))
     return PublishedDynamics(
         float(np.mean(consistencies)) if consistencies else 1.0,
         changes / tokens if tokens else 0.0,
         pd.DataFrame(
             {
-                "layer": text.numbers,
+                "layer": text.layers,
                 "stability": np.divide(same, pairs, out=np.ones_like(same), where=pairs > 0),
             }
         ),

@@ -190,7 +190,7 @@ def combination(
     unit = np.unique(np.asarray(prompts), return_inverse=True)[1]
     top = np.bincount(unit, (c.sum(axis=1) ** 2).sum(axis=1))
     bottom = np.bincount(unit, (c**2).sum(axis=(1, 2)))
-    interval = nulls.ratio_interval(top, bottom, level) if len(top) > 1 else None
+    interval = nulls.ratio_interval(top, bottom, level)
     p = np.nan
     if n_null and c.shape[1] > 1:
         pairs, products = _pair_products(c, ids)
@@ -199,8 +199,8 @@ def combination(
     return {
         "tokens": len(c),
         "gain": float(top.sum() / bottom.sum()),
-        "low": np.nan if interval is None else float(interval.low),
-        "high": np.nan if interval is None else float(interval.high),
+        "low": float(interval.low),
+        "high": float(interval.high),
         "p_value": p,
     }
 
@@ -262,9 +262,7 @@ def pair_compatibility(
         mine = sizes[index] > 0
         a, b = pairs[index]
         n = sizes[index].sum()
-        interval = (
-            nulls.ratio_interval(sums[index, mine], sizes[index, mine], level) if mine.sum() > 1 else None
-        )
+        interval = nulls.ratio_interval(sums[index, mine], sizes[index, mine], level)
         rows.append(
             {
                 "expert_a": int(a),
@@ -273,8 +271,8 @@ def pair_compatibility(
                 "prompts": int(mine.sum()),
                 "lift": n / (len(ids) * rate[a] * rate[b]),
                 "cosine": sums[index].sum() / n,
-                "low": np.nan if interval is None else float(interval.low),
-                "high": np.nan if interval is None else float(interval.high),
+                "low": float(interval.low),
+                "high": float(interval.high),
                 "p_family": p[i],
             }
         )

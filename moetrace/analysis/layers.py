@@ -13,6 +13,7 @@ from moetrace.analysis import information as info
 from moetrace.analysis import nulls
 from moetrace.analysis.domain import delete_one_domains, domain_counts
 from moetrace.analysis.nulls import Domains, Ints
+from moetrace.analysis.shapes import layer_numbers, per_layer
 from moetrace.errors import UsageError
 
 
@@ -48,7 +49,7 @@ def depth_contrast(
     has it. Raises UsageError if a group has no layer.
     """
     c = np.asarray(counts, dtype=np.float64)
-    numbers = np.arange(c.shape[1]) if layers is None else np.asarray(layers)
+    numbers = layer_numbers(layers, c.shape[1])
     quarter = max(1, c.shape[1] // 4)
     first = np.flatnonzero(np.isin(numbers, list(early))) if early is not None else np.arange(quarter)
     last = (
@@ -112,7 +113,7 @@ def deep_dive(
     V (one domain). ``n_expert`` (L,) are the experts of each layer, where layers differ.
     """
     names, by_domain = domain_counts(counts, labels)
-    numbers = np.arange(by_domain.shape[1]) if layers is None else np.asarray(layers)
+    numbers = layer_numbers(layers, by_domain.shape[1])
     if layer is None:
         v = info.cramers_v(by_domain.transpose(1, 0, 2))[1]
         where = 0 if np.isnan(v).all() else int(np.nanargmax(v))
@@ -159,8 +160,8 @@ def domain_entropy(
     """
     c = np.asarray(counts, dtype=np.float64)
     domains = Domains.of(labels)
-    numbers = np.arange(c.shape[1]) if layers is None else np.asarray(layers)
-    own = np.full(c.shape[1], c.shape[2]) if n_expert is None else np.asarray(n_expert)
+    numbers = layer_numbers(layers, c.shape[1])
+    own = per_layer(n_expert, c.shape[1], c.shape[2])
     parts = []
     for d, name in enumerate(domains.names):
         mine = c[domains.codes == d]
@@ -213,7 +214,7 @@ def load_balance(
     """
     c, n = np.asarray(counts, dtype=np.float64), np.asarray(tokens, dtype=np.float64).sum(axis=0)
     total = c.sum(axis=0)
-    own = np.full(c.shape[1], c.shape[2]) if n_expert is None else np.asarray(n_expert)
+    own = per_layer(n_expert, c.shape[1], c.shape[2])
     mean = total.sum(axis=1) / own
 
     def jain(load: nulls.Floats) -> nulls.Floats:
@@ -226,7 +227,7 @@ def load_balance(
     with np.errstate(invalid="ignore", divide="ignore"):
         return pd.DataFrame(
             {
-                "layer": np.arange(c.shape[1]) if layers is None else np.asarray(layers),
+                "layer": layer_numbers(layers, c.shape[1]),
                 "tokens": n.astype(np.int64),
                 "hottest": hottest,
                 "hottest_rate": total.max(axis=1) / np.where(n > 0, n, np.nan),

@@ -16,6 +16,8 @@ import pandas as pd
 from scipy import stats
 
 from moetrace.analysis import nulls
+from moetrace.analysis.routed import membership
+from moetrace.analysis.shapes import layer_numbers
 from moetrace.errors import UsageError
 
 Floats = npt.NDArray[np.float64]
@@ -217,11 +219,11 @@ def routing_manipulation(
         }
         if method != "random":
             fewer, i = saved[method].to_numpy(np.float64), saved.columns.get_loc(method)
-            reach = nulls.ratio_interval(fewer, np.ones(n), level) if n > 1 else None
+            reach = nulls.ratio_interval(fewer, np.ones(n), level)
             row |= {
                 "saved": fewer.mean(),
-                "saved_low": np.nan if reach is None else float(reach.low),
-                "saved_high": np.nan if reach is None else float(reach.high),
+                "saved_low": float(reach.low),
+                "saved_high": float(reach.high),
                 "p_value": p_value[i],
                 "p_family": p_family[i],
             }
@@ -341,7 +343,7 @@ def edit_effect(
     for key, part in table.groupby(["kind", "region", "layer"], sort=True):
         sums = part.groupby("prompt")[["tokens", "jaccard", "top1"]].sum()
         n = sums["tokens"].to_numpy(np.float64)
-        interval = nulls.ratio_interval(sums["jaccard"].to_numpy(), n, level) if len(n) > 1 else None
+        interval = nulls.ratio_interval(sums["jaccard"].to_numpy(), n, level)
         known = part[part["jaccard_other"].notna()]
         out.append(
             (
@@ -349,8 +351,8 @@ def edit_effect(
                 int(n.sum()),
                 len(n),
                 sums["jaccard"].sum() / n.sum(),
-                np.nan if interval is None else float(interval.low),
-                np.nan if interval is None else float(interval.high),
+                float(interval.low),
+                float(interval.high),
                 sums["top1"].sum() / n.sum(),
                 known["jaccard_other"].sum() / known["tokens"].sum() if len(known) else np.nan,
             )
@@ -403,7 +405,7 @@ def expert_robustness(
         kept[i] += (a & b).sum(axis=0)
         total[i] += len(a)
     layer, expert = np.nonzero(there.sum(axis=0) >= min_tokens)
-    numbers = np.asarray(layers) if layers is not None else np.arange(shape[1])
+    numbers = layer_numbers(layers, shape[1])
     mine, stay = there[:, layer, expert], kept[:, layer, expert]
     used = (mine > 0).sum(axis=0)
     low, high = np.full((2, len(layer)), np.nan)
@@ -426,10 +428,7 @@ def expert_robustness(
 
 
 def _indicators(ids: npt.NDArray[np.integer], n_expert: int) -> Bools:
-    """(n, L, k) ids to (n, L, E) booleans; ids of no expert count for nothing."""
-    out = np.zeros((*ids.shape[:2], n_expert + 1), bool)
-    np.put_along_axis(out, np.minimum(ids.astype(np.int64), n_expert), True, axis=2)
-    return out[:, :, :n_expert]
+    return membership(ids, n_expert).astype(bool)
 
 
 def _jaccard(a: Bools, b: Bools) -> Floats:

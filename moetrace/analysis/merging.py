@@ -20,6 +20,7 @@ from scipy.spatial.distance import squareform
 
 from moetrace.analysis import nulls
 from moetrace.analysis.experts import blocks_of_pairs
+from moetrace.analysis.routed import membership
 from moetrace.errors import UsageError
 from moetrace.trace.experts import Activation, Expert
 
@@ -323,8 +324,7 @@ def routing_similarity(
         co-activation looks at neighbours in rank only); ``logit_correlation`` over tokens, by which M-SMoE
         (arXiv 2310.01334) groups experts, NaN without logits. NaN where an expert is never or always used.
     """
-    used = np.zeros((len(ids), n_expert))
-    np.put_along_axis(used, ids.astype(np.int64), 1.0, axis=1)
+    used = membership(ids, n_expert).astype(np.float64)
     a, b = np.triu_indices(n_expert, 1)
     correlation = np.full(len(a), np.nan)
     if logits is not None:

@@ -213,7 +213,7 @@ def jackknife(
 
 
 def ratio_interval(numerator: npt.ArrayLike, denominator: npt.ArrayLike, level: float = 0.95) -> Interval:
-    """Σ numerator / Σ denominator over prompts (P, ...), with the delete-one-prompt jackknife interval."""
+    """Σ numerator / Σ denominator over prompts (P, ...), with its :func:`jackknife` interval; NaN for one prompt."""
     a, b = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
     top, bottom = a.sum(axis=0), b.sum(axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -23,7 +23,7 @@ import pandas as pd
 from scipy import linalg, sparse
 
 from moetrace.analysis import nulls
-from moetrace.analysis.rows import membership
+from moetrace.analysis.routed import membership
 from moetrace.errors import UsageError
 
 Floats = npt.NDArray[np.float64]

@@ -21,6 +21,7 @@ from scipy.special import chdtrc
 
 from moetrace.analysis.gate import pair_distances
 from moetrace.analysis.information import entropy_bits, shares
+from moetrace.analysis.shapes import layer_numbers
 from moetrace.errors import UsageError
 
 Ints = npt.NDArray[np.int64]
@@ -128,7 +129,7 @@ class Activations:
         once = once[:, :, :n_expert]
         if not once.any():
             raise UsageError("there are no activations", fix="choose rows that have routing")
-        numbers = np.arange(n_layers) if layers is None else np.asarray(layers)
+        numbers = layer_numbers(layers, n_layers)
 
         d = d.astype(np.int32)
 
@@ -160,7 +161,7 @@ class Activations:
         """
         c = np.asarray(counts, dtype=np.int64)
         order = np.argsort(np.asarray(domains))
-        numbers = np.arange(c.shape[1]) if layers is None else np.asarray(layers)
+        numbers = layer_numbers(layers, c.shape[1])
 
         def first(domain: int, layer: int, component: int) -> tuple[Ints, Ints]:
             raise UsageError("counts have no order of tokens", fix="give a recording of tokens")

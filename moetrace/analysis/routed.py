@@ -1,8 +1,8 @@
-"""Whole texts with their routing, in reading order: what the analyses of meaning and dynamics take."""
+"""Tokens of texts in reading order, with their routing: what the analyses of meaning, dynamics and prediction take."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -10,58 +10,81 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moetrace.analysis.counts import breaks
 from moetrace.analysis.nulls import Floats, Ints
+from moetrace.analysis.shapes import rows_of, some_requests
 from moetrace.errors import UsageError
+
+# A field that follows from the others unless it is given.
+_FOLLOWS: Any = None
+# The fields with an entry for every row, beside ``experts`` and ``weights``.
+_PER_ROW = ("tokens", "positions", "runs", "sources", "rows")
 
 
 @dataclass(frozen=True)
 class RoutedText:
-    """Rows of whole requests in reading order, one request per prompt; arrays are not copied.
+    """Rows (tokens) of requests in reading order, one request per prompt; arrays of these dtypes are not copied.
 
     Shapes: M rows, R requests, L layers, k experts per token.
 
     Attributes
     ----------
     experts
-        (M, L, k) ids in the router's order; ``n_expert`` or more where there is none.
+        (M, L, k) ids in the router's order; ``n_expert`` or more where there is none: the cell is absent, or the
+        layer uses fewer experts.
     starts
         (R + 1,) where each request begins.
     n_expert
-        E, experts of a layer.
+        E, experts of a layer (of the layer with most).
     weights
         (M, L, k) mixing weights, or None. With them the first expert is the one of the largest weight.
     tokens, positions
-        (M,) token ids and positions; by default unknown (−1) and counted from the request's first row.
+        (M,) int64 token ids and positions; by default unknown (−1) and counted from the request's first row.
+    runs
+        (M,) int64 number of the unbroken run of positions that the row is in; by default from
+        :func:`~moetrace.analysis.counts.breaks`.
+    sources, rows
+        (M,) int64: which trace each row is from, and its row there; by default row m of the first.
     prompts, labels
         (R,) names; by default numbers and "".
     layers
-        (L,) llama.cpp's layer numbers; by default 0..L−1.
+        (L,) int64, llama.cpp's layer numbers; by default 0..L−1.
+
+    Raises UsageError if the lengths differ.
     """
 
     experts: npt.NDArray[np.unsignedinteger]
     starts: Ints
     n_expert: int
     weights: npt.NDArray[np.float32] | None = None
-    tokens: npt.ArrayLike | None = None
-    positions: npt.ArrayLike | None = None
-    prompts: Sequence[str] | None = None
-    labels: Sequence[str] | None = None
-    layers: npt.ArrayLike | None = None
+    tokens: Ints = _FOLLOWS
+    positions: Ints = _FOLLOWS
+    runs: Ints = _FOLLOWS
+    sources: Ints = _FOLLOWS
+    rows: Ints = _FOLLOWS
+    prompts: Sequence[str] = _FOLLOWS
+    labels: Sequence[str] = _FOLLOWS
+    layers: Ints = _FOLLOWS
 
     def __post_init__(self) -> None:
         m, n_layers = self.experts.shape[:2]
-        r = len(self.starts) - 1
-        fill: dict[str, Any] = {
-            "tokens": np.full(m, -1, dtype=np.int32),
-            "positions": np.arange(m) - np.repeat(self.starts[:-1], np.diff(self.starts)),
-            "prompts": [str(i) for i in range(r)],
-            "labels": [""] * r,
-            "layers": np.arange(n_layers),
+        r = self.n_requests
+        if self.starts[-1] != m:
+            raise UsageError(f"requests have {self.starts[-1]} rows, not {m}")
+        follows: dict[str, Callable[[], Any]] = {
+            "tokens": lambda: np.full(m, -1),
+            "positions": lambda: np.arange(m) - self.starts[self.owner],
+            "runs": lambda: np.cumsum(np.append(0, breaks(self.owner, self.positions))[:m]),
+            "sources": lambda: np.zeros(m),
+            "rows": lambda: np.arange(m),
+            "prompts": lambda: [str(i) for i in range(r)],
+            "labels": lambda: [""] * r,
+            "layers": lambda: np.arange(n_layers),
         }
-        for name, default in fill.items():
+        for name, default in follows.items():
             given = getattr(self, name)
-            value = default if given is None else given
-            whole = np.asarray(value) if name in ("tokens", "positions", "layers") else tuple(value)
+            value = default() if given is None else given
+            whole = tuple(value) if name in ("prompts", "labels") else np.asarray(value, dtype=np.int64)
             object.__setattr__(self, name, whole)
             expected = {"prompts": r, "labels": r, "layers": n_layers}.get(name, m)
             if len(whole) != expected:
@@ -69,16 +92,6 @@ class RoutedText:
 
     def __len__(self) -> int:
         return int(self.experts.shape[0])
-
-    @property
-    def numbers(self) -> Ints:
-        """(L,) layer numbers."""
-        return np.asarray(self.layers, dtype=np.int64)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """(R,) prompts."""
-        return tuple(self.prompts or ())
 
     @property
     def n_requests(self) -> int:
@@ -107,41 +120,50 @@ class RoutedText:
         return np.asarray(self.experts[:, layer, 0] < self.n_expert)
 
     def member(self, layer: int, rows: npt.ArrayLike | None = None) -> npt.NDArray[np.float32]:
-        """(M, E) 1 where a row uses an expert in this layer (an index), else 0; a new array."""
+        """:func:`membership` of all rows, or of some (numbers), in this layer (an index): (M, E)."""
         ids = self.experts[:, layer] if rows is None else self.experts[np.asarray(rows), layer]
-        out = np.zeros((ids.shape[0], self.n_expert + 1), dtype=np.float32)
-        np.put_along_axis(out, np.minimum(ids, self.n_expert).astype(np.int64), 1.0, axis=1)
-        return out[:, :-1]
+        return membership(ids, self.n_expert)
+
+    def take(self, rows: npt.NDArray[Any]) -> RoutedText:
+        """Only some rows, by a mask or ascending numbers; a copy.
+
+        Requests stay numbered as they are, those without a row too; rows stay in their run.
+        """
+        sizes = np.bincount(self.owner[rows], minlength=self.n_requests)
+        return self._at(rows, sizes)
 
     def of(self, requests: npt.ArrayLike) -> RoutedText:
-        """Only some requests (indices over R); a copy."""
+        """Only some requests (indices over R), numbered anew; a copy."""
         chosen = np.asarray(requests, dtype=np.int64)
-        rows = rows_of(self.starts, chosen)
+        return self._at(
+            rows_of(self.starts, chosen),
+            np.diff(self.starts)[chosen],
+            prompts=[self.prompts[i] for i in chosen],
+            labels=[self.labels[i] for i in chosen],
+        )
+
+    def some(self, max_rows: int, seed: int | Sequence[int]) -> RoutedText:
+        """Whole requests, at least one, drawn at random until they hold ``max_rows`` rows; itself if all fit."""
+        if len(self) <= max_rows:
+            return self
+        return self.of(some_requests(self.starts, max_rows, seed))
+
+    def _at(self, rows: npt.NDArray[Any], sizes: Ints, **more: Any) -> RoutedText:
         return replace(
             self,
             experts=self.experts[rows],
-            starts=np.concatenate(([0], np.cumsum(np.diff(self.starts)[chosen]))),
             weights=None if self.weights is None else self.weights[rows],
-            tokens=np.asarray(self.tokens)[rows],
-            positions=np.asarray(self.positions)[rows],
-            prompts=[self.names[i] for i in chosen],
-            labels=[list(self.labels or ())[i] for i in chosen],
+            starts=np.concatenate(([0], np.cumsum(sizes))),
+            **{name: getattr(self, name)[rows] for name in _PER_ROW},
+            **more,
         )
 
-    def some(self, max_rows: int, seed: int) -> RoutedText:
-        """Whole requests, drawn at random until they hold ``max_rows`` rows; itself if all fit."""
-        if len(self) <= max_rows:
-            return self
-        draw = np.random.default_rng(seed).permutation(self.n_requests)
-        fits = np.cumsum(np.diff(self.starts)[draw]) <= max_rows
-        fits[0] = True
-        return self.of(np.sort(draw[fits]))
 
-
-def rows_of(starts: Ints, requests: Ints) -> Ints:
-    """Row numbers of some requests, in order."""
-    pieces = [np.arange(starts[i], starts[i + 1]) for i in requests]
-    return np.concatenate([*pieces, np.empty(0, dtype=np.int64)]).astype(np.int64)
+def membership(ids: npt.NDArray[Any], n_expert: int) -> npt.NDArray[np.float32]:
+    """Which experts are used: ids (…, k) → a new (…, E) of 0 and 1; ids of E or more are none."""
+    out = np.zeros((*ids.shape[:-1], n_expert + 1), dtype=np.float32)
+    np.put_along_axis(out, np.minimum(ids.astype(np.int64), n_expert), 1.0, axis=-1)
+    return out[..., :n_expert]
 
 
 def rotation(starts: Ints, rng: np.random.Generator) -> Ints:

@@ -17,12 +17,12 @@ from moetrace.analysis import nulls
 from moetrace.analysis.counts import (
     MAX_LAG,
     PRESENT,
-    Ints,
     RoutingCounts,
     member_words,
     reading_order,
 )
 from moetrace.analysis.nulls import Floats
+from moetrace.analysis.shapes import layer_numbers, rows_of, some_requests
 from moetrace.errors import UsageError
 
 
@@ -90,7 +90,7 @@ def shuffle_test(
     """
     rng = np.random.default_rng(seed)
     order = reading_order(request, position, keep, shifted)
-    chosen = _some_requests(order.request_starts, max_rows, rng)
+    chosen = rows_of(order.request_starts, some_requests(order.request_starts, max_rows, rng))
     if not chosen.size:
         raise UsageError("there are no rows to shuffle", fix="choose a phase and requests that have rows")
     owner = np.repeat(np.arange(order.requests.size), np.diff(order.request_starts))[chosen]
@@ -121,7 +121,7 @@ def shuffle_test(
             with np.errstate(invalid="ignore", divide="ignore"):
                 overlap[b, :, lag - 1] = (shared * both).sum(axis=1) / pairs / k
                 top1[b, :, lag - 1] = ((top[:, :-lag] == top[:, lag:]) & both).sum(axis=1) / pairs
-    numbers = np.arange(n_layers) if layers is None else np.asarray(layers)
+    numbers = layer_numbers(layers, n_layers)
     out: dict[str, npt.NDArray[np.generic]] = {
         "layer": np.repeat(numbers, max_lag),
         "lag": np.tile(np.arange(1, max_lag + 1), n_layers),
@@ -195,16 +195,3 @@ def transitions(counts: RoutingCounts, layer: int) -> Transitions:
             float(np.trace(seen) / total) if total else float("nan"),
             float(np.trace(expected) / total) if total else float("nan"),
         )
-
-
-def _some_requests(starts: Ints, max_rows: int, rng: np.random.Generator) -> Ints:
-    """Places (in reading order, ascending) of whole requests drawn until ``max_rows`` places are filled."""
-    sizes = np.diff(starts)
-    draw = rng.permutation(sizes.size)
-    fits = np.cumsum(sizes[draw]) <= max_rows
-    if draw.size:
-        fits[0] = True
-    chosen = np.sort(draw[fits])
-    return np.concatenate(
-        [np.arange(starts[i], starts[i + 1]) for i in chosen] or [np.empty(0, dtype=np.int64)]
-    )

@@ -317,7 +317,7 @@ def pattern_summary(
         made[name] = (_with_words(table, text, typed, code, names), found.n_tested)
     types, trigrams = made["types"][0], made["trigrams"][0]
     beyond = types_beyond_words(text, typed, n_permutations, seed)
-    layer_of = {int(n): i for i, n in enumerate(text.numbers)}
+    layer_of = {int(n): i for i, n in enumerate(text.layers)}
     types["p_words"] = [
         float(beyond[layer_of[layer], expert, typed.names.index(name)])
         for layer, expert, name in types[["layer", "expert", "pattern"]].itertuples(index=False, name=None)
@@ -414,7 +414,7 @@ class Associations:
             without = np.nan_to_num(rest[0] * rest[3] / (rest[1] * rest[2]), nan=0.0, posinf=0.0)
         interval = nulls.jackknife(lift, without[sums[3] > 0])
         return (
-            int(text.numbers[layer]),
+            int(text.layers[layer]),
             expert,
             name,
             int(both),
@@ -534,7 +534,7 @@ def _with_words(
     table: pd.DataFrame, text: RoutedText, typed: TypedText, code: Ints, names: Sequence[str]
 ) -> pd.DataFrame:
     """Add which words stand behind a row."""
-    layer_of = {int(n): i for i, n in enumerate(text.numbers)}
+    layer_of = {int(n): i for i, n in enumerate(text.layers)}
     different, top, share = [], [], []
     for number, expert, name in table[["layer", "expert", "pattern"]].itertuples(index=False, name=None):
         mine = (code == names.index(name)) & (text.experts[:, layer_of[number]] == expert).any(axis=1)
@@ -627,7 +627,7 @@ def vocabulary_specialisation(
                 null[draw + 1, layer] = largest(moved)[often].mean()
     return pd.DataFrame(
         {
-            "layer": text.numbers,
+            "layer": text.layers,
             "tokens": counted,
             "specialisation": null[0],
             "null": null[1:].mean(axis=0),
@@ -682,7 +682,7 @@ def coactivation(text: RoutedText, *, min_activity: int = 5, max_listed: int = 2
             interval = nulls.jackknife(lift[i, j], without[sums[3] > 0])
             rows.append(
                 (
-                    int(text.numbers[layer]), i, j, int(pairs[i, j]), pairs[i, j] / n[i], pairs[i, j] / n[j],
+                    int(text.layers[layer]), i, j, int(pairs[i, j]), pairs[i, j] / n[i], pairs[i, j] / n[j],
                     (k - 1) / (text.n_expert - 1), lift[i, j], float(np.maximum(interval.low, 0.0)),
                     float(interval.high),
                 )
@@ -801,8 +801,8 @@ def semantic_patterns(
     """
     included, _ = counts_of(text)
     labels = list(text.labels or ())
-    tested = domain_test(included, labels, layers=text.numbers, n_permutations=n_permutations, seed=seed)
-    lift = domain_lift(included, labels, layers=text.numbers, n_permutations=n_permutations, seed=seed)
+    tested = domain_test(included, labels, layers=text.layers, n_permutations=n_permutations, seed=seed)
+    lift = domain_lift(included, labels, layers=text.layers, n_permutations=n_permutations, seed=seed)
     kinds, code = np.unique(semantic.kind, return_inverse=True)
     names = [semantic.names[k] for k in kinds.tolist()]
     found = associate(
@@ -876,7 +876,7 @@ def as_published_pattern_summary(
             uses = np.flatnonzero((text.experts[:, layer] == expert).any(axis=1))[:5]
             rows.append(
                 {
-                    "layer": int(text.numbers[layer]),
+                    "layer": int(text.layers[layer]),
                     "expert": expert,
                     "top_pattern": str(names[best[0]]),
                     "concentration": counts[best[0]] / total,
@@ -913,7 +913,7 @@ def as_published_semantic_patterns(text: RoutedText, pieces: Sequence[str], *, t
         for layer, which, expert in np.stack(np.unravel_index(order, part.shape), axis=1).tolist():
             if part[layer, which, expert] > 0:
                 count = int(part[layer, which, expert])
-                rows.append((name, int(text.numbers[layer]), expert, str(names[mine[which]]), count))
+                rows.append((name, int(text.layers[layer]), expert, str(names[mine[which]]), count))
     return pd.DataFrame(rows, columns=["name", "layer", "expert", "trigram", "count"])
 
 
@@ -936,6 +936,6 @@ def as_published_coactivation(text: RoutedText, *, top: int = 50) -> pd.DataFram
         for i, j in np.stack(
             np.unravel_index(np.argsort(-share, axis=None)[:top], share.shape), axis=1
         ).tolist():
-            rows.append((int(text.numbers[layer]), i, j, share[i, j]))
+            rows.append((int(text.layers[layer]), i, j, share[i, j]))
     table = pd.DataFrame(rows, columns=["layer", "expert", "other", "share"])
     return table.sort_values("share", ascending=False, kind="stable").head(top).reset_index(drop=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import shutil
 import tempfile
 from contextlib import ExitStack
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrace import data
-from moetrace.commands.options import add_option
+from moetrace.commands.options import add_option, add_subparser
 from moetrace.commands.placement import add_placement, placement, server_arguments
 from moetrace.commands.progress import progress_bar, progress_line
 from moetrace.commands.showing import add_showing, opened, show, subject_of
@@ -43,14 +42,7 @@ class Analyze:
         questions = parser.add_subparsers(dest="question", metavar="NAME", required=True)
         for name in QUESTIONS:
             asked = question(name)
-            text = inspect.cleandoc(asked.__doc__ or "")
-            sub = questions.add_parser(
-                name,
-                help=text.split("\n")[0],
-                description=text,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-                allow_abbrev=False,
-            )
+            sub = add_subparser(questions, name, asked)
             sub.add_argument(
                 "traces",
                 nargs="*",

@@ -10,7 +10,7 @@ from typing import IO
 
 from moetrace.commands.options import Collect, add_option, red
 from moetrace.errors import UsageError
-from moetrace.host.options import CHANNELS, COLLECTORS, ON_FULL, CaptureOptions, parse_size
+from moetrace.host.options import CHANNELS, COLLECTORS, ON_FULL, CaptureOptions, human_size, parse_size
 from moetrace.trace.trace import Trace, open_trace
 
 
@@ -78,15 +78,6 @@ def output_path(args: argparse.Namespace) -> Path:
     if not args.output:
         raise UsageError("where should the trace go?", fix="give -o NAME.moet")
     return Path(args.output)
-
-
-def human_size(n: float) -> str:
-    """Give bytes as people read them: ``41.2 MiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    raise AssertionError
 
 
 def report_trace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
 from collections.abc import Mapping
@@ -26,6 +27,19 @@ class Command(Protocol):
 
     def run(self, args: argparse.Namespace) -> int:
         """Do it; gives the exit code. ``args.rest`` is what stands right of ``--``."""
+
+
+def add_subparser(subparsers: Any, name: str, documented: object) -> argparse.ArgumentParser:
+    """Add a parser whose help is a docstring: the first line in the list of all, the whole in its own."""
+    text = inspect.cleandoc(documented.__doc__ or "")
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=text.split("\n")[0],
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return parser
 
 
 def add_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *names: str, **spec: Any) -> None:

@@ -91,7 +91,7 @@ class AttentionPrediction(Question):
             caveats.append(
                 "What the router's input tells is not known: capture with --capture attention,gate_input."
             )
-        if len(wide) < len(predictions.rows.layers):
+        if len(wide) < len(predictions.text.layers):
             caveats.append("Layers without routing or attention of these tokens are left out.")
         try:
             evaluation, correlations = predictions.as_published_attention_prediction()

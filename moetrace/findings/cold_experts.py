@@ -70,7 +70,7 @@ class ColdExperts(Question):
         chosen = pd.concat([chosen, table[table["verdict"] != "cold"]]).head(
             max(self.experts, self.wake, self.ablate)
         )
-        layer_of = {int(n): i for i, n in enumerate(text.numbers)}
+        layer_of = {int(n): i for i, n in enumerate(text.layers)}
         coldest = [
             (layer_of[int(layer)], int(expert))
             for layer, expert in chosen[["layer", "expert"]].itertuples(index=False, name=None)
@@ -138,7 +138,7 @@ class ColdExperts(Question):
         said: list[str],
     ) -> pd.DataFrame:
         rng = np.random.default_rng(subject.seed)
-        tokens = np.asarray(text.tokens)
+        tokens = text.tokens
         n_vocab = len(vocabulary) if vocabulary is not None else int(tokens.max()) + 1
         # First every token (or some) by itself, then the promising ones after beginnings of the recorded texts.
         tried = np.sort(rng.permutation(n_vocab)[:2000])
@@ -166,7 +166,7 @@ class ColdExperts(Question):
                 rows.append((layer, expert, t, int(woken[mine].sum()), int(mine.sum()), base))
         found = pd.DataFrame(rows, columns=["layer", "expert", "token", "woken", "tried", "base"])
         table = wake_rates(found["woken"], found["tried"], found["base"])
-        table.insert(0, "layer", text.numbers[found["layer"].to_numpy(dtype=np.int64)])
+        table.insert(0, "layer", text.layers[found["layer"].to_numpy(dtype=np.int64)])
         table.insert(1, "expert", found["expert"])
         table.insert(2, "token", found["token"])
         pieces = [vocabulary[t].decode("utf-8", "replace") if vocabulary else None for t in found["token"]]
@@ -192,7 +192,7 @@ class ColdExperts(Question):
             subject.progress("evaluating the model as it is")
             base = evaluator.evaluate(texts)
             for layer, expert in experts:
-                number_ = int(text.numbers[layer])
+                number_ = int(text.layers[layer])
                 subject.progress(f"evaluating without expert {expert} of layer {number_}")
                 other = evaluator.evaluate(texts, intervene=f"ablate:{number_}:{expert}")
                 found = likelihood_change(base.nll, other.nll, base.text, same_top=base.top == other.top)
@@ -247,7 +247,7 @@ class ColdExperts(Question):
 def _contexts(text: RoutedText, n: int, rng: np.random.Generator) -> list[list[int]]:
     """Beginnings of so many texts, at random."""
     out = []
-    tokens = np.asarray(text.tokens)
+    tokens = text.tokens
     for i in rng.permutation(text.n_requests)[:n].tolist():
         a, b = int(text.starts[i]), int(text.starts[i + 1])
         stop = a + int(rng.integers(1, min(b - a, 24) + 1))

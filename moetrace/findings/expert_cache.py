@@ -13,6 +13,7 @@ from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import span
+from moetrace.host.options import human_size
 from moetrace.trace.model import ModelFile
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class ExpertCache(Question):
         sizes = None
         if subject.model is not None:
             with ModelFile(subject.model) as model:
-                sizes = [model.expert_bytes(layer) for layer in predictions.rows.layers.tolist()]
+                sizes = [model.expert_bytes(layer) for layer in predictions.text.layers.tolist()]
         found = predictions.expert_cache(
             slots,
             policies=[name.strip() for name in self.policies.split(",")],
@@ -67,7 +68,7 @@ class ExpertCache(Question):
             size = float(layer.loc[layer["slots"] == slot, "memory_bytes"].iloc[0]) if sizes else float("nan")
             sentences.append(
                 f"With {slot} slots per layer ({memory:.0%} of all experts"
-                + (f", {_bytes(size)}" if sizes else "")
+                + (f", {human_size(size)}" if sizes else "")
                 + f") this share of the experts that tokens need is there already: {told}."
             )
         sentences.append(_hot_set(layer, found.hot))
@@ -78,7 +79,7 @@ class ExpertCache(Question):
             sentences.append(
                 "Bytes fetched per token (lru): "
                 + ", ".join(
-                    f"{_bytes(row['fetched_bytes'])} with {_bytes(row['memory_bytes'])} of slots"
+                    f"{human_size(row['fetched_bytes'])} with {human_size(row['memory_bytes'])} of slots"
                     for row in mine.to_dict("records")
                 )
                 + "."
@@ -88,8 +89,8 @@ class ExpertCache(Question):
             subject.phase_note,
             f"Hits are counted on {used:,} tokens of held-out prompts, after the others warmed the caches up"
             + (
-                f"; of {len(predictions.rows):,} tokens"
-                if len(predictions.rows) > 2 * used + self.max_tokens
+                f"; of {len(predictions.text):,} tokens"
+                if len(predictions.text) > 2 * used + self.max_tokens
                 else ""
             )
             + ".",
@@ -189,11 +190,3 @@ def _shared(curve: pd.DataFrame) -> list[str]:
         f"Sharing the slots between layers changes hit rates by {gap.min():+.1%} to {gap.max():+.1%}"
         f" (most: {policy}, {experts} slots in all)."
     ]
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    raise AssertionError

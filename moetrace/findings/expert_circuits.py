@@ -136,6 +136,6 @@ def _published(text: RoutedText) -> tuple[PublishedCircuits | None, str]:
         return None, "The published pipelines need the routing of the last prompt."
     n = len(last)
     return (
-        as_published_circuits(last.experts, last.weights, text.n_expert, layers=text.numbers),
+        as_published_circuits(last.experts, last.weights, text.n_expert, layers=text.layers),
         f"As published, pipelines rest on the {number(n, 'token')} of the last prompt alone.",
     )

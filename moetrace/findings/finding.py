@@ -62,8 +62,11 @@ class Finding:
                 raise ValueError(f"table {name}: labels belong into columns, not into the index")
 
     def to_json(self) -> str:
-        """Give it as JSON; NaN and missing values become null."""
-        tables = {name: json.loads(t.to_json(orient="split", index=False)) for name, t in self.tables.items()}
+        """Give it as JSON, numbers to 15 decimals; NaN and missing values become null."""
+        tables = {
+            name: json.loads(t.to_json(orient="split", index=False, double_precision=15))
+            for name, t in self.tables.items()
+        }
         shallow = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return json.dumps({**shallow, "tables": tables, "parameters": dict(self.parameters)}, indent=1)
 

@@ -131,7 +131,7 @@ class GenerationDynamics(Question):
             caveats.append(f"Right and wrong outputs were not compared: {e.what}.")
             return {}
         rows = []
-        for i, name in enumerate(text.names):
+        for i, name in enumerate(text.prompts):
             if name in answers:
                 a, b = text.starts[i], text.starts[i + 1]
                 output = b"".join(pieces[a:b]).decode("utf-8", "replace")

@@ -43,11 +43,11 @@ class TaskPrediction(Question):
     def answer(self, subject: Subject) -> Finding:
         """Predict every later layer."""
         predictions = subject.analysis.predictions
-        have = predictions.rows.layers.tolist()[:-1]
+        have = predictions.text.layers.tolist()[:-1]
         early = max((layer for layer in have if layer <= self.early_layer), default=have[0] if have else 0)
         recall, gains = predictions.task_prediction(
             early,
-            routers=_routers(subject, predictions.rows.layers.tolist()),
+            routers=_routers(subject, predictions.text.layers.tolist()),
             max_tokens=self.max_tokens,
             n_permutations=self.permutations,
             seed=subject.seed,

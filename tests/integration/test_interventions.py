@@ -16,7 +16,7 @@ import pytest
 from scipy.special import expit, softmax
 from test_capture import capture
 from test_inprocess import python
-from test_synthetic_models import TEXT, mixing_weights
+from test_synthetic_models import TEXT, mixing_weights, within_groups
 
 import moetrace
 from moetrace import data
@@ -95,12 +95,7 @@ def choice(arch: Architecture, scores: np.ndarray, *, ablated=(), forced=(), bia
     for expert, value in bias:
         scores[:, expert] += value
     scores[:, list(ablated)] = -np.inf
-    if arch.n_expert_groups:
-        groups = scores.reshape(len(scores), arch.n_expert_groups, -1)
-        rank = np.argsort(-np.sort(groups, axis=-1)[..., -2:].sum(axis=-1), axis=-1, kind="stable")
-        kept = np.zeros(rank.shape, bool)
-        np.put_along_axis(kept, rank[:, : arch.n_group_used], True, axis=-1)
-        scores = np.where(kept[..., None], groups, -np.inf).reshape(scores.shape)
+    scores = within_groups(arch, scores)
     for expert in forced:
         scores[:, expert] = 1e9 + np.nan_to_num(scores[:, expert], neginf=-1.0)
     return np.argsort(-scores, axis=1, kind="stable")[:, : arch.n_expert_used]

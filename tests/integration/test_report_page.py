@@ -21,6 +21,7 @@ from moetrace.report.page import render_page
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 import traces
+from rings import make_layout
 
 HOSTILE = "</script><script>document.title='owned'</script><b>\"'"
 ASKED = (
@@ -47,8 +48,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("page")
-    path = traces.domain_trace(
-        folder / "t.moet", ("code", "math", HOSTILE), n_layers=5, n_expert=16, lose=(30,)
+    layout = make_layout(layers=tuple(range(5)), n_expert=16)
+    path = traces.labelled_trace(
+        folder / "t.moet", ("code", "math", HOSTILE), layout=layout, all_outputs=False, lose=(30,)
     )
     with moetrace.open(path) as trace:
         subject = Subject([trace])
@@ -137,17 +139,18 @@ def test_hovering_a_cell_shows_the_number_in_the_data(page: Browser, report: Sim
 
 def test_choosing_changes_what_is_drawn(page: Browser) -> None:
     seen = [picture(page)]
+    other = str((page.value("report.state.layer") + 1) % 5)
     for name, value in (
         ("domain", "1"),
         ("measure", "lift"),
         ("order", "layer"),
-        ("layer", "4"),
+        ("layer", other),
         ("order", "each"),
     ):
         choose(page, name, value)
         seen.append(picture(page))
     assert len(set(seen)) == len(seen)
-    assert "layer=4" in page.value("location.hash")
+    assert f"layer={other}" in page.value("location.hash")
 
 
 def test_a_click_chooses_the_layer_everywhere(page: Browser) -> None:
@@ -181,9 +184,8 @@ def test_the_keyboard_reaches_every_cell(page: Browser) -> None:
 
 def test_missing_cells_are_hatched_not_coloured(browser: Browser, tmp_path: Path) -> None:
     # of prompt rows without output the last layer is not computed; all others are lost
-    path = traces.domain_trace(
-        tmp_path / "t.moet", n_predict=2, lose=tuple(n for n in range(64) if n % 8 >= 5)
-    )
+    lose = [n for n in range(96) if n % 16 >= 10]
+    path = traces.labelled_trace(tmp_path / "t.moet", n_decode=(2, 3), all_outputs=False, lose=lose)
     with moetrace.open(path) as trace:
         subject = Subject([trace], phase="prefill")
         assert not subject.analysis.counts.tokens[:, -1].any()

@@ -124,12 +124,7 @@ def texts_of(runtime, model: Path, trace: Path | None, **options) -> list[str]:
         command = [program, "-m", model, "--port", str(port), *arguments]
         plain = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            client = ServerClient(f"http://127.0.0.1:{port}")
-            deadline = time.monotonic() + 60
-            while not client.is_ready():
-                assert plain.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            client = ready_client(plain, port)
             answers = drive(client, fifty_prompts(), n_predict=12, settings=settings)
         finally:
             plain.terminate()
@@ -194,12 +189,12 @@ def test_pausing_and_resuming_a_live_server(runtime, model_file, tmp_path):
     assert "fix:" in ended.stderr
 
 
-def ready_client(run: subprocess.Popen[bytes], port: int, log: Path) -> ServerClient:
-    """Wait until the server answers; its end is an error that shows the log."""
+def ready_client(run: subprocess.Popen[bytes], port: int, log: Path | None = None) -> ServerClient:
+    """Wait until the server answers; its end is an error that shows the log, if there is one."""
     client = ServerClient(f"http://127.0.0.1:{port}")
     deadline = time.monotonic() + 60
     while not client.is_ready():
-        assert run.poll() is None, log.read_text()
+        assert run.poll() is None, log and log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return client
@@ -360,12 +355,7 @@ def test_a_full_ring_follows_its_policy_and_counts(policy, runtime, model_file, 
         stderr=subprocess.DEVNULL,
     )
     try:
-        client = ServerClient(f"http://127.0.0.1:{port}")
-        deadline = time.monotonic() + 60
-        while not client.is_ready():
-            assert server.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        client = ready_client(server, port)
         answers = drive(client, [Prompt(id=str(i), text=TEXT, n_predict=3) for i in range(3)])
     finally:
         server.terminate()

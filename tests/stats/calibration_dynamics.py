@@ -91,7 +91,7 @@ def typed(text: m.RoutedText, types: npt.NDArray[np.int64] | None = None) -> Any
 def counted(text: m.RoutedText, max_lag: int = 1) -> m.RoutingCounts:
     return m.count_routing(
         text.experts, text.owner, np.asarray(text.positions), n_expert=text.n_expert, max_lag=max_lag,
-        prompts=list(text.names),
+        prompts=list(text.prompts),
     )  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def null_dynamics(world: World, seed: int, n_permutations: int) -> PValues:
     early = np.asarray(text.positions) < np.repeat(cut, sizes)
     sides = [
         m.RoutedText(
-            text.experts[rows], np.concatenate(([0], np.cumsum(n))), text.n_expert, prompts=text.names
+            text.experts[rows], np.concatenate(([0], np.cumsum(n))), text.n_expert, prompts=text.prompts
         )
         for rows, n in ((early, cut), (~early, sizes - cut))
     ]

@@ -29,7 +29,7 @@ from moetrace.analysis.predict import (  # noqa: E402
     ridge,
     score_table,
 )
-from moetrace.analysis.rows import membership  # noqa: E402
+from moetrace.analysis.routed import membership  # noqa: E402
 
 E, K = 32, 4
 

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 from test_contexts import last_tokens
 from test_server import check_identity, prompts_of_mixed_length
-from test_synthetic_models import TEXT, selection_scores
+from test_synthetic_models import TEXT, check_routing
 
 import moetrace
 from moetrace.errors import MoetraceError
@@ -34,7 +34,6 @@ from moetrace.host.client import Answer, ServerClient, drive
 from moetrace.host.prompts import Prompt
 from moetrace.host.runtime import loaded_libraries, probe
 from moetrace.host.server import free_port
-from moetrace.synthetic import ARCHITECTURES
 from moetrace.trace.record import State
 from moetrace.trace.verify import verify
 
@@ -220,29 +219,6 @@ def test_a_model_is_traced_rightly(release, name, size, model_file, tmp_path):
             check_routing(trace, name, model)
         assert verify(path).exit_code == 0
     result_of(release)["traced"].append(name)
-
-
-def check_routing(trace: moetrace.Trace, name: str, model: Path) -> None:
-    """Ids are the top-k of the scores; scores follow in numpy from the gate input and the model's router."""
-    arch = ARCHITECTURES[name]
-    assert list(trace.layers) == list(arch.moe_layers)
-    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(model).tensors}
-    for i, layer in enumerate(trace.layers):
-        present = np.asarray(trace.state)[:, i] == State.PRESENT
-        ids = np.asarray(trace.experts)[present, i].astype(int)
-        scores, logits = (np.asarray(column)[present, i] for column in (trace.scores, trace.logits))
-        best = -np.sort(-scores, axis=1)[:, : arch.n_expert_used]
-        np.testing.assert_array_equal(np.take_along_axis(scores, ids, axis=1), best)
-        assert all(len(set(row)) == arch.n_expert_used for row in ids.tolist())
-        router = stored[f"blk.{layer}.ffn_gate_inp.weight"].astype(np.float64)
-        gate_input = np.asarray(trace.gate_input)[present, i].astype(np.float64)
-        expected = gate_input @ router.T + stored.get(f"blk.{layer}.ffn_gate_inp.bias", 0)
-        np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=2e-4 * np.abs(expected).max())
-        selected_on = selection_scores(arch, logits, stored.get(f"blk.{layer}.exp_probs_b.bias"))
-        if arch.gating.name == "SOFTMAX":  # selection_scores leaves the monotone softmax out
-            e = np.exp(selected_on - selected_on.max(axis=1, keepdims=True))
-            selected_on = e / e.sum(axis=1, keepdims=True)
-        np.testing.assert_allclose(scores, selected_on, rtol=1e-4, atol=1e-6)
 
 
 # -- what else a release has -------------------------------------------------------------------------

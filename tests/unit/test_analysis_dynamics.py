@@ -47,6 +47,38 @@ def test_the_first_expert_is_the_heaviest_and_missing_cells_have_none() -> None:
         m.RoutedText(gone, text.starts, 8, prompts=["a"])
 
 
+def test_rows_that_are_taken_keep_their_request_run_and_place() -> None:
+    text = routed()  # requests of 9, 14, 7 and 11 rows
+    part = text.take(np.array([1, 2, 4, 23, 40]))
+    assert part.starts.tolist() == [0, 3, 3, 4, 5]
+    assert part.owner.tolist() == part.runs.tolist() == [0, 0, 0, 2, 3]
+    assert part.rows.tolist() == [1, 2, 4, 23, 40]
+    assert part.positions.tolist() == [1, 2, 4, 0, 10]
+    assert part.prompts == text.prompts
+    np.testing.assert_array_equal(part.weights, text.weights[part.rows])
+    masked = text.take(np.isin(np.arange(len(text)), part.rows))
+    np.testing.assert_array_equal(masked.experts, part.experts)
+    assert part.of([3, 0]).rows.tolist() == [40, 1, 2, 4]
+    assert part.of([3, 0]).owner.tolist() == [0, 1, 1, 1]
+
+
+def test_requests_are_drawn_whole() -> None:
+    text = m.RoutedText(np.zeros((50, 1, 1), np.uint8), np.arange(0, 51, 10), 4)
+    assert text.some(50, 0) is text
+    assert np.diff(text.some(25, 0).starts).tolist() == [10, 10]
+    assert len(text.some(5, 0)) == 10  # at least one
+    alone = text.take(text.owner == 3).some(5, 0)
+    assert alone.prompts == ("3",)  # a request without rows is not drawn
+
+
+def test_a_run_ends_where_positions_do_not_rise_by_one() -> None:
+    positions = np.array([3, 4, 6, -1, -1, 9, 1, 2])
+    text = m.RoutedText(np.zeros((8, 1, 1), np.uint8), np.array([0, 6, 8]), 4, positions=positions)
+    assert text.runs.tolist() == [0, 0, 1, 2, 2, 3, 4, 4]
+    with pytest.raises(UsageError, match="requests have 8 rows, not 9"):
+        m.RoutedText(np.zeros((9, 1, 1), np.uint8), np.array([0, 6, 8]), 4)
+
+
 def test_rotations_keep_each_text_and_are_uniform() -> None:
     starts = np.array([0, 4, 9])
     rng = np.random.default_rng(0)

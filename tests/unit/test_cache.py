@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrace.analysis import cache
-from moetrace.analysis.rows import TokenRows
+from moetrace.analysis import RoutedText, cache
 from moetrace.errors import UsageError
 
 
@@ -81,31 +80,12 @@ def test_a_stream_of_unknown_items_is_refused() -> None:
         cache.lru_distances([0, 4], 4)
 
 
-def rows_of(experts: np.ndarray, prompt: np.ndarray, n_expert: int) -> TokenRows:
-    n = len(prompt)
-    zero = np.zeros(n, dtype=np.int64)
-    names = np.array([f"p{i:03d}" for i in range(int(prompt.max()) + 1)])
-    return TokenRows(
-        experts,
-        n_expert,
-        np.arange(experts.shape[1]),
-        names,
-        names,
-        prompt,
-        prompt,
-        zero,
-        zero,
-        zero,
-        np.arange(n),
-    )
-
-
-def skewed(seed: int, n_prompts: int = 12, length: int = 30, n_expert: int = 16, k: int = 2) -> TokenRows:
+def skewed(seed: int, n_prompts: int = 12, length: int = 30, n_expert: int = 16, k: int = 2) -> RoutedText:
     """Some experts are hotter than others, the same ones in all prompts."""
     rng = np.random.default_rng(seed)
     logits = np.linspace(0, 3, n_expert) + rng.gumbel(size=(n_prompts * length, 3, n_expert))
     experts = np.argsort(-logits, axis=2)[:, :, :k].astype(np.uint8)
-    return rows_of(experts, np.repeat(np.arange(n_prompts), length), n_expert)
+    return RoutedText(experts, np.arange(n_prompts + 1) * length, n_expert)
 
 
 def test_a_cache_of_all_experts_misses_nothing_and_one_of_none_is_refused() -> None:
@@ -134,8 +114,8 @@ def test_the_hot_set_is_found_and_is_worth_less_on_other_prompts_than_on_its_own
 def test_even_routing_has_no_hot_set() -> None:
     rng = np.random.default_rng(4)
     experts = np.argsort(rng.random((4000, 2, 16)), axis=2)[:, :, :2].astype(np.uint8)
-    rows = rows_of(experts, np.repeat(np.arange(40), 100), 16)
-    curve = cache.expert_cache(rows, [4, 8], policies=["pinned", "lru"], shared=False).curve
+    text = RoutedText(experts, np.arange(0, 4001, 100), 16)
+    curve = cache.expert_cache(text, [4, 8], policies=["pinned", "lru"], shared=False).curve
     pinned = curve[curve["policy"] == "pinned"]
     assert (
         (pinned["low"] - 0.01 <= pinned["slots"] / 16) & (pinned["slots"] / 16 <= pinned["high"] + 0.01)
@@ -143,9 +123,9 @@ def test_even_routing_has_no_hot_set() -> None:
 
 
 def test_bytes_follow_from_misses_and_sizes() -> None:
-    rows = skewed(5)
+    text = skewed(5)
     sizes = np.array([100.0, 200.0, 300.0])
-    out = cache.expert_cache(rows, [4], policies=["lru"], expert_bytes=sizes)
+    out = cache.expert_cache(text, [4], policies=["lru"], expert_bytes=sizes)
     curve = out.curve.set_index("cache")
     held = 6 * 30
     misses = (1 - out.layers.set_index("layer")["hit_rate"].to_numpy()) * held * 2
@@ -156,11 +136,11 @@ def test_bytes_follow_from_misses_and_sizes() -> None:
 
 
 def test_an_absent_layer_is_no_access() -> None:
-    rows = skewed(6)
-    experts = rows.experts.copy()
+    text = skewed(6)
+    experts = text.experts.copy()
     experts[:, 1] = 255
-    out = cache.expert_cache(rows_of(experts, rows.prompt, 16), [4])
+    out = cache.expert_cache(RoutedText(experts, text.starts, 16), [4])
     assert out.layers.loc[out.layers["layer"] == 1, "hit_rate"].isna().all()
-    alone = cache.expert_cache(rows_of(rows.experts[:, [0, 2]], rows.prompt, 16), [4], shared=False)
+    alone = cache.expert_cache(RoutedText(text.experts[:, [0, 2]], text.starts, 16), [4], shared=False)
     a = out.curve[out.curve["cache"] == "layer"]["hit_rate"].to_numpy()
     np.testing.assert_allclose(a, alone.curve["hit_rate"].to_numpy())

@@ -19,6 +19,7 @@ import moetrace
 from moetrace.__main__ import COMMANDS, load, main, split
 from moetrace.commands.selecting import numbers
 from moetrace.errors import UsageError
+from moetrace.host.options import human_size, parse_size
 
 GOLDEN = str(Path(__file__).parents[1] / "golden" / "two-contexts")
 KILLED = str(Path(__file__).parents[1] / "golden" / "killed")
@@ -206,6 +207,12 @@ def run(*argv: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "moetrace", *argv], capture_output=True, text=True, check=False, **options
     )  # type: ignore[call-overload]
+
+
+def test_sizes_are_told_in_the_largest_unit_and_read_back() -> None:
+    told = {0: "0 B", 1023: "1023 B", 1536: "1.5 KiB", 64 << 20: "64.0 MiB", 5 << 40: "5120.0 GiB"}
+    assert {n: human_size(n) for n in told} == told
+    assert parse_size(human_size(64 << 20).replace(".0", "")) == 64 << 20
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

@@ -17,7 +17,7 @@ from moetrace.findings import QUESTIONS, Finding, Subject, question
 from moetrace.report.files import write_finding
 from moetrace.report.text import render, table_text
 
-TABLE = pd.DataFrame({"layer": [0, 1], "value": [0.5, float("nan")], "name": ["a", None]})
+TABLE = pd.DataFrame({"layer": [0, 1], "value": [0.5e-12, float("nan")], "name": ["a", None]})
 
 
 def test_a_finding_survives_json_with_its_missing_values() -> None:
@@ -26,6 +26,7 @@ def test_a_finding_survives_json_with_its_missing_values() -> None:
     assert again.sentences == ("one",)
     assert again.parameters == {"level": 0.95}
     assert again.tables["t"]["layer"].tolist() == [0, 1]
+    assert again.tables["t"]["value"][0] == pytest.approx(0.5e-12, abs=0)
     assert again.tables["t"].isna().to_numpy().tolist() == TABLE.isna().to_numpy().tolist()
 
 

@@ -29,7 +29,7 @@ def _close() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def routed(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
-    path = traces.domain_trace(tmp_path_factory.mktemp("plot") / "t.moet", ("code", "math", "a $ b"))
+    path = traces.labelled_trace(tmp_path_factory.mktemp("plot") / "t.moet", ("code", "math", "a $ b"))
     return Subject([moetrace.open(path)]).analysis
 
 
@@ -100,7 +100,7 @@ def test_lines_stop_where_nothing_is_known(routed: Analysis) -> None:
 
 
 def test_layers_that_cannot_be_tested_have_neither_null_nor_full_points(tmp_path: Path) -> None:
-    with moetrace.open(traces.domain_trace(tmp_path / "t.moet", prompts=1, n_predict=20)) as trace:
+    with moetrace.open(traces.labelled_trace(tmp_path / "t.moet", n_prompts=1)) as trace:
         table = Subject([trace]).analysis.domain_test().table
     ax = plot.separation(table)
     assert "measured, cannot be tested" in [c.get_label() for c in ax.collections]
@@ -142,7 +142,7 @@ def test_the_strongest_specialists_are_drawn_with_their_intervals() -> None:
 def test_a_finding_from_json_draws_what_the_new_one_draws(
     routed: Analysis, tmp_path: Path, name: str
 ) -> None:
-    with moetrace.open(traces.domain_trace(tmp_path / "t.moet", prompts=1, n_predict=20)) as trace:
+    with moetrace.open(traces.labelled_trace(tmp_path / "t.moet", n_prompts=1)) as trace:
         finding = question(name)().answer(Subject([trace]))
     again = Finding.from_json(finding.to_json())
     for figure, other in zip(

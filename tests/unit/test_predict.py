@@ -7,7 +7,7 @@ import pytest
 
 from moetrace.analysis import attention_prediction, predict, task_prediction
 from moetrace.analysis.predict import Problem
-from moetrace.analysis.rows import TokenRows, membership
+from moetrace.analysis.routed import membership
 from moetrace.errors import UsageError
 
 
@@ -182,14 +182,6 @@ def test_attention_that_decides_is_found_and_words_that_decide_are_told_apart() 
     assert gains.loc["token and attention", "gain"] == 0
 
 
-def test_membership_and_rows() -> None:
+def test_membership_counts_no_absent_expert() -> None:
     used = membership(np.array([[0, 2], [3, 255]]), 4)
     assert used.tolist() == [[1, 0, 1, 0], [0, 0, 0, 1]]
-    prompt = np.repeat(np.arange(5), 10)
-    zero = np.zeros(50, dtype=np.int64)
-    names = np.array(list("abcde"))
-    rows = TokenRows(np.zeros((50, 1, 1), np.uint8), 4, np.arange(1), names, names, prompt, *[zero] * 5)
-    some = rows.limited(25, np.random.default_rng(0))
-    assert np.bincount(some.prompt).max() == 10
-    assert len(some) == 20
-    assert len(rows.limited(5, np.random.default_rng(0))) == 10

@@ -46,7 +46,7 @@ def write_attending(path: Path, *, attention: bool = True, gate_input: bool = Tr
         records["experts"][rows, layer] = ids
     if gate_input:
         records["gate_input"][rows, 1] = np.hstack((logits, rng.normal(size=(rows.size, 8))))
-    traces.labelled_trace(path, layout, records, owner, n_domains=2)
+    traces.write_labelled(path, layout, records, owner, domains="ab")
     if attention:
         with moetrace.open(path) as trace:
             serial, position = np.asarray(trace.serial), np.asarray(trace.positions).astype(int)
@@ -180,8 +180,8 @@ def test_selected_layers_and_several_traces(attending: Path, tmp_path: Path) -> 
     other = write_attending(tmp_path / "u.moet", seed=1)
     with moetrace.open(attending) as one, moetrace.open(other) as two:
         both = from_trace(one, two, phase="all").predictions
-        assert np.unique(both.rows.source).size == 1  # requests of one id are one prompt
-        assert len(both.rows) == len(from_trace(one, phase="all").predictions.rows)
+        assert np.unique(both.text.sources).size == 1  # requests of one id are one prompt
+        assert len(both.text) == len(from_trace(one, phase="all").predictions.text)
         with pytest.raises(UsageError, match="no MoE layer 9"):
             both.attention_prediction([9])
         with pytest.raises(UsageError, match="no MoE layer with others after it"):

@@ -51,12 +51,10 @@ def ask(name: str, subject: Subject, **given: Any) -> Finding:
     return finding
 
 
-def make(path: Path, layout: Any = None, seed: int = 0, **world: Any) -> Path:
-    layout = layout or make_layout(channels=ALL)
-    labels = world.pop("labels", True)
-    records, owner = traces.labelled_records(layout, np.random.default_rng(seed), **world)
-    n_domains = world.get("n_domains", 3)
-    return traces.labelled_trace(path, layout, records, owner, n_domains=n_domains, labels=labels)
+def make(path: Path, layout: Any = None, n_domains: int = 3, **world: Any) -> Path:
+    return traces.labelled_trace(
+        path, "abcde"[:n_domains], layout=layout or make_layout(channels=ALL), **world
+    )
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +81,9 @@ def test_stats_of_many_traces_equal_those_of_their_concatenation(split: str, tmp
     records, owner = traces.labelled_records(layout, np.random.default_rng(3), n_prompts=5)
     requests = np.arange(15)
     parts = [requests[:7], requests[7:]] if split == "halves" else [requests[::2], requests[1::2]]
-    whole = traces.labelled_trace(tmp_path / "whole.moet", layout, records, owner)
+    whole = traces.write_labelled(tmp_path / "whole.moet", layout, records, owner)
     paths = [
-        traces.labelled_trace(tmp_path / f"{i}.moet", layout, records, owner, part)
+        traces.write_labelled(tmp_path / f"{i}.moet", layout, records, owner, part)
         for i, part in enumerate(parts)
     ]
     with moetrace.open(whole) as one, moetrace.open(paths[0]) as a, moetrace.open(paths[1]) as b:
@@ -104,7 +102,7 @@ def test_traces_of_one_name_keep_their_prompts_apart(tmp_path: Path) -> None:
     """Requests without ids are named after their trace; two folders may have the same name."""
     layout = make_layout()
     records, owner = traces.labelled_records(layout, np.random.default_rng(0), n_prompts=2)
-    paths = [traces.labelled_trace(tmp_path / x / "t.moet", layout, records, owner) for x in "ab"]
+    paths = [traces.write_labelled(tmp_path / x / "t.moet", layout, records, owner) for x in "ab"]
     for path in paths:
         lines = [json.loads(line) for line in (path / "labels.jsonl").read_text().splitlines()]
         bare = [{k: v for k, v in line.items() if k != "id"} for line in lines]
@@ -216,7 +214,7 @@ def test_a_lost_layer_is_missing_and_not_zero(tmp_path: Path) -> None:
     some = np.flatnonzero((owner % 3 == 0) & (records["kind"] == 0))
     records["state"][some, 2] = 2
     records["experts"][some, 2] = layout.sentinel
-    path = traces.labelled_trace(tmp_path / "t.moet", layout, records, owner)
+    path = traces.write_labelled(tmp_path / "t.moet", layout, records, owner)
     with moetrace.open(path) as trace:
         found = {name: ask(name, Subject([trace])) for name in ASKED}
     test = found["domain-separation"].tables["domain_test"].set_index("layer")
@@ -467,10 +465,10 @@ def pair(folder: Path, change: Any) -> tuple[Path, Path]:
     """Two captures of one text; the second's records are changed."""
     layout = make_layout(layers=(0, 1, 2, 3), channels=ALL)
     records, owner = traces.labelled_records(layout, np.random.default_rng(0))
-    a = traces.labelled_trace(folder / "a.moet", layout, records, owner)
+    a = traces.write_labelled(folder / "a.moet", layout, records, owner)
     other = records.copy()
     change(other, owner)
-    return a, traces.labelled_trace(folder / "b.moet", layout, other, owner)
+    return a, traces.write_labelled(folder / "b.moet", layout, other, owner)
 
 
 def test_captures_that_are_alike_agree_and_are_told_from_chance(tmp_path: Path) -> None:

@@ -70,7 +70,9 @@ class Page(HTMLParser):
 def small(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A report of a small trace with loss, and what went into it."""
     folder = tmp_path_factory.mktemp("report")
-    path = traces.domain_trace(folder / "t.moet", ("code", "math", HOSTILE), lose=(30, 31))
+    path = traces.labelled_trace(
+        folder / "t.moet", ("code", "math", HOSTILE), n_decode=(12, 13), all_outputs=False, lose=(30, 31)
+    )
     with moetrace.open(path) as trace:
         subject = Subject([trace], names=["t"])
         findings = [question(name)().ask(subject) for name in ASKED]
@@ -203,18 +205,18 @@ def test_packed_arrays_come_back_as_they_were() -> None:
 
 
 def test_a_domain_without_tokens_in_a_layer_stays_missing(tmp_path: Path) -> None:
-    path = traces.domain_trace(tmp_path / "t.moet", n_predict=4)
+    path = traces.labelled_trace(tmp_path / "t.moet", n_decode=(4, 5), all_outputs=False)
     with moetrace.open(path) as trace:
         subject = Subject([trace], phase="prefill")
         _, arrays = explorer(subject, [])
         findings = [question("expert-frequency")().ask(subject)]
     # the last layer of a prompt is computed for one token; nowhere is a number made up
-    assert arrays["tokens"][:, -1].tolist() == [8, 4, 4]
+    assert arrays["tokens"][:, -1].tolist() == [12, 4, 4, 4]
     assert findings[0].missing is None
 
 
 def test_one_prompt_per_domain_cannot_be_tested(tmp_path: Path) -> None:
-    path = traces.domain_trace(tmp_path / "t.moet", prompts=1, n_predict=30)
+    path = traces.labelled_trace(tmp_path / "t.moet", n_prompts=1, n_decode=(30, 31))
     with moetrace.open(path) as trace:
         subject = Subject([trace])
         findings = tuple(question(name)().ask(subject) for name in ASKED)
@@ -303,7 +305,7 @@ def test_findings_made_elsewhere_get_their_section(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moetrace.report.page.QUESTIONS", {"overview": "", "load-balance": ""})
-    path = traces.domain_trace(tmp_path / "t.moet")
+    path = traces.labelled_trace(tmp_path / "t.moet")
     made = Finding(
         "own-question", "Own", ("Two experts are alike.",), (), {"pairs": pd.DataFrame({"a": [1]})}
     )

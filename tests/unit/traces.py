@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,59 +178,6 @@ def small_trace(path: Path, **options: Any) -> Path:
     return write_trace(path, [context], **{"labels": labels, **options})
 
 
-def domain_trace(
-    path: Path,
-    domains: tuple[str, ...] = ("code", "math"),
-    *,
-    n_layers: int = 3,
-    n_expert: int = 8,
-    k: int = 2,
-    prompts: int = 4,
-    n_predict: int = 12,
-    effect: float = 2.0,
-    lose: tuple[int, ...] = (),
-    seed: int = 0,
-) -> Path:
-    """Write a trace of ``prompts`` labelled requests per domain, whose domains prefer experts of their own.
-
-    Six prompt tokens each, then ``n_predict`` decoded ones; the last layer of prompt rows is computed for the
-    last one only; serials in ``lose`` are lost.
-    """
-    rng = np.random.default_rng(seed)
-    layout = make_layout(layers=tuple(range(n_layers)), n_expert=n_expert, k=k)
-    taste = effect * rng.normal(size=(len(domains), n_layers, n_expert))
-    n, parts, labels, serial, batch = 6 + n_predict, [], [], 0, 0
-    for request in range(len(domains) * prompts):
-        domain = request % len(domains)
-        parts += [
-            event(layout, serial, EventCode.LAUNCH, 0),
-            event(layout, serial, EventCode.SEQ_RM, 0, 0),
-        ]
-        rows = random_records(layout, n, rng, serial)
-        rows["sequence"], rows["position"], rows["token"] = 0, np.arange(n), rng.integers(0, 20, n)
-        rows["batch"] = rows["step"] = batch + np.maximum(0, np.arange(n) - 5)
-        rows["flags"] = np.arange(n) >= 5
-        rows["time_ns"] = 1000 * rows["serial"].astype(np.int64)
-        rows["state"] = 1
-        rows["state"][:5, -1] = 2
-        logits = (
-            taste[domain]
-            + 0.3 * rng.normal(size=(n_layers, n_expert))
-            + rng.gumbel(size=(n, n_layers, n_expert))
-        )
-        rows["experts"] = np.argsort(-logits, axis=2)[:, :, :k]
-        rows["experts"][:5, -1] = 255 if n_expert <= 255 else 65535
-        parts.append(rows)
-        parts.append(event(layout, serial + n, EventCode.LAUNCH, 0))
-        labels.append({"request": request, "id": f"p{request}", "label": domains[domain]})
-        serial, batch = serial + n, int(rows["batch"][-1]) + 1
-    records = np.concatenate(parts)
-    lost = (records["kind"] == RecordKind.ROW) & np.isin(records["serial"], lose)
-    return write_trace(
-        path, [Context(layout, records[~lost], lost=int(lost.sum()))], block=4096, labels=labels
-    )
-
-
 def labelled_records(
     layout: Layout,
     rng: np.random.Generator,
@@ -239,11 +187,13 @@ def labelled_records(
     effect: float = 1.5,
     n_prompt: int = 6,
     n_decode: tuple[int, int] = (8, 20),
+    all_outputs: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tell of requests of several domains whose experts differ, two at a time in turn over two slots.
 
     Gives the records and, for each, the number of its request. Request r is of domain r % n_domains. Each token
-    uses its domain's favourites more, by ``effect`` in logits; prompts differ by a normal 0.5.
+    uses its domain's favourites more, by ``effect`` in logits; prompts differ by a normal 0.5. Without
+    ``all_outputs`` the last layer of a prompt is computed for its last row only.
     """
     n_layers, big = len(layout.layers), max(layout.n_expert)
     taste = rng.normal(0, effect, (n_domains, n_layers, big))
@@ -263,6 +213,8 @@ def labelled_records(
                 np.arange(n) >= n_prompt - 1,
                 1,
             )
+            if not all_outputs:
+                made["state"][: n_prompt - 1, -1] = 2
             logits = taste[request % n_domains] + rng.normal(0, 0.5, (n_layers, big))
             logits = logits + rng.normal(0, 1, (n, n_layers, big))
             for layer, e in enumerate(layout.n_expert):
@@ -272,6 +224,7 @@ def labelled_records(
                 made["experts"] = np.argsort(-logits, axis=2)[:, :, :k]
                 for layer, own in enumerate(layout.n_expert_used):
                     made["experts"][:, layer, own:] = layout.sentinel
+                made["experts"][made["state"] == 2] = layout.sentinel
             if "weights" in made.dtype.names:
                 made["weights"] = -np.sort(-rng.random(made["weights"].shape), axis=2)
             rows.append(made)
@@ -289,25 +242,42 @@ def labelled_records(
     return records, owner
 
 
-def labelled_trace(
+def write_labelled(
     path: Path,
     layout: Layout,
     records: np.ndarray,
     owner: np.ndarray,
     requests: Any = None,
     *,
-    n_domains: int = 3,
+    domains: Sequence[str] = ("a", "b", "c"),
     labels: bool = True,
+    lose: Sequence[int] = (),
 ) -> Path:
-    """Write a trace of some of the requests of :func:`labelled_records`."""
+    """Write a trace of some of the requests of :func:`labelled_records`; rows with serials in ``lose`` are lost."""
     chosen = sorted(set(owner.tolist())) if requests is None else sorted(requests)
     mine = records[np.isin(owner, chosen)].copy()
     is_row = mine["kind"] == RecordKind.ROW
-    before = np.cumsum(is_row) - is_row
-    mine["serial"] = before
-    mine["time_ns"][is_row] = 1000 * before[is_row].astype(np.int64)
+    mine["serial"] = np.cumsum(is_row) - is_row
+    mine["time_ns"][is_row] = 1000 * mine["serial"][is_row].astype(np.int64)
+    lost = is_row & np.isin(mine["serial"], lose)
     said = [
-        {"request": i, "id": f"p{r:02d}", **({"label": "abcdefgh"[r % n_domains]} if labels else {})}
+        {"request": i, "id": f"p{r:02d}", **({"label": domains[r % len(domains)]} if labels else {})}
         for i, r in enumerate(chosen)
     ]
-    return write_trace(path, [Context(layout, mine)], block=64, labels=said)
+    return write_trace(path, [Context(layout, mine[~lost], lost=int(lost.sum()))], block=64, labels=said)
+
+
+def labelled_trace(
+    path: Path,
+    domains: Sequence[str] = ("a", "b", "c"),
+    *,
+    layout: Layout | None = None,
+    labels: bool = True,
+    lose: Sequence[int] = (),
+    seed: int = 0,
+    **world: Any,
+) -> Path:
+    """Write a trace of :func:`labelled_records` of these domains; by default of three layers."""
+    layout = layout or make_layout()
+    records, owner = labelled_records(layout, np.random.default_rng(seed), n_domains=len(domains), **world)
+    return write_labelled(path, layout, records, owner, domains=domains, labels=labels, lose=lose)
