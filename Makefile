@@ -63,8 +63,8 @@ sanitize: $(STAMP)-package ## the C++ tests under AddressSanitizer, UBSan and Th
 	    $(BIN)/ctest --test-dir build/$$s --output-on-failure || exit 1; \
 	done
 
-stress: setup ## kill, damage, fuzz, race and starve it: up to an hour; writes docs/reliability.md
-	MOETRACE_STRESS=whole $(BIN)/python -m pytest tests/stress/$(T) --timeout 7200
+stress: setup ## kill, damage, fuzz, race and starve it: an hour on four cores; writes docs/reliability.md
+	MOETRACE_STRESS=whole $(BIN)/python -m pytest tests/stress/$(T) --timeout 7200 $(PARALLEL) --dist loadfile
 	$(BIN)/python tests/stress/report.py
 
 lint: $(STAMP)-package ## style and types

@@ -82,7 +82,7 @@ def _csv(rows: Rows, f: IO[bytes]) -> None:
 
 def _jsonl(rows: Rows, f: IO[bytes]) -> None:
     for frame in rows.iter_pandas(rows=_CHUNK):
-        f.write(frame.to_json(orient="records", lines=True, double_precision=9).encode())
+        f.write(frame.to_json(orient="records", lines=True, double_precision=15).encode())
 
 
 def _npz(rows: Rows, f: IO[bytes]) -> None:
