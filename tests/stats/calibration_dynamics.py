@@ -1,7 +1,7 @@
 """How often the tests of patterns, circuits and dynamics reject where there is nothing to find, and what the
 published definitions find there.
 
-    python tests/stats/calibration_dynamics.py [--runs 300] [--write docs/published.md] [--keep FOLDER]
+    python tests/stats/calibration_dynamics.py [--runs 1000] [--write docs/published.md] [--keep FOLDER]
 
 Prints two Markdown tables; with --write puts them between the marks of that page.
 """
@@ -350,7 +350,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=300)
+    parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--write", type=Path)
     parser.add_argument("--keep", type=Path, help="folder for p-values of worlds that are done")
     args = parser.parse_args()

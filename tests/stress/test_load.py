@@ -50,7 +50,7 @@ class Load:
     shifted: list[Answer] = field(default_factory=list)  # generated beyond their context
     n_cancelled: int = 0
     n_received: int = 0  # tokens of the cancelled
-    memory: dict[str, list[tuple[float, int]]] = field(default_factory=dict)  # bytes over seconds, by process
+    memory: dict[str, list[tuple[float, int, int]]] = field(default_factory=dict)  # by process: see growth
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -118,10 +118,11 @@ def ask(client: ServerClient, prompt: Prompt, slot: int) -> Answer:
     )
 
 
-def resident(pid: int) -> int:
-    """Bytes of a process that are in memory and its own; pages of files come and go with the page cache."""
+def resident(pid: int) -> tuple[int, int]:
+    """Bytes of a process that are in memory: its own, and all. Pages of files come and go with the page cache."""
     status = Path(f"/proc/{pid}/status").read_text()
-    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+    own, whole = (1024 * int(status.partition(name)[2].split()[0]) for name in ("RssAnon:", "VmRSS:"))
+    return own, whole
 
 
 def put_under_load(client: ServerClient, seconds: float, pids: dict[str, int]) -> Load:
@@ -131,7 +132,7 @@ def put_under_load(client: ServerClient, seconds: float, pids: dict[str, int]) -
         futures = [pool.submit(one_client, client, slot, began + seconds, load) for slot in range(N_CLIENTS)]
         while not all(f.done() for f in futures):
             for name, pid in pids.items():
-                load.memory.setdefault(name, []).append((time.monotonic() - began, resident(pid)))
+                load.memory.setdefault(name, []).append((time.monotonic() - began, *resident(pid)))
             time.sleep(0.2)
         for f in futures:
             f.result()
@@ -140,11 +141,15 @@ def put_under_load(client: ServerClient, seconds: float, pids: dict[str, int]) -
     return load
 
 
-def growth(samples: list[tuple[float, int]]) -> float:
-    """How much more there is in the last quarter than in the second, as a share; the first is for warming up."""
-    seconds, size = np.array(samples).T
+def growth(samples: list[tuple[float, int, int]]) -> float:
+    """How much larger the process itself made its resident size from the second quarter to the last, as a share.
+
+    Samples are (seconds, own bytes, all bytes). The first quarter is for warming up.
+    """
+    seconds, own, whole = np.array(samples).T
     quarter = np.minimum((4 * seconds / seconds[-1]).astype(int), 3)
-    return float(np.median(size[quarter == 3]) / np.median(size[quarter == 1]) - 1)
+    before, after = (np.median(own[quarter == q]) for q in (1, 3))
+    return float((after - before) / np.median(whole[quarter == 1]))
 
 
 def answers_alone(client: ServerClient) -> list[str]:
