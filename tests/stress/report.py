@@ -19,6 +19,7 @@ ITEMS = {
     "races": "test_races.py",
     "faults": "test_faults.py",
     "hostile": "test_hostile.py",
+    "load": "test_load.py",
 }
 
 

@@ -207,13 +207,12 @@ def test_load(
     before = growth(plain.memory["server"])
     figures(
         "load",
-        seconds=seconds,
-        answered=len(load.answers),
-        cancelled=load.n_cancelled,
-        beyond_their_context=len(load.shifted),
-        server_memory_growth_percent=round(100 * changes["server"], 2),
-        plain_server_memory_growth_percent=round(100 * before, 2),
-        drain_memory_growth_percent=round(100 * changes["drain"], 2),
+        **{
+            f"{N_CLIENTS} clients for {seconds} s": f"{len(load.answers):,} requests answered,"
+            f" {len(load.shifted):,} beyond their context, {load.n_cancelled:,} cut off; rows exact, text the same",
+            "growth of memory": f"server {changes['server']:+.2%} (untraced {before:+.2%}),"
+            f" drain {changes['drain']:+.2%}",
+        },
     )
     assert changes["server"] - max(before, 0) < 0.02
     assert changes["drain"] < 0.02
