@@ -30,6 +30,7 @@ def test_sound_tests_reject_in_five_percent_of_null_runs(quick: pd.DataFrame, na
 
 def test_what_is_planted_is_found(quick: pd.DataFrame) -> None:
     assert quick.loc["attention planted: attention", "rejected"] == 1
+    assert quick.loc["attention planted: contexts", "rejected"] > 0.8
     assert quick.loc["early planted: early layer", "rejected"] == 1
 
 
@@ -50,10 +51,8 @@ def test_the_published_false_findings_are_made_and_not_shared() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_calibration_in_full() -> None:
-    """400 runs, as documented: every sound test within 5 ± 1.5 %, but contexts where all follows the position."""
+    """400 runs, as documented: every sound test within 5 ± 1.5 %."""
     table = calibrate(400).set_index("test")["rejected"]
-    strict = [name for name in SOUND if name != "contexts, position planted"]
-    assert table[strict].between(0.035, 0.065).all(), table
-    assert table["contexts, position planted"] < 0.09
+    assert table[SOUND].between(0.035, 0.065).all(), table
     assert table["contexts, position ignored"] > 0.1
-    assert table[list(PLANTED)].min() > 0.1
+    assert table[list(PLANTED)].min() > 0.9
