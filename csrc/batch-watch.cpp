@@ -56,10 +56,13 @@ const std::vector<batch_entry> * batch_mirror::find(const void * batch) const {
 // batch_matcher
 //
 
+static constexpr uint8_t EVERY = (1u << SPLIT_N) - 1;
+
 void batch_matcher::begin() {
     one_sequence = std::all_of(batch.begin(), batch.end(), [&](const batch_entry & e) {
         return e.sequence == batch[0].sequence;
     });
+    alive = EVERY;
 }
 
 bool batch_matcher::fits(const batch_entry & e, const int32_t * tokens, const int32_t * positions, uint32_t row) const {
@@ -77,27 +80,35 @@ bool batch_matcher::explains(const std::vector<uint32_t> & rows, const int32_t *
     return true;
 }
 
-// Cuts the next n rows off the batch in this way, as batch indices; false if that does not give these rows.
-bool batch_matcher::cut(split_kind kind, const int32_t * tokens, const int32_t * positions, uint32_t n, std::vector<uint32_t> & rows) {
+// Cuts the next n rows off the batch in this way, as batch indices.
+batch_matcher::fit batch_matcher::cut(split_kind kind, const int32_t * tokens, const int32_t * positions, uint32_t n, std::vector<uint32_t> & rows) {
     rows.clear();
     const uint32_t n_batch = (uint32_t) batch.size();
+    const uint8_t  mine    = (uint8_t) (1u << kind);
 
     if (kind == SPLIT_SIMPLE || kind == SPLIT_SEQUENCE) {
         int32_t sequence = -1;
-        for (uint32_t i = 0; i < n_batch && rows.size() < n; i++) {
-            if (batch[i].used || (kind == SPLIT_SEQUENCE && !rows.empty() && batch[i].sequence != sequence)) {
+        bool    more     = false; // there would have been another row
+        for (uint32_t i = 0; i < n_batch && !more; i++) {
+            if ((batch[i].used & mine) || (kind == SPLIT_SEQUENCE && !rows.empty() && batch[i].sequence != sequence)) {
                 continue;
             }
-            sequence = batch[i].sequence;
-            rows.push_back(i);
+            more = rows.size() == n;
+            if (!more) {
+                sequence = batch[i].sequence;
+                rows.push_back(i);
+            }
         }
-        return rows.size() == n && explains(rows, tokens, positions);
+        if (rows.size() != n || !explains(rows, tokens, positions)) {
+            return FIT_NONE;
+        }
+        return more && n < n_rows_max ? FIT_LOOSE : FIT_WHOLE;
     }
 
     // the sequences that take part, in order of their first unused token
     sequences.clear();
     for (uint32_t i = 0; i < n_batch; i++) {
-        if (batch[i].used) {
+        if (batch[i].used & mine) {
             continue;
         }
         const int32_t s = batch[i].sequence;
@@ -117,7 +128,8 @@ bool batch_matcher::cut(split_kind kind, const int32_t * tokens, const int32_t *
     // equally many of each; of how many sequences does not show, so try, most first
     for (size_t n_seqs = sequences.size(); n_seqs > 0; n_seqs--) {
         const size_t each = n/n_seqs;
-        const bool enough = n % n_seqs == 0 && std::all_of(members.begin(), members.begin() + (long) n_seqs, [&](const auto & m) {
+        const auto   last_member = members.begin() + (long) n_seqs;
+        const bool enough = n % n_seqs == 0 && std::all_of(members.begin(), last_member, [&](const auto & m) {
             return m.size() >= each;
         });
         if (!enough) {
@@ -128,10 +140,13 @@ bool batch_matcher::cut(split_kind kind, const int32_t * tokens, const int32_t *
             rows.insert(rows.end(), members[s].begin(), members[s].begin() + (long) each);
         }
         if (explains(rows, tokens, positions)) {
-            return true;
+            const bool over = (each + 1)*n_seqs > n_rows_max || std::any_of(members.begin(), last_member, [&](const auto & m) {
+                return m.size() == each;
+            });
+            return over && (n_seqs == sequences.size() || n_seqs >= n_rows_max) ? FIT_WHOLE : FIT_LOOSE;
         }
     }
-    return false;
+    return FIT_NONE;
 }
 
 static row_identity identity_of(const batch_entry & e) {
@@ -140,61 +155,99 @@ static row_identity identity_of(const batch_entry & e) {
 
 void batch_matcher::match(const int32_t * tokens, const int32_t * positions, uint32_t n, std::vector<row_identity> & out) {
     out.assign(n, {});
-
-    int best = -1;
-    bool explained[SPLIT_N] = {};
-    // a way that has explained what the others could not is not doubted again while it fits
-    const bool trusted = votes[SPLIT_SIMPLE] > 0 && votes[SPLIT_EQUAL] + votes[SPLIT_EQUAL_SEQUENTIAL] + votes[SPLIT_SEQUENCE] == 0;
-    int n_tried = 0;
-    int n_explained = 0;
-    for (int kind = 0; kind < SPLIT_N; kind++) {
-        n_tried++;
-        explained[kind] = cut((split_kind) kind, tokens, positions, n, candidate[kind]);
-        if (explained[kind]) {
-            n_explained++;
-            if (best < 0 || votes[kind] > votes[best]) {
-                best = kind;
-            }
-            if (kind == SPLIT_SIMPLE && (one_sequence || trusted)) {
-                break;
-            }
-        }
-    }
-
-    if (best >= 0) {
-        for (int kind = 0; kind < n_tried; kind++) {
-            votes[kind] += explained[kind] && n_explained < n_tried;
-        }
-        for (uint32_t r = 0; r < n; r++) {
-            const batch_entry & e = batch[candidate[best][r]];
-            out[r] = identity_of(e);
-            for (int kind = 0; kind < n_tried; kind++) {
-                out[r].uncertain |= explained[kind] && votes[kind] >= votes[best] &&
-                    batch[candidate[kind][r]].sequence != e.sequence;
-            }
-        }
-        for (uint32_t r = 0; r < n; r++) {
-            batch[candidate[best][r]].used = true;
-        }
+    n_rows_max = std::max(n_rows_max, n);
+    if (match_cut(tokens, positions, n, out)) {
         return;
     }
+    // no way explains all of the batch: all go on from what the last one said
+    for (auto & e : batch) {
+        e.used = e.used >> last & 1 ? EVERY : 0;
+    }
+    alive = EVERY;
+    if (!match_cut(tokens, positions, n, out)) {
+        alive = EVERY;
+        match_alone(tokens, positions, n, out);
+    }
+}
 
-    // cut in no way that is known: take the first unused token that fits each row
+// By the ways that have explained the batch so far; false if none explains these rows.
+bool batch_matcher::match_cut(const int32_t * tokens, const int32_t * positions, uint32_t n, std::vector<row_identity> & out) {
+    // a way that has explained what the others could not is not doubted again while it fits
+    const bool trusted = votes[SPLIT_SIMPLE] > 0 && votes[SPLIT_EQUAL] + votes[SPLIT_EQUAL_SEQUENTIAL] + votes[SPLIT_SEQUENCE] == 0;
+    fit  found[SPLIT_N] = {};
+    fit  most  = FIT_NONE;
+    bool alone = false; // nothing else need be tried
+    int  best  = -1;
+    for (int kind = 0; kind < SPLIT_N && !alone; kind++) {
+        if (alive >> kind & 1) {
+            found[kind] = cut((split_kind) kind, tokens, positions, n, candidate[kind]);
+        }
+        if (found[kind] == FIT_NONE) {
+            continue;
+        }
+        most = std::max(most, found[kind]);
+        if (best < 0 || votes[kind] > votes[best] || (votes[kind] == votes[best] && found[kind] > found[best])) {
+            best = kind;
+        }
+        alone = kind == SPLIT_SIMPLE && (one_sequence || (trusted && found[kind] == FIT_WHOLE));
+    }
+    if (best < 0) {
+        return false;
+    }
+    last = best;
+
+    if (!alone) {
+        const bool told = std::any_of(found, found + SPLIT_N, [&](fit f) { return f < most; });
+        for (int kind = 0; kind < SPLIT_N; kind++) {
+            votes[kind] += told && found[kind] == most;
+        }
+    }
+    for (uint32_t r = 0; r < n; r++) {
+        batch_entry & e = batch[candidate[best][r]];
+        out[r] = identity_of(e);
+        for (int kind = 0; kind < SPLIT_N && !alone; kind++) {
+            out[r].uncertain |= found[kind] >= found[best] && votes[kind] >= votes[best] &&
+                batch[candidate[kind][r]].sequence != e.sequence;
+        }
+        e.sure = !out[r].uncertain;
+    }
+    if (alone) {
+        for (uint32_t r = 0; r < n; r++) {
+            batch[candidate[best][r]].used = EVERY;
+        }
+        return true;
+    }
+    for (int kind = 0; kind < SPLIT_N; kind++) {
+        if (found[kind] == FIT_NONE) {
+            alive &= (uint8_t) ~(1u << kind);
+            continue;
+        }
+        for (uint32_t r = 0; r < n; r++) {
+            batch[candidate[kind][r]].used |= (uint8_t) (1u << kind);
+        }
+    }
+    return true;
+}
+
+// Cut in no way that is known: the first unused token that fits each row.
+void batch_matcher::match_alone(const int32_t * tokens, const int32_t * positions, uint32_t n, std::vector<row_identity> & out) {
     for (uint32_t r = 0; r < n; r++) {
         batch_entry * chosen = nullptr;
-        for (auto & e : batch) {
-            if (e.used || !fits(e, tokens, positions, r)) {
-                continue;
-            }
-            if (!chosen) {
-                chosen = &e;
-                out[r] = identity_of(e);
-            } else {
-                out[r].uncertain |= e.sequence != chosen->sequence;
+        bool others = false;
+        for (int pass = 0; pass < 2; pass++) { // unused ones first, then those that were given away unsurely
+            for (auto & e : batch) {
+                if ((pass == 0 ? e.used != 0 : e.used == 0 || e.sure) || !fits(e, tokens, positions, r)) {
+                    continue;
+                }
+                chosen = chosen ? chosen : &e;
+                others |= e.sequence != chosen->sequence;
             }
         }
         if (chosen) {
-            chosen->used = true;
+            out[r] = identity_of(*chosen);
+            out[r].uncertain = others;
+            chosen->used = EVERY;
+            chosen->sure = !others;
         }
     }
 }

@@ -16,7 +16,8 @@ struct batch_entry {
     int32_t  position    = UNKNOWN; // UNKNOWN: llama.cpp continues the sequence by itself
     int32_t  sequence    = -1;
     uint16_t n_sequences = 0;
-    bool     used        = false;   // already matched to a row
+    uint8_t  used        = 0;       // already matched to a row: a bit for each way of cutting
+    bool     sure        = false;   // ... and nothing else could have been
 };
 
 // the contents of every llama_batch_ext that is alive
@@ -34,7 +35,8 @@ class batch_mirror {
 };
 
 // How llama.cpp cuts a batch into ubatches. It depends on the context's memory and does not show from outside,
-// so each way gathers votes: one for every ubatch that it explains and another way does not.
+// so each way gathers votes: one for every ubatch that it explains and another way does not. Within a batch each
+// way goes on from its own ubatches, until one comes that it does not explain.
 enum split_kind : uint8_t {
     SPLIT_SIMPLE,           // the next tokens, in batch order (unified KV cache)
     SPLIT_EQUAL_SEQUENTIAL, // equally many tokens of each of several sequences with rising ids (a stream each)
@@ -65,12 +67,20 @@ class batch_matcher {
     void match(const int32_t * tokens, const int32_t * positions, uint32_t n, std::vector<row_identity> & out);
 
   private:
-    bool cut(split_kind kind, const int32_t * tokens, const int32_t * positions, uint32_t n, std::vector<uint32_t> & rows);
+    // A way explains rows as llama.cpp would have cut them, or only if it has cut off less than it could have.
+    enum fit : uint8_t { FIT_NONE, FIT_LOOSE, FIT_WHOLE };
+
+    fit  cut(split_kind kind, const int32_t * tokens, const int32_t * positions, uint32_t n, std::vector<uint32_t> & rows);
+    bool match_cut(const int32_t * tokens, const int32_t * positions, uint32_t n, std::vector<row_identity> & out);
+    void match_alone(const int32_t * tokens, const int32_t * positions, uint32_t n, std::vector<row_identity> & out);
     bool explains(const std::vector<uint32_t> & rows, const int32_t * tokens, const int32_t * positions) const;
     bool fits(const batch_entry & e, const int32_t * tokens, const int32_t * positions, uint32_t row) const;
 
     std::vector<batch_entry> batch;
     bool                     one_sequence = false;
+    uint8_t                  alive = 0;          // ways that have explained the batch so far, a bit each
+    int                      last  = 0;          // the way that was believed last
+    uint32_t                 n_rows_max = 0;     // of any ubatch: llama.cpp cuts off as many if it can
     uint64_t                 votes[SPLIT_N] = {};
 
     // scratch, kept so that matching does not allocate

@@ -11,6 +11,7 @@ from moetrace.errors import MoetraceError
 from moetrace.trace.record import OnFull
 from moetrace.trace.ring import Ring, ring_is_ready, ring_paths
 from moetrace.trace.rows import Layout
+from moetrace.trace.storage import disk_error
 from moetrace.trace.writer import ContextWriter, TraceWriter, final_counters
 
 #: a block is sealed after so many seconds, or when it fills this share of the ring
@@ -86,7 +87,10 @@ class ContextDrain:
         self.writer.close(final_counters(self.ring, self.writer), self.ring.status)
         path = self.ring.path
         self.ring.close()
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as e:
+            raise disk_error(path, e) from e
 
     def detach(self) -> None:
         """Seal what was taken and give the ring back; the host goes on writing to it."""
@@ -137,10 +141,13 @@ class Drain:
         if self.error is None:
             try:
                 self.attach()
-                for context in self.contexts:
-                    context.close()
             except MoetraceError as e:
                 self.error = e
+            for context in self.contexts if self.error is None else ():
+                try:
+                    context.close()
+                except MoetraceError as e:  # the other contexts are whole all the same
+                    self.error = self.error or e
         if self.error is not None:
             raise self.error
 
