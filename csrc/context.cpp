@@ -60,7 +60,7 @@ static std::string context_meta(const tracer_env & env, const sched_trace & s, c
         "rows_produced", "rows_committed", "rows_lost_full", "rows_lost_error", "rows_overwritten",
         "events_committed", "events_lost", "events_overwritten", "rows_warmup", "rows_paused", "rows_unrouted",
         "rows_unidentified", "graphs", "batches", "wait_ns", "hook_ns", "sync_ns", "attention_lost",
-        "rows_intervened",
+        "rows_intervened", "graphs_unread", "contexts", "contexts_freed",
     };
     static_assert(sizeof(COUNTERS)/sizeof(COUNTERS[0]) == COUNT_N, "a counter has no name");
 
