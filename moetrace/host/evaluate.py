@@ -27,8 +27,8 @@ from moetrace.host.intervene import Given, Interventions
 from moetrace.host.model import store_vocabulary
 from moetrace.host.options import CaptureOptions
 from moetrace.host.prompts import Prompt, read_prompts
+from moetrace.model.file import ModelFile
 from moetrace.trace.labels import append_labels
-from moetrace.trace.model import ModelFile
 from moetrace.trace.trace import Trace, open_trace
 from moetrace.trace.writer import TraceWriter
 

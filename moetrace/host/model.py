@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moetrace.errors import MoetraceError
-from moetrace.trace.model import ModelFile
+from moetrace.model.file import ModelFile
 from moetrace.trace.store import write_vocabulary
 
 

@@ -307,7 +307,7 @@ class Trace(Rows):
         stored = read_vocabulary(self.path)
         model = self.meta.get("model_path")
         if stored is None and isinstance(model, str) and Path(model).is_file():
-            from moetrace.trace.model import ModelFile
+            from moetrace.model.file import ModelFile
 
             with ModelFile(model) as file:
                 return file.vocabulary

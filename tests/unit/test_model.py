@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moetrace.errors import InputError
-from moetrace.trace.model import ModelFile
+from moetrace.model.file import ModelFile
 from moetrace.trace.store import read_vocabulary, write_vocabulary
 
 

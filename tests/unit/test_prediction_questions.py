@@ -15,10 +15,10 @@ from moetrace.__main__ import main
 from moetrace.analysis import from_trace
 from moetrace.errors import ChannelMissingError, UsageError
 from moetrace.findings import Finding, Subject, question
+from moetrace.model.file import ModelFile
 from moetrace.report.text import render
 from moetrace.trace.attention import ATTENTION_TABLE, VALUES_TABLE
 from moetrace.trace.columns import TableWriter
-from moetrace.trace.model import ModelFile
 from moetrace.trace.record import RecordKind
 
 HEADS = 2
