@@ -67,7 +67,7 @@ def write_merged(
     shares in its use. Its router row (bias, selection bias) is the average of theirs by use. Experts that are alone
     in their group keep their bytes; merged ones are quantised to the type that they had, or, where gguf-py cannot,
     the whole tensor becomes F16.
-    Memory: about twice the largest tensor.
+    A model in parts becomes one file. Memory: about twice the largest tensor.
 
     Parameters
     ----------
@@ -91,6 +91,7 @@ def write_merged(
     path = Path(path)
     with ModelFile(source) as model:
         n_expert = _check(model, groups, keep_count)
+        n_bytes_before = model.n_bytes
         plan = _Plan(model, groups, merge, keep_count)
         partial = path.with_name(path.name + ".partial")
         writer: Any = gguf.GGUFWriter(partial, model.architecture)
@@ -110,7 +111,7 @@ def write_merged(
         finally:
             writer.close()
             partial.unlink(missing_ok=True)
-    return MergedFile(path, n_expert, path.stat().st_size, Path(source).stat().st_size, plan.changed)
+    return MergedFile(path, n_expert, path.stat().st_size, n_bytes_before, plan.changed)
 
 
 def _check(model: ModelFile, groups: Mapping[int, Grouping], keep_count: bool) -> int:
@@ -118,10 +119,6 @@ def _check(model: ModelFile, groups: Mapping[int, Grouping], keep_count: bool) -
     if not isinstance(model.field("{arch}.expert_count", 0), int) or not model.n_expert:
         raise MoetraceError(
             f"{model.path} has no single number of experts", why="it is dense, or its layers differ"
-        )
-    if int(model.field("split.count", 1) or 1) > 1:
-        raise MoetraceError(
-            f"{model.path} is a part of a model", fix="join the parts: llama-gguf-split --merge"
         )
     odd = [name for name in model.tensor_names if _UNKNOWN.fullmatch(name)]
     if odd:
