@@ -130,6 +130,22 @@ class ModelFile:
         """Experts chosen per token and layer; 0 for a dense model."""
         return int(self.field("{arch}.expert_used_count", 0))
 
+    @property
+    def n_vocab(self) -> int:
+        """Tokens in the vocabulary; 0 if the file has none."""
+        tokens = self._reader.get_field("tokenizer.ggml.tokens")
+        return 0 if tokens is None else len(tokens.data)
+
+    @property
+    def n_params(self) -> int:
+        """Numbers in all tensors."""
+        return sum(int(tensor.n_elements) for tensor in self._tensors.values())
+
+    def experts_of(self, layer: int) -> int:
+        """Experts of a layer, as its tensors have them; 0 if it has none."""
+        names = (f"blk.{layer}.{name}.weight" for name in ("ffn_gate_inp", "ffn_up_exps", "ffn_gate_up_exps"))
+        return next((self.shape(name)[0] for name in names if self.has_tensor(name)), 0)
+
     @cached_property
     def moe_layers(self) -> list[int]:
         """The layers that have a router, ascending."""

@@ -134,7 +134,9 @@ def test_any_part_stands_for_the_model(whole_and_parts: tuple[Path, list[Path]])
                     assert file.stored(name)[1] == expected.stored(name)[1]
                     np.testing.assert_array_equal(file.stored(name)[0], expected.stored(name)[0])
                 assert file.expert_bytes(1) == expected.expert_bytes(1) > 0
-                np.testing.assert_array_equal(LayerExperts(file, 1)[3].down, LayerExperts(expected, 1)[3].down)
+                np.testing.assert_array_equal(
+                    LayerExperts(file, 1)[3].down, LayerExperts(expected, 1)[3].down
+                )
                 assert file.n_bytes == sum(p.stat().st_size for p in parts)
             assert model_routers(str(part)) == model_routers(str(whole))
 
@@ -174,9 +176,7 @@ def test_parts_that_are_missing_or_of_another_model(
         ModelFile(lone)
 
 
-def test_parts_of_two_models_are_not_mixed(
-    whole_and_parts: tuple[Path, list[Path]], tmp_path: Path
-) -> None:
+def test_parts_of_two_models_are_not_mixed(whole_and_parts: tuple[Path, list[Path]], tmp_path: Path) -> None:
     parts = [Path(shutil.copy(part, tmp_path)) for part in whole_and_parts[1]]
     smaller = in_parts(write_model(tmp_path / "m.gguf", "olmoe", n_layer=3), tmp_path / "o", 7)
     assert len(smaller) == len(parts)
