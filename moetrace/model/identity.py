@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from moetrace.errors import InputError
@@ -65,14 +66,14 @@ def identify(candidates: Iterable[str | os.PathLike[str]], facts: Mapping[str, A
     told = facts.get("model")
     if not (isinstance(told, Mapping) and told.get("architecture")):
         return None  # nothing to tell models apart by
-    best: list[str] = []
+    best: list[Path] = []
     most = 0
-    for candidate in dict.fromkeys(os.fspath(c) for c in candidates):
-        if not os.path.isfile(candidate):
+    for candidate in dict.fromkeys(map(Path, candidates)):
+        if not candidate.is_file():
             continue
         try:
             with ModelFile(candidate) as model:
-                first = os.fspath(model.parts[0])
+                first = model.parts[0]
                 kind = model.field("general.type", "model")
                 found, agreed = _compare(model, facts)
                 if kind != "model" or not model.moe_layers or found or not _has_name(model, told):
@@ -81,9 +82,9 @@ def identify(candidates: Iterable[str | os.PathLike[str]], facts: Mapping[str, A
             continue
         if agreed > most:
             best, most = [first], agreed
-        elif agreed == most and not any(os.path.samefile(first, other) for other in best):
+        elif agreed == most and not any(first.samefile(other) for other in best):
             best.append(first)
-    return best[0] if len(best) == 1 else None
+    return os.fspath(best[0]) if len(best) == 1 else None
 
 
 def _compare(model: ModelFile, facts: Mapping[str, Any]) -> tuple[list[str], int]:
