@@ -16,8 +16,8 @@ _NAME_BYTES = 250  # the tracer cuts longer names off about here
 def differences(model: ModelFile, facts: Mapping[str, Any]) -> list[str]:
     """Say what a file contradicts of a context's facts; empty if it can be the context's model.
 
-    Compared is what both tell: architecture, name, layers, width, vocabulary and parameters, and the number of experts
-    of every layer that has some. None of it depends on how the file is quantised, split or called.
+    Compared is what both tell: architecture, name, layers, width, vocabulary, and the number of experts of every layer
+    that has some. None of it depends on how the file is quantised, split or called.
 
     Parameters
     ----------
@@ -76,7 +76,12 @@ def identify(candidates: Iterable[str | os.PathLike[str]], facts: Mapping[str, A
                 first = model.parts[0]
                 kind = model.field("general.type", "model")
                 found, agreed = _compare(model, facts)
-                if kind != "model" or not model.moe_layers or found or not _has_name(model, told):
+                n_params, has_name = told.get("n_params"), _has_name(model, told)
+                if kind != "model" or not model.moe_layers or found or not has_name:
+                    continue
+                if (
+                    n_params and n_params != model.n_params
+                ):  # converters may leave out what follows from the rest
                     continue
         except InputError:
             continue
@@ -111,7 +116,6 @@ def _compare(model: ModelFile, facts: Mapping[str, Any]) -> tuple[list[str], int
     hold("layers", (n_layer, n_layer - n_further), told.get("n_layer"))
     hold("width", (_int(model, "{arch}.embedding_length"),), told.get("n_embd"))
     hold("vocabulary", (model.n_vocab,), told.get("n_vocab"))
-    hold("parameters", (model.n_params,), told.get("n_params"))
     is_import = facts.get("collector") == "import"
     for layer, n_expert in _experts(facts).items():
         n = model.experts_of(layer)

@@ -126,6 +126,9 @@ def test_vocabulary_and_parameters_tell_where_they_are_known(model: Path, tmp_pa
         vocabulary, parameters = {"n_vocab": a.n_vocab}, {"n_params": a.n_params}
     for more in (vocabulary, parameters):
         assert identify([model, smaller], {**facts, "model": {**facts["model"], **more}}) == str(model)
+    with ModelFile(smaller) as file:
+        assert "vocabulary" in differences(file, {"model": vocabulary})[0]
+        assert differences(file, {"model": parameters}) == []
 
 
 def test_parts_are_one_model_and_named_by_the_first(model: Path, tmp_path: Path) -> None:
@@ -172,17 +175,17 @@ def test_another_model_is_refused_wherever_it_meets_a_trace(model: Path, tmp_pat
         with moetrace.open(trace) as opened, pytest.raises(InputError, match="is not the model of") as error:
             Subject([opened], model=path)
         assert what in error.value.why
-        for command in (
-            ["analyze", "expert-cache", str(trace), "-m", str(path)],
-            ["analyze", "expert-merging", str(trace), "-m", str(path)],
-            ["analyze", "task-prediction", str(trace), "-m", str(path)],
-            ["report", str(trace), "-m", str(path), "-o", str(tmp_path / "r")],
-        ):
-            assert main(command) == 1
-            told = capsys.readouterr().err
-            assert "is not the model of" in told
-            assert what in told
-            assert "fix:" in told
+    for command in (
+        ["analyze", "expert-cache", str(trace), "-m", str(path)],
+        ["analyze", "expert-merging", str(trace), "-m", str(path)],
+        ["analyze", "task-prediction", str(trace), "-m", str(path)],
+        ["report", str(trace), "-m", str(path), "-o", str(tmp_path / "r")],
+    ):
+        assert main(command) == 1
+        told = capsys.readouterr().err
+        assert f"{path} is not the model of {trace}" in told
+        assert "experts of layer 0: 16 in the file, 8 in the trace" in told
+        assert "fix:" in told
     assert not (tmp_path / "r").exists()
     named_otherwise = named(model, tmp_path / "tuned.gguf", general_name="another")
     with moetrace.open(trace) as opened, pytest.raises(InputError, match="is not the model of") as error:
