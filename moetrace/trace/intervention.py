@@ -243,7 +243,7 @@ def decode(data: bytes) -> list[Rule]:
             )
             ids = np.frombuffer(data, "<u2", n_rows * n_ids, offset).reshape(n_rows, n_ids)
             rules.append(Rule(Kind(kind), ids, sequence, first, last, value, position))
-    except (struct.error, ValueError) as e:
+    except (struct.error, ValueError, OverflowError) as e:
         raise TraceError("an intervention's file is damaged", why=str(e), fix="restore it from a copy") from e
     return rules
 
@@ -321,9 +321,11 @@ def stored_rules(trace: Path) -> list[Rule] | None:
         If the file of one is missing or damaged.
     """
     rules: list[Rule] = []
-    numbers = [path.stem for path in (trace / FOLDER).glob("*.json")]
+    numbers = [path.stem for path in (trace / FOLDER).glob("*.json") if path.stem.isdecimal()]
     for number in numbers:
         path = trace / FOLDER / f"{number}.bin"
+        if not path.is_file():
+            raise TraceError(f"{path} is missing", why="the trace lists this intervention")
         try:
             rules += decode(path.read_bytes())
         except OSError as e:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+import struct
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from plain_reader import read_trace
 from rings import make_layout, put, random_records, reseal
 from traces import Context, server_records, small_trace, write_trace
@@ -433,6 +438,19 @@ def test_a_damaged_intervention_is_said(tmp_path: Path) -> None:
     assert (finding.where, finding.recoverable) == ("interventions", False)
     (tmp_path / "t" / "interventions" / "1.bin").unlink()
     assert len(verify(tmp_path / "t").findings) == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_hostile_intervention_is_an_error(data: st.DataObject) -> None:
+    """Whatever the bytes say, with a checksum that fits: rules, or the error that verify tells."""
+    body = bytearray(encode([r for text in RULES for r in rules_of(Intervention.parse(text))])[32:])
+    for _ in range(data.draw(st.integers(1, 8))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    n_rules = data.draw(st.sampled_from([0, 3, 4, 1 << 31]))
+    head = struct.pack("<8sIIQII", b"MOETINTV", 1, n_rules, 32 + len(body), zlib.crc32(bytes(body)), 0)
+    with contextlib.suppress(TraceError):
+        assert len(decode(head + bytes(body))) == n_rules
 
 
 def test_rules_are_read_back_as_they_were_written() -> None:
