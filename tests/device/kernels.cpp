@@ -21,8 +21,9 @@ ggml_tensor * kernels::twin(const ggml_tensor * t) {
     tensors.push_back(*t);
     ggml_tensor * copy = &tensors.back();
     twins[t] = copy;
-    if (t->data) {
-        GGML_ASSERT(memory_holds(t) && "a tensor that is not in the device's memory");
+    copy->data   = nullptr; // a view that nobody reads may be of memory elsewhere
+    copy->buffer = nullptr;
+    if (t->data && memory_holds(t)) {
         copy->data   = memory_address(t);
         copy->buffer = memory_plain_buffer(t);
     }
