@@ -118,11 +118,7 @@ def run_host(
     """Run host.py once, with these runs; by default on the CPU alone."""
     folder.mkdir(parents=True)
     job = folder / "job.json"
-    job.write_text(
-        json.dumps(
-            {"model": str(model), "prompts": prompts, "folder": str(folder), "traced": traced, "runs": runs}
-        )
-    )
+    job.write_text(json.dumps({"model": str(model), "prompts": prompts, "traced": traced, "runs": runs}))
     command = [sys.executable, HOST, job]
     result = subprocess.run(
         command,

@@ -6,8 +6,10 @@
 #include "ggml-backend.h"
 #include "ggml.h"
 
-constexpr int          PLUGIN_API_VERSION  = 2;
-constexpr const char * PLUGIN_GGML_VERSION = "0.25.3";
+constexpr int PLUGIN_API_VERSION = 2;
+#ifndef PLUGIN_GGML_VERSION
+#define PLUGIN_GGML_VERSION "0.25.3"
+#endif
 
 // Tables of functions. An entry that may be null is marked so; "unused" ones are always null here.
 

@@ -2,7 +2,7 @@
 
     python host.py JOB.json
 
-JOB has ``model``, ``prompts`` (as ``moetrace capture`` takes them), ``folder``, ``traced`` and ``runs``: name → options
+JOB (in which FOLDER stands for its own folder) has ``model``, ``prompts`` (as ``moetrace capture`` takes them), ``traced`` and ``runs``: name → options
 of ``moetrace.capture``; besides those, ``on_cpu``: patterns of tensors that stay in the CPU's memory (llama-server's
 ``-ot PATTERN=CPU``). Each run writes NAME.npy, the logits of all outputs in their order, NAME.sent, what was decoded, and
 NAME.json, what the tests' device counted meanwhile; a traced one NAME.moet too, or NAME.error, if it is refused.
@@ -81,7 +81,8 @@ def run(job: dict[str, Any], options: dict[str, Any], out: Path, ggml: ctypes.CD
 
 
 def main(path: str) -> None:
-    job = json.loads(Path(path).read_text())
+    text = Path(path).read_text()
+    job = json.loads(text.replace("FOLDER", str(Path(path).parent)))
     found = importlib.util.find_spec("llama_cpp")
     assert found is not None
     assert found.origin is not None
@@ -97,7 +98,7 @@ def main(path: str) -> None:
     base = ctypes.CDLL(str(libraries / "libggml-base.so"))
     base.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
     for name, options in job["runs"].items():
-        out = Path(job["folder"]) / name
+        out = Path(path).parent / name
         before = counts()
         try:
             run(job, dict(options), out, base)
