@@ -22,7 +22,9 @@ def device(runtime: Runtime) -> Path:
 def on_device(device: Path, tmp_path: Path) -> Host:
     """``on_device(setup, model, prompts, runs, traced=…)``: run host.py on a device of that kind."""
 
-    def run(setup: Setup, model: Path, prompts: list[dict[str, Any]], runs: Runs, *, traced: bool) -> dict[str, Ran]:
+    def run(
+        setup: Setup, model: Path, prompts: list[dict[str, Any]], runs: Runs, *, traced: bool
+    ) -> dict[str, Ran]:
         folder = tmp_path / f"{'traced' if traced else 'plain'}-{setup}".replace(":", "")
         environment = setup.environment(device, folder / "counts.json")
         return run_host(model, folder, prompts, runs, traced=traced, environment=environment)

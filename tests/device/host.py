@@ -2,10 +2,12 @@
 
     python host.py JOB.json
 
-JOB (in which FOLDER stands for its own folder) has ``model``, ``prompts`` (as ``moetrace capture`` takes them), ``traced`` and ``runs``: name → options
-of ``moetrace.capture``; besides those, ``on_cpu``: patterns of tensors that stay in the CPU's memory (llama-server's
-``-ot PATTERN=CPU``). Each run writes NAME.npy, the logits of all outputs in their order, NAME.sent, what was decoded, and
-NAME.json, what the tests' device counted meanwhile; a traced one NAME.moet too, or NAME.error, if it is refused.
+JOB (in which FOLDER stands for its own folder) has ``model``, ``prompts`` (as ``moetrace capture`` takes them),
+``traced``, ``rpc`` (an RPC server whose devices are added, or null) and ``runs``: name → options of
+``moetrace.capture``; besides those, ``on_cpu``: patterns of tensors that stay in the CPU's memory (llama-server's
+``-ot PATTERN=CPU``). Each run writes NAME.npy, the logits of all outputs in their order, NAME.sent, what was
+decoded, and NAME.json, what the tests' device counted meanwhile; a traced one NAME.moet too, or NAME.error, if it
+is refused.
 
 Where it is not traced, the tracer's library is not even loaded.
 """
@@ -57,10 +59,14 @@ class Watched(llama.Llama):
         return Watched.rows[-1]
 
 
-def plain(model: str, prompts: Any, n_parallel: int, flash_attention: bool | None = None, **options: Any) -> None:
+def plain(
+    model: str, prompts: Any, n_parallel: int, flash_attention: bool | None = None, **options: Any
+) -> None:
     items = read_prompts(prompts)
     n_ctx = inprocess._context_size(items, 0, n_parallel)
-    with Watched(model, n_ctx=n_ctx, n_seq=n_parallel, flash_attention=flash_attention, **SHAPE, **options) as loaded:
+    with Watched(
+        model, n_ctx=n_ctx, n_seq=n_parallel, flash_attention=flash_attention, **SHAPE, **options
+    ) as loaded:
         inprocess.Generator(loaded, n_parallel=n_parallel).run(items, 0, lambda _: None)
 
 
@@ -70,7 +76,7 @@ def run(job: dict[str, Any], options: dict[str, Any], out: Path, ggml: ctypes.CD
     Watched.sent, Watched.rows = [], []
     with (
         mock.patch.object(llama, "Llama", Watched),
-        mock.patch.object(llama, "_experts_on_cpu", lambda _: placed(ggml, patterns)),
+        mock.patch.object(llama, "_experts_on_cpu", return_value=placed(ggml, patterns)),
     ):
         if job["traced"]:
             inprocess.capture(job["model"], job["prompts"], out.with_suffix(".moet"), **SHAPE, **options)
@@ -78,6 +84,16 @@ def run(job: dict[str, Any], options: dict[str, Any], out: Path, ggml: ctypes.CD
             plain(job["model"], job["prompts"], **options)
     np.save(out.with_suffix(".npy"), np.array(Watched.rows))
     out.with_suffix(".sent").write_text(json.dumps(Watched.sent))
+
+
+def rpc_add(ggml: ctypes.CDLL, endpoint: str) -> None:
+    """Add the devices of an RPC server, as llama-server's ``--rpc`` does."""
+    for function in (ggml.ggml_backend_reg_by_name, ggml.ggml_backend_reg_get_proc_address):
+        function.restype = ctypes.c_void_p
+    registry = ctypes.c_void_p(ggml.ggml_backend_reg_by_name(b"RPC"))
+    found = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_rpc_add_server")
+    devices = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(found)(endpoint.encode())
+    ggml.ggml_backend_register(ctypes.c_void_p(devices))
 
 
 def main(path: str) -> None:
@@ -95,6 +111,8 @@ def main(path: str) -> None:
     # llama-server loads the backend of GGML_BACKEND_PATH by itself
     ggml = ctypes.CDLL(str(libraries / "libggml.so"), mode=ctypes.RTLD_GLOBAL)
     ggml.ggml_backend_load_all()
+    if job["rpc"]:
+        rpc_add(ggml, job["rpc"])
     base = ctypes.CDLL(str(libraries / "libggml-base.so"))
     base.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
     for name, options in job["runs"].items():

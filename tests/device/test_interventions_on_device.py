@@ -29,11 +29,20 @@ pytestmark = pytest.mark.runtime
 
 CHANNELS = "experts,weights,logits,scores"
 ABLATED, FORCED, BIASED = 3, 5, 0
-QUICK = [("deepseek2-v3", Setup("random:4"), ("all",)), ("qwen3moe", Setup("vulkan", count=2), ("some-experts",))]
+QUICK = [
+    ("deepseek2-v3", Setup("random:4"), ("all",)),
+    ("qwen3moe", Setup("vulkan", count=2), ("some-experts",)),
+]
 CASES = [
     *(pytest.param(name, setup, placements, id=f"{name}-{setup}-quick") for name, setup, placements in QUICK),
     *(
-        pytest.param(name, Setup(order, count=1 + i % 2), tuple(PLACEMENTS), id=f"{name}-{order}", marks=pytest.mark.slow)
+        pytest.param(
+            name,
+            Setup(order, count=1 + i % 2),
+            tuple(PLACEMENTS),
+            id=f"{name}-{order}",
+            marks=pytest.mark.slow,
+        )
         for i, name in enumerate(MOE)
         for order in ("vulkan", "metal", f"random:{i}")
         if not ARCHITECTURES[name].encoder
@@ -66,7 +75,9 @@ def check_choice(trace: moetrace.Trace, arch: Architecture, stored: dict[str, np
         present = np.asarray(trace.state)[:, i] == State.PRESENT
         assert present.any()
         ids = np.asarray(trace.experts)[present, i].astype(int)
-        logits, scores, weights = (np.asarray(c)[present, i] for c in (trace.logits, trace.scores, trace.weights))
+        logits, scores, weights = (
+            np.asarray(c)[present, i] for c in (trace.logits, trace.scores, trace.weights)
+        )
         assert not (ids == ABLATED).any(), f"layer {layer}: an ablated expert is used"
         expected = choice(
             arch,
@@ -75,7 +86,9 @@ def check_choice(trace: moetrace.Trace, arch: Architecture, stored: dict[str, np
             forced=[FORCED] if layer == layers[-1] else [],
             bias=[(BIASED, 0.3)] if layer == layers[0] else [],
         )
-        assert (ids == expected).all(axis=1).mean() > 0.97, f"layer {layer}"  # the order of near-ties is rounding
+        assert (ids == expected).all(axis=1).mean() > 0.97, (
+            f"layer {layer}"
+        )  # the order of near-ties is rounding
         np.testing.assert_allclose(weights, mixing_weights(arch, logits, ids), rtol=2e-4, atol=1e-6)
         best = -np.sort(-scores, axis=1)[:, : arch.n_expert_used]
         np.testing.assert_array_equal(np.take_along_axis(scores, ids, axis=1), best)
@@ -99,7 +112,9 @@ def check_slot(trace: moetrace.Trace, base: moetrace.Trace) -> None:
 
 def check_same_routing(trace: moetrace.Trace, base: moetrace.Trace) -> None:
     for column in ("token", "position", "sequence", "state", "experts"):
-        np.testing.assert_array_equal(np.asarray(trace.column(column)), np.asarray(base.column(column)), column)
+        np.testing.assert_array_equal(
+            np.asarray(trace.column(column)), np.asarray(base.column(column)), column
+        )
 
 
 def refused(ran: Ran) -> bool:

@@ -53,7 +53,9 @@ def arguments_of(placement: str, setup: Setup) -> list[str]:
 def cases() -> list[Any]:
     out = [
         pytest.param("qwen3moe", "layers", "tap-router", Setup("metal", count=2), id="qwen3moe-layers-quick"),
-        pytest.param("olmoe", "some-experts", "auto", Setup("random:1", stream="lazy"), id="olmoe-some-quick"),
+        pytest.param(
+            "olmoe", "some-experts", "auto", Setup("random:1", stream="lazy"), id="olmoe-some-quick"
+        ),
     ]
     names = [name for name in MOE if not ARCHITECTURES[name].encoder]
     for i, name in enumerate(names):  # every architecture, every option, placement and order with every other
@@ -62,7 +64,14 @@ def cases() -> list[Any]:
             order = ORDERS[(i // 2 + j) % len(ORDERS)]
             setup = Setup(order, count=2 if placement == "layers" else 1, stream="lazy" if i % 2 else "50")
             out.append(
-                pytest.param(name, placement, option, setup, id=f"{name}-{placement}-{option}-{setup}", marks=pytest.mark.slow)
+                pytest.param(
+                    name,
+                    placement,
+                    option,
+                    setup,
+                    id=f"{name}-{placement}-{option}-{setup}",
+                    marks=pytest.mark.slow,
+                )
             )
     return out
 
@@ -115,7 +124,12 @@ def answers_of(client: ServerClient) -> list[Any]:
     """What the server says to a few prompts, one at a time, with the probabilities of the likeliest tokens."""
     asked = []
     for i in range(6):
-        body = {"prompt": TEXT[50 * i : 50 * i + 40 + 20 * i], "n_predict": 8, "temperature": 0.0, "n_probs": 20}
+        body = {
+            "prompt": TEXT[50 * i : 50 * i + 40 + 20 * i],
+            "n_predict": 8,
+            "temperature": 0.0,
+            "n_probs": 20,
+        }
         answer = client.call("/completion", {**body, "cache_prompt": False, "ignore_eos": True, "id_slot": 0})
         asked.append([answer["content"], answer["completion_probabilities"]])
     return asked
@@ -126,7 +140,9 @@ def answers_of(client: ServerClient) -> list[Any]:
     [
         pytest.param("gpt-oss", "all", Setup("vulkan"), id="gpt-oss-quick"),
         *(
-            pytest.param(name, placement, Setup(order, count=2 if placement == "layers" else 1), marks=pytest.mark.slow)
+            pytest.param(
+                name, placement, Setup(order, count=2 if placement == "layers" else 1), marks=pytest.mark.slow
+            )
             for i, name in enumerate(MOE)
             for placement, order in list(zip(PLACEMENTS, (*ORDERS, *ORDERS), strict=False))[i % 2 :: 2]
             if not ARCHITECTURES[name].encoder
