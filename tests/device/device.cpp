@@ -37,6 +37,7 @@ struct counts {
     std::atomic<int64_t> synchronizations { 0 };
     std::atomic<int64_t> reads { 0 };        // asynchronous ones
     std::atomic<int64_t> read_bytes { 0 };
+    std::atomic<int64_t> unpinned { 0 };     // reads into memory that is not pinned: a GPU would make the host wait
 } counted;
 
 void counts_write() {
@@ -46,10 +47,10 @@ void counts_write() {
     if (FILE * file = fopen(config.counts.c_str(), "w")) {
         const auto number = [](const std::atomic<int64_t> & n) { return (long long) n.load(); };
         fprintf(file, "{\"graphs\": %lld, \"topk_moe\": %lld, \"norm_mul\": %lld, \"matrix_add\": %lld, \"moved\": %lld, "
-            "\"synchronizations\": %lld, \"reads\": %lld, \"read_bytes\": %lld}\n", number(counted.graphs),
+            "\"synchronizations\": %lld, \"reads\": %lld, \"read_bytes\": %lld, \"unpinned\": %lld}\n", number(counted.graphs),
             number(counted.fused[FUSION_TOPK_MOE]), number(counted.fused[FUSION_NORM_MUL]),
             number(counted.fused[FUSION_MATRIX_ADD]), number(counted.moved), number(counted.synchronizations),
-            number(counted.reads), number(counted.read_bytes));
+            number(counted.reads), number(counted.read_bytes), number(counted.unpinned));
         fclose(file);
     }
 }
@@ -65,11 +66,16 @@ ggml_backend_dev_t cpu_device() {
 struct device_state {
     std::string name;
     ggml_backend_buffer_type buffers;
+    ggml_backend_buffer_type pinned;
 };
 
 device_state * state_of(ggml_backend_dev_t device) { return (device_state *) device->context; }
 
 const char * buffers_name(ggml_backend_buffer_type_t type) { return state_of(type->device)->name.c_str(); }
+
+const char * pinned_name(ggml_backend_buffer_type_t) { return "Test_Host"; }
+
+bool pinned_is_host(ggml_backend_buffer_type_t) { return true; }
 
 size_t buffers_alignment(ggml_backend_buffer_type_t) { return 128; }
 
@@ -105,6 +111,7 @@ void stream_set(ggml_backend_t backend, ggml_tensor * t, const void * from, size
 void stream_get(ggml_backend_t backend, const ggml_tensor * t, void * to, size_t offset, size_t size) {
     counted.reads++;
     counted.read_bytes += (int64_t) size;
+    counted.unpinned   += !memory_is_pinned(to);
     const char * from = memory_address(t) + offset;
     state_of(backend)->work->push([=] { memcpy(to, from, size); });
 }
@@ -187,8 +194,9 @@ void device_properties(ggml_backend_dev_t device, ggml_backend_dev_props * out) 
     out->name        = device_name(device);
     out->description = device_description(device);
     out->type        = device_type(device);
-    out->caps.async  = true;
-    out->caps.events = true;
+    out->caps.async       = true;
+    out->caps.events      = true;
+    out->caps.host_buffer = true;
     device_memory(device, &out->memory_free, &out->memory_total);
 }
 
@@ -206,6 +214,8 @@ ggml_backend_t device_stream_new(ggml_backend_dev_t device, const char *) {
 }
 
 ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t device) { return &state_of(device)->buffers; }
+
+ggml_backend_buffer_type_t device_pinned_type(ggml_backend_dev_t device) { return &state_of(device)->pinned; }
 
 bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     switch (op->op) {
@@ -295,14 +305,17 @@ extern "C" __attribute__((visibility("default"))) ggml_backend_reg_t ggml_backen
         PLUGIN_API_VERSION, { registry_name, registry_n_devices, registry_device, nullptr }, nullptr,
     };
     for (int i = 0; i < config.n_devices; i++) {
-        auto * state = new device_state { "Test" + std::to_string(i), {} };
+        auto * state = new device_state { "Test" + std::to_string(i), {}, {} };
         state->buffers = {
             { buffers_name, memory_alloc, buffers_alignment, nullptr, nullptr, nullptr }, &devices[i], nullptr,
+        };
+        state->pinned = {
+            { pinned_name, memory_alloc_pinned, buffers_alignment, nullptr, nullptr, pinned_is_host }, &devices[i], nullptr,
         };
         devices[i] = {
             {
                 device_name, device_description, device_memory, device_type, device_properties, device_stream_new, device_buffer_type,
-                nullptr, nullptr, device_supports_op, device_supports_buffers, device_offloads, device_event_new, device_event_free,
+                device_pinned_type, nullptr, device_supports_op, device_supports_buffers, device_offloads, device_event_new, device_event_free,
                 device_event_synchronize,
             },
             &registry, state,

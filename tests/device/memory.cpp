@@ -2,6 +2,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -59,7 +61,39 @@ ggml_backend_buffer_t buffer_of(const ggml_tensor * t) {
     return t->view_src ? t->view_src->buffer : t->buffer;
 }
 
+std::mutex pinned_mutex;
+std::map<const char *, size_t> pinned; // start -> bytes
+
+void pinned_free(ggml_backend_buffer_t buffer) {
+    char * start = (char *) buffer->table.base(buffer);
+    {
+        std::lock_guard<std::mutex> lock(pinned_mutex);
+        pinned.erase(start);
+    }
+    free(start);
+}
+
 } // namespace
+
+ggml_backend_buffer_t memory_alloc_pinned(ggml_backend_buffer_type_t type, size_t size) {
+    const size_t bytes = (size + 127) / 128 * 128;
+    char * start = (char *) aligned_alloc(128, bytes ? bytes : 128);
+    if (!start) {
+        return nullptr;
+    }
+    ggml_backend_buffer_t buffer = ggml_backend_cpu_buffer_from_ptr(start, size);
+    buffer->type       = type;
+    buffer->table.free = pinned_free;
+    std::lock_guard<std::mutex> lock(pinned_mutex);
+    pinned[start] = bytes;
+    return buffer;
+}
+
+bool memory_is_pinned(const void * address) {
+    std::lock_guard<std::mutex> lock(pinned_mutex);
+    auto it = pinned.upper_bound((const char *) address);
+    return it != pinned.begin() && (const char *) address < std::prev(it)->first + std::prev(it)->second;
+}
 
 ggml_backend_buffer_t memory_alloc(ggml_backend_buffer_type_t type, size_t size) {
     const size_t page  = (size_t) sysconf(_SC_PAGESIZE);

@@ -6,6 +6,10 @@
 
 ggml_backend_buffer_t memory_alloc(ggml_backend_buffer_type_t type, size_t size);
 
+// Memory of the host that the device copies to and from by itself ("pinned").
+ggml_backend_buffer_t memory_alloc_pinned(ggml_backend_buffer_type_t type, size_t size);
+bool memory_is_pinned(const void * address);
+
 // Whether a tensor lies in memory of such a device.
 bool memory_holds(const ggml_tensor * t);
 
