@@ -33,6 +33,7 @@ struct settings {
 struct counts {
     std::atomic<int64_t> graphs { 0 };
     std::atomic<int64_t> fused[FUSION_KINDS] = {};
+    std::atomic<int64_t> fused_nodes { 0 };  // a shorter pattern may fit where the longer one is cut
     std::atomic<int64_t> moved { 0 };        // nodes that graph_optimize put elsewhere
     std::atomic<int64_t> synchronizations { 0 };
     std::atomic<int64_t> reads { 0 };        // asynchronous ones
@@ -46,10 +47,10 @@ void counts_write() {
     }
     if (FILE * file = fopen(config.counts.c_str(), "w")) {
         const auto number = [](const std::atomic<int64_t> & n) { return (long long) n.load(); };
-        fprintf(file, "{\"graphs\": %lld, \"topk_moe\": %lld, \"norm_mul\": %lld, \"matrix_add\": %lld, \"moved\": %lld, "
+        fprintf(file, "{\"graphs\": %lld, \"topk_moe\": %lld, \"norm_mul\": %lld, \"matrix_add\": %lld, \"fused_nodes\": %lld, \"moved\": %lld, "
             "\"synchronizations\": %lld, \"reads\": %lld, \"read_bytes\": %lld, \"unpinned\": %lld}\n", number(counted.graphs),
             number(counted.fused[FUSION_TOPK_MOE]), number(counted.fused[FUSION_NORM_MUL]),
-            number(counted.fused[FUSION_MATRIX_ADD]), number(counted.moved), number(counted.synchronizations),
+            number(counted.fused[FUSION_MATRIX_ADD]), number(counted.fused_nodes), number(counted.moved), number(counted.synchronizations),
             number(counted.reads), number(counted.read_bytes), number(counted.unpinned));
         fclose(file);
     }
@@ -146,6 +147,7 @@ ggml_status stream_compute(ggml_backend_t backend, ggml_cgraph * graph) {
     counted.graphs++;
     int64_t fused[FUSION_KINDS] = {};
     const auto work = std::make_shared<kernels>(graph, config.fuse, fused);
+    counted.fused_nodes += work->n_fused_nodes();
     for (int kind = 0; kind < FUSION_KINDS; kind++) {
         counted.fused[kind] += fused[kind];
     }

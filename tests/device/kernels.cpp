@@ -90,6 +90,7 @@ kernels::kernels(ggml_cgraph * graph, bool fuse, int64_t * n_fused) {
         }
         flush();
         n_fused[f.kind]++;
+        fused_nodes += f.n_nodes;
         scratch_twins.clear();
         std::vector<ggml_tensor *> fused;
         for (int j = i; j < i + f.n_nodes; j++) {

@@ -19,7 +19,8 @@ public:
     kernels(const kernels &) = delete;
     kernels & operator=(const kernels &) = delete;
 
-    void run(ggml_backend_t cpu);
+    void    run(ggml_backend_t cpu);
+    int64_t n_fused_nodes() const { return fused_nodes; }
 
 private:
     struct output { const ggml_tensor * from; const ggml_tensor * to; };
@@ -40,4 +41,5 @@ private:
     std::map<const ggml_tensor *, ggml_tensor *> scratch_twins; // of the fused kernel that is being made
     std::deque<scratch> scratches;
     std::vector<kernel> list;
+    int64_t fused_nodes = 0;
 };

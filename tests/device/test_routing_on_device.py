@@ -50,7 +50,7 @@ WIDE: dict[str, dict[str, Any]] = {
     "named": {"channels": "experts,weights,tensor:ffn_moe_out-*"},
     "tap-named": {"collector": "tap", "channels": "experts,weights,tensor:ffn_moe_out-*"},
 }
-FUSIONS = ("topk_moe", "norm_mul", "matrix_add")
+FUSIONS = ("topk_moe", "norm_mul", "matrix_add", "fused_nodes")
 
 SETUPS = [
     Setup("vulkan"),
