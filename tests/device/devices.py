@@ -202,5 +202,44 @@ def run_host(
         timeout=900,
         check=False,
     )
-    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.returncode == 0, f"exit code {result.returncode}: {result.stderr[-4000:]}"
     return {name: Ran(folder, name) for name in runs}
+
+
+def build_vulkan(runtime: Runtime) -> Path:
+    """Build llama.cpp's Vulkan backend, once (twenty minutes on two cores); skips where what it needs is not there."""
+    for name, what in (("glslc", "glslc"), ("cmake", "cmake"), ("ninja", "ninja-build")):
+        if shutil.which(name) is None:
+            pytest.skip(f"there is no {name}: apt-get install {what}")
+    for package, file in (
+        ("libvulkan-dev", "/usr/include/vulkan/vulkan.h"),
+        ("spirv-headers", "/usr/share/cmake/SPIRV-Headers/SPIRV-HeadersConfig.cmake"),
+        ("mesa-vulkan-drivers", LAVAPIPE),
+    ):
+        if not Path(file).exists():
+            pytest.skip(f"there is no {file}: apt-get install {package}")
+    source, folder = ggml_source(), BUILD / "vulkan"
+    library = folder / "bin" / "libggml-vulkan.so"
+    with locked(folder):
+        if not library.is_file():
+            log = BUILD / "vulkan.log"
+            configure = ["cmake", "-G", "Ninja", "-S", HERE / "vulkan", "-B", folder, f"-DGGML={source}"]
+            make = [
+                "cmake",
+                "--build",
+                folder,
+                "--target",
+                "ggml-vulkan",
+                "--parallel",
+                str(os.cpu_count() or 1),
+            ]
+            with log.open("w") as said:
+                for command in ([*configure, "-DCMAKE_BUILD_TYPE=Release"], make):
+                    result = subprocess.run(command, stdout=said, stderr=said, check=False)
+                    if result.returncode != 0:
+                        pytest.skip(f"the Vulkan backend could not be built: see {log}")
+    return library
+
+
+#: the driver that computes on the CPU
+LAVAPIPE = "/usr/share/vulkan/icd.d/lvp_icd.x86_64.json"
