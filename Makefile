@@ -12,7 +12,7 @@ PARALLEL := --numprocesses auto --maxprocesses 8
 # which of tests/stress `make stress` runs: T=test_kill.py; all by default
 T ?=
 
-.PHONY: help setup demo report-image releases test test-unit test-slow test-cpp sanitize stress lint notebooks clean bench-overhead bench-analysis gpu-check
+.PHONY: help setup demo report-image releases test test-unit test-slow test-device test-cpp sanitize stress lint notebooks clean bench-overhead bench-analysis gpu-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -48,7 +48,10 @@ test-unit: $(STAMP)-package ## the tests that need no llama.cpp
 	$(BIN)/python -m pytest tests/unit tests/stats -m "not slow" $(PARALLEL)
 
 test-slow: setup ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow --timeout 3600
+	$(BIN)/python -m pytest -m slow --ignore tests/device --timeout 3600
+
+test-device: setup ## devices: one of the tests' own, RPC, and Vulkan where it can be built; an hour on two cores
+	$(BIN)/python -m pytest tests/device --timeout 3600 $(PARALLEL)
 
 test-cpp: $(STAMP)-package ## the C++ tests
 	$(BIN)/cmake -S . -B build/tests -DMOETRACE_TESTS=ON -DMOETRACE_WERROR=ON > build-tests.log || (cat build-tests.log; exit 1)

@@ -1,0 +1,191 @@
+"""llama-server on a device: four slots, overlapping requests, and a client that keeps the ids that it sent and got."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from devices import Setup
+from test_routing_on_device import FUSIONS, MOE, ROUTER, check_numbers
+from test_server import check_identity, prompts_of_mixed_length, ready_client
+from test_synthetic_models import TEXT
+
+import moetrace
+from moetrace.host.client import ServerClient, drive
+from moetrace.host.server import free_port
+from moetrace.synthetic import ARCHITECTURES
+from moetrace.trace.record import State
+from moetrace.trace.verify import verify
+
+pytestmark = pytest.mark.runtime
+
+PLACEMENTS = {
+    "all": ["-ngl", "99"],
+    "part": ["-ngl", "2"],
+    "cpu-moe": ["-ngl", "99", "--cpu-moe"],
+    "some-experts": ["-ngl", "99", "--n-cpu-moe", "2"],
+    "router": ["-ngl", "99", "-ot", r"ffn_gate_inp\.=CPU"],
+    "layers": ["-ngl", "99", "-sm", "layer", "-ts", "1,1"],
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "tap": {"collector": "tap"},
+    "callback": {"collector": "callback"},
+    "tap-router": {"collector": "tap", "channels": ROUTER},
+    "callback-router": {"collector": "callback", "channels": ROUTER},
+    "attention": {"channels": "experts,weights,attention"},
+    "named": {"channels": "experts,weights,tensor:ffn_moe_out-*"},
+}
+ORDERS = ("vulkan", "metal", "random:1", "random:2", "")
+
+
+def arguments_of(placement: str, setup: Setup) -> list[str]:
+    # naming the devices makes llama-server load the backend of GGML_BACKEND_PATH
+    devices = ",".join(f"Test{i}" for i in range(setup.count))
+    return ["-ub", "48", "-t", "1", "--device", devices, *PLACEMENTS[placement]]
+
+
+def cases() -> list[Any]:
+    out = [
+        pytest.param("qwen3moe", "layers", "tap-router", Setup("metal", count=2), id="qwen3moe-layers-quick"),
+        pytest.param(
+            "olmoe", "some-experts", "auto", Setup("random:1", stream="lazy"), id="olmoe-some-quick"
+        ),
+    ]
+    names = [name for name in MOE if not ARCHITECTURES[name].encoder]
+    for i, name in enumerate(names):  # every architecture, every option, placement and order with every other
+        for j, option in enumerate(OPTIONS):
+            placement = list(PLACEMENTS)[(i + j) % len(PLACEMENTS)]
+            order = ORDERS[(i // 2 + j) % len(ORDERS)]
+            setup = Setup(order, count=2 if placement == "layers" else 1, stream="lazy" if i % 2 else "50")
+            out.append(
+                pytest.param(
+                    name,
+                    placement,
+                    option,
+                    setup,
+                    id=f"{name}-{placement}-{option}-{setup}",
+                    marks=pytest.mark.slow,
+                )
+            )
+    return out
+
+
+@pytest.mark.parametrize(("name", "placement", "option", "setup"), cases())
+def test_every_row_belongs_to_its_request(
+    name: str,
+    placement: str,
+    option: str,
+    setup: Setup,
+    runtime: Any,
+    device: Path,
+    model_file: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts, path = tmp_path / "counts.json", tmp_path / "t.moet"
+    for variable, value in setup.environment(device, counts).items():
+        monkeypatch.setenv(variable, value)
+    prompts = prompts_of_mixed_length(20, seed=len(name))
+    arguments = ["-np", "4", "-c", "8192", *arguments_of(placement, setup)]
+    if option == "attention":
+        arguments += ["-fa", "off"]
+    program = str(runtime.tool("llama-server"))
+    with moetrace.serve(
+        model_file(name), output=path, arguments=arguments, program=program, **OPTIONS[option]
+    ) as server:
+        answers = drive(server.client, prompts)
+        server.label([answer.label_line() for answer in answers])
+    counted = json.loads(counts.read_text())
+    assert counted["graphs"] > 0, "nothing was computed on the device"
+    assert (counted["moved"] > 0) == bool(setup.order)
+    trace = moetrace.open(path)
+    check_identity(trace, answers)
+    assert verify(path).exit_code == 0
+    loss = trace.loss
+    assert loss.rows_lost == loss.lost == 0
+    state = np.asarray(trace.state)
+    assert (state[:, :-1] == State.PRESENT).all()
+    left_out = state[:, -1] != State.PRESENT
+    if left_out.any():
+        np.testing.assert_array_equal(left_out, (np.asarray(trace.column("flags")) & 1) == 0)
+    step, sequence = trace.column("step"), trace.column("sequence")
+    assert max(len(set(sequence[step == s])) for s in np.unique(step)) > 1
+    if option.endswith("router"):
+        check_numbers(trace, name, model_file(name))
+
+
+def answers_of(client: ServerClient) -> list[Any]:
+    """What the server says to a few prompts, one at a time, with the probabilities of the likeliest tokens."""
+    asked = []
+    for i in range(6):
+        body = {
+            "prompt": TEXT[50 * i : 50 * i + 40 + 20 * i],
+            "n_predict": 8,
+            "temperature": 0.0,
+            "n_probs": 20,
+        }
+        answer = client.call("/completion", {**body, "cache_prompt": False, "ignore_eos": True, "id_slot": 0})
+        asked.append([answer["content"], answer["completion_probabilities"]])
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("name", "placement", "setup"),
+    [
+        pytest.param("gpt-oss", "all", Setup("vulkan"), id="gpt-oss-quick"),
+        *(
+            pytest.param(
+                name, placement, Setup(order, count=2 if placement == "layers" else 1), marks=pytest.mark.slow
+            )
+            for i, name in enumerate(MOE)
+            for placement, order in list(zip(PLACEMENTS, (*ORDERS, *ORDERS), strict=False))[i % 2 :: 2]
+            if not ARCHITECTURES[name].encoder
+        ),
+    ],
+)
+def test_the_server_says_what_it_says_untraced(
+    name: str,
+    placement: str,
+    setup: Setup,
+    runtime: Any,
+    device: Path,
+    model_file: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Token by token and probability by probability, to the last digit, with as many fusions."""
+    program = str(runtime.tool("llama-server"))
+    arguments = ["-np", "1", "-c", "1024", *arguments_of(placement, setup)]
+
+    def counted(label: str) -> dict[str, int]:
+        said = json.loads((tmp_path / f"{label}.json").read_text())
+        return {kind: said[kind] for kind in FUSIONS}
+
+    port = free_port()
+    command = [program, "-m", model_file(name), "--port", str(port), *arguments]
+    environment = {**os.environ, **setup.environment(device, tmp_path / "plain.json")}
+    plain = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        untraced = answers_of(ready_client(plain, port))
+    finally:
+        plain.terminate()
+        plain.wait(30)
+    quick = setup == Setup("vulkan")
+    for collector in ("auto",) if quick else ("tap", "callback"):
+        for variable, value in setup.environment(device, tmp_path / f"{collector}.json").items():
+            monkeypatch.setenv(variable, value)
+        path = tmp_path / f"{collector}.moet"
+        with moetrace.serve(
+            model_file(name), output=path, arguments=arguments, program=program, collector=collector
+        ) as server:
+            traced = answers_of(server.client)
+        assert traced == untraced, collector
+        assert counted(collector) == counted("plain"), collector
+        assert verify(path).exit_code == 0
+        assert moetrace.open(path).loss.lost == 0
