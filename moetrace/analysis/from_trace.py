@@ -764,7 +764,8 @@ class Analysis:
         requests = trace.requests
         if "n_shifts" not in requests:
             return np.empty(0, dtype=np.int64)
-        return requests.index[requests["n_shifts"] > 0].to_numpy(dtype=np.int64)
+        # where it is not known (events were lost) rows whose position is taken again are left out
+        return requests.index[requests["n_shifts"].fillna(0) > 0].to_numpy(dtype=np.int64)
 
     def _single(self, what: str) -> RoutedRows:
         if len(self._traces) != 1:
