@@ -89,7 +89,10 @@ def settle_counters(counters: dict[str, int], n_rows: int, n_events: int, end: i
     )
     lost_by_host = settled["rows_lost_full"] + settled["rows_lost_error"]
     settled["rows_committed"] = settled["rows_produced"] - lost_by_host
-    settled["events_committed"] = max(counters["events_committed"], n_events)
+    # and events whose record it never finished
+    events = max(counters["events_committed"], n_events + counters["events_overwritten"])
+    settled["events_committed"] = n_events + counters["events_overwritten"]
+    settled["events_lost"] += events - settled["events_committed"]
     return settled
 
 

@@ -557,8 +557,8 @@ class RequestAssigner:
         lo, hi = np.searchsorted(data.odd, [a + 1, b]).tolist()
         odd = data.odd[lo:hi]
         if len(odd):
-            gap = data.position[odd] - data.position[odd - 1] - 1
-            gone = np.minimum(gap, data.missing[odd] - data.missing[odd - 1])
+            skipped = data.position[odd] - data.position[odd - 1] - 1
+            gone = np.minimum(skipped, data.missing[odd] - data.missing[odd - 1])
             request.n_lost += int(np.maximum(gone, 0).sum())
         state.own.add(data.position[a:b], data.token[a:b])
 
