@@ -96,7 +96,7 @@ def test_a_whole_one_says_nothing_of_it(tmp_path: Path, capsys: pytest.CaptureFi
     assert "event" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("sealed", (0, 5, 13, 30))
+@pytest.mark.parametrize("sealed", [0, 5, 13, 30])
 @pytest.mark.parametrize("again", [recover, lambda path: ResumedRecording(path).finish()])
 def test_recovering_and_resuming_give_what_closing_would_have(
     tmp_path: Path, sealed: int, again: Callable[[Path], object]
