@@ -89,6 +89,7 @@ CHUNK = 1 << 18  # rows looked at together
 _END = 1 << 40  # beyond every position
 _NEVER = -2  # before every batch, and before the one before the first
 _NONE = np.empty((2, 0), np.int64)
+_OF_ALL = (EventCode.CLEAR, EventCode.RESUME, EventCode.CONTEXT)  # whatever sequence they name
 
 
 @dataclass(slots=True)
@@ -417,7 +418,7 @@ class RequestAssigner:
                 concerned = {event.arg} & known
             elif event.code == EventCode.SEQ_KEEP:
                 concerned = known - {event.sequence}
-            elif event.code in (EventCode.CLEAR, EventCode.CONTEXT) or event.sequence < 0:
+            elif event.code in _OF_ALL or event.sequence < 0:
                 concerned = known
             else:
                 concerned = {event.sequence} & known

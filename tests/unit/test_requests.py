@@ -176,6 +176,7 @@ def test_two_prompts_without_launches() -> None:
     s.event(EventCode.SEQ_RM, 0, 4)
     s.prompt(0, 4, 2)
     ids, _, requests = assign(s.story)
+    assert numbered(s)[0] == ids
     assert ids == [0] * 8 + [1] * 2
     assert requests[1]["n_cached"] == 4
 
@@ -186,7 +187,8 @@ def test_next_turn_that_only_appends_is_a_new_request() -> None:
     s.decode(0, 3, 2)
     s.event(EventCode.SEQ_RM, 0, 5)
     s.prompt(0, 5, 3)
-    assert assign(s.story)[0] == [0] * 5 + [1] * 3
+    for ids in (assign(s.story)[0], numbered(s)[0]):
+        assert ids == [0] * 5 + [1] * 3
 
 
 def test_rejected_speculation_is_no_new_request() -> None:
@@ -228,6 +230,8 @@ def test_speculation_without_launches() -> None:
     s.prompt(0, 13, 1)
     s.decode(0, 14, 2)
     ids, phases, requests = assign(s.story)
+    assert numbered(s)[:2] == (ids, phases)
+    assert [r["n_recomputed"] for r in numbered(s)[2]] == [3, 0]  # of these drafts all tokens are the same
     assert ids == [0] * first + [1] * 3
     assert phases == [0] * 4 + [1] * (first - 4) + [0, 1, 1]
     # what is removed right before the next task may be rejected, or only not shared with it: not counted
@@ -243,7 +247,8 @@ def test_scored_prompts_that_begin_alike_are_no_speculation() -> None:
         for p in range(start, 8):
             s.row(0, p, output=True)
         s.batch += 1
-    assert assign(s.story)[0] == [0] * 8 + [1] * 5 + [2] * 3
+    for ids in (assign(s.story)[0], numbered(s)[0]):
+        assert ids == [0] * 8 + [1] * 5 + [2] * 3
 
 
 def test_rejection_before_the_slot_ends_counts() -> None:
@@ -341,7 +346,7 @@ def test_images_that_share_a_position() -> None:
     s.event(EventCode.SEQ_RM, 0, 1)
     s.row(0, 1)
     requests = assign(s.story)[2]
-    assert len(requests) == 1
+    assert len(requests) == len(numbered(s)[2]) == 1
     assert (requests[0]["n_rejected"], requests[0]["n_lost"]) == (6, 0)
 
 
