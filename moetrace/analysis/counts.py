@@ -123,6 +123,41 @@ def _rejected(
     return out
 
 
+def last_rows(
+    request: npt.ArrayLike, numbers: npt.ArrayLike, sizes: npt.ArrayLike, n_last: npt.ArrayLike
+) -> npt.NDArray[np.bool_]:
+    """Find the last rows of some requests; a pure function of columns.
+
+    Parameters
+    ----------
+    request
+        (N,) int: request number of each row, in the order computed.
+    numbers
+        (R,) int: the requests.
+    sizes
+        (R,) int: how many rows each has. Of one that has another number of rows here, none is found: these are a
+        part of it, and need not hold its end.
+    n_last
+        (R,) int: how many of its last rows to find.
+
+    Returns
+    -------
+    bool (N,)
+    """
+    req = np.asarray(request)
+    found = np.zeros(req.shape, dtype=bool)
+    asked, sizes, n_last = (np.asarray(a, dtype=np.int64) for a in (numbers, sizes, n_last))
+    rows = np.flatnonzero(np.isin(req, asked[n_last > 0]))
+    rows = rows[np.argsort(req[rows], kind="stable")]
+    there, starts, n_rows = np.unique(req[rows], return_index=True, return_counts=True)
+    which = {int(number): i for i, number in enumerate(asked)}
+    for number, start, n in zip(there.tolist(), starts.tolist(), n_rows.tolist(), strict=True):
+        i = which[number]
+        if n == sizes[i]:
+            found[rows[start + max(n - int(n_last[i]), 0) : start + n]] = True
+    return found
+
+
 @dataclass(frozen=True)
 class RoutingCounts:
     """Counts per prompt; all of them int64, all of them sums over tokens, so that two objects add.

@@ -26,6 +26,7 @@ from moetrace.analysis.counts import (
     count_routing,
     count_tokens,
     frequent_tokens,
+    last_rows,
     reading_order,
 )
 from moetrace.analysis.from_tokens import Predictions
@@ -70,7 +71,9 @@ class RoutedRows(Protocol):
     def row(self) -> npt.NDArray[np.uint32]: ...
     @property
     def requests(self) -> pd.DataFrame:
-        """One row per request, the index its number; ``label``, ``id`` and ``n_shifts`` where known."""
+        """One row per request, the index its number; ``label``, ``id``, ``n_shifts`` and ``n_undecided`` (then
+        ``n_prefill`` and ``n_decode`` too) where known.
+        """
         ...
 
     @property
@@ -458,7 +461,8 @@ class Analysis:
                 )
         found = []
         for number, (trace, name) in enumerate(zip(self._traces, self._names, strict=True)):
-            keep = np.asarray(trace.request) >= 0 if every_phase else self._keep(trace)
+            there = (np.asarray(trace.request) >= 0) & ~self._undecided(trace)
+            keep = there if every_phase else self._keep(trace)
             order = reading_order(trace.request, trace.positions, keep, self._shifted(trace))
             names = self._prompts(trace, name)
             starts = order.request_starts
@@ -733,8 +737,20 @@ class Analysis:
 
     def _keep(self, trace: RoutedRows) -> npt.NDArray[np.bool_]:
         phase = np.asarray(trace.phase)
-        there = np.asarray(trace.request) >= 0
+        there = (np.asarray(trace.request) >= 0) & ~self._undecided(trace)
         return np.asarray(there if self.phase == "all" else there & (phase == _PHASES[self.phase]))
+
+    def _undecided(self, trace: RoutedRows) -> npt.NDArray[np.bool_]:
+        """Rows that were removed when their request ended: drafts that may be no text."""
+        requests = trace.requests
+        if "n_undecided" not in requests:
+            return np.zeros(len(trace.request), dtype=bool)
+        return last_rows(
+            trace.request,
+            requests.index,
+            requests["n_prefill"] + requests["n_decode"],
+            requests["n_undecided"].fillna(0),
+        )
 
     def _labelled(self, trace: RoutedRows) -> npt.NDArray[np.bool_]:
         known = np.array([bool(label) for label in self._labels(trace)] + [False])
@@ -764,7 +780,8 @@ class Analysis:
         requests = trace.requests
         if "n_shifts" not in requests:
             return np.empty(0, dtype=np.int64)
-        return requests.index[requests["n_shifts"] > 0].to_numpy(dtype=np.int64)
+        # where it is not known (events were lost) rows whose position is taken again are left out
+        return requests.index[requests["n_shifts"].fillna(0) > 0].to_numpy(dtype=np.int64)
 
     def _single(self, what: str) -> RoutedRows:
         if len(self._traces) != 1:

@@ -91,7 +91,10 @@ def report_trace(
             print(f"Wrote {path} ({human_size(size)}): {_describe(context)}", file=stream)
             loss = context.loss
             lost = f"{loss.rows_lost:,} rows lost"
-            print(f"  {red(lost, stream) if loss.rows_lost else lost}; {_own_time(context)}", file=stream)
+            if loss.events_lost:
+                lost = f"{loss.rows_lost:,} rows and {loss.events_lost:,} events lost"
+            bad = loss.rows_lost or loss.events_lost
+            print(f"  {red(lost, stream) if bad else lost}; {_own_time(context)}", file=stream)
     for i, command in enumerate(following):
         print(f"{'     ' if i else 'Next:'} moetrace {command} {path}", file=stream)
 

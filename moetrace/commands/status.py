@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from moetrace.commands.options import add_option, red
+from moetrace.trace.loss import LOST_COUNTERS, LOST_EVENT_COUNTERS
 from moetrace.trace.ring import live_rings
 
 
@@ -25,18 +26,21 @@ class Status:
         states = []
         for ring in live_rings(Path(args.trace)):
             counters = ring.counters
-            lost = sum(counters[name] for name in ("rows_lost_full", "rows_lost_error", "rows_overwritten"))
+            lost = sum(counters[name] for name in LOST_COUNTERS)
+            events_lost = sum(counters[name] for name in LOST_EVENT_COUNTERS)
             state = "ended" if ring.closed else "paused" if ring.paused else "recording"
             states.append(
                 {"context": ring.path.parent.name, "state": state, "status": ring.status, "lost": lost}
+                | {"events_lost": events_lost}
                 | {"intervention": ring.intervention_active, "refused": list(ring.intervention_refused)}
                 | {"waiting": ring.head - ring.tail, "capacity": ring.capacity, "counters": counters}
             )
             if not args.json:
-                text = f"{lost:,} lost"
+                full = 100 * (ring.head - ring.tail) / ring.capacity
+                text = f"{lost:,} lost" + (f" and {events_lost:,} events" if events_lost else "")
                 print(
                     f"{ring.path.parent.name}: {state}, {counters['rows_produced']:,} rows, "
-                    f"{red(text) if lost else text}, ring {100 * (ring.head - ring.tail) / ring.capacity:.0f} % full"
+                    f"{red(text) if lost or events_lost else text}, ring {full:.0f} % full"
                 )
                 if ring.intervention_active:
                     print(f"  intervention {ring.intervention_active} is in force")

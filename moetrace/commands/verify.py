@@ -37,4 +37,6 @@ class Verify:
         elif not result.findings and not args.quiet:
             now = ", and being recorded" if result.live else ""
             print(f"{paint('fine', '32')}  {result.path}: {result.rows:,} rows{now}")
+        for note in () if args.quiet else result.notes:
+            print(f"{paint('note', '33')}  {note}")
         return result.exit_code

@@ -11,7 +11,7 @@ from moetrace.analysis import overview, published
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Finding, Question
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import layer_list, number
+from moetrace.findings.wording import events_lost, layer_list, number
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Overview(Question):
                 ("lost", loss.rows_lost, loss.lost),
                 ("not sealed yet", loss.rows_waiting, loss.waiting),
                 ("served from the prompt cache", loss.cached, None),
+                ("events lost", loss.events_lost, None),
             ],
             columns=["what", "rows", "entries"],
         ).astype({"rows": "Int64", "entries": "Int64"})
@@ -64,6 +65,8 @@ class Overview(Question):
         whole = (
             "Nothing was lost"
             if loss.complete
+            else f"No entry, but {number(loss.events_lost, 'event')} lost"
+            if not loss.lost and not loss.waiting
             else f"{loss.lost:,} of {loss.produced:,} entries were lost ({loss.lost / max(loss.produced, 1):.2%})"
             + (f" and {loss.waiting:,} are not sealed yet" if loss.waiting else "")
         )
@@ -82,6 +85,8 @@ class Overview(Question):
                 f"{number(len(labelled), 'domain')} ({', '.join(labelled['domain'])}), {each} prompt{plural} each."
             )
         caveats = [subject.phase_note]
+        if loss.events_lost:
+            caveats.append(events_lost(subject.traces))
         if loss.not_computed:
             some = layers[layers["not_computed"] > 0]["layer"]
             caveats.append(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+
+if TYPE_CHECKING:
+    from moetrace.trace.trace import Trace
 
 #: Words by which a sentence says that a question is left open: it is no conclusion.
 CANNOT = ("cannot be tested", "cannot be said", "remains open", "nothing can be said")
@@ -24,6 +27,20 @@ def span(value: float, low: float, high: float, form: str = ".3f") -> str:
 def number(n: int, noun: str) -> str:
     """``1 prompt``, ``1,200 prompts``."""
     return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def events_lost(traces: Iterable[Trace]) -> str:
+    """What it means that events were lost, a sentence; empty if none were."""
+    lossy = [trace for trace in traces if trace.loss.events_lost]
+    if not lossy:
+        return ""
+    n = sum(trace.loss.events_lost for trace in lossy)
+    return f"{number(n, 'event')} of slots and their memory {'was' if n == 1 else 'were'} lost: " + (
+        "where requests begin is known all the same, but counts of requests around them are not certain and"
+        " left blank."
+        if all(trace.layout.numbered for trace in lossy)
+        else "this recording does not tell where, so tokens of one request may be counted to another."
+    )
 
 
 def layer_list(layers: Iterable[Any]) -> str:

@@ -210,6 +210,9 @@ class Llama:
         self._seq_rm = getattr(tracer(), "llama_memory_seq_rm")  # noqa: B009
         self._seq_rm.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32]
         self._seq_rm.restype = ctypes.c_bool
+        self._logits_ith = getattr(tracer(), "llama_get_logits_ith")  # noqa: B009
+        self._logits_ith.argtypes = [api.llama_context_p_ctypes, ctypes.c_int32]
+        self._logits_ith.restype = ctypes.POINTER(ctypes.c_float)
         self._free.argtypes = [api.llama_context_p_ctypes]
         self._free.restype = None
 
@@ -292,8 +295,11 @@ class Llama:
             )
 
     def logits(self, index: int) -> NDArray[np.float32]:
-        """Give the logits of entry ``index`` of the last batch, float32 (n_vocab,); a copy."""
-        pointer = self._api.llama_get_logits_ith(self._ctx, index)
+        """Give the logits of entry ``index`` of the last batch, to sample from: float32 (n_vocab,); a copy.
+
+        To the recording the token that follows that entry counts as generated.
+        """
+        pointer = self._logits_ith(self._ctx, index)
         return np.ctypeslib.as_array(pointer, (self.n_vocab,)).copy()
 
     def outputs(self, n: int) -> NDArray[np.float32]:

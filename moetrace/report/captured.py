@@ -10,6 +10,7 @@ import pandas as pd
 
 from moetrace.analysis import nulls, overview
 from moetrace.findings import Subject
+from moetrace.findings.wording import events_lost
 from moetrace.trace.loss import Loss
 from moetrace.trace.trace import Trace
 
@@ -148,7 +149,7 @@ def _completeness(traces: Sequence[Trace], loss: Loss) -> tuple[Remark, ...]:
                 " with load, what is left is not a fair sample.",
             )
         )
-    elif not loss.waiting:
+    elif loss.complete:
         said.append(
             Remark(
                 "good",
@@ -163,16 +164,22 @@ def _completeness(traces: Sequence[Trace], loss: Loss) -> tuple[Remark, ...]:
                 " the trace is still being recorded, or its recorder died (then: moetrace recover).",
             )
         )
+    if loss.events_lost:
+        said.append(Remark("warn", events_lost(traces)))
     live = [trace.path.name for trace in traces if trace.live]
     if live and not loss.waiting:
         said.append(Remark("warn", f"Not closed: {', '.join(live)}. This is what it held when it was read."))
     for trace in traces:
         if status := trace.facts.get("status"):
             said.append(Remark("bad", f"The tracer stopped early: {status}"))
-        others = [name for name in trace.contexts if name != trace.name and trace.in_context(name).loss.lost]
+        losses = {name: trace.in_context(name).loss for name in trace.contexts if name != trace.name}
+        others = [name for name, loss_there in losses.items() if loss_there.lost or loss_there.events_lost]
         if others:
             said.append(
-                Remark("warn", f"Other contexts of {trace.path.name} lost entries: {', '.join(others)}.")
+                Remark(
+                    "warn",
+                    f"Other contexts of {trace.path.name} lost entries or events: {', '.join(others)}.",
+                )
             )
     if loss.not_computed:
         said.append(

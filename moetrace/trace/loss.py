@@ -11,6 +11,7 @@ from moetrace.trace.store import ContextStore
 
 _CHUNK = 1 << 16  # rows looked at together
 LOST_COUNTERS = ("rows_lost_full", "rows_lost_error", "rows_overwritten")
+LOST_EVENT_COUNTERS = ("events_lost", "events_overwritten")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Loss:
     cached
         Positions served from the prompt cache: the model did not compute them, they are beside this sum.
         Requests whose number is unknown add nothing.
+    events_lost
+        Events known to be lost: what a server did to its slots and their memory. Rows are none of them; but what
+        they say of requests is then not certain (``n_events_lost`` of these).
     """
 
     rows_produced: int
@@ -49,11 +53,12 @@ class Loss:
     lost: int
     waiting: int
     cached: int
+    events_lost: int
 
     @property
     def complete(self) -> bool:
-        """True if nothing is lost and nothing is waiting."""
-        return self.lost == 0 and self.waiting == 0
+        """True if nothing is lost, no event either, and nothing is waiting."""
+        return self.lost == 0 and self.waiting == 0 and self.events_lost == 0
 
     def __add__(self, other: Loss) -> Loss:
         return Loss(*(a + b for a, b in zip(self._values(), other._values(), strict=True)))
@@ -84,7 +89,10 @@ def settle_counters(counters: dict[str, int], n_rows: int, n_events: int, end: i
     )
     lost_by_host = settled["rows_lost_full"] + settled["rows_lost_error"]
     settled["rows_committed"] = settled["rows_produced"] - lost_by_host
-    settled["events_committed"] = max(counters["events_committed"], n_events)
+    # and events whose record it never finished
+    events = max(counters["events_committed"], n_events + counters["events_overwritten"])
+    settled["events_committed"] = n_events + counters["events_overwritten"]
+    settled["events_lost"] += events - settled["events_committed"]
     return settled
 
 
@@ -118,4 +126,5 @@ def count_loss(context: ContextStore, counters: dict[str, int], cached: int) -> 
         lost=int(states[State.LOST]) + rows_lost * n_layers,
         waiting=waiting * n_layers,
         cached=cached,
+        events_lost=sum(counters.get(name, 0) for name in LOST_EVENT_COUNTERS),
     )

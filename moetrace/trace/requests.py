@@ -9,15 +9,24 @@ The rules, per (context, sequence):
 - A request begins at the sequence's first row, and at the first row after a LAUNCH of it (llama-server gives
   one when a slot starts and one when it ends; several without a row between count once). Once a context has
   seen a LAUNCH, nothing else begins a request: positions that fall back are then rejected speculation.
+  Rows of another ``task`` than the sequence's last one begin one too: their LAUNCH was lost.
 - In a context without LAUNCH, a request begins when the sequence was emptied since its last row; or when its
   tail was removed or its position fell back (no shift explains it), and its position is not beyond the last
   one or a row that is no output follows an output. Rejected speculation is the exception: an output row that
   falls back into the sequence's last batch, but not to its beginning, where that batch was decode and output
   all its rows, and the tail was removed no more than once (a new task of a slot removes it once more).
-- Prefill lasts until the end of the batch that holds the request's first output row; what follows is decode.
-  A request that begins with an output row on positions copied from another sequence has no prefill.
+- Prefill lasts until the request's first row that is GENERATED; that row and what follows is decode. A request
+  that begins with an output row on positions copied from another sequence has no prefill.
+- Rows removed from a sequence's end wait for what its request computes next. As long as that is the same
+  tokens at the same positions, they were computed again; from the first other token on they were rejected
+  drafts. Where nothing follows, or not where they began, it is undecided.
+- A CONTEXT ends all requests, and nothing is left in any sequence's memory.
 - Rows without a sequence, and batches that llama.cpp decodes for itself, belong to no request and have no
   phase.
+
+Contexts that do not number (``Layout.numbered``) have neither ``task`` nor GENERATED nor CONTEXT. There prefill
+lasts until the end of the batch that holds the request's first output row, and all rows removed from the end
+are rejected if the request goes on, or a LAUNCH ends it.
 """
 
 from __future__ import annotations
@@ -59,22 +68,28 @@ REQUEST_TABLE: ColumnSpec = {
     "n_lost": ("<i4", ()),
     "n_rejected": ("<i4", ()),
     "n_shifts": ("<i4", ()),
+    "n_recomputed": ("<i4", ()),
+    "n_undecided": ("<i4", ()),
     "n_unrecorded": ("<i4", ()),
     "n_events_lost": ("<i4", ()),
 }
 #: what traces of format 1.0 do not have of it
-NOT_IN_1_0 = ("n_unrecorded", "n_events_lost")
+NOT_IN_1_0 = ("n_recomputed", "n_undecided", "n_unrecorded", "n_events_lost")
+#: what is not certain of a request while events were lost
+UNCERTAIN = ("n_cached", "n_rejected", "n_recomputed", "n_undecided", "n_shifts", "n_unrecorded")
 
 #: the columns that :meth:`RequestAssigner.feed` reads
 ROW_INPUTS = ("serial", "time_ns", "batch", "position", "sequence", "flags")
 EVENT_INPUTS = ("serial", "code", "sequence", "p0", "p1", "arg")
+#: and those that it reads too of contexts that number
+NUMBERED_ROW_INPUTS = ("token", "task", "events_before")
+NUMBERED_EVENT_INPUTS = ("number",)
 
 CHUNK = 1 << 18  # rows looked at together
 _END = 1 << 40  # beyond every position
 _NEVER = -2  # before every batch, and before the one before the first
-
-#: rows of one request that still stand: [first position, last position, rows at each position]
-_Run = list[int]
+_NONE = np.empty((2, 0), np.int64)
+_OF_ALL = (EventCode.CLEAR, EventCode.RESUME, EventCode.CONTEXT)  # whatever sequence they name
 
 
 @dataclass(slots=True)
@@ -83,17 +98,52 @@ class _Request:
     first_serial: int
     start_ns: int
     n_cached: int
+    lost_before: int  # events lost in the context before the sequence's row before its first
     id: int = -1
     last_serial: int = 0
     end_ns: int = 0
-    first_output_batch: int = _NEVER
+    first_output_batch: int = _NEVER  # where rows are not numbered
+    decoding: bool = False  # where they are
     n_prefill: int = 0
     n_decode: int = 0
     n_lost: int = 0
     n_rejected: int = 0
     n_shifts: int = 0
-    n_unrecorded: int = 0
-    n_events_lost: int = 0
+    n_recomputed: int = -1  # -1: not numbered, not known
+    n_undecided: int = -1
+    n_unrecorded: int = -1
+    n_events_lost: int = -1
+
+
+class _Standing:
+    """Position and token of a request's rows that still stand in memory, as they were computed."""
+
+    __slots__ = ("_room", "n")
+
+    def __init__(self) -> None:
+        self._room, self.n = _NONE, 0
+
+    @property
+    def position(self) -> NDArray[np.int64]:
+        return self._room[0, : self.n]
+
+    def add(self, position: NDArray[np.int64], token: NDArray[np.int64]) -> None:
+        old, self.n = self.n, self.n + len(position)
+        if self.n > self._room.shape[1]:
+            room = np.empty((2, 2 * self.n), np.int64)
+            room[:, :old] = self._room[:, :old]
+            self._room = room
+        self._room[:, old : self.n] = position, token
+
+    def remove(self, gone: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Remove these, and give their positions and tokens, (2, n)."""
+        if not gone.any():
+            return _NONE
+        rows = self._room[:, : self.n]
+        removed, kept = rows[:, gone], rows[:, ~gone]
+        self.n = kept.shape[1]
+        self._room[:, : self.n] = kept
+        return removed
 
 
 @dataclass(slots=True)
@@ -102,19 +152,33 @@ class _Sequence:
 
     number: int
     request: _Request | None = None  # None: the next row begins one
-    own: list[_Run] = field(default_factory=list)
+    own: _Standing = field(default_factory=_Standing)
     last: int = -1  # position of the last row, shifts followed
     top: int = -1  # last position that still stands
     last_output: bool = False
     missing: int = 0  # rows missing in the context before the last row or LAUNCH
+    unrecorded: int = 0  # likewise: rows that went by while recording was off
+    lost: int = 0  # events lost in the context before the last row
+    task: int = 0  # of the last row
     batch: int = _NEVER  # of the last row
     batch_first: int = -1  # position of the batch's first row here, shifts followed
     batch_output: bool = False  # all the batch's rows here are outputs
+    batch_decode: bool = False  # its first row here was decode; where rows are numbered
     # since the last row:
     cuts: int = 0  # how often the tail went
     emptied: bool = False  # everything went
     copied: bool = False  # positions came from another sequence
-    waiting: int = 0  # rows removed: rejected if the request goes on
+    shifts: int = 0  # context shifts, which count when the request goes on; where events are numbered
+    cut: NDArray[np.int64] = field(default_factory=_NONE.copy)  # (2, n): rows removed, to be judged
+    loose: int = 0  # of these, removed before everything went
+
+    def set_aside(self, gone: NDArray[np.bool_], *, all_of_it: bool = False) -> None:
+        """Remove rows from the end; what comes next says what they were."""
+        removed = self.own.remove(gone)
+        if removed.shape[1]:
+            self.cut = np.concatenate([removed, self.cut], axis=1)
+        if not all_of_it:
+            self.loose += removed.shape[1]
 
 
 @dataclass(slots=True)
@@ -122,6 +186,8 @@ class _Event:
     row: int  # it happened before this row of the feed
     launches: bool  # a LAUNCH has been seen in the context by then
     missing: int
+    unrecorded: int
+    lost: int
     code: int
     sequence: int
     p0: int
@@ -138,10 +204,15 @@ class _Rows:
     batch: NDArray[np.int64]
     position: NDArray[np.int64]
     output: NDArray[np.bool_]
+    token: NDArray[np.int64]
+    generated: NDArray[np.bool_]
+    task: NDArray[np.int64]
     missing: NDArray[np.int64]
+    unrecorded: NDArray[np.int64]
+    lost: NDArray[np.int64]
     launches: NDArray[np.bool_]
     odd: NDArray[np.int64]  # rows whose position is not the previous one's plus 1
-    falls: list[int]  # rows whose position is less than the previous one's
+    splits: list[int]  # rows whose position is less than the previous one's, or whose task is another
     request: NDArray[np.int64]
     phase: NDArray[np.uint8]
 
@@ -161,8 +232,12 @@ class RequestAssigner:
         self.context = context
         self._allot = allot if allot is not None else itertools.count().__next__
         self._sequences: dict[int, _Sequence] = {}
+        self._numbered = False
         self._launches = False
         self._n_rows = 0
+        self._n_events = 0
+        self._unrecorded = 0
+        self._lost = 0  # events
         self._begun: list[_Request] = []  # in this feed
         self._touched: list[_Request] = []  # in this feed, once per piece of rows
         self._ended: list[_Request] = []
@@ -175,9 +250,11 @@ class RequestAssigner:
         Parameters
         ----------
         rows
-            Columns of the table ``rows``, each (n,), in order; ``ROW_INPUTS`` are read. Serials ascend.
+            Columns of the table ``rows``, each (n,), in order; ``ROW_INPUTS`` are read, and
+            ``NUMBERED_ROW_INPUTS`` if they have ``task``. Serials ascend.
         events
-            Columns of the table ``events``, in order. An event of serial s happened before the row of
+            Columns of the table ``events``, in order; ``EVENT_INPUTS`` are read, and
+            ``NUMBERED_EVENT_INPUTS`` if the rows have ``task``. An event of serial s happened before the row of
             serial s; one that follows the last row may come with this feed or with the next.
 
         Returns
@@ -188,14 +265,32 @@ class RequestAssigner:
             See :class:`Phase`.
         """
         n = len(rows["serial"])
+        self._numbered = self._numbered or "task" in rows
         serial = np.asarray(rows["serial"]).astype(np.int64)
         # what llama.cpp decodes for itself belongs to no request
         trial = (np.asarray(rows["flags"]) & RowFlag.TRIAL) != 0
         sequence = np.where(trial, -1, rows["sequence"])
         columns = {name: np.asarray(rows[name]) for name in ROW_INPUTS}
-        missing = serial - np.arange(self._n_rows, self._n_rows + n)
-        happened = self._happened(events, serial)
-        launches_from = 0 if self._launches else min((e.row for e in happened if e.launches), default=n)
+        counted = {"missing": serial - np.arange(self._n_rows, self._n_rows + n)}
+        zeros = np.zeros(n, np.int64)
+        token = task = zeros
+        launches_from = n
+        if self._numbered:
+            token, task = (np.asarray(rows[name]).astype(np.int64) for name in ("token", "task"))
+            # a LAUNCH that was lost has left its number
+            told = np.flatnonzero((task > 0) & (sequence >= 0))
+            launches_from = int(told[0]) if len(told) else n
+        launches_from = 0 if self._launches else launches_from
+        happened = self._happened(events, serial, launches_from)
+        launches_from = min((launches_from, *(e.row for e in happened if e.launches)))
+        # before each row: how many events of this feed, and what they had counted
+        upto = np.searchsorted([e.row for e in happened], np.arange(n), side="right") if happened else zeros
+        counted["unrecorded"] = np.array([self._unrecorded, *(e.unrecorded for e in happened)])[upto]
+        counted["lost"] = (
+            _gone(np.asarray(rows["events_before"]).astype(np.int64) - (self._n_events + upto))
+            if self._numbered
+            else zeros
+        )
         piece_of = np.full(n, -1, np.int64)
         phase = np.full(n, Phase.UNKNOWN, np.uint8)
 
@@ -216,10 +311,13 @@ class RequestAssigner:
                 batch=columns["batch"][index].astype(np.int64),
                 position=position,
                 output=(columns["flags"][index] & RowFlag.OUTPUT) != 0,
-                missing=missing[index],
+                token=token[index],
+                generated=(columns["flags"][index] & RowFlag.GENERATED) != 0,
+                task=task[index],
+                **{name: values[index] for name, values in counted.items()},
                 launches=index >= launches_from,
                 odd=np.flatnonzero(step != 1) + 1,
-                falls=(np.flatnonzero(step < 0) + 1).tolist(),
+                splits=(np.flatnonzero((step < 0) | (np.diff(task[index]) != 0)) + 1).tolist(),
                 request=np.empty(len(index), np.int64),
                 phase=np.empty(len(index), np.uint8),
             )
@@ -234,8 +332,11 @@ class RequestAssigner:
             request.id = self._allot()
         ids = np.array([*(r.id for r in self._touched), -1], np.int64)
         self._begun, self._touched = [], []
-        self._launches = self._launches or any(e.launches for e in happened)
+        self._launches = self._launches or launches_from < n or any(e.launches for e in happened)
         self._n_rows += n
+        self._n_events += len(happened)
+        self._unrecorded = happened[-1].unrecorded if happened else self._unrecorded
+        self._lost = max((self._lost, int(counted["lost"].max(initial=0)), *(e.lost for e in happened)))
         return ids[piece_of], phase
 
     def take_ended(self) -> Columns:
@@ -247,7 +348,8 @@ class RequestAssigner:
     def finish(self) -> Columns:
         """End all requests and give those not yet taken: the columns of the table ``requests``."""
         for state in self._sequences.values():
-            self._end(state, keep_waiting=self._launches and not state.emptied)
+            known = self._lost == state.lost
+            self._end(state, (self._left(state) if known else -1) if self._launches else 0)
         return self.take_ended()
 
     def _table(self, requests: list[_Request]) -> Columns:
@@ -268,19 +370,39 @@ class RequestAssigner:
 
     # -- events --------------------------------------------------------------------------------------
 
-    def _happened(self, events: Mapping[str, NDArray[Any]] | None, serial: NDArray[np.int64]) -> list[_Event]:
+    def _happened(
+        self, events: Mapping[str, NDArray[Any]] | None, serial: NDArray[np.int64], launches_from: int
+    ) -> list[_Event]:
         if events is None or len(events["serial"]) == 0:
             return []
-        columns = [np.asarray(events[name]).astype(np.int64).tolist() for name in EVENT_INPUTS]
-        before = np.searchsorted(serial, np.asarray(columns[0], np.int64)).tolist()
-        launches, happened = self._launches, []
-        for row, (number, code, sequence, p0, p1, arg) in zip(
-            before, zip(*columns, strict=True), strict=True
+        columns = [np.asarray(events[name]).astype(np.int64) for name in EVENT_INPUTS]
+        before = np.maximum.accumulate(np.searchsorted(serial, columns[0]))
+        if self._numbered:
+            seen = np.arange(self._n_events, self._n_events + len(before))
+            lost = _gone(np.asarray(events["number"]).astype(np.int64) - seen)
+        else:
+            lost = np.zeros(len(before), np.int64)
+        launches, unrecorded, happened = False, self._unrecorded, []
+        for row, gone, number, code, sequence, p0, p1, arg in zip(
+            *(column.tolist() for column in (before, lost, *columns)), strict=True
         ):
-            launches = launches or code == EventCode.LAUNCH
+            launches = launches or code == EventCode.LAUNCH or launches_from < row or self._launches
             missing = number - (self._n_rows + row)
+            if code == EventCode.RESUME and self._numbered:
+                unrecorded += max(p1, 0)
             happened.append(
-                _Event(row, launches, missing, code, sequence, max(p0, 0), p1 if p1 >= 0 else _END, arg)
+                _Event(
+                    row,
+                    launches,
+                    missing,
+                    unrecorded,
+                    gone,
+                    code,
+                    sequence,
+                    max(p0, 0),
+                    p1 if p1 >= 0 else _END,
+                    arg,
+                )
             )
         return happened
 
@@ -296,7 +418,7 @@ class RequestAssigner:
                 concerned = {event.arg} & known
             elif event.code == EventCode.SEQ_KEEP:
                 concerned = known - {event.sequence}
-            elif event.code == EventCode.CLEAR or event.sequence < 0:
+            elif event.code in _OF_ALL or event.sequence < 0:
                 concerned = known
             else:
                 concerned = {event.sequence} & known
@@ -309,39 +431,48 @@ class RequestAssigner:
         if p0 >= p1 and code in (EventCode.SEQ_RM, EventCode.SEQ_ADD, EventCode.SEQ_DIV):
             return  # names no position
         if code == EventCode.LAUNCH:
-            self._end(state, keep_waiting=not state.emptied)
+            # the next one of its sequence, and nothing lost since the last row: what was removed is known
+            known = event.lost == state.lost and event.arg == state.task + 1
+            self._end(state, self._left(state) if known or not self._numbered else -1)
             if event.sequence >= 0:
-                state.missing = event.missing
+                state.missing, state.unrecorded = event.missing, event.unrecorded
+        elif code == EventCode.CONTEXT and self._numbered:
+            self._end(state, self._left(state) if event.lost == state.lost else -1)
+            state.last = state.top = -1
+            state.batch, state.cuts = _NEVER, 0
+            state.emptied = state.copied = False
         elif code in (EventCode.CLEAR, EventCode.SEQ_KEEP) or (
             code == EventCode.SEQ_RM and p0 == 0 and p1 == _END
         ):
-            state.waiting += _count(state.own)
-            state.own, state.top, state.emptied = [], -1, True
+            state.set_aside(np.ones(state.own.n, bool), all_of_it=True)
+            state.top, state.emptied = -1, True
             state.cuts += 1
             if not event.launches:
-                self._end(state, keep_waiting=False)
+                self._end(state)
         elif code == EventCode.SEQ_RM and p1 > state.top:
-            state.waiting += _count(state.own)
-            state.own = _map(state.own, p0, _END, lambda p: None)
-            state.waiting -= _count(state.own)
+            state.set_aside(state.own.position >= p0)
             state.top = min(state.top, p0 - 1)
             state.cuts += 1
         elif code == EventCode.SEQ_RM:  # a hole in the middle: a context shift begins so
-            state.own = _map(state.own, p0, p1, lambda p: None)
+            state.own.remove((state.own.position >= p0) & (state.own.position < p1))
         elif code in (EventCode.SEQ_ADD, EventCode.SEQ_DIV):
             arg = event.arg
             if code == EventCode.SEQ_DIV and arg < 1:
                 return
-
-            def moved(p: int) -> int:
-                return p + arg if code == EventCode.SEQ_ADD else p // arg
-
-            state.own = _map(state.own, p0, p1, moved)
+            where = state.own.position
+            inside = (where >= p0) & (where < p1)
+            where[inside] = where[inside] + arg if code == EventCode.SEQ_ADD else where[inside] // arg
+            top = state.top
             for name in ("last", "top", "batch_first"):
                 p = getattr(state, name)
-                setattr(state, name, moved(p) if p0 <= p < p1 else p)
+                if p0 <= p < p1:
+                    setattr(state, name, p + arg if code == EventCode.SEQ_ADD else p // arg)
+            # what was removed lay behind the top
+            state.cut = state.cut + np.array([[state.top - top], [0]])
             if state.request is not None and code == EventCode.SEQ_ADD and arg < 0:
-                state.request.n_shifts += 1
+                state.shifts += 1
+                if not self._numbered:
+                    state.request.n_shifts, state.shifts = state.request.n_shifts + 1, 0
         elif code == EventCode.SEQ_CP:
             state.copied = True
         elif code == EventCode.RESTORE:
@@ -362,23 +493,24 @@ class RequestAssigner:
     def _go(self, state: _Sequence, data: _Rows, start: int, stop: int) -> None:
         """Go through rows [start, stop) of one sequence, between which no event lies."""
         while start < stop:
-            i = bisect.bisect_right(data.falls, start)
-            end = min(stop, data.falls[i]) if i < len(data.falls) else stop
+            i = bisect.bisect_right(data.splits, start)
+            end = min(stop, data.splits[i]) if i < len(data.splits) else stop
             self._piece(state, data, start, end)
             start = end
 
     def _begins(self, state: _Sequence, data: _Rows, i: int) -> bool:
-        if state.request is None:
+        if state.request is None or data.task[i] != state.task:
             return True
         if data.launches[i]:
             return False
         position = data.position[i]
+        decode = state.batch_decode if self._numbered else state.batch > state.request.first_output_batch
         rejected = (
             data.output[i]
             and state.cuts <= 1
             and state.batch_first < position <= state.last
             and state.batch_output
-            and state.batch > state.request.first_output_batch
+            and decode
         )
         return bool(
             (state.cuts or position < state.last)
@@ -387,116 +519,136 @@ class RequestAssigner:
         )
 
     def _piece(self, state: _Sequence, data: _Rows, a: int, b: int) -> None:
-        """Take rows [a, b), whose positions nowhere fall back."""
+        """Take rows [a, b), whose positions nowhere fall back, all of one task."""
         first, last = int(data.position[a]), int(data.position[b - 1])
         missing = int(data.missing[a]) - state.missing
+        unrecorded = int(data.unrecorded[a]) - state.unrecorded
         if self._begins(state, data, a):
-            self._end(state, keep_waiting=False)
-            unknown = first < 0 or (first > 0 and missing > 0)
-            state.request = _Request(
-                state.number, int(data.serial[a]), int(data.time_ns[a]), n_cached=-1 if unknown else first
+            # a task without its LAUNCH: what was removed before it may be its own doing
+            self._end(state, -1 if data.task[a] != state.task else 0)
+            unknown = first < 0 or (first > 0 and (missing > 0 or unrecorded > 0))
+            request = state.request = _Request(
+                state.number,
+                int(data.serial[a]),
+                int(data.time_ns[a]),
+                n_cached=-1 if unknown else first,
+                lost_before=state.lost,
             )
+            if self._numbered:
+                request.n_recomputed = request.n_undecided = request.n_unrecorded = 0
             if state.copied and first > 0 and data.output[a]:
                 # its prompt was computed in another sequence, and it begins with what was sampled there
-                state.request.first_output_batch = int(data.batch[a]) - 1
-            self._begun.append(state.request)
+                request.first_output_batch = int(data.batch[a]) - 1
+                request.decoding = True
+            self._begun.append(request)
         else:
             assert state.request is not None
             request = state.request
-            request.n_rejected += state.waiting
             if first < state.top:
-                request.n_rejected += _count(state.own)
-                state.own = _map(state.own, first, _END, lambda p: None)
-                request.n_rejected -= _count(state.own)
+                state.set_aside(state.own.position >= first)
             elif not state.copied:
-                request.n_lost += max(0, min(first - state.top - 1, missing))
-        request = state.request
+                gap = max(first - state.top - 1, 0)
+                request.n_lost += max(min(gap, missing), 0)
+                request.n_unrecorded += max(min(gap - max(missing, 0), unrecorded), 0)
+            request.n_shifts += state.shifts
+            self._judge(state, request, data.position[a:b], data.token[a:b])
 
         data.request[a:b] = len(self._touched)
         self._touched.append(request)
         lo, hi = np.searchsorted(data.odd, [a + 1, b]).tolist()
         odd = data.odd[lo:hi]
         if len(odd):
-            gap = data.position[odd] - data.position[odd - 1] - 1
-            gone = np.minimum(gap, data.missing[odd] - data.missing[odd - 1])
+            skipped = data.position[odd] - data.position[odd - 1] - 1
+            gone = np.minimum(skipped, data.missing[odd] - data.missing[odd - 1])
             request.n_lost += int(np.maximum(gone, 0).sum())
-        for run in _runs(data.position[a:b], regular=len(odd) == 0):
-            if state.own and state.own[-1][1] + 1 == run[0] and state.own[-1][2] == run[2]:
-                state.own[-1][1] = run[1]
-            else:
-                state.own.append(run)
+        state.own.add(data.position[a:b], data.token[a:b])
 
-        n_decode = 0
-        if request.first_output_batch == _NEVER:
-            output = data.output[a:b]
-            i = int(output.argmax())
-            if output[i]:
-                request.first_output_batch = int(data.batch[a + i])
-        if request.first_output_batch == _NEVER:
-            data.phase[a:b] = Phase.PREFILL
-        else:
-            decode = data.batch[a:b] > request.first_output_batch
-            data.phase[a:b] = decode
-            n_decode = int(np.count_nonzero(decode))
+        decode = self._decoded(request, data, a, b)
+        data.phase[a:b] = decode
+        n_decode = int(np.count_nonzero(decode))
         request.n_decode += n_decode
         request.n_prefill += b - a - n_decode
         request.last_serial = int(data.serial[b - 1])
         request.end_ns = int(data.time_ns[b - 1])
+        if self._numbered:
+            request.n_events_lost = max(int(data.lost[b - 1]) - request.lost_before, 0)
 
         state.last = state.top = last
         state.last_output = bool(data.output[b - 1])
-        state.missing = int(data.missing[b - 1])
+        state.missing, state.unrecorded = int(data.missing[b - 1]), int(data.unrecorded[b - 1])
+        state.lost, state.task = int(data.lost[b - 1]), int(data.task[b - 1])
         batch = int(data.batch[b - 1])
         k = a + int(np.searchsorted(data.batch[a:b], batch))
         if k > a or batch != state.batch:
             state.batch, state.batch_first, state.batch_output = batch, int(data.position[k]), True
+            state.batch_decode = bool(decode[k - a])
         state.batch_output = state.batch_output and bool(data.output[k:b].all())
-        state.cuts = 0
+        state.cuts = state.shifts = 0
         state.emptied = state.copied = False
-        state.waiting = 0
 
-    def _end(self, state: _Sequence, *, keep_waiting: bool) -> None:
-        if state.request is not None:
-            if keep_waiting:
-                state.request.n_rejected += state.waiting
-            self._ended.append(state.request)
-        state.request, state.own, state.waiting = None, [], 0
+    def _decoded(self, request: _Request, data: _Rows, a: int, b: int) -> NDArray[np.bool_]:
+        """Say which of rows [a, b) are decode."""
+        if self._numbered:
+            decode = np.logical_or.accumulate(data.generated[a:b]) | request.decoding
+            request.decoding = bool(decode[-1])
+            return decode
+        if request.first_output_batch == _NEVER:
+            output = data.output[a:b]
+            i = int(output.argmax())
+            if not output[i]:
+                return np.zeros(b - a, bool)
+            request.first_output_batch = int(data.batch[a + i])
+        return data.batch[a:b] > request.first_output_batch
+
+    def _judge(
+        self,
+        state: _Sequence,
+        request: _Request,
+        position: NDArray[np.int64],
+        token: NDArray[np.int64],
+    ) -> None:
+        """Hold the rows that were removed against what comes instead."""
+        cut = state.cut
+        n = cut.shape[1]
+        if n == 0:
+            return
+        if self._numbered:
+            m = min(n, len(position))
+            same = np.logical_and.accumulate((cut[0, :m] == position[:m]) & (cut[1, :m] == token[:m]))
+            k = int(np.count_nonzero(same))
+            request.n_recomputed += k
+            if k == m:  # no other token yet
+                n = k
+            elif cut[0, k] == position[k]:
+                request.n_rejected += n - k
+            else:
+                request.n_undecided += n - k
+        else:
+            request.n_rejected += n
+        state.cut = cut[:, n:]
+        state.loose = state.cut.shape[1]
+
+    def _left(self, state: _Sequence) -> int:
+        """Give how many removed rows are to be counted where a request ends."""
+        return 0 if state.emptied and not self._numbered else state.loose
+
+    def _end(self, state: _Sequence, left: int = 0) -> None:
+        """End the sequence's request, if there is one; ``left`` rows were removed at last, -1: unknown."""
+        request = state.request
+        if request is not None:
+            if not self._numbered:
+                request.n_rejected += max(left, 0)
+            else:
+                request.n_undecided = -1 if left < 0 else request.n_undecided + left
+            self._ended.append(request)
+        state.request, state.own, state.cut = None, _Standing(), _NONE
+        state.loose = state.shifts = 0
 
 
-def _runs(positions: NDArray[np.int64], *, regular: bool) -> list[_Run]:
-    """Describe ascending positions as runs; ``regular`` says that each is the previous one plus 1."""
-    if regular:
-        return [[int(positions[0]), int(positions[-1]), 1]]
-    values, counts = np.unique(positions, return_counts=True)
-    breaks = np.flatnonzero((np.diff(values) != 1) | (np.diff(counts) != 0)) + 1
-    return [
-        [int(v[0]), int(v[-1]), int(c[0])]
-        for v, c in zip(np.split(values, breaks), np.split(counts, breaks), strict=True)
-    ]
-
-
-def _count(runs: list[_Run]) -> int:
-    return sum((last - first + 1) * n for first, last, n in runs)
-
-
-def _map(runs: list[_Run], p0: int, p1: int, moved: Callable[[int], int | None]) -> list[_Run]:
-    """Move the positions in [p0, p1); ``moved`` keeps order, or gives None for positions that go."""
-    result: list[_Run] = []
-    for first, last, n in runs:
-        if first < p0:
-            result.append([first, min(last, p0 - 1), n])
-        a, b = max(first, p0), min(last, p1 - 1)
-        if a <= b:
-            start, stop = moved(a), moved(b)
-            if start is not None and stop is not None:
-                if stop - start == b - a:
-                    result.append([start, stop, n])
-                else:  # divided: several positions fall together
-                    many = [moved(p) for p in range(a, b + 1)]
-                    result += [[r[0], r[1], r[2] * n] for r in _runs(np.array(many, np.int64), regular=False)]
-        if last >= p1:
-            result.append([max(first, p1), last, n])
-    return result
+def _gone(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Give how many were lost, of differences modulo 2³²; rows that are damaged may say anything."""
+    wrapped: NDArray[np.int64] = ((numbers + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
+    return np.maximum(wrapped, 0)
 
 
 def allot_again(request: NDArray[Any], then: Callable[[], int] | None = None) -> Callable[[], int]:
@@ -536,6 +688,9 @@ def replay(
 
     Yields the first row of each piece, and what :meth:`RequestAssigner.feed` gave for it.
     """
+    numbered = "task" in rows
+    row_inputs = (*ROW_INPUTS, *(NUMBERED_ROW_INPUTS if numbered else ()))
+    event_inputs = (*EVENT_INPUTS, *(NUMBERED_EVENT_INPUTS if numbered else ()))
     n, n_events = len(rows["serial"]), len(events["serial"])
     start = fed = 0
     while start < n or fed < n_events:
@@ -547,8 +702,8 @@ def replay(
         yield (
             start,
             *assigner.feed(
-                {name: rows[name][start:stop] for name in ROW_INPUTS},
-                {name: events[name][fed:upto] for name in EVENT_INPUTS},
+                {name: rows[name][start:stop] for name in row_inputs},
+                {name: events[name][fed:upto] for name in event_inputs},
             ),
         )
         start, fed = stop, upto

@@ -22,7 +22,7 @@ from moetrace.trace.intervention import described
 from moetrace.trace.labels import read_labels, resolve_labels
 from moetrace.trace.loss import Loss, count_loss
 from moetrace.trace.record import Counter, EventCode
-from moetrace.trace.requests import REQUEST_TABLE, Phase, RequestAssigner, allot_again, replay
+from moetrace.trace.requests import REQUEST_TABLE, UNCERTAIN, Phase, RequestAssigner, allot_again, replay
 from moetrace.trace.ring import peek_counters
 from moetrace.trace.rows import Columns, Layout
 from moetrace.trace.selection import Rows
@@ -156,9 +156,10 @@ class Trace(Rows):
         Columns: ``id``, ``label`` and ``prompt`` as the client gave them (None where it did not), ``slot``,
         ``n_prompt`` (cached and computed; NA where either is not known), ``n_generated`` (as the client counted;
         NA where it did not: the last token is never decoded), ``n_cached``, ``n_prefill``,
-        ``n_decode``, ``n_lost``, ``n_rejected``, ``n_shifts``, ``first_serial``, ``last_serial``,
+        ``n_decode``, ``n_lost``, ``n_rejected``, ``n_recomputed``, ``n_undecided``, ``n_shifts``,
+        ``n_unrecorded``, ``n_events_lost``, ``first_serial``, ``last_serial``,
         ``start_ns``, ``end_ns`` and ``running``; then whatever else the client said. docs/format.md explains
-        them. A new frame, not a view.
+        them. What is not certain because events were lost, or not recorded, is NA. A new frame, not a view.
         """
         import pandas as pd
 
@@ -168,17 +169,19 @@ class Trace(Rows):
         frame = frame.drop_duplicates("request").set_index("request")
         labels = self._labels
         said = [labels.get(number, {}) for number in frame.index.tolist()]
-        cached = frame["n_cached"].astype("Int64").mask(frame["n_cached"] < 0)
+        for name in (*UNCERTAIN, "n_events_lost"):
+            unknown = (frame[name] < 0) | ((frame["n_events_lost"] > 0) & (name != "n_events_lost"))
+            frame[name] = frame[name].astype("Int64").mask(unknown)
         result = pd.DataFrame(index=frame.index)
         for name in ("id", "label", "prompt"):
             result[name] = pd.Series([s.get(name) for s in said], index=frame.index, dtype=object)
         result["slot"] = frame["sequence"]
-        result["n_prompt"] = (cached + frame["n_prefill"]).mask(frame["n_lost"] > 0)
+        computed = frame["n_prefill"].mask((frame["n_lost"] > 0) | (frame["n_unrecorded"].fillna(0) > 0))
+        result["n_prompt"] = (frame["n_cached"] + computed).astype("Int64")
         generated = [n if type(n := s.get("n_generated")) is int else None for s in said]
         result["n_generated"] = pd.array(generated, dtype="Int64")
-        result["n_cached"] = cached
-        names = ["n_prefill", "n_decode", "n_lost", "n_rejected", "n_shifts", "n_unrecorded", "n_events_lost"]
-        for name in [*names, "first_serial", "last_serial", "start_ns", "end_ns", "running"]:
+        counts = [name for name in REQUEST_TABLE if name.startswith("n_")]
+        for name in [*counts, "first_serial", "last_serial", "start_ns", "end_ns", "running"]:
             result[name] = frame[name]
         for name in sorted({key for s in said for key in s} - set(result.columns)):
             result[name] = pd.Series([s.get(name) for s in said], index=frame.index, dtype=object)
@@ -364,6 +367,8 @@ class Trace(Rows):
         layers = self.layers.tolist()
         loss = self.loss
         lost = "nothing lost" if not loss.rows_lost and not loss.lost else f"{loss.rows_lost:,} rows lost"
+        if loss.events_lost:
+            lost = f"{loss.rows_lost:,} rows and {loss.events_lost:,} events lost"
         if loss.rows_waiting:
             lost += f", {loss.rows_waiting:,} not sealed yet"
         return [

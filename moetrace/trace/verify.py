@@ -16,8 +16,8 @@ from moetrace.trace.choice import ChoiceCheck
 from moetrace.trace.columns import Damage, Table
 from moetrace.trace.intervention import FOLDER, Rule, stored_rules
 from moetrace.trace.labels import read_labels
-from moetrace.trace.loss import LOST_COUNTERS
-from moetrace.trace.record import RowFlag, State
+from moetrace.trace.loss import LOST_COUNTERS, LOST_EVENT_COUNTERS
+from moetrace.trace.record import EventCode, RowFlag, State
 from moetrace.trace.requests import Phase
 from moetrace.trace.ring import peek_counters, peek_reader, process_alive
 from moetrace.trace.rows import LAYER_COLUMNS, Layout
@@ -42,12 +42,15 @@ class Verification:
         True if the trace is being recorded right now: what is not sealed yet is no fault.
     rows
         Rows that were looked at, all contexts together.
+    notes
+        What is no fault of the trace, and makes some of it uncertain: events that were lost, and counted.
     """
 
     path: Path
     findings: tuple[Damage, ...]
     live: bool
     rows: int
+    notes: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -63,8 +66,9 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
     Checked are: the checksums of every block, ledger row, JSON file and label; the spelling and length of
     headers; that experts are in range, distinct and as many as the layer uses, and sentinels exactly where
     none are; that experts are those with the highest scores, and scores follow from logits, where these were
-    captured; that serials ascend and miss as many rows as the counters say are lost; that
-    each request's counts are those of its rows; that the completeness sum is exact.
+    captured; that serials ascend and miss as many rows as the counters say are lost, and the numbers of events
+    likewise; that rows are of the tasks that the LAUNCHes say; that each request's counts are those of its rows;
+    that the completeness sum is exact.
 
     Parameters
     ----------
@@ -129,7 +133,7 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
         if progress:
             progress(f"{context.name}: contents")
         rows += context.rows.n_rows
-        for where, what in _contents(context, rules):
+        for where, what in (*_contents(context, rules), *_numbers(context)):
             findings.append(Damage(f"{context.name}/{where}", what, recoverable=False))
         findings += [
             Damage(context.name, what, live_only) for what, live_only in _completeness(context, store.live)
@@ -141,7 +145,24 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
         read_vocabulary(store.path)
     except TraceError as e:
         findings.append(Damage("vocabulary.json", e.why or e.what, recoverable=False))
-    return Verification(store.path, tuple(findings), live, rows)
+    notes = [note for context in contexts for note in _notes(context)]
+    return Verification(store.path, tuple(findings), live, rows, tuple(notes))
+
+
+def _counters(context: ContextStore) -> dict[str, Any]:
+    stored = context.facts.get("counters")
+    return stored if isinstance(stored, dict) else {}
+
+
+def _notes(context: ContextStore) -> Iterator[str]:
+    counters = _counters(context)
+    n = sum(counters[name] for name in LOST_EVENT_COUNTERS if type(counters.get(name)) is int)
+    if n > 0:
+        numbered = context.layout.numbered
+        yield (
+            f"{context.name}: {n:,} event{'s' if n > 1 else ''} of slots and their memory lost, by the counters; "
+            + ("what is not certain of requests is marked" if numbered else "requests may be mixed up")
+        )
 
 
 def _closing(store: TraceStore, tables: dict[str, Table]) -> Iterator[Damage]:
@@ -247,8 +268,7 @@ def _completeness(context: ContextStore, live: bool) -> Iterator[tuple[str, bool
     """Hold serials and counters against each other: (what is wrong, whether recovering may mend it)."""
     serial = context.rows["serial"]
     n_rows = context.rows.n_rows
-    stored = context.facts.get("counters")
-    counters = stored if isinstance(stored, dict) else {}
+    counters = _counters(context)
     if live:
         peeked = peek_counters(context.ring)
         if peeked is not None and not counters:
@@ -262,6 +282,82 @@ def _completeness(context: ContextStore, live: bool) -> Iterator[tuple[str, bool
         yield f"{counters['rows_produced']} rows were computed, but {n_rows} are here and {lost} lost", live
     if n_rows and int(serial[-1]) >= counters["rows_produced"]:
         yield f"a row has serial {serial[-1]}, but only {counters['rows_produced']} were computed", False
+    if context.layout.numbered:
+        yield from ((what, live) for what in _events_complete(context, counters))
+
+
+def _events_complete(context: ContextStore, counters: dict[str, Any]) -> Iterator[str]:
+    """The numbers missing among events are as many as were lost."""
+    names = ["events_committed", *LOST_EVENT_COUNTERS]
+    if not all(type(counters.get(name)) is int and 0 <= counters[name] < 1 << 63 for name in names):
+        yield "context.json does not count its events: how many were lost cannot be said"
+        return
+    n_events = context.events.n_rows
+    committed, refused, overwritten = (counters[name] for name in names)
+    if committed != n_events + overwritten:
+        yield f"{committed} events were written, but {n_events} are here and {overwritten} overwritten"
+    # numbers wrap around: count from how many there were
+    total = committed + refused
+    for what, column in (("an event", context.events["number"]), ("a row", context.rows["events_before"])):
+        if len(column):
+            behind = (total - int(column[-1]) - (what == "an event") + (1 << 31)) % (1 << 32) - (1 << 31)
+            if behind < 0:
+                yield f"{what} says that {-behind} events more happened than were counted"
+
+
+def _numbers(context: ContextStore) -> Iterator[tuple[str, str]]:
+    """Numbers of events and tasks fit each other: (column, what is wrong), each once."""
+    if not context.layout.numbered:
+        return
+    rows, events = context.rows, {name: np.asarray(column) for name, column in context.events.items()}
+    if np.any(np.diff(events["number"]).view(np.int32) <= 0):
+        yield "events/number", "numbers of events do not ascend"
+    launch = events["code"] == EventCode.LAUNCH
+    launches = {
+        int(s): (events["serial"][mine].astype(np.int64), events["arg"][mine].astype(np.int64))
+        for s in np.unique(events["sequence"][launch])
+        for mine in [launch & (events["sequence"] == s)]
+    }
+    if any(np.any(np.diff(task) <= 0) for _, task in launches.values()):
+        yield "events/arg", "the tasks of a sequence's LAUNCHes do not ascend"
+    told: set[str] = set()
+    last = np.zeros(1, np.uint32)
+    task_of: dict[int, int] = {}
+    for start in range(0, rows.n_rows, _CHUNK):
+        piece = {
+            name: rows[name][start : start + _CHUNK]
+            for name in ("serial", "sequence", "task", "events_before")
+        }
+        before = np.concatenate([last, piece["events_before"]])
+        last = before[-1:]
+        seen = np.searchsorted(events["serial"], piece["serial"], side="right").astype(np.uint32)
+        checks = [
+            ("events_before", "the number of events before a row falls", np.diff(before).view(np.int32) < 0),
+            (
+                "events_before",
+                "a row says that fewer events came before it than are here",
+                (piece["events_before"] - seen).view(np.int32) < 0,
+            ),
+        ]
+        for sequence in np.unique(piece["sequence"]).tolist():
+            mine = piece["sequence"] == sequence
+            task = piece["task"][mine].astype(np.int64)
+            serial, tasks = launches.get(sequence, (np.empty(0, np.int64), np.empty(0, np.int64)))
+            if sequence < 0:
+                continue
+            at = np.searchsorted(serial, piece["serial"][mine].astype(np.int64), side="right")
+            least, most = np.append(0, tasks)[at], np.append(tasks - 1, np.iinfo(np.int64).max)[at]
+            strange = np.zeros(len(mine), bool)
+            strange[mine] = (task < least) | (task > most)
+            checks.append(("task", "a row's task is not the one that its sequence's LAUNCHes say", strange))
+            falls = np.zeros(len(mine), bool)
+            falls[mine] = np.diff(task, prepend=task_of.get(sequence, 0)) < 0
+            task_of[sequence] = int(task[-1])
+            checks.append(("task", "the task of a sequence falls", falls))
+        for column, what, wrong in checks:
+            if wrong.any() and what not in told:
+                told.add(what)
+                yield f"rows/{column}", f"{what} (first in row {start + int(np.flatnonzero(wrong)[0])})"
 
 
 def _requests(store: TraceStore, contexts: list[ContextStore]) -> Iterator[str]:

@@ -21,6 +21,7 @@ from moetrace.analysis import (
     reading_order,
 )
 from moetrace.analysis import counts as counting
+from moetrace.analysis.counts import last_rows
 from moetrace.errors import UsageError
 
 SIZES = [(32, 4), (8, 2), (33, 3), (64, 8), (65, 5), (100, 1), (255, 4), (256, 8), (300, 6)]
@@ -166,6 +167,20 @@ def test_a_context_shift_rejects_nothing_and_breaks_the_run() -> None:
     order = reading_order(np.zeros(6, int), [0, 1, 2, 3, 2, 3], shifted=[0])
     assert order.rows.tolist() == [0, 1, 2, 3, 4, 5]
     assert order.run_starts.tolist() == [0, 4, 6]
+
+
+def test_tokens_computed_again_are_text_once() -> None:
+    """GIVEN a hybrid model's rows: 5 6 7 drafted, memory restored, 5 6 again, then 8 THEN each position stands once."""
+    order = reading_order(np.zeros(7, int), [4, 5, 6, 7, 5, 6, 7])
+    assert order.rows.tolist() == [0, 4, 5, 6]
+    assert order.run_starts.tolist() == [0, 4]
+
+
+def test_the_last_rows_of_some_requests() -> None:
+    request = [3, 5, 3, 5, 5, -1, 3, 7]
+    found = last_rows(request, [3, 5, 7, 9], [3, 3, 2, 1], [2, 0, 1, 1])
+    assert np.flatnonzero(found).tolist() == [2, 6]  # of 7 only one of two rows is here
+    assert not last_rows([], [3], [1], [1]).any()
 
 
 def test_unrecorded_positions_follow_each_other() -> None:

@@ -122,6 +122,21 @@ def test_every_analysis_runs_on_a_trace() -> None:
         from_trace(FakeTrace()).gate_distances()
 
 
+def test_rows_that_were_removed_when_the_answer_ended_are_no_text() -> None:
+    """Of a recording that was cut to other rows nothing is left out: its last row need not be a request's."""
+    trace = FakeTrace()
+    trace.requests = trace.requests.assign(
+        n_prefill=10,
+        n_decode=40,
+        n_undecided=pd.array([3, 0, pd.NA, *[0] * (N_REQUESTS - 3)], "Int64"),
+        n_shifts=pd.array([0, pd.NA, *[0] * (N_REQUESTS - 2)], "Int64"),
+    )
+    tokens = from_trace(trace).counts.tokens[:, 0]
+    assert tokens.tolist() == [37, *[40] * (N_REQUESTS - 1)]
+    trace.requests["n_decode"] = 41
+    assert set(from_trace(trace).counts.tokens[:, 0].tolist()) == {40}
+
+
 def test_unlabelled_requests_count_for_routing_and_not_for_domains() -> None:
     a = from_trace(FakeTrace(unlabelled=(0, 3)))
     assert a.counts.prompts.size == 8

@@ -22,11 +22,12 @@ from moetrace.trace.store import VERSION, TraceStore, write_vocabulary
 
 @dataclass
 class Context:
-    """What one context recorded: its layout, records (rows and events), and how many serials were lost."""
+    """What one context recorded: its layout, records (rows and events), and how many serials and events were lost."""
 
     layout: Layout
     records: np.ndarray
     lost: int = 0
+    events_lost: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -38,6 +39,7 @@ class Context:
         counters["rows_committed"] = n_rows
         counters["rows_lost_full"] = self.lost
         counters["events_committed"] = len(self.records) - n_rows
+        counters["events_lost"] = self.events_lost
         return counters
 
 
@@ -150,6 +152,7 @@ def write_trace(
             producer.write(context.records)
             producer.count(Counter.ROWS_PRODUCED, context.lost)
             producer.count(Counter.ROWS_LOST_FULL, context.lost)
+            producer.count(Counter.EVENTS_LOST, context.events_lost)
             producer.data[512:520] = sealed.to_bytes(8, "little")
             producer.save(folder / "ring")
     requests.close()

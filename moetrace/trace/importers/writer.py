@@ -432,6 +432,8 @@ def _end(requests: TableWriter, request: _Request) -> None:
         "n_cached": -1,
         "n_rejected": 0,
         "n_shifts": 0,
+        "n_recomputed": 0,
+        "n_undecided": 0,
         "n_unrecorded": 0,
         "n_events_lost": 0,
     }
