@@ -230,11 +230,9 @@ std::vector<ggml_tensor *> ids_asks_find(ggml_abi & abi, ggml_backend_sched * sc
         const auto it = entry_of(t);
         return it == places.end() ? -1 : it->second;
     };
-    const auto is_of = [&](int i, const ggml_backend * backend) { // views belong to no split
-        ggml_tensor * node = abi.graph_node(graph, i);
-        const op_kind op = abi.op(node);
-        return op == OP_VIEW || op == OP_RESHAPE || op == OP_PERMUTE || op == OP_TRANSPOSE ||
-            abi.sched_get_tensor_backend(sched, node) == backend;
+    const auto is_view = [&](int i) { // they compute nothing and belong to no split
+        const op_kind op = abi.op(abi.graph_node(graph, i));
+        return op == OP_VIEW || op == OP_RESHAPE || op == OP_PERMUTE || op == OP_TRANSPOSE;
     };
 
     std::vector<ggml_tensor *> asks;
@@ -244,12 +242,15 @@ std::vector<ggml_tensor *> ids_asks_find(ggml_abi & abi, ggml_backend_sched * sc
             int at = place_of(user);
             if (at >= 0 && !same_memory(abi, abi.src(user, abi.op(user) == OP_GET_ROWS ? 1 : 2), layer.ids)) {
                 const ggml_backend * backend = abi.sched_get_tensor_backend(sched, user);
-                while (at > 0 && is_of(at - 1, backend)) {
+                while (at > 0 && (is_view(at - 1) || abi.sched_get_tensor_backend(sched, abi.graph_node(graph, at - 1)) == backend)) {
                     at--;
                 }
                 at--; // the last node before the copy
             }
             last = std::max(last, at);
+        }
+        while (last >= 0 && last + 1 < n_nodes && is_view(last + 1)) {
+            last++;
         }
         const int weights = layer.weights ? place_of(layer.weights) : -1;
         asks.push_back(!layer.weights || last < 0 ? layer.ids :

@@ -29,7 +29,12 @@ static output_rows outputs_read(tracer_env & env, context_trace & c, const graph
     if (!g.moe.out_ids) {
         return {};
     }
-    return { g.out_ids.t ? input_read(env.abi, g.out_ids, c.out_ids) : &none, g.out_ids.n };
+    const int32_t * ids = g.out_ids.t ? input_read(env.abi, g.out_ids, c.out_ids) : &none;
+    if (ids != &none && ids != c.out_ids.data()) {
+        c.out_ids.assign(ids, ids + g.out_ids.n); // the host may set the next ubatch's before this one's rows are read
+        ids = c.out_ids.data();
+    }
+    return { ids, g.out_ids.n };
 }
 
 // whether the host has sampled from the position before
