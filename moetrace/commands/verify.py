@@ -12,8 +12,8 @@ from moetrace.trace.verify import verify
 class Verify:
     """Check that a trace holds what it promises.
 
-    Every checksum, every sentinel and every count. Exit code 0: fine; 3: something is wrong that
-    `moetrace recover` can mend; 4: corrupt.
+    Every checksum, every sentinel and every count, of all contexts. Exit code 0: fine; 1: it holds nothing; 3:
+    something is wrong that `moetrace recover` can mend; 4: corrupt.
     """
 
     passthrough = False
@@ -33,7 +33,11 @@ class Verify:
             )
         if result.exit_code == 3:
             print(f"Next: moetrace recover {result.path}")
+        elif result.empty:
+            print(f"{red('empty')}  {result.path} holds nothing: {result.empty}")
         elif not result.findings and not args.quiet:
             now = ", and being recorded" if result.live else ""
-            print(f"{paint('fine', '32')}  {result.path}: {result.rows:,} rows{now}")
+            models = f" of {result.models} models" if result.models > 1 else ""
+            several = f" in {result.contexts} contexts{models}" if result.contexts > 1 else ""
+            print(f"{paint('fine', '32')}  {result.path}: {result.rows:,} rows{several}{now}")
         return result.exit_code

@@ -46,12 +46,12 @@ class Overview(Question):
             ],
             columns=["what", "rows", "entries"],
         ).astype({"rows": "Int64", "entries": "Int64"})
-        phases = sum_up([overview.phases(t.phase, t.state, t.request) for t in subject.traces], ["phase"])
+        phases = sum_up([overview.phases(t.phase, t.state, t.request) for t in subject.parts], ["phase"])
         domains = overview.domains([trace.requests for trace in subject.traces])
         layers = sum_up(
             [
                 overview.layers(t.state, layers=t.layers, n_expert=t.n_expert, n_expert_used=t.n_expert_used)
-                for t in subject.traces
+                for t in subject.parts
             ],
             ["layer", "n_expert", "n_expert_used"],
         )
@@ -62,7 +62,7 @@ class Overview(Question):
         experts = "/".join(map(str, sorted(set(layers["n_expert"]))))
         used = "/".join(map(str, sorted(set(layers["n_expert_used"]))))
         whole = (
-            "Nothing was lost"
+            f"Nothing {'of this ' if subject.left_out else ''}was lost"
             if loss.complete
             else f"{loss.lost:,} of {loss.produced:,} entries were lost ({loss.lost / max(loss.produced, 1):.2%})"
             + (f" and {loss.waiting:,} are not sealed yet" if loss.waiting else "")
@@ -81,7 +81,13 @@ class Overview(Question):
             sentences.append(
                 f"{number(len(labelled), 'domain')} ({', '.join(labelled['domain'])}), {each} prompt{plural} each."
             )
-        caveats = [subject.phase_note]
+        caveats = [*subject.left_out, subject.phase_note]
+        for trace in subject.traces:
+            if len(trace.shown) > 1:
+                names = ", ".join(trace.shown)
+                sentences.append(
+                    f"{len(trace.shown)} contexts of {trace.path.name} are taken together: {names}."
+                )
         if loss.not_computed:
             some = layers[layers["not_computed"] > 0]["layer"]
             caveats.append(

@@ -85,6 +85,16 @@ class Subject:
             )
         return self.traces[0]
 
+    @property
+    def parts(self) -> tuple[Trace, ...]:
+        """The contexts of all traces, one by one: their columns are views (:attr:`Trace.parts`)."""
+        return tuple(part for trace in self.traces for part in trace.parts)
+
+    @property
+    def left_out(self) -> list[str]:
+        """A sentence for each context of a trace that is not looked at."""
+        return [f"{trace.path.name}: {said}." for trace in self.traces for said in trace.left_out]
+
     @cached_property
     def phase(self) -> Phase:
         """Which rows are looked at."""
@@ -93,7 +103,7 @@ class Subject:
         if self.table is not None:
             return "unknown"
         for name, code in _PHASES:
-            if any(np.any(np.asarray(trace.phase) == code) for trace in self.traces):
+            if any(np.any(np.asarray(part.phase) == code) for part in self.parts):
                 return name
         return "decode"
 

@@ -284,7 +284,7 @@ class Evaluator:
                 )
                 self._folder = writer.path
                 self._stack.callback(writer.close)
-                self._stack.callback(store_vocabulary, writer.path, self._model_path)
+                self._stack.callback(store_vocabulary, writer.path)
                 self._stack.enter_context(tracing(writer, chosen))
                 self._control = writer.path
             else:

@@ -315,7 +315,7 @@ def capture(
                 why="it is a dense model, or the tracer does not understand this llama.cpp",
                 fix="use a Mixture-of-Experts model; `moetrace doctor` checks llama.cpp",
             )
-        store_vocabulary(folder, str(model))
+        store_vocabulary(folder)
     finally:
         trace.close()
     return open_trace(folder)

@@ -56,7 +56,6 @@ class ResumedRecording:
             self.trace.detach()
             raise
         self.rows_caught_up = self.drain.rows
-        self._model_path = store.meta.get("model_path")
         self.drain.start()
 
     @property
@@ -79,7 +78,7 @@ class ResumedRecording:
         """
         try:
             self.drain.stop()
-            store_vocabulary(self.trace.path, self._model_path)
+            store_vocabulary(self.trace.path)
         except MoetraceError:
             self.trace.detach()
             raise

@@ -114,7 +114,7 @@ class TracedProcess:
             refused = e
         try:
             self.drain.stop()
-            store_vocabulary(self.trace.path, self._model_path)
+            store_vocabulary(self.trace.path)
         except MoetraceError:
             with contextlib.suppress(MoetraceError):
                 self.trace.close(exit_code=exit_code, state="live")

@@ -12,14 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrace.errors import MoetraceError, TraceError
+from moetrace.trace.choice import holds_nothing
 from moetrace.trace.columns import Damage, Table
+from moetrace.trace.identity import same_model
 from moetrace.trace.labels import read_labels
 from moetrace.trace.loss import LOST_COUNTERS
 from moetrace.trace.record import RowFlag, State
 from moetrace.trace.requests import Phase
 from moetrace.trace.ring import peek_counters, peek_reader, process_alive
 from moetrace.trace.rows import LAYER_COLUMNS, Layout
-from moetrace.trace.store import ContextStore, TraceStore, read_vocabulary
+from moetrace.trace.store import VOCABULARY_NAME, ContextStore, TraceStore, read_vocabulary
 
 _CHUNK = 1 << 14  # rows looked at together
 
@@ -40,18 +42,25 @@ class Verification:
         True if the trace is being recorded right now: what is not sealed yet is no fault.
     rows
         Rows that were looked at, all contexts together.
+    contexts, models
+        How many llama contexts there are, and of how many models.
+    empty
+        Why the trace holds nothing, a sentence; empty if it has a context.
     """
 
     path: Path
     findings: tuple[Damage, ...]
     live: bool
     rows: int
+    contexts: int = 1
+    models: int = 1
+    empty: str = ""
 
     @property
     def exit_code(self) -> int:
-        """0 fine, 3 if `moetrace recover` can mend all that is wrong, 4 corrupt."""
+        """0 fine, 1 if it holds nothing, 3 if `moetrace recover` can mend all that is wrong, 4 corrupt."""
         if not self.findings:
-            return 0
+            return 1 if self.empty else 0
         return 3 if all(finding.recoverable for finding in self.findings) else 4
 
 
@@ -129,11 +138,26 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
     if "requests" in tables:
         findings += [Damage("requests", what, recoverable=False) for what in _requests(store, contexts)]
     findings += [Damage("labels.jsonl", what, recoverable=False) for what in read_labels(store.path)[1]]
-    try:
-        read_vocabulary(store.path)
-    except TraceError as e:
-        findings.append(Damage("vocabulary.json", e.why or e.what, recoverable=False))
-    return Verification(store.path, tuple(findings), live, rows)
+    named = [name for c in contexts if isinstance(name := c.facts.get("vocabulary"), str)]
+    for file in dict.fromkeys([VOCABULARY_NAME, *named]):
+        try:
+            if read_vocabulary(store.path, file) is None and file in named:
+                findings.append(Damage(file, "context.json names it, but it is not there", recoverable=False))
+        except TraceError as e:
+            findings.append(Damage(file, e.why or e.what, recoverable=False))
+    models: list[ContextStore] = []
+    for context in contexts:
+        if not any(same_model(context.facts, other.facts) for other in models):
+            models.append(context)
+    return Verification(
+        store.path,
+        tuple(findings),
+        live,
+        rows,
+        len(store.context_names),
+        len(models),
+        "" if store.context_names else holds_nothing(store).why,
+    )
 
 
 def _closing(store: TraceStore, tables: dict[str, Table]) -> Iterator[Damage]:

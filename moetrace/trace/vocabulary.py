@@ -1,0 +1,44 @@
+"""The text of token ids: what a trace keeps of it, context by context, or what a model file says."""
+
+from __future__ import annotations
+
+from moetrace.trace import identity
+from moetrace.trace.model import ModelFile
+from moetrace.trace.store import ContextStore, TraceStore, read_vocabulary
+
+
+def vocabulary_of(store: TraceStore, context: ContextStore) -> list[bytes] | None:
+    """Give the text of each token id of a context's model, as bytes; None if neither trace nor model file tells.
+
+    Raises
+    ------
+    TraceError
+        If the file that context.json names is damaged.
+    """
+    name = context.facts.get("vocabulary")
+    if isinstance(name, str):
+        return read_vocabulary(store.path, name)
+    if _is_main(store, context) and (stored := read_vocabulary(store.path)) is not None:
+        return stored
+    path = model_path(store, context)
+    if path is None:
+        return None
+    with ModelFile(path) as file:
+        return file.vocabulary
+
+
+def model_path(store: TraceStore, context: ContextStore) -> str | None:
+    """Find the model file of a context: of those that its process read, or that the trace names, the one that fits."""
+    named = store.meta.get("model_path")
+    for paths in (identity.model_files(context.facts), [named] if isinstance(named, str) else []):
+        if found := identity.identify(context.facts, paths):
+            return found
+    return None
+
+
+def _is_main(store: TraceStore, context: ContextStore) -> bool:
+    """Whether the trace's one vocabulary is of this context's model: in a trace of which no context names its own."""
+    if any("vocabulary" in other.facts for other in store.contexts):
+        return False
+    main = [other for other in store.contexts if identity.role(other.facts) == "main"] or store.contexts
+    return context.name == main[0].name or identity.same_model(context.facts, main[0].facts)
