@@ -138,7 +138,8 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
     if "requests" in tables:
         findings += [Damage("requests", what, recoverable=False) for what in _requests(store, contexts)]
     findings += [Damage("labels.jsonl", what, recoverable=False) for what in read_labels(store.path)[1]]
-    named = [name for c in contexts if isinstance(name := c.facts.get("vocabulary"), str)]
+    told = [c.facts.get("vocabulary") for c in contexts]
+    named = [file for file in told if isinstance(file, str)]
     for file in dict.fromkeys([VOCABULARY_NAME, *named]):
         try:
             if read_vocabulary(store.path, file) is None and file in named:
