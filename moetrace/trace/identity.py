@@ -75,13 +75,23 @@ def fits(file: ModelFile, facts: Facts) -> bool:
     """Whether a model file may be the context's: nothing that both say is different."""
     model = said(facts)
     n_layer = {file.n_layer, file.n_layer - int(file.field("{arch}.nextn_predict_layers", 0))}
-    numbers = {"n_layer": n_layer, "n_embd": {file.n_embd}, "n_expert": {file.n_expert}}
     if model.get("architecture") and (model["architecture"], model.get("name", file.name)) != (
         file.architecture,
         file.name,
     ):
         return False
-    return all(model[key] in theirs for key, theirs in numbers.items() if model.get(key))
+    numbers = {"n_layer": n_layer, "n_embd": {file.n_embd}}
+    if any(model[key] not in theirs for key, theirs in numbers.items() if model.get(key)):
+        return False
+    layers, n_expert = facts.get("layers"), facts.get("n_expert")
+    routers = (
+        zip(layers, n_expert, strict=False) if isinstance(layers, list) and isinstance(n_expert, list) else ()
+    )
+    return all(
+        file.shape(name)[0] == n or not n
+        for layer, n in routers
+        if file.has_tensor(name := f"blk.{layer}.ffn_gate_inp.weight")
+    )
 
 
 def identify(facts: Facts, files: Iterable[str]) -> str | None:

@@ -121,6 +121,14 @@ class TraceStore:
                     result[f"{context.name}/{name}"] = Table(context.path / name)
         return result
 
+    def close(self) -> None:
+        """Let go of the maps; arrays given out keep theirs."""
+        for context in self._contexts.values():
+            context.rows.close()
+            context.events.close()
+        if "requests" in self.__dict__:
+            self.requests.close()
+
     def close_as(self, state: str, *, exit_code: int | None = None, fsync: bool = False) -> None:
         """Write meta.json with the state (``closed``, ``recovered``) and each table's length and checksum."""
         for table in self.tables().values():

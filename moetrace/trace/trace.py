@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetrace.errors import MoetraceError, UsageError
+from moetrace.errors import MoetraceError, TraceError, UsageError
 from moetrace.trace import identity
 from moetrace.trace.attention import Attention
 from moetrace.trace.chain import Chain
@@ -142,11 +142,15 @@ class Trace(Rows):
     @property
     def left_out(self) -> tuple[str, ...]:
         """A sentence for each context of the trace that is not shown: what it is, and how to see it."""
-        others = [name for name in self.contexts if name not in self.shown]
-        return tuple(
-            f"{name} ({identity.role(c.facts)}, {model_of(c)}, {c.rows.n_rows:,} rows) is not shown: --context {name}"
-            for name, c in ((name, self.store.context(name)) for name in others)
-        )
+        return tuple(self._not_shown(name) for name in self.contexts if name not in self.shown)
+
+    def _not_shown(self, name: str) -> str:
+        try:
+            context = self.store.context(name)
+        except TraceError as e:
+            return f"{name} cannot be read and is not shown: {e.why or e.what}"
+        what = f"{identity.role(context.facts)}, {model_of(context)}, {context.rows.n_rows:,} rows"
+        return f"{name} ({what}) is not shown: --context {name}"
 
     @cached_property
     def parts(self) -> tuple[Trace, ...]:
@@ -410,10 +414,7 @@ class Trace(Rows):
 
     def close(self) -> None:
         """Let go of the files. Views that are still held keep their own maps."""
-        for context in self.store.contexts:
-            context.rows.close()
-            context.events.close()
-        self.store.requests.close()
+        self.store.close()
 
     def __enter__(self) -> Trace:
         return self

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from moetrace.trace import identity
+from moetrace.trace.jsonfile import read_json
 from moetrace.trace.model import ModelFile
-from moetrace.trace.store import ContextStore, TraceStore, read_vocabulary
+from moetrace.trace.store import CONTEXT_NAME, ContextStore, TraceStore, read_vocabulary
 
 
 def vocabulary_of(store: TraceStore, context: ContextStore) -> list[bytes] | None:
@@ -38,7 +39,8 @@ def model_path(store: TraceStore, context: ContextStore) -> str | None:
 
 def _is_main(store: TraceStore, context: ContextStore) -> bool:
     """Whether the trace's one vocabulary is of this context's model: in a trace of which no context names its own."""
-    if any("vocabulary" in other.facts for other in store.contexts):
+    every = [read_json(store.path / name / CONTEXT_NAME) for name in store.context_names]
+    if any("vocabulary" in facts for facts in every):
         return False
-    main = [other for other in store.contexts if identity.role(other.facts) == "main"] or store.contexts
-    return context.name == main[0].name or identity.same_model(context.facts, main[0].facts)
+    main = [facts for facts in every if identity.role(facts) == "main"] or every
+    return identity.same_model(context.facts, main[0])

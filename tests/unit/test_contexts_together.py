@@ -30,6 +30,7 @@ from moetrace.trace.verify import verify
 
 DOMAINS = ("a", "b", "c")
 CHANNELS = ("experts", "weights", "logits", "gate_input", "tensor.l_out")
+LAYOUT = make_layout(layers=(1, 2, 4), n_expert=(8, 6, 8), channels=CHANNELS)
 COLUMNS = (
     "experts",
     "weights",
@@ -45,7 +46,7 @@ COLUMNS = (
 
 def story(path: Path, cuts: Sequence[int], *, lose: tuple[int, ...] = ()) -> Path:
     """Write twelve requests of three domains, cut into contexts before these ones; rows in ``lose`` are lost."""
-    layout = make_layout(layers=(1, 2, 4), n_expert=(8, 6, 8), channels=CHANNELS)
+    layout = LAYOUT
     records, owner = labelled_records(layout, np.random.default_rng(5), all_outputs=False)
     edges = [0, *cuts, 12]
     contexts = []
@@ -91,6 +92,27 @@ def models(path: Path, *facts: dict[str, Any], layouts: Sequence[Any] = (), **op
             )
         )
     return write_trace(path, told, **options)
+
+
+def facts_of(file: Path) -> dict[str, Any]:
+    """What a context of a model file says of its model, its layers' experts among it."""
+    with ModelFile(file) as model:
+        said = {
+            "name": model.name, "architecture": model.architecture, "n_layer": model.n_layer,
+            "n_embd": model.n_embd, "n_expert": model.n_expert, "description": "",
+        }  # fmt: skip
+        return {"model": said, "layers": model.moe_layers[:3]}
+
+
+def of_files(path: Path, *files: tuple[Path, dict[str, Any]] | dict[str, Any]) -> Path:
+    """Write a trace with a context for each model file and what else it says, or for facts without a file."""
+    facts, layouts = [], []
+    for each in files:
+        told = {} if isinstance(each, dict) else facts_of(each[0])
+        layers = tuple(told.pop("layers", (0, 1, 2)))
+        layouts.append(make_layout(layers=layers, n_expert=told["model"]["n_expert"] if told else 8))
+        facts.append({**told, **(each if isinstance(each, dict) else each[1])})
+    return models(path, *facts, layouts=layouts)
 
 
 # -- one model ---------------------------------------------------------------------------------------
@@ -310,6 +332,30 @@ def test_analyses_count_the_same(one: Trace, three: Trace, phase: Any) -> None:
     assert same.by_depth().query("metric == 'exact'")["mean"].eq(1).all()
 
 
+def test_contexts_without_rows_of_a_phase(tmp_path: Path, one: Trace) -> None:
+    """One was loaded and served nobody, another was stopped within its first prompt."""
+    layout = LAYOUT
+    records, owner = labelled_records(layout, np.random.default_rng(5), all_outputs=False)
+    first = records[owner == 0]
+    cut = first[: int(np.flatnonzero(first["kind"] == RecordKind.ROW)[2]) + 1]
+    contexts = [Context(layout, part) for part in (records[:0], cut, records[:0], records)]
+    is_row = contexts[3].records["kind"] == RecordKind.ROW
+    contexts[3].records["serial"] = np.cumsum(is_row) - is_row
+    path = write_trace(tmp_path / "t", contexts, block=64)
+    assert verify(path).exit_code == 0
+    trace = moetrace.open(path)
+    assert [len(part) for part in trace.parts] == [0, 3, 0, len(one)]
+    assert len(trace.requests) == 13
+    whole, part = from_trace(trace).counts, from_trace(trace.parts[3]).counts
+    np.testing.assert_array_equal(whole.included.sum(axis=0), part.included.sum(axis=0))
+    np.testing.assert_array_equal(whole.transitions, part.transitions)
+    assert from_trace(trace, phase="prefill").counts.prompts.size == 13
+    assert len(from_trace(trace).text) == len(from_trace(trace.parts[3]).text)
+    assert len(trace.to_pandas()) == sum(len(part.to_pandas()) for part in trace.parts)
+    np.testing.assert_array_equal(trace.column("experts", slice(1, 6)), trace.experts[1:6])
+    assert trace.column("experts", slice(2, 2)).shape == (0, 3, 2)
+
+
 def test_stats_say_the_same_and_which_contexts(
     paths: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -455,6 +501,19 @@ def test_a_report_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.Capture
     assert "ctx0, ctx2 of 3, taken together" in page
 
 
+def test_a_damaged_context_does_not_hide_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = models(tmp_path / "t", CHAT, CODE, vocabulary=[b"a"])
+    (path / "ctx1" / "rows" / "experts.npy").write_bytes(b"nothing")
+    with pytest.raises(TraceError):
+        moetrace.open(path)
+    trace = moetrace.open(path, "ctx0")
+    assert "ctx1 cannot be read and is not shown" in trace.left_out[0]
+    assert trace.vocabulary == [b"a"]
+    assert main(["dump", str(path), "--context", "ctx0"]) == 0
+    assert "ctx1 cannot be read" in capsys.readouterr().err
+    assert main(["verify", str(path)]) == 4
+
+
 def test_only_drafts(tmp_path: Path) -> None:
     path = models(tmp_path / "t", {"role": "draft"}, {"role": "draft"})
     assert moetrace.open(path).shown == ("ctx0", "ctx1")
@@ -492,10 +551,7 @@ def test_layouts_of_one_model_that_do_not_fit(
 def test_a_model_file_chooses_by_its_facts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Old traces do not say which file a context was of: then the file that is given must fit."""
     file = write_model(tmp_path / "m.gguf", "olmoe")
-    with ModelFile(file) as model:
-        facts = {"name": model.name, "architecture": model.architecture, "n_layer": model.n_layer}
-        facts |= {"n_embd": model.n_embd, "n_expert": model.n_expert}
-    path = models(tmp_path / "t", {"model": facts}, CODE)
+    path = of_files(tmp_path / "t", (file, {}), CODE)
     assert moetrace.open(path, model=str(file)).shown == ("ctx0",)
     named = models(tmp_path / "u", {**CODE, "model_files": [str(file)]}, {**CODE, "model_files": ["/b.gguf"]})
     assert moetrace.open(named, model=str(file)).shown == ("ctx0",)
@@ -630,24 +686,12 @@ def test_requests_by_the_clients_id(capsys: pytest.CaptureFixture[str]) -> None:
 # -- token text --------------------------------------------------------------------------------------
 
 
-def facts_of(file: Path) -> dict[str, Any]:
-    with ModelFile(file) as model:
-        return {
-            "name": model.name, "architecture": model.architecture, "n_layer": model.n_layer,
-            "n_embd": model.n_embd, "n_expert": model.n_expert, "description": "",
-        }  # fmt: skip
-
-
 def test_each_model_has_its_own_vocabulary(tmp_path: Path) -> None:
     a, b = write_model(tmp_path / "a.gguf", "olmoe"), write_model(tmp_path / "b.gguf", "qwen3moe")
     both = [str(a), str(b)]
-    path = models(
-        tmp_path / "t",
-        {"model": facts_of(a), "model_files": both},
-        {"model": facts_of(b), "model_files": both},
-        {"model": facts_of(a), "model_files": both},
-        {"model": {"name": "gone"}, "model_files": ["/gone.gguf"]},
-    )
+    files = {"model_files": both}
+    gone = {"model": {"name": "gone"}, "model_files": ["/gone.gguf"]}
+    path = of_files(tmp_path / "t", (a, files), (b, files), (a, files), gone)
     store_vocabulary(path)
     facts = [read_json(path / f"ctx{i}" / "context.json") for i in range(4)]
     assert [f.get("model_path") for f in facts] == [str(a), str(b), str(a), None]
@@ -674,7 +718,7 @@ def test_each_model_has_its_own_vocabulary(tmp_path: Path) -> None:
 
 def test_the_traces_model_file_counts_only_if_it_fits(tmp_path: Path) -> None:
     file = write_model(tmp_path / "a.gguf", "olmoe")
-    path = models(tmp_path / "t", {"model": facts_of(file)}, CODE)
+    path = of_files(tmp_path / "t", (file, {}), CODE)
     write_json(path / "meta.json", {**read_json(path / "meta.json"), "model_path": str(file)})
     live = moetrace.open(path, "ctx0"), moetrace.open(path, "ctx1")
     assert live[0].vocabulary is not None
