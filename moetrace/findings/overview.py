@@ -12,6 +12,7 @@ from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Finding, Question
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import layer_list, number
+from moetrace.trace import identity
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ class Overview(Question):
                 sentences.append(
                     f"{len(trace.shown)} contexts of {trace.path.name} are taken together: {names}."
                 )
+        kinds = {
+            text for t in subject.traces if (text := str(identity.said(t.facts).get("description") or ""))
+        }
+        if len(kinds) > 1:
+            caveats.append(f"The traces are of different files of the model: {', '.join(sorted(kinds))}.")
         if loss.not_computed:
             some = layers[layers["not_computed"] > 0]["layer"]
             caveats.append(

@@ -12,6 +12,7 @@ import numpy as np
 from moetrace.analysis.from_counts import TableAnalysis
 from moetrace.analysis.from_trace import Analysis, Phase, from_trace
 from moetrace.errors import UsageError
+from moetrace.trace import identity
 from moetrace.trace.importers.counts import CountTable
 from moetrace.trace.trace import Trace
 
@@ -158,6 +159,8 @@ class Subject:
                     )
                 counts, numbers = counts[:, chosen], numbers[chosen]
             return TableAnalysis(counts, self.table.domains, numbers)
+        for trace in traces[1:]:
+            self._refuse_another_model(traces[0], trace)
         rows = traces if self.layers is None else [trace.sel(layer=self.layers) for trace in traces]
         return from_trace(
             *rows,
@@ -165,6 +168,18 @@ class Subject:
             names=self._names if len(traces) == len(self.traces) else None,
             progress=lambda done, total: self.progress(f"counting: {done:,} of {total:,} tokens"),
         )
+
+    def _refuse_another_model(self, one: Trace, other: Trace) -> None:
+        # of one model quantised otherwise the description differs: overview says so
+        different = [
+            d for d in identity.differences(one.facts, other.facts) if not d.startswith("description")
+        ]
+        if different:
+            raise UsageError(
+                f"{one.path.name} and {other.path.name} are of different models",
+                why=f"they differ in {', '.join(different)}",
+                fix="ask about them one by one",
+            )
 
     def need_model(self, what: str) -> Path:
         """The model's file. Raises UsageError, saying what needs it, if none was given."""

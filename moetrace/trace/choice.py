@@ -107,17 +107,9 @@ def misfits(a: ContextStore, b: ContextStore) -> str:
 def described(contexts: Sequence[ContextStore]) -> str:
     """Say of each context what model it is of, what it is for, and how many rows it has."""
     return "; ".join(
-        f"{c.name}: {model_of(c)} ({identity.role(c.facts)}, {c.rows.n_rows:,} rows)" for c in contexts
+        f"{c.name}: {identity.title(c.facts)} ({identity.role(c.facts)}, {c.rows.n_rows:,} rows)"
+        for c in contexts
     )
-
-
-def model_of(context: ContextStore) -> str:
-    """Name a context's model for people, as far as it is known."""
-    names = identity.names(context.facts)
-    architecture = str(identity.said(context.facts).get("architecture") or "")
-    text = " · ".join(dict.fromkeys([*names, *([architecture] if architecture else [])]))
-    # what a file calls itself must not steer a terminal
-    return "".join(c if c.isprintable() else "�" for c in text) or "an unknown model"
 
 
 def of_model(contexts: Sequence[ContextStore], model: str) -> list[ContextStore]:

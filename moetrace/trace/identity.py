@@ -49,6 +49,12 @@ def same_model(a: Facts, b: Facts) -> bool:
     return not mine or not theirs or mine == theirs
 
 
+def differences(a: Facts, b: Facts) -> list[str]:
+    """Give in what two contexts' models differ: ``name (a and b)``, of that which both say."""
+    pairs = [(key, said(a).get(key), said(b).get(key)) for key in _SAYS]
+    return [f"{key} ({_plain(x)} and {_plain(y)})" for key, x, y in pairs if x and y and x != y]
+
+
 def names(facts: Facts) -> list[str]:
     """Give what the model is called: its name, its server's aliases for it, its file; empty if nothing is known."""
     alias = facts.get("alias")
@@ -108,6 +114,20 @@ def _fits(path: str, facts: Facts) -> bool:
             return fits(file, facts)
     except InputError:
         return False
+
+
+def _plain(value: object) -> str:
+    # what a file says of itself must not steer a terminal
+    return "".join(c if c.isprintable() else "\ufffd" for c in str(value))
+
+
+def title(facts: Facts) -> str:
+    """Name the model for people, as far as it is known."""
+    architecture = str(said(facts).get("architecture") or "")
+    return (
+        _plain(" · ".join(dict.fromkeys(part for part in [*names(facts), architecture] if part)))
+        or "an unknown model"
+    )
 
 
 def _one_file(facts: Facts) -> str | None:

@@ -19,7 +19,7 @@ from moetrace.errors import MoetraceError, TraceError, UsageError
 from moetrace.trace import identity
 from moetrace.trace.attention import Attention
 from moetrace.trace.chain import Chain
-from moetrace.trace.choice import choose, is_alike, misfits, model_of, of_model
+from moetrace.trace.choice import choose, is_alike, misfits, of_model
 from moetrace.trace.columns import Table
 from moetrace.trace.intervention import described
 from moetrace.trace.labels import read_labels, resolve_labels
@@ -131,7 +131,7 @@ class Trace(Rows):
     @property
     def model_name(self) -> str:
         """What the model is called: its name, its server's alias, its file, its architecture, as far as known."""
-        return model_of(self._stores[0])
+        return identity.title(self.facts)
 
     @property
     def shown_as(self) -> str:
@@ -149,7 +149,9 @@ class Trace(Rows):
             context = self.store.context(name)
         except TraceError as e:
             return f"{name} cannot be read and is not shown: {e.why or e.what}"
-        what = f"{identity.role(context.facts)}, {model_of(context)}, {context.rows.n_rows:,} rows"
+        what = (
+            f"{identity.role(context.facts)}, {identity.title(context.facts)}, {context.rows.n_rows:,} rows"
+        )
         return f"{name} ({what}) is not shown: --context {name}"
 
     @cached_property
