@@ -11,7 +11,7 @@ from typing import IO
 from moetrace.commands.options import Collect, add_option, red
 from moetrace.errors import UsageError
 from moetrace.host.options import CHANNELS, COLLECTORS, ON_FULL, CaptureOptions, human_size, parse_size
-from moetrace.trace import identity
+from moetrace.trace import naming
 from moetrace.trace.trace import Trace, open_trace
 
 
@@ -94,7 +94,7 @@ def report_trace(
             context = trace.in_context(name)
             what = f"Wrote {path} ({human_size(size)})"
             if several:
-                what = f"  {name} ({identity.role(context.facts)}, {context.model_name})"
+                what = f"  {name} ({naming.role(context.facts)}, {context.model_name})"
             print(f"{what}: {_describe(context)}", file=stream)
             loss = context.loss
             lost = f"{loss.rows_lost:,} rows lost"

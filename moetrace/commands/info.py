@@ -8,7 +8,7 @@ import json
 
 from moetrace.commands.options import add_option, red
 from moetrace.commands.selecting import add_choice, open_chosen
-from moetrace.trace import identity
+from moetrace.trace import naming
 from moetrace.trace.trace import Trace, open_trace
 
 
@@ -43,7 +43,7 @@ class Info:
                     if name == "not shown":
                         continue
                     if name == "context" and len(trace.contexts) > 1:
-                        value += f" ({identity.role(context.facts)})"
+                        value += f" ({naming.role(context.facts)})"
                     bad = name == "completeness" and not value.startswith("nothing lost")
                     print(f"{name:<13} {red(value) if bad else value}")
                 loss = context.loss

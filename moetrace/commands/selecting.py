@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from moetrace.commands.options import add_option
 from moetrace.errors import UsageError
-from moetrace.trace.choice import of_model
+from moetrace.trace.contexts import of_model
 from moetrace.trace.selection import Selection
 from moetrace.trace.store import META_NAME, TraceStore
 from moetrace.trace.trace import Trace

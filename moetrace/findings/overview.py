@@ -12,7 +12,7 @@ from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Finding, Question
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import layer_list, number
-from moetrace.trace import identity
+from moetrace.trace import naming
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,7 @@ class Overview(Question):
                 sentences.append(
                     f"{len(trace.shown)} contexts of {trace.path.name} are taken together: {names}."
                 )
-        kinds = {
-            text for t in subject.traces if (text := str(identity.said(t.facts).get("description") or ""))
-        }
+        kinds = {text for t in subject.traces if (text := str(naming.said(t.facts).get("description") or ""))}
         if len(kinds) > 1:
             caveats.append(f"The traces are of different files of the model: {', '.join(sorted(kinds))}.")
         if loss.not_computed:

@@ -12,7 +12,7 @@ import numpy as np
 from moetrace.analysis.from_counts import TableAnalysis
 from moetrace.analysis.from_trace import Analysis, Phase, from_trace
 from moetrace.errors import UsageError
-from moetrace.trace import identity
+from moetrace.trace import naming
 from moetrace.trace.importers.counts import CountTable
 from moetrace.trace.trace import Trace
 
@@ -171,9 +171,7 @@ class Subject:
 
     def _refuse_another_model(self, one: Trace, other: Trace) -> None:
         # of one model quantised otherwise the description differs: overview says so
-        different = [
-            d for d in identity.differences(one.facts, other.facts) if not d.startswith("description")
-        ]
+        different = [d for d in naming.differences(one.facts, other.facts) if not d.startswith("description")]
         if different:
             raise UsageError(
                 f"{one.path.name} and {other.path.name} are of different models",

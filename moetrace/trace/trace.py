@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrace.errors import MoetraceError, TraceError, UsageError
-from moetrace.trace import identity
+from moetrace.trace import naming
 from moetrace.trace.attention import Attention
 from moetrace.trace.chain import Chain
-from moetrace.trace.choice import choose, is_alike, misfits, of_model
 from moetrace.trace.columns import Table
+from moetrace.trace.contexts import choose, is_alike, misfits, of_model
 from moetrace.trace.intervention import described
 from moetrace.trace.labels import read_labels, resolve_labels
 from moetrace.trace.loss import Loss, count_loss
@@ -131,7 +131,7 @@ class Trace(Rows):
     @property
     def model_name(self) -> str:
         """What the model is called: its name, its server's alias, its file, its architecture, as far as known."""
-        return identity.title(self.facts)
+        return naming.title(self.facts)
 
     @property
     def shown_as(self) -> str:
@@ -149,9 +149,7 @@ class Trace(Rows):
             context = self.store.context(name)
         except TraceError as e:
             return f"{name} cannot be read and is not shown: {e.why or e.what}"
-        what = (
-            f"{identity.role(context.facts)}, {identity.title(context.facts)}, {context.rows.n_rows:,} rows"
-        )
+        what = f"{naming.role(context.facts)}, {naming.title(context.facts)}, {context.rows.n_rows:,} rows"
         return f"{name} ({what}) is not shown: --context {name}"
 
     @cached_property

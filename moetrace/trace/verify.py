@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrace.errors import MoetraceError, TraceError
-from moetrace.trace.choice import holds_nothing
 from moetrace.trace.columns import Damage, Table
-from moetrace.trace.identity import same_model
+from moetrace.trace.contexts import holds_nothing
 from moetrace.trace.labels import read_labels
 from moetrace.trace.loss import LOST_COUNTERS
+from moetrace.trace.naming import same_model
 from moetrace.trace.record import RowFlag, State
 from moetrace.trace.requests import Phase
 from moetrace.trace.ring import peek_counters, peek_reader, process_alive

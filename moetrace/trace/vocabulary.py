@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moetrace.trace import identity
+from moetrace.trace import naming
 from moetrace.trace.jsonfile import read_json
 from moetrace.trace.model import ModelFile
 from moetrace.trace.store import CONTEXT_NAME, ContextStore, TraceStore, read_vocabulary
@@ -31,8 +31,8 @@ def vocabulary_of(store: TraceStore, context: ContextStore) -> list[bytes] | Non
 def model_path(store: TraceStore, context: ContextStore) -> str | None:
     """Find the model file of a context: of those that its process read, or that the trace names, the one that fits."""
     named = store.meta.get("model_path")
-    for paths in (identity.model_files(context.facts), [named] if isinstance(named, str) else []):
-        if found := identity.identify(context.facts, paths):
+    for paths in (naming.model_files(context.facts), [named] if isinstance(named, str) else []):
+        if found := naming.identify(context.facts, paths):
             return found
     return None
 
@@ -42,5 +42,5 @@ def _is_main(store: TraceStore, context: ContextStore) -> bool:
     every = [read_json(store.path / name / CONTEXT_NAME) for name in store.context_names]
     if any("vocabulary" in facts for facts in every):
         return False
-    main = [facts for facts in every if identity.role(facts) == "main"] or every
-    return identity.same_model(context.facts, main[0])
+    main = [facts for facts in every if naming.role(facts) == "main"] or every
+    return naming.same_model(context.facts, main[0])

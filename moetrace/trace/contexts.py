@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from moetrace.errors import TraceError, UsageError
-from moetrace.trace import identity
+from moetrace.trace import naming
 from moetrace.trace.store import ContextStore, TraceStore
 
 HOW = "--context NAME or --model NAME (in Python context= or model=)"
@@ -57,10 +57,10 @@ def choose(
                 why=f"it holds {described(store.contexts)}",
                 fix=f"choose with {HOW}",
             )
-    chosen = [c for c in chosen if identity.role(c.facts) == "main"] or chosen
+    chosen = [c for c in chosen if naming.role(c.facts) == "main"] or chosen
     first, others = chosen[0], chosen[1:]
     if not all(is_alike(first, other) for other in others):
-        one = all(identity.same_model(first.facts, other.facts) for other in others)
+        one = all(naming.same_model(first.facts, other.facts) for other in others)
         raise UsageError(
             f"{store.path} holds contexts of different {'roles' if one else 'models'}",
             why=described(chosen),
@@ -89,7 +89,7 @@ def holds_nothing(store: TraceStore) -> TraceError:
 
 def is_alike(a: ContextStore, b: ContextStore) -> bool:
     """Whether two contexts are of one model and one role."""
-    return identity.role(a.facts) == identity.role(b.facts) and identity.same_model(a.facts, b.facts)
+    return naming.role(a.facts) == naming.role(b.facts) and naming.same_model(a.facts, b.facts)
 
 
 def misfits(a: ContextStore, b: ContextStore) -> str:
@@ -107,15 +107,15 @@ def misfits(a: ContextStore, b: ContextStore) -> str:
 def described(contexts: Sequence[ContextStore]) -> str:
     """Say of each context what model it is of, what it is for, and how many rows it has."""
     return "; ".join(
-        f"{c.name}: {identity.title(c.facts)} ({identity.role(c.facts)}, {c.rows.n_rows:,} rows)"
+        f"{c.name}: {naming.title(c.facts)} ({naming.role(c.facts)}, {c.rows.n_rows:,} rows)"
         for c in contexts
     )
 
 
 def of_model(contexts: Sequence[ContextStore], model: str) -> list[ContextStore]:
     """Give the contexts of a model: those that it is called so in; if none, those that the file of this path fits."""
-    called = [c for c in contexts if identity.is_called(c.facts, model)]
-    return called or [c for c in contexts if identity.identify(c.facts, [model])]
+    called = [c for c in contexts if naming.is_called(c.facts, model)]
+    return called or [c for c in contexts if naming.identify(c.facts, [model])]
 
 
 def _name_of(store: TraceStore, context: str | int) -> str:
