@@ -22,17 +22,26 @@ int32_t batch_mirror::add(const void * batch, int32_t index, int32_t sequence, i
     return index;
 }
 
-void batch_mirror::add_sequence(const void * batch, int32_t index) {
+batch_entry * batch_mirror::entry(const void * batch, int32_t index) {
     const auto it = batches.find(batch);
-    if (it != batches.end() && index >= 0 && (size_t) index < it->second.size()) {
-        it->second[(size_t) index].n_sequences++;
+    return it != batches.end() && index >= 0 && (size_t) index < it->second.size() ? &it->second[(size_t) index] : nullptr;
+}
+
+void batch_mirror::add_sequence(const void * batch, int32_t index) {
+    if (batch_entry * e = entry(batch, index)) {
+        e->n_sequences++;
     }
 }
 
 void batch_mirror::set_position(const void * batch, int32_t index, int32_t position) {
-    const auto it = batches.find(batch);
-    if (it != batches.end() && index >= 0 && (size_t) index < it->second.size()) {
-        it->second[(size_t) index].position = position;
+    if (batch_entry * e = entry(batch, index)) {
+        e->position = position;
+    }
+}
+
+void batch_mirror::set_output(const void * batch, int32_t index, bool output) {
+    if (batch_entry * e = entry(batch, index)) {
+        e->output = output;
     }
 }
 

@@ -39,7 +39,7 @@ static bool rows_shape(const ggml_abi & abi, const ggml_tensor * t, int64_t n, i
 }
 
 bool is_wanted_tensor(const config & cfg, const char * name) {
-    return std::any_of(cfg.tensors.begin(), cfg.tensors.end(), [&](const std::string & pattern) {
+    return strcmp(name, KEEPER_NAME) != 0 && std::any_of(cfg.tensors.begin(), cfg.tensors.end(), [&](const std::string & pattern) {
         return fnmatch(pattern.c_str(), name, 0) == 0;
     });
 }
@@ -203,8 +203,64 @@ static bool is_row_contiguous(const ggml_abi & abi, const source_tensor & source
     return true;
 }
 
-void graph_sources::make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & moe, const row_layout & layout, const config & cfg) {
+// With the weights, since asking inside the pattern would undo a fused top-k on a GPU; but not later than the ids are
+// used last, when their memory may go. Where that is says only the order in which the nodes are computed; and nodes on
+// another device read a copy, which is made when their split begins.
+std::vector<ggml_tensor *> ids_asks_find(ggml_abi & abi, ggml_backend_sched * sched, ggml_cgraph * graph, const moe_graph & moe) {
+    std::vector<std::pair<const ggml_tensor *, int>> places; // node -> its place in the order
+    for (const auto & layer : moe.layers) {
+        for (const ggml_tensor * t : layer.users) {
+            places.emplace_back(t, -1);
+        }
+        places.emplace_back(layer.weights, -1);
+    }
+    const auto before = [](const auto & entry, const ggml_tensor * t) { return std::less<const ggml_tensor *>()(entry.first, t); };
+    std::sort(places.begin(), places.end(), [&](const auto & a, const auto & b) { return before(a, b.first); });
+    const auto entry_of = [&](const ggml_tensor * t) {
+        const auto it = std::lower_bound(places.begin(), places.end(), t, before);
+        return it != places.end() && it->first == t ? it : places.end();
+    };
+    const int n_nodes = abi.graph_n_nodes(graph);
+    for (int i = 0; i < n_nodes; i++) {
+        for (auto it = entry_of(abi.graph_node(graph, i)); it != places.end() && it->first == abi.graph_node(graph, i); it++) {
+            it->second = i;
+        }
+    }
+    const auto place_of = [&](const ggml_tensor * t) {
+        const auto it = entry_of(t);
+        return it == places.end() ? -1 : it->second;
+    };
+    const auto is_of = [&](int i, const ggml_backend * backend) { // views belong to no split
+        ggml_tensor * node = abi.graph_node(graph, i);
+        const op_kind op = abi.op(node);
+        return op == OP_VIEW || op == OP_RESHAPE || op == OP_PERMUTE || op == OP_TRANSPOSE ||
+            abi.sched_get_tensor_backend(sched, node) == backend;
+    };
+
+    std::vector<ggml_tensor *> asks;
+    for (const auto & layer : moe.layers) {
+        int last = -1;
+        for (ggml_tensor * user : layer.users) {
+            int at = place_of(user);
+            if (at >= 0 && !same_memory(abi, abi.src(user, abi.op(user) == OP_GET_ROWS ? 1 : 2), layer.ids)) {
+                const ggml_backend * backend = abi.sched_get_tensor_backend(sched, user);
+                while (at > 0 && is_of(at - 1, backend)) {
+                    at--;
+                }
+                at--; // the last node before the copy
+            }
+            last = std::max(last, at);
+        }
+        const int weights = layer.weights ? place_of(layer.weights) : -1;
+        asks.push_back(!layer.weights || last < 0 ? layer.ids :
+            weights >= 0 && weights <= last ? layer.weights : abi.graph_node(graph, last));
+    }
+    return asks;
+}
+
+void graph_sources::make(ggml_abi & abi, ggml_backend_sched * sched, ggml_cgraph * graph, const moe_graph & moe, const row_layout & layout, const config & cfg) {
     *this = {};
+    const std::vector<ggml_tensor *> ids_asks = ids_asks_find(abi, sched, graph, moe);
     const uint32_t K = (uint32_t) layout.k_max;
     const uint32_t E = (uint32_t) layout.e_max;
     const uint32_t D = (uint32_t) layout.n_embd;
@@ -212,7 +268,8 @@ void graph_sources::make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & 
     struct entry { row_source row; source_tensor tensor; };
     std::vector<entry> entries;
     uint64_t n_values = 0; // written per row
-    for (const auto & layer : moe.layers) {
+    for (size_t l = 0; l < moe.layers.size(); l++) {
+        const moe_layer & layer = moe.layers[l];
         const int index = layout.layer_index(layer.layer);
         if (index < 0) {
             continue;
@@ -237,7 +294,7 @@ void graph_sources::make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & 
             not_understood.push_back(index);
             continue;
         }
-        add(layer.ids, layout.off_weights ? layer.ids_last : layer.ids, layout.off_experts, layout.id_bytes, K, layer.k, 1);
+        add(layer.ids, ids_asks[l], layout.off_experts, layout.id_bytes, K, layer.k, 1);
         if (layer.weights) {
             const int row_dim = abi.ne(layer.weights)[0] == 1 && abi.ne(layer.weights)[1] == layer.k ? 2 : 1;
             add(layer.weights, layer.weights, layout.off_weights, 4, K, layer.k, row_dim);

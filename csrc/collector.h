@@ -13,7 +13,13 @@
 
 namespace moetrace {
 
+// The name of the nodes that keep tensors alive to the end of a graph (ubatch.h).
+constexpr char KEEPER_NAME[] = "moetrace.keep";
+
 bool is_wanted_tensor(const config & cfg, const char * name);
+
+// For each layer the node after which its ids are read while the graph runs; the graph must be allocated.
+std::vector<ggml_tensor *> ids_asks_find(ggml_abi & abi, ggml_backend_sched * sched, ggml_cgraph * graph, const moe_graph & moe);
 
 // What the graphs of one context have shown so far; the record's layout is made from it.
 struct model_shape {
@@ -92,8 +98,8 @@ struct graph_sources {
     size_t scratch_bytes = 0; // of the tensors that are not in host memory
     bool   covers_all = false; // every value of every row's record is written: no need to begin with blank ones
 
-    // The graph must be allocated.
-    void make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & moe, const row_layout & layout, const config & cfg);
+    // The graph must be allocated on the scheduler.
+    void make(ggml_abi & abi, ggml_backend_sched * sched, ggml_cgraph * graph, const moe_graph & moe, const row_layout & layout, const config & cfg);
     // index of the first source to read at this node, or -1
     int  find(const ggml_tensor * node) const;
 };

@@ -4,24 +4,30 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <sys/stat.h>
 #include <unistd.h>
 
 namespace moetrace {
 
 static constexpr size_t MAX_EARLY_EVENTS = 4096;
+static constexpr int32_t MAX_SEQUENCES   = 1 << 16; // whose tasks and samples are followed
+static constexpr size_t MAX_IDLE         = 8;
 
-// after an error nothing is recorded any more; the host goes on
 void say(const std::string & text) {
     fprintf(stderr, "moetrace: %s\n", text.c_str());
 }
 
+// after an error nothing is recorded any more; the host goes on
 void context_fail(context_trace & c, const std::string & why) {
     if (c.state != context_state::failed) {
         c.state = context_state::failed;
-        say((c.name.empty() ? "a context" : c.name) + " is not traced any more: " + why);
-        c.ring.close(why.c_str());
+        say((c.rec ? c.rec->name : "a context") + " is not traced any more: " + why);
+        if (c.rec) {
+            c.rec->ring.close(why.c_str());
+        }
     }
 }
 
@@ -55,12 +61,31 @@ static std::string model_meta(const llama_facts & facts, const llama_model * mod
     return text;
 }
 
-static std::string context_meta(const tracer_env & env, const sched_trace & s, const context_trace & c) {
+// what llama-server calls the model
+static std::string host_alias() {
+    std::ifstream file("/proc/self/cmdline", std::ios::binary);
+    std::string argument;
+    bool next = false;
+    while (std::getline(file, argument, '\0')) {
+        if (next) {
+            return argument;
+        }
+        if (argument.rfind("--alias=", 0) == 0) {
+            return argument.substr(8);
+        }
+        next = argument == "-a" || argument == "--alias";
+    }
+    const char * value = getenv("LLAMA_ARG_ALIAS");
+    return value ? value : "";
+}
+
+// All that the ring says of its contexts, but for its name, its process and the model's files.
+static std::string context_facts(const tracer_env & env, const sched_trace & s, const context_trace & c, const row_layout & layout) {
     static constexpr const char * COUNTERS[] = {
         "rows_produced", "rows_committed", "rows_lost_full", "rows_lost_error", "rows_overwritten",
         "events_committed", "events_lost", "events_overwritten", "rows_warmup", "rows_paused", "rows_unrouted",
         "rows_unidentified", "graphs", "batches", "wait_ns", "hook_ns", "sync_ns", "attention_lost",
-        "rows_intervened",
+        "rows_intervened", "graphs_unread", "contexts", "contexts_freed",
     };
     static_assert(sizeof(COUNTERS)/sizeof(COUNTERS[0]) == COUNT_N, "a counter has no name");
 
@@ -77,25 +102,30 @@ static std::string context_meta(const tracer_env & env, const sched_trace & s, c
             channels.push_back(channel_name((channel) (1u << bit)));
         }
     }
-    for (const auto & tensor : c.layout.tensors) {
+    for (const auto & tensor : layout.tensors) {
         channels.push_back("tensor:" + tensor);
     }
-    const row_layout & layout = c.layout;
 
-    std::string out = "{\"name\":" + json_string(c.name) + ",\"role\":\"" + c.role + "\",\"pid\":" + number(getpid());
-    out += ",\"collector\":\"";
+    std::string model = "{\"name\":" + json_string(model_meta(facts, c.model, "general.name"));
+    model += ",\"architecture\":" + json_string(arch) + ",\"description\":" + json_string(desc);
+    model += ",\"n_layer\":" + number(facts.n_layer && c.model ? facts.n_layer(c.model) : 0);
+    model += ",\"n_embd\":" + number(facts.n_embd && c.model ? facts.n_embd(c.model) : 0);
+    model += ",\"n_expert\":" + number(layout.e_max) + ",\"n_expert_used\":" + number(layout.k_max);
+    const std::string alias = host_alias();
+    const std::string named = model + json_string(alias);
+    char id[16];
+    snprintf(id, sizeof(id), "%08x", crc32(named.data(), named.size()));
+    model += ",\"n_ctx\":" + number(facts.n_ctx && c.ctx ? facts.n_ctx(c.ctx) : 0);
+    model += ",\"n_ubatch\":" + number(facts.n_ubatch && c.ctx ? facts.n_ubatch(c.ctx) : 0);
+    model += ",\"n_seq_max\":" + number(c.n_seq_max) + "}";
+
+    std::string out = "\"role\":\"" + std::string(c.role) + "\",\"collector\":\"";
     out += collector_choose(env.cfg) == COLLECTOR_TAP ? "tap" : "callback";
     out += "\",\"ggml\":" + json_string(env.abi.version);
     out += ",\"channels\":" + json_list(channels, json_string);
     out += ",\"refused_tensors\":" + json_list(layout.refused, json_string);
-    out += ",\"model\":{\"name\":" + json_string(model_meta(facts, c.model, "general.name"));
-    out += ",\"architecture\":" + json_string(arch) + ",\"description\":" + json_string(desc);
-    out += ",\"n_layer\":" + number(facts.n_layer && c.model ? facts.n_layer(c.model) : 0);
-    out += ",\"n_embd\":" + number(facts.n_embd && c.model ? facts.n_embd(c.model) : 0);
-    out += ",\"n_expert\":" + number(layout.e_max) + ",\"n_expert_used\":" + number(layout.k_max);
-    out += ",\"n_ctx\":" + number(facts.n_ctx && c.ctx ? facts.n_ctx(c.ctx) : 0);
-    out += ",\"n_ubatch\":" + number(facts.n_ubatch && c.ctx ? facts.n_ubatch(c.ctx) : 0);
-    out += ",\"n_seq_max\":" + number(facts.n_seq_max && c.ctx ? facts.n_seq_max(c.ctx) : 0) + "}";
+    out += ",\"numbered\":true,\"alias\":" + json_string(alias) + ",\"model_id\":\"" + id + "\"";
+    out += ",\"model\":" + model;
     out += ",\"layers\":" + json_list(layout.layers, number);
     out += ",\"n_expert\":" + json_list(layout.n_expert, number);
     out += ",\"n_expert_used\":" + json_list(layout.k, number);
@@ -105,7 +135,7 @@ static std::string context_meta(const tracer_env & env, const sched_trace & s, c
             number(r.n_group_used) + "," + number(r.selects) + "]";
     });
     out += ",\"counter_names\":" + json_list(std::vector<std::string>(std::begin(COUNTERS), std::end(COUNTERS)), json_string);
-    return out + "}";
+    return out;
 }
 
 //
@@ -144,45 +174,195 @@ void context_batch_begin(const tracer_env & env, context_trace & c, bool known, 
     if (known) {
         c.matcher.begin();
     }
+    c.thread = std::this_thread::get_id();
     c.count(COUNT_BATCHES);
+}
+
+// grown as needed; nullptr for a sequence that is not followed
+static int32_t * sequence_slot(std::vector<int32_t> & values, int32_t sequence, int32_t none) {
+    if (sequence < 0 || sequence >= MAX_SEQUENCES) {
+        return nullptr;
+    }
+    if ((size_t) sequence >= values.size()) {
+        values.resize((size_t) sequence + 1, none);
+    }
+    return &values[(size_t) sequence];
+}
+
+// where an event leaves the positions that were sampled from last
+static void sampled_follow(context_trace & c, const context_event & e) {
+    const bool every = e.sequence < 0 || e.code == EVENT_CLEAR;
+    const int64_t end = e.p1 < 0 ? INT64_MAX : e.p1;
+    for (size_t s = 0; s < c.sampled.size(); s++) {
+        int32_t & p = c.sampled[s];
+        const bool mine = every || e.sequence == (int32_t) s;
+        const bool in   = p >= std::max(e.p0, 0) && p < end;
+        switch (e.code) {
+            case EVENT_LAUNCH: case EVENT_RESTORE: p = mine ? -2 : p; break;
+            case EVENT_CLEAR:    p = -2; break;
+            case EVENT_SEQ_RM:   p = mine && in ? -2 : p; break;
+            case EVENT_SEQ_ADD:  p = mine && in ? p + e.arg : p; break;
+            case EVENT_SEQ_DIV:  p = mine && in && e.arg > 0 ? p/e.arg : p; break;
+            case EVENT_SEQ_KEEP: p = e.sequence == (int32_t) s ? p : -2; break;
+            default: break;
+        }
+    }
+}
+
+static void entry_sampled(context_trace & c, size_t index) {
+    const auto & entries = c.matcher.entries();
+    const batch_entry & e = entries[index];
+    int32_t position = e.position;
+    if (position == batch_entry::UNKNOWN) { // llama.cpp continued the sequence by itself
+        const int32_t * last = sequence_slot(c.positions_last, e.sequence, -2);
+        const auto later = std::count_if(entries.begin() + (long) index + 1, entries.end(), [&](const batch_entry & other) {
+            return other.sequence == e.sequence;
+        });
+        position = last && *last >= 0 ? *last - (int32_t) later : -2;
+    }
+    if (int32_t * slot = sequence_slot(c.sampled, e.sequence, -2)) {
+        *slot = position;
+    }
+}
+
+void context_sample(context_trace & c, int32_t index) {
+    const auto & entries = c.matcher.entries();
+    if (index >= 0) {
+        if ((size_t) index < entries.size()) {
+            entry_sampled(c, (size_t) index);
+        }
+        return;
+    }
+    for (size_t i = entries.size(); i-- > 0;) {
+        if (entries[i].output && ++index == 0) {
+            entry_sampled(c, i);
+            return;
+        }
+    }
+}
+
+void context_sample_all(context_trace & c) {
+    const auto & entries = c.matcher.entries();
+    for (size_t i = 0; i < entries.size(); i++) {
+        if (entries[i].output && std::none_of(entries.begin(), entries.end(), [&](const batch_entry & e) {
+            return e.output && &e != &entries[i] && e.sequence == entries[i].sequence;
+        })) {
+            entry_sampled(c, i);
+        }
+    }
 }
 
 void context_event_push(context_trace & c, const context_event & e) {
     c.cleared  |= e.code == EVENT_CLEAR;
     if (e.code == EVENT_SEQ_ADD) {
         c.cells.shift(e.sequence, e.p0, e.p1, e.arg);
-    } else if (e.code == EVENT_RESTORE) {
+    } else if (e.code == EVENT_RESTORE || e.code == EVENT_CONTEXT) {
         c.cells.forget();
     }
     c.launched |= e.code == EVENT_LAUNCH;
-    if (!c.ring.is_open()) {
+    sampled_follow(c, e);
+    if (!c.rec || !c.rec->ring.is_open()) {
         if (c.state == context_state::waiting && c.early.size() < MAX_EARLY_EVENTS) {
             c.early.push_back(e);
-        } else {
+        } else if (c.state == context_state::waiting) {
+            c.n_early_lost++;
             c.count(COUNT_EVENTS_LOST);
         }
         return;
     }
-    record_head * head = (record_head *) c.event_record.data();
-    head->serial      = c.serial;
+    recording & rec = *c.rec;
+    int32_t arg = e.arg;
+    if (e.code == EVENT_LAUNCH) {
+        if (int32_t * task = sequence_slot(rec.tasks, e.sequence, 0)) {
+            arg = ++*task;
+        }
+    }
+    record_head * head = (record_head *) rec.event_record.data();
+    head->serial      = rec.serial;
     head->time_ns     = (int64_t) clock_ns();
-    head->step        = c.n_steps;
-    head->batch       = c.n_batches;
+    head->step        = rec.first_step + c.n_steps;
+    head->batch       = rec.first_batch + c.n_batches;
     head->token       = e.code;
     head->position    = e.p0;
     head->sequence    = e.sequence;
     head->kind        = RECORD_EVENT;
     head->n_sequences = 0;
     head->flags       = 0;
-    head->row         = 0;
+    head->row         = rec.n_events++; // lost or not: a gap tells
     head->arg0        = e.p1;
-    head->arg1        = e.arg;
-    c.ring.count(c.ring.push(head) ? COUNT_EVENTS_COMMITTED : COUNT_EVENTS_LOST);
+    head->arg1        = arg;
+    rec.ring.count(rec.ring.push(head) ? COUNT_EVENTS_COMMITTED : COUNT_EVENTS_LOST);
+}
+
+void context_inbox_take(context_trace & c) {
+    std::vector<context_event> events;
+    {
+        std::lock_guard<std::mutex> lock(c.inbox_mutex);
+        events.swap(c.inbox);
+    }
+    for (const auto & e : events) {
+        context_event_push(c, e);
+    }
 }
 
 //
 // the ring
 //
+
+// The folder of a new recording, ctx0, ctx1, ...; empty, with the reason, if there can be none.
+static std::string folder_make(const config & cfg, std::string & name, std::string & error) {
+    struct stat info;
+    if (stat(cfg.dir.c_str(), &info) == 0 && info.st_uid != geteuid() && (info.st_mode & S_IWOTH)) {
+        error = cfg.dir + " belongs to another user, and anybody may write to it";
+        return "";
+    }
+    for (int i = 0; i < 10000; i++) {
+        name = "ctx" + std::to_string(i);
+        const std::string folder = cfg.dir + "/" + name;
+        if (mkdir(folder.c_str(), 0700) == 0) {
+            return folder;
+        }
+        if (errno != EEXIST) {
+            error = "cannot make " + folder + ": " + strerror(errno);
+            return "";
+        }
+    }
+    error = cfg.dir + " has ten thousand contexts";
+    return "";
+}
+
+// What was set for a model by `moetrace start|stop|intervene`, should its server have ended and begun again:
+// TRACE/control/MODEL_ID, lines of "key=value".
+static void control_read(const config & cfg, const std::string & facts, ring_params & params) {
+    static constexpr char KEY[] = "\"model_id\":\"";
+    const size_t at = facts.find(KEY);
+    std::ifstream file(cfg.dir + "/control/" + facts.substr(at + sizeof(KEY) - 1, 8));
+    for (std::string line; std::getline(file, line);) {
+        const size_t eq = line.find('=');
+        const std::string key = line.substr(0, eq), value = eq == std::string::npos ? "" : line.substr(eq + 1);
+        if (value.empty() || value.size() > 9 || value.find_first_not_of("0123456789") != std::string::npos) {
+            continue;
+        }
+        if (key == "paused") {
+            params.paused = value != "0";
+        } else if (key == "intervention") {
+            params.intervention = (uint32_t) std::stoul(value);
+        }
+    }
+}
+
+// The idle recording of the same model, taken from the list; nullptr if there is none.
+static std::unique_ptr<recording> idle_take(tracer_env & env, const std::string & facts) {
+    std::lock_guard<std::mutex> lock(env.mutex);
+    for (auto it = env.idle.begin(); it != env.idle.end(); it++) {
+        if ((*it)->facts == facts) {
+            std::unique_ptr<recording> found = std::move(*it);
+            env.idle.erase(it);
+            return found;
+        }
+    }
+    return nullptr;
+}
 
 void context_open(tracer_env & env, sched_trace & s, context_trace & c) {
     for (int i = 0; i < env.abi.sched_get_n_backends(s.sched); i++) {
@@ -192,58 +372,89 @@ void context_open(tracer_env & env, sched_trace & s, context_trace & c) {
             return;
         }
     }
-    c.layout.make(s.shape, env.cfg);
-    if (c.layout.layers.empty()) {
+    auto rec = std::make_unique<recording>();
+    rec->layout.make(s.shape, env.cfg);
+    if (rec->layout.layers.empty()) {
         context_fail(c, "none of the layers asked for routes tokens to experts");
         return;
     }
-    if (c.layout.stride == 0) {
+    if (rec->layout.stride == 0) {
         context_fail(c, "a record would take more than 1 GiB; choose fewer layers or channels");
         return;
     }
-
-    struct stat info;
-    if (stat(env.cfg.dir.c_str(), &info) == 0 && info.st_uid != geteuid() && (info.st_mode & S_IWOTH)) {
-        context_fail(c, env.cfg.dir + " belongs to another user, and anybody may write to it");
-        return;
-    }
-    std::string folder;
-    for (int i = 0; i < 10000; i++) {
-        c.name = "ctx" + std::to_string(i);
-        folder = env.cfg.dir + "/" + c.name;
-        if (mkdir(folder.c_str(), 0700) == 0) {
-            break;
-        }
-        if (errno != EEXIST) {
-            context_fail(c, "cannot make " + folder + ": " + strerror(errno));
+    rec->facts = context_facts(env, s, c, rec->layout);
+    if (std::unique_ptr<recording> idle = idle_take(env, rec->facts)) {
+        c.rec   = std::move(idle);
+        c.state = context_state::recording;
+        context_event_push(c, { EVENT_CONTEXT, -1, 0, -1, 0 });
+    } else {
+        std::string error;
+        const std::string folder = folder_make(env.cfg, rec->name, error);
+        if (folder.empty()) {
+            context_fail(c, error);
             return;
         }
+        ring_params params;
+        params.fields   = rec->layout.fields;
+        params.bytes    = env.cfg.ring_bytes;
+        params.on_full  = env.cfg.on_full;
+        params.block_ns = env.cfg.block_ns;
+        params.paused   = env.cfg.paused;
+        {
+            std::lock_guard<std::mutex> lock(env.mutex);
+            params.intervention = env.cfg.intervene_all || strcmp(c.role, "main") == 0 ? env.cfg.intervention : 0;
+            params.meta = "{\"name\":" + json_string(rec->name) + ",\"pid\":" + std::to_string(getpid()) +
+                ",\"model_files\":" + json_list(env.model_files, json_string) + "," + rec->facts + "}";
+        }
+        control_read(env.cfg, rec->facts, params);
+        if (!rec->ring.create(folder + "/ring", params, error)) {
+            rmdir(folder.c_str());
+            context_fail(c, "cannot make its ring in " + folder + ": " + error);
+            return;
+        }
+        rec->was_paused = params.paused;
+        rec->event_record.assign(rec->layout.stride, 0);
+        c.rec   = std::move(rec);
+        c.state = context_state::recording;
     }
-
-    ring_params params;
-    params.fields   = c.layout.fields;
-    params.meta     = context_meta(env, s, c);
-    params.bytes    = env.cfg.ring_bytes;
-    params.on_full  = env.cfg.on_full;
-    params.block_ns = env.cfg.block_ns;
-    params.paused   = env.cfg.paused;
-    params.intervention = env.cfg.intervene_all || strcmp(c.role, "main") == 0 ? env.cfg.intervention : 0;
-    std::string error;
-    if (!c.ring.create(folder + "/ring", params, error)) {
-        rmdir(folder.c_str());
-        context_fail(c, "cannot make its ring in " + folder + ": " + error);
-        return;
-    }
-    c.state      = context_state::recording;
-    c.was_paused = env.cfg.paused;
-    c.event_record.assign(c.layout.stride, 0);
     for (uint32_t i = 0; i < COUNT_N; i++) {
-        c.ring.count((ring_counter) i, c.counts_early[i]);
+        c.rec->ring.count((ring_counter) i, c.counts_early[i]);
+        c.counts_early[i] = 0;
     }
-    for (const auto & e : c.early) {
+    c.count(COUNT_CONTEXTS);
+    const std::vector<context_event> early = std::move(c.early);
+    c.early.clear();
+    for (const auto & e : early) {
         context_event_push(c, e);
     }
-    c.early.clear();
+    c.rec->n_events += c.n_early_lost;
+    c.n_early_lost = 0;
+}
+
+void context_end(tracer_env & env, context_trace & c) {
+    std::unique_ptr<recording> rec, oldest;
+    {
+        std::lock_guard<std::mutex> lock(c.mutex);
+        c.ended = true;
+        c.ctx = nullptr;
+        c.memory = nullptr;
+        if (c.state == context_state::recording && c.rec->ring.is_open()) {
+            context_inbox_take(c);
+            c.count(COUNT_CONTEXTS_FREED);
+            c.rec->first_step  += c.n_steps;
+            c.rec->first_batch += c.n_batches;
+            rec = std::move(c.rec);
+        }
+        c.state = context_state::failed; // nothing more to record
+    }
+    std::lock_guard<std::mutex> lock(env.mutex);
+    if (rec) {
+        env.idle.push_back(std::move(rec));
+    }
+    if (env.idle.size() > MAX_IDLE) {
+        oldest = std::move(env.idle.front()); // closed as it goes
+        env.idle.erase(env.idle.begin());
+    }
 }
 
 } // namespace moetrace

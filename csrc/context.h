@@ -1,4 +1,9 @@
-// One llama context: its ring, and how a ubatch becomes rows in it.
+// One llama context, and the recording that it writes to.
+//
+// Who may touch what: a context, its schedulers and graphs belong to the thread that calls llama.cpp with the context
+// (llama.cpp's own rule). Its mutex is held while its recording is written to, so that others can close it. What other
+// contexts' threads have to tell it they put into its inbox. Locks are taken in this order: a context's, the tracer's
+// (over the lists), an inbox's; nobody waits for a ring's reader under the tracer's.
 
 #pragma once
 
@@ -11,8 +16,12 @@
 #include "ring.h"
 #include "score-patch.h"
 
+#include <atomic>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
+#include <unordered_map>
 #include <vector>
 
 namespace moetrace {
@@ -52,13 +61,6 @@ struct llama_facts {
     }
 };
 
-// what every context needs of the process
-struct tracer_env {
-    config      cfg;
-    ggml_abi    abi;
-    llama_facts facts;
-};
-
 struct context_event {
     event_code code;
     int32_t sequence, p0, p1, arg;
@@ -79,7 +81,8 @@ struct graph_trace {
     graph_sources sources;
     std::vector<attention_source> attention;
     bool          warmup = false;
-    const void *  bound_to = nullptr; // the context whose layout the sources fit
+    uint64_t      bound_to = 0;       // number of the context whose layout the sources fit
+    bool          by_callback = false; // what was to be kept is not
     graph_patches patches;            // made once an intervention needs them
     bool          has_patches = false;
 
@@ -98,7 +101,8 @@ struct context_trace;
 // a scheduler; llama.cpp makes a context a new one now and then
 struct sched_trace {
     ggml_backend_sched * sched = nullptr;
-    context_trace *  context = nullptr;
+    std::shared_ptr<context_trace> context;
+    uint64_t         generation = 0; // of the tracing that its graphs were read for
     eval_callback    user_callback = nullptr;
     void *           user_data     = nullptr;
     bool             user_aborted  = false; // the host's callback stopped the graph
@@ -109,6 +113,7 @@ struct sched_trace {
     bool             is_async      = true;  // it has more backends than the CPU's
     model_shape      shape;
     std::vector<std::unique_ptr<graph_trace>> graphs;
+    std::unordered_map<const ggml_cgraph *, std::vector<uint64_t>> keepers; // memory of the nodes that were added
 
     graph_trace * find(const ggml_cgraph * graph) {
         for (auto & g : graphs) {
@@ -120,26 +125,64 @@ struct sched_trace {
     }
 };
 
+// One ring: its contents' layout, and what goes on from one llama context to the next of the same model (a server that
+// sleeps frees its context and makes another).
+struct recording {
+    std::string          name;
+    std::string          facts; // the ring's JSON text but for name and process: equal, and it is the same model's
+    ring_writer          ring;
+    row_layout           layout;
+    std::vector<uint8_t> event_record;
+    std::vector<int32_t> tasks; // by sequence: LAUNCHes so far
+    uint32_t             n_events = 0;
+    uint64_t             serial   = 0;
+    uint32_t             first_step  = 0; // of the present context
+    uint32_t             first_batch = 0;
+    bool                 was_paused  = false;
+    uint64_t             n_unrecorded = 0; // rows since the pause began
+    intervention         rules;
+    uint32_t             intervention_seen = 0; // the control word, when it was last looked at
+
+    int32_t task_of(int32_t sequence) const {
+        return sequence >= 0 && (size_t) sequence < tasks.size() ? tasks[(size_t) sequence] : 0;
+    }
+};
+
+// what every context needs of the process
+struct tracer_env {
+    config      cfg;
+    ggml_abi    abi;
+    llama_facts facts;
+    std::vector<std::string> model_files; // GGUF files that were opened, in order
+    std::vector<std::unique_ptr<recording>> idle; // of contexts that were freed: the next of the same model goes on
+    std::mutex  mutex; // over the two lists, and those of tracer.cpp
+};
+
 enum class context_state { waiting, recording, failed };
 
 struct context_trace {
-    llama_context *     ctx   = nullptr;
+    uint64_t            number = 0; // never given twice
+    llama_context *     ctx   = nullptr; // nullptr: it computes outside of any decode call that we see
     const llama_model * model = nullptr;
     void *              memory = nullptr;
-    std::string         name;
+    uint32_t            n_seq_max = 0;
     const char *        role   = "main"; // main, draft, mtp
+    std::vector<int>    moe_layers; // of its graphs
+    std::atomic<std::thread::id> thread {}; // that decoded last
+    std::atomic<bool>   ended { false };
+    std::mutex          mutex;
     context_state       state  = context_state::waiting;
     bool                warmup = false; // llama_set_warmup
-    bool                was_paused = false;
-    uint64_t            n_unrecorded = 0; // rows since the pause began
 
-    ring_writer         ring;
-    row_layout          layout;
+    std::unique_ptr<recording> rec; // once it is recording
     row_block           block;
-    std::vector<uint8_t> event_record;
     std::vector<uint8_t> readback;
     std::vector<context_event> early; // before there was a ring
+    uint32_t            n_early_lost = 0;
     uint64_t            counts_early[COUNT_N] = {};
+
+    std::mutex          inbox_mutex;
+    std::vector<context_event> inbox; // from other contexts' threads
 
     batch_matcher       matcher;
     kv_cells            cells;
@@ -151,15 +194,14 @@ struct context_trace {
     bool                trial    = false; // llama.cpp runs the batch for itself
     bool                cleared  = false; // the memory was cleared and nothing decoded since
     bool                launched = false; // a server has given out tasks
+    bool                told_unread = false; // of a graph that was not announced
     uint32_t            n_batches = 0;
     uint32_t            n_steps   = 0;
-    uint64_t            serial    = 0;
+    std::vector<int32_t> sampled;   // by sequence: position that the host sampled from last; -2: none
+    std::vector<int32_t> positions_last; // by sequence: of its last row
     std::vector<row_identity> identities;
     output_rows         outputs;
     std::vector<int32_t> tokens, positions, out_ids; // inputs that were not in host memory
-
-    intervention        rules;
-    uint32_t            intervention_seen = 0; // the control word, when it was last looked at
     std::vector<intervened_row> rows;
 
     // the graph that is being computed
@@ -168,14 +210,13 @@ struct context_trace {
     uint64_t            hook_ns = 0;
 
     void count(ring_counter c, uint64_t n = 1) {
-        if (ring.is_open()) {
-            ring.count(c, n);
+        if (rec && rec->ring.is_open()) {
+            rec->ring.count(c, n);
         } else {
             counts_early[c] += n;
         }
     }
 };
-
 
 // Says something on stderr, in one line.
 void say(const std::string & text);
@@ -183,13 +224,27 @@ void say(const std::string & text);
 // Stops recording the context for good; the host goes on.
 void context_fail(context_trace & c, const std::string & why);
 
-// Makes the context's folder and ring, now that its graphs have shown their shape.
+// Gives the context a recording, now that its graphs have shown their shape: the idle one of its model, or a new folder
+// and ring.
 void context_open(tracer_env & env, sched_trace & s, context_trace & c);
+
+// The llama context is gone: its recording becomes idle.
+void context_end(tracer_env & env, context_trace & c);
 
 // A batch is about to be decoded; `known`: its tokens are in c.matcher.entries().
 void context_batch_begin(const tracer_env & env, context_trace & c, bool known, bool encode);
 
+// Something happened to a sequence. The caller holds the context's mutex.
 void context_event_push(context_trace & c, const context_event & e);
+
+// Takes in what other threads have told. The caller holds the context's mutex.
+void context_inbox_take(context_trace & c);
+
+// The host has sampled from a row of the last batch: its index there, or counted from the last output if negative.
+void context_sample(context_trace & c, int32_t index);
+
+// The host has looked at all outputs of the last batch: a sequence with just one was sampled from.
+void context_sample_all(context_trace & c);
 
 // The collector in force: auto is decided by the channels.
 collector_kind collector_choose(const config & cfg);

@@ -106,6 +106,12 @@ bool ggml_abi::functions_find(std::string & error) {
         error = std::string("ggml has no function ") + missing;
         return false;
     }
+    function_find(init,                 "ggml_init");
+    function_find(free,                 "ggml_free");
+    function_find(tensor_overhead,      "ggml_tensor_overhead");
+    function_find(view_1d,              "ggml_view_1d");
+    function_find(build_forward_expand, "ggml_build_forward_expand");
+    function_find(graph_size,           "ggml_graph_size");
     return true;
 }
 
@@ -115,15 +121,9 @@ bool ggml_abi::functions_find(std::string & error) {
 
 namespace {
 
-struct init_params { // ggml_init_params, unchanged since it exists
-    size_t mem_size;
-    void * mem_buffer;
-    bool   no_alloc;
-};
-
 // builders of the probe graph
 struct probe_functions {
-    ggml_context * (*init)(init_params) = nullptr;
+    ggml_context * (*init)(ggml_init_params_view) = nullptr;
     void           (*free)(ggml_context *) = nullptr;
     size_t         (*tensor_overhead)() = nullptr;
     ggml_tensor *  (*new_tensor_4d)(ggml_context *, int32_t, int64_t, int64_t, int64_t, int64_t) = nullptr;
@@ -264,9 +264,7 @@ bool ggml_abi::layout_discover(std::string & error) {
         }
     } owned { f, ctx };
 
-    const char * what = nullptr; // the field that was not found
     const auto fail = [&](const char * name) {
-        what = name;
         error = std::string("the layout of ggml_tensor is not recognised: no field '") + name + "'";
         return false;
     };
@@ -410,7 +408,6 @@ bool ggml_abi::layout_discover(std::string & error) {
             return fail("data");
         }
     }
-    (void) what;
     return true;
 }
 
@@ -445,16 +442,23 @@ op_kind ggml_abi::op(const ggml_tensor * t) {
     if (number < 0 || number > 255) {
         return OP_OTHER;
     }
-    if (kinds[number] == OP_UNKNOWN) {
-        kinds[number] = OP_OTHER;
+    op_kind kind;
+    __atomic_load(&kinds[number], &kind, __ATOMIC_RELAXED);
+    if (kind == OP_UNKNOWN) {
+        kind = OP_OTHER;
         const char * name = op_name(number);
         for (const auto & entry : NAMES) {
             if (same_text(name, entry.name)) {
-                kinds[number] = entry.kind;
+                kind = entry.kind;
             }
         }
+        __atomic_store(&kinds[number], &kind, __ATOMIC_RELAXED);
     }
-    return kinds[number];
+    return kind;
+}
+
+void ggml_abi::set_name(ggml_tensor * t, const char * name) const {
+    strncpy((char *) t + off_name, name, 15);
 }
 
 bool ggml_abi::is_host(const ggml_tensor * t) const {

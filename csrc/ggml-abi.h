@@ -22,6 +22,12 @@ namespace moetrace {
 // Slow; keep the result. nullptr if nobody defines it.
 void * symbol_find(const char * name);
 
+struct ggml_init_params_view { // ggml_init_params, unchanged since it exists
+    size_t mem_size;
+    void * mem_buffer;
+    bool   no_alloc;
+};
+
 using eval_callback = bool (*)(ggml_tensor * t, bool ask, void * user_data);
 
 // operations that the tracer tells apart; compared by name, since their numbers change between releases
@@ -89,6 +95,17 @@ struct ggml_abi {
     const char *  (*backend_name)(ggml_backend *) = nullptr;
     const char *  (*op_name)(int32_t) = nullptr;
 
+    // --- functions that add nodes to a graph; can_build() says whether they are there
+    ggml_context * (*init)(ggml_init_params_view) = nullptr;
+    void           (*free)(ggml_context *) = nullptr;
+    size_t         (*tensor_overhead)() = nullptr;
+    ggml_tensor *  (*view_1d)(ggml_context *, ggml_tensor *, int64_t, size_t) = nullptr;
+    void           (*build_forward_expand)(ggml_cgraph *, ggml_tensor *) = nullptr;
+    int            (*graph_size)(ggml_cgraph *) = nullptr;
+    bool can_build() const { return init && free && tensor_overhead && view_1d && build_forward_expand && graph_size; }
+    void set_src(ggml_tensor * t, int i, ggml_tensor * src) const { (&field<ggml_tensor *>(t, off_src))[i] = src; }
+    void set_name(ggml_tensor * t, const char * name) const; // at most 15 characters
+
     // offsets, for the probe's report
     size_t off_type = 0, off_buffer = 0, off_ne = 0, off_nb = 0, off_op = 0, off_flags = 0, off_src = 0,
            off_view_src = 0, off_view_offs = 0, off_data = 0, off_name = 0, tensor_size = 0;
@@ -100,7 +117,7 @@ struct ggml_abi {
     bool functions_find(std::string & error);
     bool layout_discover(std::string & error);
 
-    op_kind kinds[256];
+    op_kind kinds[256]; // by number, found when first seen; atomic, since threads may see one first together
 };
 
 } // namespace moetrace

@@ -46,7 +46,7 @@ static ggml_tensor * view_skip(ggml_abi & abi, ggml_tensor * t) {
     return t;
 }
 
-static bool same_memory(ggml_abi & abi, ggml_tensor * a, ggml_tensor * b) {
+bool same_memory(const ggml_abi & abi, ggml_tensor * a, ggml_tensor * b) {
     return a == b || (a && b && abi.root(a) == abi.root(b) && abi.view_offs(a) == abi.view_offs(b));
 }
 
@@ -115,30 +115,16 @@ static moe_layer * layer_find(std::vector<moe_layer> & layers, int number) {
     return nullptr;
 }
 
-// Where to read the ids while the graph runs: with the weights, since asking inside the pattern would undo a fused top-k
-// on a GPU. Older releases make the weights after the experts were computed, and the ids' memory may be given away
-// before they are done: there, after the last node that uses the ids.
-static void ids_last_find(ggml_abi & abi, ggml_cgraph * graph, int n_nodes, std::vector<moe_layer> & layers) {
-    struct range { int first = -1, last = -1; };
-    std::vector<range> used(layers.size());
+static void users_find(ggml_abi & abi, ggml_cgraph * graph, int n_nodes, std::vector<moe_layer> & layers) {
     for (int i = 0; i < n_nodes; i++) {
         ggml_tensor * node = abi.graph_node(graph, i);
         const op_kind op = abi.op(node);
         if (op != OP_MUL_MAT_ID && op != OP_GET_ROWS && op != OP_ADD_ID) {
             continue;
         }
-        for (size_t l = 0; l < layers.size(); l++) {
-            if (same_memory(abi, abi.src(node, op == OP_GET_ROWS ? 1 : 2), layers[l].ids)) {
-                used[l] = { used[l].first < 0 ? i : used[l].first, i };
-            }
-        }
-    }
-    for (size_t l = 0; l < layers.size(); l++) {
-        moe_layer & layer = layers[l];
-        layer.ids_last = !layer.weights ? layer.ids : abi.graph_node(graph, used[l].last);
-        for (int i = used[l].first; layer.weights && i <= used[l].last; i++) {
-            if (abi.graph_node(graph, i) == layer.weights) {
-                layer.ids_last = layer.weights;
+        for (auto & layer : layers) {
+            if (same_memory(abi, abi.src(node, op == OP_GET_ROWS ? 1 : 2), layer.ids)) {
+                layer.users.push_back(node);
             }
         }
     }
@@ -314,16 +300,27 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
         }
     }
 
-    ids_last_find(abi, graph, n_nodes, out.layers);
+    users_find(abi, graph, n_nodes, out.layers);
     inputs_find(abi, graph, out);
     return out;
 }
 
-bool moe_graph_is_same(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & moe) {
+bool moe_graph_is_same(ggml_abi & abi, ggml_cgraph * graph, moe_graph & moe) {
     if (abi.graph_n_nodes(graph) != moe.n_nodes) {
         return false;
     }
-    return !moe.experts || (abi.graph_node(graph, moe.i_experts) == moe.experts && abi.op(moe.experts) == OP_MUL_MAT_ID);
+    if (moe.experts && abi.graph_node(graph, moe.i_experts) != moe.experts) {
+        // backends reorder nodes when the graph is allocated
+        int i = 0;
+        while (i < moe.n_nodes && abi.graph_node(graph, i) != moe.experts) {
+            i++;
+        }
+        if (i == moe.n_nodes) {
+            return false;
+        }
+        moe.i_experts = i;
+    }
+    return !moe.experts || abi.op(moe.experts) == OP_MUL_MAT_ID;
 }
 
 } // namespace moetrace

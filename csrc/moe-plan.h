@@ -34,7 +34,7 @@ struct moe_layer {
     selection     group_choice;       // of the groups of experts that they are chosen from, if there are groups
     int           n_group      = 0;
     int           n_group_used = 0;
-    ggml_tensor * ids_last   = nullptr; // node after which the ids are read while the graph runs; not later, their memory may go
+    std::vector<ggml_tensor *> users; // nodes that take the ids: when the last is done, their memory may go
     int           n_expert   = 0;
     int           k          = 0;
     int64_t       n_rows     = 0;
@@ -54,15 +54,19 @@ struct moe_graph {
 
     // to know the graph again: another one may be built at its address
     int           n_nodes    = 0;
-    int           i_experts  = -1;      // of the first node that multiplies with experts
+    int           n_keepers  = 0;       // of these, at the end, nodes that were added (ubatch.h)
+    int           i_experts  = -1;      // of a node that multiplies with experts, when it was last seen
     ggml_tensor * experts    = nullptr; // that node
 };
 
 // Walks the graph. Call it before the scheduler splits the graph: splitting replaces sources by copies.
 moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph);
 
-// Whether this still is the graph that was read.
-bool moe_graph_is_same(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & moe);
+// Whether this still is the graph that was read; allocation may have put its nodes into another order.
+bool moe_graph_is_same(ggml_abi & abi, ggml_cgraph * graph, moe_graph & moe);
+
+// Whether two tensors begin at the same place.
+bool same_memory(const ggml_abi & abi, ggml_tensor * a, ggml_tensor * b);
 
 // Layer number and tensor of "blk.N.TENSOR"; false for any other name.
 bool layer_name_parse(const char * name, int & layer, const char ** tensor);

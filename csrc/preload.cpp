@@ -61,6 +61,17 @@ MOETRACE_HOOK(void, ggml_backend_sched_free, (ggml_backend_sched * sched)) {
 // contexts and batches: whose tokens
 //
 
+struct gguf_context;
+struct gguf_init_params { // by value in the API
+    bool no_alloc;
+    struct ggml_context ** ctx;
+};
+
+MOETRACE_HOOK(gguf_context *, gguf_init_from_file, (const char * path, gguf_init_params params)) {
+    model_on_open(path);
+    return real_gguf_init_from_file()(path, params);
+}
+
 MOETRACE_HOOK(int32_t, llama_decode, (llama_context * ctx, batch_view batch)) {
     batch_scope scope(ctx, batch, false);
     return real_llama_decode()(ctx, batch);
@@ -114,6 +125,16 @@ MOETRACE_HOOK(bool, llama_batch_ext_set_pos, (llama_batch_ext * batch, int32_t i
     return ok;
 }
 
+MOETRACE_HOOK(bool, llama_batch_ext_set_output_logits, (llama_batch_ext * batch, int32_t idx, bool value)) {
+    batch_on_output(batch, idx, value);
+    return real_llama_batch_ext_set_output_logits()(batch, idx, value);
+}
+
+MOETRACE_HOOK(bool, llama_batch_ext_set_output_embd, (llama_batch_ext * batch, int32_t idx, bool value)) {
+    batch_on_output(batch, idx, value);
+    return real_llama_batch_ext_set_output_embd()(batch, idx, value);
+}
+
 MOETRACE_HOOK(void, llama_batch_ext_clear, (llama_batch_ext * batch)) {
     batch_on_clear(batch);
     real_llama_batch_ext_clear()(batch);
@@ -122,6 +143,30 @@ MOETRACE_HOOK(void, llama_batch_ext_clear, (llama_batch_ext * batch)) {
 MOETRACE_HOOK(void, llama_batch_ext_free, (llama_batch_ext * batch)) {
     batch_on_free(batch);
     real_llama_batch_ext_free()(batch);
+}
+
+//
+// what the host samples from
+//
+
+MOETRACE_HOOK(llama_token, llama_sampler_sample, (llama_sampler * sampler, llama_context * ctx, int32_t idx)) {
+    context_on_sample(ctx, idx);
+    return real_llama_sampler_sample()(sampler, ctx, idx);
+}
+
+MOETRACE_HOOK(float *, llama_get_logits_ith, (llama_context * ctx, int32_t idx)) {
+    context_on_sample(ctx, idx);
+    return real_llama_get_logits_ith()(ctx, idx);
+}
+
+MOETRACE_HOOK(llama_token, llama_get_sampled_token_ith, (llama_context * ctx, int32_t idx)) {
+    context_on_sample(ctx, idx);
+    return real_llama_get_sampled_token_ith()(ctx, idx);
+}
+
+MOETRACE_HOOK(float *, llama_get_logits, (llama_context * ctx)) {
+    context_on_logits(ctx);
+    return real_llama_get_logits()(ctx);
 }
 
 //

@@ -1,6 +1,6 @@
 // The layout of the ring file: what the host writes and every reader maps.
 //
-// One ring file belongs to one llama context. It holds a header of fixed size and then
+// One ring file belongs to one llama context, and to those of the same model that follow it in the process. It holds a header of fixed size and then
 // `capacity` records of `stride` bytes. docs/format.md describes the same layout in prose;
 // moetrace/trace/record.py mirrors it and a test holds the two against each other.
 //
@@ -21,7 +21,7 @@ namespace moetrace {
 
 constexpr char     RING_MAGIC[8]      = { 'M', 'O', 'E', 'T', 'R', 'I', 'N', 'G' };
 constexpr uint16_t RING_VERSION_MAJOR = 1; // a reader refuses a newer major version
-constexpr uint16_t RING_VERSION_MINOR = 1; // a newer minor version only adds
+constexpr uint16_t RING_VERSION_MINOR = 2; // a newer minor version only adds
 
 // what the producer does when the reader has not kept up
 enum ring_on_full : uint32_t {
@@ -52,6 +52,7 @@ enum record_flag : uint32_t {
     ROW_SEQUENCE_UNCERTAIN = 1u << 4, // two sequences fit this row equally well
     ROW_UNIDENTIFIED       = 1u << 5, // no batch entry fits this row: sequence is -1
     ROW_TRIAL              = 1u << 6, // a batch that llama.cpp runs for itself (warm-up, memory trial): no request
+    ROW_GENERATED          = 1u << 7, // the host sampled from the position before this one: its token was generated
 };
 
 // record_head.token of an event
@@ -63,11 +64,12 @@ enum event_code : int32_t {
     EVENT_SEQ_DIV   = 5, // positions [position, arg0) were divided by arg1
     EVENT_CLEAR     = 6, // the whole memory was cleared (sequence -1)
     EVENT_RESTORE   = 7, // the state of the sequence was loaded from elsewhere (arg0: bytes, saturated)
-    EVENT_LAUNCH    = 8, // llama-server gave the slot a new task or ended its last one
+    EVENT_LAUNCH    = 8, // llama-server gave the slot a new task or ended its last one; arg1: how many of them the slot has had
     EVENT_PAUSE     = 9, // recording was switched off; arg0 rows have gone unrecorded when it comes on again
     EVENT_RESUME    = 10,
     EVENT_FAILED    = 11, // a ubatch failed after its routing was recorded
     EVENT_INTERVENE = 12, // intervention number arg1 is in force from here on; 0: none
+    EVENT_CONTEXT   = 13, // another llama context of the same model goes on here: its memory is empty
 };
 
 // state of one (token, layer)
@@ -90,9 +92,9 @@ struct record_head {
     uint16_t kind;        // record_kind
     uint16_t n_sequences; // how many sequences share the token
     uint32_t flags;       // record_flag
-    uint32_t row;         // row within the ubatch
-    int32_t  arg0;        // event only
-    int32_t  arg1;        // event only
+    uint32_t row;         // row within the ubatch; event: its number since the ring began, lost ones counted
+    int32_t  arg0;        // row: how many LAUNCHes its sequence has had, lost ones counted; event: see event_code
+    int32_t  arg1;        // row: how many events came before it, lost ones counted (its lower 32 bits); event: see event_code
 };
 static_assert(sizeof(record_head) == 64, "record_head is part of the file format");
 
@@ -128,6 +130,9 @@ enum ring_counter : uint32_t {
     COUNT_SYNC_NS,            // of that, time in which the backend was made to finish
     COUNT_ATTENTION_LOST,     // attention chunks that found no room
     COUNT_ROWS_INTERVENED,    // computed with an intervention in force, recorded or not
+    COUNT_GRAPHS_UNREAD,      // graphs that route, and were not announced: their rows are lost by error
+    COUNT_CONTEXTS,           // llama contexts that wrote here, one after the other
+    COUNT_CONTEXTS_FREED,     // of these, freed: as many as there were, and nobody computes (a server that sleeps)
     COUNT_N,
 };
 

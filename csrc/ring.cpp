@@ -228,14 +228,23 @@ bool ring_writer::push(const void * record) {
     return true;
 }
 
-void ring_writer::close(const char * status) {
-    if (!header_) {
-        return;
+void ring_writer::end(const char * status) {
+    if (header_) {
+        strncpy(header_->status, status, sizeof(header_->status) - 1);
+        header_->closed.store(1, std::memory_order_release);
     }
-    strncpy(header_->status, status, sizeof(header_->status) - 1);
-    header_->closed.store(1, std::memory_order_release);
-    munmap(header_, size_);
-    header_ = nullptr;
+}
+
+void ring_writer::abandon() {
+    if (header_) {
+        munmap(header_, size_);
+        header_ = nullptr;
+    }
+}
+
+void ring_writer::close(const char * status) {
+    end(status);
+    abandon();
 }
 
 } // namespace moetrace

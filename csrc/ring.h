@@ -45,6 +45,12 @@ class ring_writer {
 
     void close(const char * status);
 
+    // Tells readers that nothing more comes; the mapping stays.
+    void end(const char * status);
+
+    // Lets go of the mapping without a word: it is another process's.
+    void abandon();
+
     bool          is_open() const { return header_ != nullptr; }
     uint32_t      stride()  const { return stride_; }
     ring_header * header()        { return header_; }

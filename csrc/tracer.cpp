@@ -7,20 +7,29 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <mutex>
+#include <pthread.h>
+#include <unistd.h>
 #include <vector>
 
 namespace moetrace {
 
 namespace {
 
+static constexpr size_t MAX_MODEL_FILES = 64;
+static constexpr size_t MAX_INBOX       = 4096;
+
+using context_ptr = std::shared_ptr<context_trace>;
+
 struct tracer_state : tracer_env {
-    std::mutex mutex; // guards the lists; a context's own state belongs to the thread that computes on it
-    std::atomic<bool> active { false };
+    std::atomic<bool>     active { false };
+    std::atomic<uint64_t> generation { 0 }; // of tracing: what schedulers know from an earlier one is forgotten
     bool        tried_attach = false;
-    std::vector<std::unique_ptr<context_trace>> contexts;
-    std::vector<std::unique_ptr<sched_trace>>   scheds;
+    uint64_t    n_contexts   = 0;
+    std::vector<context_ptr>                  contexts; // that live, oldest first
+    std::vector<std::unique_ptr<sched_trace>> scheds;
     batch_mirror mirror;
     const void * cleared = nullptr; // memory of a context that has computed nothing yet
 };
@@ -32,14 +41,38 @@ tracer_state & tracer() {
 
 thread_local llama_context * current_ctx = nullptr; // of the decode call on this thread
 
+// There is no memory: nothing here may need any.
+void give_up() {
+    tracer_state & T = tracer();
+    if (!T.active.exchange(false)) {
+        return;
+    }
+    static constexpr char TEXT[] = "moetrace: tracing stopped: out of memory in the tracer; the server goes on untraced\n";
+    const ssize_t written = write(STDERR_FILENO, TEXT, sizeof(TEXT) - 1);
+    (void) written;
+    std::lock_guard<std::mutex> lock(T.mutex);
+    for (const auto & c : T.contexts) {
+        if (c->mutex.try_lock()) { // who holds it finds out by himself
+            if (c->rec && c->rec->ring.is_open()) {
+                c->rec->ring.end("out of memory in the tracer");
+            }
+            c->mutex.unlock();
+        }
+    }
+    for (const auto & rec : T.idle) {
+        rec->ring.end("out of memory in the tracer");
+    }
+}
+
+// Runs body(); false if it did not come to its end.
 template <typename F>
-void guarded(F && body) {
+bool guarded(F && body) {
     try {
         body();
+        return true;
     } catch (...) {
-        if (tracer().active.exchange(false)) {
-            say("tracing stopped: out of memory in the tracer; the server goes on untraced");
-        }
+        give_up();
+        return false;
     }
 }
 
@@ -71,87 +104,126 @@ bool ensure_attached(tracer_state & T) {
     return true;
 }
 
-// --- contexts
+// --- contexts; the callers hold the tracer's mutex
 
-context_trace * context_find(tracer_state & T, const llama_context * ctx) {
-    for (auto & c : T.contexts) {
+context_ptr context_find(const tracer_state & T, const llama_context * ctx) {
+    for (const auto & c : T.contexts) {
         if (ctx && c->ctx == ctx) {
-            return c.get();
+            return c;
         }
     }
     return nullptr;
 }
 
-context_trace & context_get(tracer_state & T, llama_context * ctx) {
-    if (context_trace * c = context_find(T, ctx)) {
-        return *c;
+context_ptr context_make(tracer_state & T, llama_context * ctx) {
+    auto c = std::make_shared<context_trace>();
+    c->number = ++T.n_contexts;
+    c->ctx    = ctx;
+    c->thread = std::this_thread::get_id();
+    if (ensure_attached(T) && ctx) {
+        c->model  = T.facts.get_model  ? T.facts.get_model(ctx)  : nullptr;
+        c->memory = T.facts.get_memory ? T.facts.get_memory(ctx) : nullptr;
+        c->n_seq_max = T.facts.n_seq_max ? T.facts.n_seq_max(ctx) : 0;
+        c->cleared = c->memory && c->memory == T.cleared;
     }
-    T.contexts.push_back(std::make_unique<context_trace>());
-    context_trace & c = *T.contexts.back();
-    c.ctx = ctx;
-    if (ensure_attached(T)) {
-        c.model  = T.facts.get_model  ? T.facts.get_model(ctx)  : nullptr;
-        c.memory = T.facts.get_memory ? T.facts.get_memory(ctx) : nullptr;
-        c.cleared = c.memory && c.memory == T.cleared;
-    }
+    T.contexts.push_back(c);
     return c;
 }
 
+context_ptr context_get(tracer_state & T, llama_context * ctx) {
+    context_ptr c = context_find(T, ctx);
+    return c ? c : context_make(T, ctx);
+}
+
 sched_trace & sched_get(tracer_state & T, sched_t sched) {
+    sched_trace * found = nullptr;
     for (auto & s : T.scheds) {
         if (s->sched == sched) {
-            return *s;
+            found = s.get();
         }
     }
-    T.scheds.push_back(std::make_unique<sched_trace>());
-    T.scheds.back()->sched = sched;
-    return *T.scheds.back();
+    if (!found) {
+        T.scheds.push_back(std::make_unique<sched_trace>());
+        found = T.scheds.back().get();
+        found->sched = sched;
+        found->generation = T.generation;
+    }
+    if (found->generation != T.generation) {
+        found->generation = T.generation;
+        found->context    = nullptr;
+        found->graphs.clear(); // graphs that were allocated while we looked away would be taken for these
+    }
+    return *found;
 }
 
 // The oldest of the contexts that there are: the host makes and warms up the one that it serves with first. A draft
 // model's context may well be the first that records rows.
-const context_trace * context_main(const tracer_state & T) {
+context_ptr context_main(const tracer_state & T) {
     for (const auto & c : T.contexts) {
         if (c->ctx) {
-            return c.get();
+            return c;
         }
     }
     return nullptr;
 }
 
+// llama.cpp's own programs: another model in one of them drafts for the first
+bool host_drafts() {
+    static const bool drafts = [] {
+        char path[4096];
+        const ssize_t n = readlink("/proc/self/exe", path, sizeof(path) - 1);
+        path[n > 0 ? n : 0] = 0;
+        const char * slash = strrchr(path, '/');
+        return strncmp(slash ? slash + 1 : path, "llama", 5) == 0;
+    }();
+    return drafts;
+}
+
+// What a context is beside the oldest one: of another model, a draft's, in a program that drafts; of the same model, it
+// predicts further tokens (MTP) if it computes other layers.
 const char * context_role(const tracer_state & T, const context_trace & c) {
-    const context_trace * first = context_main(T);
-    if (!first || first == &c) {
+    const context_ptr first = context_main(T);
+    if (!first || first.get() == &c || !c.ctx) {
         return "main";
     }
-    return first->model && first->model == c.model ? "mtp" : "draft";
+    if (!first->model || first->model != c.model) {
+        return first->model && host_drafts() ? "draft" : "main";
+    }
+    const bool shares = first->moe_layers.empty() || std::any_of(c.moe_layers.begin(), c.moe_layers.end(), [&](int layer) {
+        return std::find(first->moe_layers.begin(), first->moe_layers.end(), layer) != first->moe_layers.end();
+    });
+    return shares ? "main" : "mtp";
 }
 
 // the callback: asked before a node is computed, called again after it
 bool callback_trampoline(ggml_tensor * t, bool ask, void * user_data) {
     sched_trace & s = *(sched_trace *) user_data;
-    if (!s.context) { // tracing has ended since the callback was installed
+    context_trace * c = s.context.get();
+    if (!c) { // tracing has ended since the callback was installed
         return s.user_callback ? s.user_callback(t, ask, s.user_data) : !ask;
     }
-    context_trace & c = *s.context;
-    const int first = c.running ? c.running->sources.find(t) : -1;
-    const attention_source * attention = c.running ? c.running->attention_at(t) : nullptr;
-    const bool patched = c.patched && c.patched->patches.wants(t);
+    const ggml_abi & abi = tracer().abi;
+    const int first = c->running ? c->running->sources.find(t) : -1;
+    const attention_source * attention = c->running ? c->running->attention_at(t) : nullptr;
+    const bool patched = c->patched && c->patched->patches.wants(t);
     if (ask) {
-        s.user_asked = s.user_callback && s.user_callback(t, true, s.user_data);
+        s.user_asked = s.user_callback && strcmp(abi.name(t), KEEPER_NAME) != 0 && s.user_callback(t, true, s.user_data);
         return first >= 0 || attention || patched || s.user_asked;
     }
     if (first >= 0 || attention || patched) {
         const uint64_t start = clock_ns();
-        guarded([&] {
+        const bool ok = guarded([&] {
             if (first >= 0 || attention) {
-                ubatch_read_node(tracer(), c, t, first, attention);
+                ubatch_read_node(tracer(), *c, t, first, attention);
             }
             if (patched) {
-                c.patched->patches.follow(tracer().abi, t, c.rules, c.rows, c.outputs);
+                c->patched->patches.follow(abi, t, c->rec->rules, c->rows, c->outputs);
             }
         });
-        c.hook_ns += clock_ns() - start;
+        if (!ok) {
+            c->running = c->patched = nullptr;
+        }
+        c->hook_ns += clock_ns() - start;
     }
     if (s.user_asked && s.user_callback && !s.user_callback(t, false, s.user_data)) {
         s.user_aborted = true;
@@ -163,22 +235,25 @@ bool callback_trampoline(ggml_tensor * t, bool ask, void * user_data) {
 // a graph is about to be allocated (or measured): read it, learn its shape, keep its tensors alive
 void graph_prepare(sched_t sched, ggml_cgraph * graph, bool computed) {
     tracer_state & T = tracer();
-    std::lock_guard<std::mutex> lock(T.mutex);
-    if (!T.active || !ensure_attached(T)) {
-        return;
+    sched_trace * s = nullptr;
+    {
+        std::lock_guard<std::mutex> lock(T.mutex);
+        if (!T.active || !ensure_attached(T)) {
+            return;
+        }
+        s = &sched_get(T, sched);
     }
     const uint64_t start = clock_ns();
-    sched_trace & s = sched_get(T, sched);
     moe_graph moe = moe_graph_read(T.abi, graph);
-    graph_keep(T, moe, graph);
-    const bool known = s.shape.learn(T.abi, graph, moe, T.cfg);
+    graph_keep(T, *s, moe, graph);
+    const bool known = s->shape.learn(T.abi, graph, moe, T.cfg);
     if (!computed) {
         return; // measured once, before anything is served
     }
-    graph_trace * g = s.find(graph);
+    graph_trace * g = s->find(graph);
     if (!g) {
-        s.graphs.push_back(std::make_unique<graph_trace>());
-        g = s.graphs.back().get();
+        s->graphs.push_back(std::make_unique<graph_trace>());
+        g = s->graphs.back().get();
         g->graph = graph;
     }
     g->warmup = !known && graph_is_warmup(moe);
@@ -186,8 +261,57 @@ void graph_prepare(sched_t sched, ggml_cgraph * graph, bool computed) {
         moe.trouble = "a layer uses another number of experts than before";
     }
     g->moe      = std::move(moe);
-    g->bound_to = nullptr;
-    s.prepare_ns += clock_ns() - start;
+    g->bound_to = 0;
+    s->prepare_ns += clock_ns() - start;
+}
+
+// closes what is traced; contexts that are computing find out by themselves
+void tracing_end(tracer_state & T) {
+    std::vector<context_ptr> contexts;
+    std::vector<std::unique_ptr<recording>> idle;
+    {
+        std::lock_guard<std::mutex> lock(T.mutex);
+        T.active = false;
+        T.generation++;
+        contexts.swap(T.contexts);
+        idle.swap(T.idle);
+    }
+    for (const auto & c : contexts) {
+        std::lock_guard<std::mutex> lock(c->mutex);
+        c->ended = true;
+        c->state = context_state::failed;
+        if (c->rec) {
+            c->rec->ring.close("");
+        }
+    }
+    for (const auto & rec : idle) {
+        rec->ring.close("");
+    }
+}
+
+// A forked child has its parent's memory, and no share in its rings: it begins anew.
+void fork_prepare() { tracer().mutex.lock(); }
+void fork_parent()  { tracer().mutex.unlock(); }
+void fork_child() {
+    tracer_state & T = tracer();
+    T.generation++;
+    for (const auto & c : T.contexts) {
+        c->ended = true;
+        if (c->rec) {
+            c->rec->ring.abandon();
+        }
+    }
+    for (const auto & rec : T.idle) {
+        rec->ring.abandon();
+    }
+    // their mutexes may be held by threads that the child does not have: never touched again
+    static std::vector<context_ptr> * dead = nullptr;
+    dead = new (std::nothrow) std::vector<context_ptr>();
+    if (dead) {
+        dead->swap(T.contexts);
+    }
+    T.idle.clear();
+    T.mutex.unlock();
 }
 
 } // namespace
@@ -203,7 +327,9 @@ bool tracer_start(const char * text, std::string & error) {
     if (!config_parse(source, cfg, error)) {
         return false;
     }
-    tracer_stop();
+    static const int watched = pthread_atfork(fork_prepare, fork_parent, fork_child);
+    (void) watched; // without it forks are what they were
+    tracing_end(T);
     std::lock_guard<std::mutex> lock(T.mutex);
     T.cfg    = cfg;
     T.active = !cfg.dir.empty();
@@ -211,27 +337,42 @@ bool tracer_start(const char * text, std::string & error) {
 }
 
 void tracer_stop() {
-    tracer_state & T = tracer();
-    std::lock_guard<std::mutex> lock(T.mutex);
-    T.active = false;
-    for (auto & c : T.contexts) {
-        c->ring.close("");
-    }
-    for (auto & s : T.scheds) {
-        s->context = nullptr;
-        s->graphs.clear(); // graphs that are allocated while we look away would be taken for these
-    }
-    T.contexts.clear();
+    guarded([&] { tracing_end(tracer()); });
 }
 
 void tracer_intervene(uint32_t number) {
+    std::vector<context_ptr> contexts;
     when_active([&](tracer_state & T) {
         T.cfg.intervention  = number;
         T.cfg.intervene_all = true;
-        for (auto & c : T.contexts) {
-            if (c->ring.is_open()) {
-                c->ring.header()->intervention.store(number, std::memory_order_release);
-            }
+        contexts = T.contexts;
+        for (const auto & rec : T.idle) {
+            rec->ring.header()->intervention.store(number, std::memory_order_release);
+        }
+    });
+    for (const auto & c : contexts) {
+        std::lock_guard<std::mutex> lock(c->mutex);
+        if (c->rec && c->rec->ring.is_open()) {
+            c->rec->ring.header()->intervention.store(number, std::memory_order_release);
+        }
+    }
+}
+
+void model_on_open(const char * path) {
+    if (!tracer().active || !path) {
+        return;
+    }
+    guarded([&] {
+        char * whole = realpath(path, nullptr);
+        const std::string name = whole ? whole : path;
+        free(whole);
+        tracer_state & T = tracer();
+        std::lock_guard<std::mutex> lock(T.mutex);
+        auto & files = T.model_files;
+        files.erase(std::remove(files.begin(), files.end(), name), files.end());
+        files.push_back(name);
+        if (files.size() > MAX_MODEL_FILES) {
+            files.erase(files.begin());
         }
     });
 }
@@ -260,10 +401,25 @@ void sched_on_alloc(sched_t sched, ggml_cgraph * graph) {
 void sched_on_free(sched_t sched) {
     guarded([&] {
         tracer_state & T = tracer();
-        std::lock_guard<std::mutex> lock(T.mutex);
-        T.scheds.erase(std::remove_if(T.scheds.begin(), T.scheds.end(), [&](const auto & s) {
-            return s->sched == sched;
-        }), T.scheds.end());
+        std::unique_ptr<sched_trace> gone;
+        context_ptr own; // of a host whose contexts we do not see
+        {
+            std::lock_guard<std::mutex> lock(T.mutex);
+            for (auto it = T.scheds.begin(); it != T.scheds.end(); it++) {
+                if ((*it)->sched == sched) {
+                    gone = std::move(*it);
+                    T.scheds.erase(it);
+                    break;
+                }
+            }
+            if (gone && gone->context && !gone->context->ctx && !gone->context->ended) {
+                own = gone->context;
+                T.contexts.erase(std::remove(T.contexts.begin(), T.contexts.end(), own), T.contexts.end());
+            }
+        }
+        if (own) {
+            context_end(T, *own);
+        }
     });
 }
 
@@ -275,42 +431,57 @@ int sched_on_compute(sched_t sched, ggml_cgraph * graph, compute_fn compute, set
 
     const uint64_t start = clock_ns();
     sched_trace * s = nullptr;
+    graph_trace * g = nullptr;
+    context_ptr held; // to the end of this call
     bool recorded = false;
-    guarded([&] {
-        std::lock_guard<std::mutex> lock(T.mutex);
-        if (!ensure_attached(T)) {
-            return;
+    const bool ok = guarded([&] {
+        {
+            std::lock_guard<std::mutex> lock(T.mutex);
+            if (!T.active || !ensure_attached(T)) {
+                return;
+            }
+            s = &sched_get(T, sched);
+            if (s->context && s->context->ended) {
+                s->context = nullptr;
+            }
+            if (current_ctx) {
+                s->context = context_get(T, current_ctx);
+            } else if (!s->context) {
+                // computed outside of any decode call that we see: its rows stay without a sequence
+                s->context = context_make(T, nullptr);
+            }
+            held = s->context;
         }
-        s = &sched_get(T, sched);
-        graph_trace * g = s->find(graph);
+        context_trace & c = *held;
+        std::lock_guard<std::mutex> lock(c.mutex);
+        c.patched = nullptr;
+        c.running = nullptr;
+        c.hook_ns = 0;
+        g = s->find(graph);
         if (!g || !moe_graph_is_same(T.abi, graph, g->moe)) {
             // allocated before tracing began, or (older releases, when they tidy the KV cache) not allocated at all
-            s = nullptr;
+            g = nullptr;
+            ubatch_unread(c, moe_graph_read(T.abi, graph));
             return;
         }
-        if (current_ctx) {
-            s->context = &context_get(T, current_ctx);
-        } else if (!s->context) {
-            // computed outside of any decode call that we see: its rows stay without a sequence
-            T.contexts.push_back(std::make_unique<context_trace>());
-            s->context = T.contexts.back().get();
-        }
-        context_trace & c = *s->context;
         if (c.state == context_state::waiting) {
+            c.moe_layers.clear();
+            for (const auto & layer : g->moe.layers) {
+                c.moe_layers.push_back(layer.layer);
+            }
+            std::lock_guard<std::mutex> lists(T.mutex);
             c.role = context_role(T, c);
         }
-        c.patched  = nullptr;
-        recorded   = ubatch_begin(T, *s, *g);
-        c.running  = recorded ? g : nullptr;
-        c.hook_ns  = 0;
+        recorded  = ubatch_begin(T, *s, *g);
+        c.running = recorded ? g : nullptr;
     });
-    if (!s) {
+    if (!ok || !g) {
         return compute(sched, graph);
     }
 
-    context_trace & c = *s->context;
+    context_trace & c = *held;
     // only a callback can change tensors; then it reads them too, while they are what the top-k saw
-    const bool by_callback = c.patched || (recorded && collector_choose(T.cfg) == COLLECTOR_CALLBACK);
+    const bool by_callback = c.patched || (recorded && g->by_callback);
     if (by_callback || s->chained) {
         // the scheduler keeps its callback until the next graph is built, so set it each time it changes
         if (by_callback) {
@@ -326,11 +497,13 @@ int sched_on_compute(sched_t sched, ggml_cgraph * graph, compute_fn compute, set
     const int status = compute(sched, graph);
 
     const uint64_t after = clock_ns();
-    const uint64_t waited = recorded ? c.ring.waited() : 0;
     guarded([&] {
+        std::lock_guard<std::mutex> lock(c.mutex);
+        recorded = recorded && c.running && c.rec && c.rec->ring.is_open();
+        const uint64_t waited = recorded ? c.rec->ring.waited() : 0;
         if (recorded && status == 0) {
             if (!by_callback) {
-                ubatch_read(T, *s, *c.running);
+                ubatch_read(T, *s, *g);
             }
             if (s->user_aborted) {
                 ubatch_drop(c, true);
@@ -343,19 +516,33 @@ int sched_on_compute(sched_t sched, ggml_cgraph * graph, compute_fn compute, set
         c.n_steps++;
         c.running = nullptr;
         c.patched = nullptr;
+        if (recorded) {
+            own_ns += clock_ns() - after + c.hook_ns + s->prepare_ns - s->setup_ns;
+            c.count(COUNT_HOOK_NS, own_ns - (c.rec->ring.waited() - waited));
+            s->prepare_ns = s->setup_ns = 0;
+        }
     });
-    if (recorded) {
-        own_ns += clock_ns() - after + c.hook_ns + s->prepare_ns - s->setup_ns;
-        c.count(COUNT_HOOK_NS, own_ns - (c.ring.waited() - waited));
-        s->prepare_ns = s->setup_ns = 0;
-    }
     return status;
+}
+
+// Runs body(context) with the context's mutex, on the thread that calls llama.cpp with it.
+template <typename F>
+static void with_context(llama_context * ctx, bool make, F && body) {
+    context_ptr c;
+    when_active([&](tracer_state & T) {
+        c = make ? context_get(T, ctx) : context_find(T, ctx);
+    });
+    if (c) {
+        guarded([&] {
+            std::lock_guard<std::mutex> lock(c->mutex);
+            body(*c);
+        });
+    }
 }
 
 batch_scope::batch_scope(llama_context * ctx, const batch_view & batch, bool encode) : outer(current_ctx) {
     current_ctx = ctx;
-    when_active([&](tracer_state & T) {
-        context_trace & c = context_get(T, ctx);
+    with_context(ctx, true, [&](context_trace & c) {
         auto & entries = c.matcher.entries();
         entries.resize((size_t) std::max(batch.n_tokens, 0));
         for (int32_t i = 0; i < batch.n_tokens; i++) {
@@ -365,30 +552,33 @@ batch_scope::batch_scope(llama_context * ctx, const batch_view & batch, bool enc
             e.position    = batch.pos ? batch.pos[i] : batch_entry::UNKNOWN;
             e.sequence    = batch.n_seq_id && batch.seq_id ? (n_seq > 0 ? batch.seq_id[i][0] : -1) : 0;
             e.n_sequences = (uint16_t) n_seq;
+            e.output      = batch.logits ? batch.logits[i] != 0 : i == batch.n_tokens - 1;
             e.used        = false;
         }
-        context_batch_begin(T, c, true, encode);
+        context_batch_begin(tracer(), c, true, encode);
     });
 }
 
 batch_scope::batch_scope(llama_context * ctx, const void * batch_ext, bool encode) : outer(current_ctx) {
     current_ctx = ctx;
+    std::vector<batch_entry> entries;
+    bool known = false;
     when_active([&](tracer_state & T) {
-        context_trace & c = context_get(T, ctx);
-        const auto * entries = T.mirror.find(batch_ext);
-        if (entries) {
-            c.matcher.entries().assign(entries->begin(), entries->end());
+        if (const auto * found = T.mirror.find(batch_ext)) {
+            entries = *found;
+            known   = true;
         }
-        context_batch_begin(T, c, entries != nullptr, encode);
+    });
+    with_context(ctx, true, [&](context_trace & c) {
+        c.matcher.entries().swap(entries);
+        context_batch_begin(tracer(), c, known, encode);
     });
 }
 
 batch_scope::~batch_scope() {
-    when_active([&](tracer_state & T) {
-        if (context_trace * c = context_find(T, current_ctx)) {
-            c->in_batch = false;
-            c->n_batches++;
-        }
+    with_context(current_ctx, false, [&](context_trace & c) {
+        c.in_batch = false;
+        c.n_batches++;
     });
     current_ctx = outer;
 }
@@ -396,60 +586,82 @@ batch_scope::~batch_scope() {
 void context_on_free(llama_context * ctx) {
     guarded([&] {
         tracer_state & T = tracer();
-        std::lock_guard<std::mutex> lock(T.mutex);
-        if (context_trace * c = context_find(T, ctx)) {
-            c->ring.close("");
-            c->state = context_state::failed; // nothing more to record; a new context may get the same address
-            c->ctx   = nullptr;
-            for (auto & s : T.scheds) {
-                if (s->context == c) {
-                    s->context = nullptr;
-                }
-            }
+        context_ptr c;
+        {
+            std::lock_guard<std::mutex> lock(T.mutex);
+            c = context_find(T, ctx);
+            T.contexts.erase(std::remove(T.contexts.begin(), T.contexts.end(), c), T.contexts.end());
+        }
+        if (c) {
+            context_end(T, *c);
         }
     });
 }
 
 void context_on_warmup(llama_context * ctx, bool warmup) {
-    when_active([&](tracer_state & T) {
-        context_get(T, ctx).warmup = warmup;
-    });
+    with_context(ctx, true, [&](context_trace & c) { c.warmup = warmup; });
+}
+
+void context_on_sample(llama_context * ctx, int32_t index) {
+    with_context(ctx, false, [&](context_trace & c) { context_sample(c, index); });
+}
+
+void context_on_logits(llama_context * ctx) {
+    with_context(ctx, false, [&](context_trace & c) { context_sample_all(c); });
 }
 
 void context_on_event(llama_context * ctx, event_code code, int32_t sequence, int32_t p0, int32_t p1, int32_t arg) {
-    when_active([&](tracer_state & T) {
-        context_event_push(context_get(T, ctx), { code, sequence, p0, p1, arg });
+    with_context(ctx, true, [&](context_trace & c) {
+        context_inbox_take(c);
+        context_event_push(c, { code, sequence, p0, p1, arg });
     });
 }
 
 // A context that has decoded nothing yet is not known: samplers that are set while it is made begin no task. A draft
 // model's context, or MTP's, serves the tasks of the main one, unless each sequence has one of its own (before summer
-// 2026): of which sequence one is does not show.
+// 2026): of which sequence one is does not show. It computes on the main one's thread.
 void context_on_launch(llama_context * ctx, int32_t sequence) {
+    const context_event launch { EVENT_LAUNCH, sequence, 0, 0, 0 };
     when_active([&](tracer_state & T) {
-        const auto n_sequences = [&](const context_trace & c) {
-            return T.facts.n_seq_max && c.ctx ? T.facts.n_seq_max(c.ctx) : 0;
-        };
-        const context_trace * launched = context_find(T, ctx);
-        const bool is_main = launched && launched == context_main(T);
-        for (auto & c : T.contexts) {
-            if (c.get() == launched || (is_main && n_sequences(*c) == n_sequences(*launched))) {
-                context_event_push(*c, { EVENT_LAUNCH, sequence, 0, 0, 0 });
+        const context_ptr launched = context_find(T, ctx);
+        if (!launched || launched != context_main(T)) {
+            return;
+        }
+        for (const auto & c : T.contexts) {
+            const bool serves = c != launched && strcmp(c->role, "main") != 0 && c->n_seq_max == launched->n_seq_max &&
+                c->thread.load() == std::this_thread::get_id();
+            if (serves) {
+                std::lock_guard<std::mutex> lock(c->inbox_mutex);
+                if (c->inbox.size() < MAX_INBOX) {
+                    c->inbox.push_back(launch);
+                }
             }
         }
+    });
+    with_context(ctx, false, [&](context_trace & c) {
+        context_inbox_take(c);
+        context_event_push(c, launch);
     });
 }
 
 void memory_on_event(void * memory, event_code code, int32_t sequence, int32_t p0, int32_t p1, int32_t arg) {
+    context_ptr found;
     when_active([&](tracer_state & T) {
-        for (auto & c : T.contexts) {
+        for (const auto & c : T.contexts) {
             if (c->memory == memory && memory) {
-                context_event_push(*c, { code, sequence, p0, p1, arg });
+                found = c;
                 return;
             }
         }
         T.cleared = code == EVENT_CLEAR ? memory : T.cleared;
     });
+    if (found) {
+        guarded([&] {
+            std::lock_guard<std::mutex> lock(found->mutex);
+            context_inbox_take(*found);
+            context_event_push(*found, { code, sequence, p0, p1, arg });
+        });
+    }
 }
 
 int32_t batch_on_add(const void * batch, int32_t index, int32_t sequence, int32_t token) {
@@ -468,6 +680,12 @@ void batch_on_add_sequence(const void * batch, int32_t index) {
 void batch_on_position(const void * batch, int32_t index, int32_t position) {
     when_active([&](tracer_state & T) {
         T.mirror.set_position(batch, index, position);
+    });
+}
+
+void batch_on_output(const void * batch, int32_t index, bool output) {
+    when_active([&](tracer_state & T) {
+        T.mirror.set_output(batch, index, output);
     });
 }
 

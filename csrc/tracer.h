@@ -64,13 +64,18 @@ class batch_scope {
 void context_on_free(llama_context * ctx);
 void context_on_warmup(llama_context * ctx, bool warmup);
 void context_on_launch(llama_context * ctx, int32_t sequence); // a server gave the sequence a task, or ended one
+void context_on_sample(llama_context * ctx, int32_t index); // in the last batch, or from the last output if negative
+void context_on_logits(llama_context * ctx);                // of all outputs of the last batch
 void context_on_event(llama_context * ctx, event_code code, int32_t sequence, int32_t p0, int32_t p1, int32_t arg);
 void memory_on_event(void * memory, event_code code, int32_t sequence, int32_t p0, int32_t p1, int32_t arg);
+
+void model_on_open(const char * path); // a GGUF file
 
 // --- llama_batch_ext hooks
 int32_t batch_on_add(const void * batch, int32_t index, int32_t sequence, int32_t token);
 void    batch_on_add_sequence(const void * batch, int32_t index);
 void    batch_on_position(const void * batch, int32_t index, int32_t position);
+void    batch_on_output(const void * batch, int32_t index, bool output);
 void    batch_on_clear(const void * batch);
 void    batch_on_free(const void * batch);
 

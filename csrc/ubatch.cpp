@@ -32,7 +32,13 @@ static output_rows outputs_read(tracer_env & env, context_trace & c, const graph
     return { g.out_ids.t ? input_read(env.abi, g.out_ids, c.out_ids) : &none, g.out_ids.n };
 }
 
+// whether the host has sampled from the position before
+static bool is_generated(const context_trace & c, int32_t sequence, int32_t position) {
+    return sequence >= 0 && (size_t) sequence < c.sampled.size() && position > 0 && c.sampled[(size_t) sequence] == position - 1;
+}
+
 static void heads_fill(context_trace & c, const int32_t * tokens, const int32_t * positions) {
+    const recording & rec = *c.rec;
     const int64_t now = (int64_t) clock_ns();
     const uint32_t n = c.block.n_rows;
     uint64_t n_unidentified = 0;
@@ -40,8 +46,8 @@ static void heads_fill(context_trace & c, const int32_t * tokens, const int32_t 
         const row_identity & who = c.identities[row];
         record_head * head = c.block.head(row);
         head->time_ns     = now;
-        head->step        = c.n_steps;
-        head->batch       = c.n_batches;
+        head->step        = rec.first_step + c.n_steps;
+        head->batch       = rec.first_batch + c.n_batches;
         head->token       = tokens && !who.vector ? tokens[row] : -1; // a vector leaves the token input as it was
         // a recurrent model has no position input; the batch had one
         head->position    = positions ? positions[row] : who.position == batch_entry::UNKNOWN ? -1 : who.position;
@@ -49,9 +55,11 @@ static void heads_fill(context_trace & c, const int32_t * tokens, const int32_t 
         head->kind        = RECORD_ROW;
         head->n_sequences = who.n_sequences;
         head->row         = row;
+        head->arg0        = rec.task_of(head->sequence);
+        head->arg1        = (int32_t) rec.n_events;
         head->flags       = (who.uncertain ? ROW_SEQUENCE_UNCERTAIN : 0u) | (who.found ? 0u : ROW_UNIDENTIFIED) |
             (who.vector ? ROW_EMBEDDING_INPUT : 0u) | (c.encode ? ROW_ENCODE : 0u) | (c.trial ? ROW_TRIAL : 0u) | (c.outputs.ids ? 0u : ROW_OUTPUT) |
-            (c.patched && c.rows[row].touched ? ROW_INTERVENED : 0u);
+            (c.patched && c.rows[row].touched ? ROW_INTERVENED : 0u) | (is_generated(c, head->sequence, head->position) ? ROW_GENERATED : 0u);
         n_unidentified += !who.found;
     }
     for (int64_t i = 0; c.outputs.ids && i < c.outputs.n; i++) {
@@ -63,11 +71,25 @@ static void heads_fill(context_trace & c, const int32_t * tokens, const int32_t 
     c.count(COUNT_ROWS_UNIDENTIFIED, n_unidentified);
 }
 
+// Whether what is to be kept is, in the order in which the nodes are computed: what comes after the nodes that keep it
+// may be given its memory.
+static bool is_kept(ggml_abi & abi, const graph_trace & g) {
+    bool keeps = false;
+    for (int i = g.moe.n_nodes - g.moe.n_keepers; i < g.moe.n_nodes; i++) {
+        keeps = strcmp(abi.name(abi.graph_node(g.graph, i)), KEEPER_NAME) == 0;
+        if (!keeps) {
+            return false;
+        }
+    }
+    return keeps || g.moe.n_keepers == 0;
+}
+
 // which tensors of the graph go where in the context's records
 static void graph_bind(tracer_env & env, sched_trace & s, graph_trace & g) {
     context_trace & c = *s.context;
-    g.sources.make(env.abi, g.graph, g.moe, c.layout, env.cfg);
-    g.bound_to = &c;
+    g.sources.make(env.abi, s.sched, g.graph, g.moe, c.rec->layout, env.cfg);
+    g.bound_to = c.number;
+    g.by_callback = collector_choose(env.cfg) == COLLECTOR_CALLBACK || !is_kept(env.abi, g);
     g.has_patches = false;
     g.tokens    = input_find(env.abi, g.moe.inp_tokens, g.moe.n_tokens);
     g.positions = input_find(env.abi, g.moe.inp_pos,    g.moe.n_tokens);
@@ -102,7 +124,7 @@ static void cells_follow(tracer_env & env, context_trace & c, const graph_trace 
 
 static void intervention_refuse(context_trace & c, uint32_t number, const std::string & why) {
     say("intervention " + std::to_string(number) + " is refused: " + why);
-    ring_header * h = c.ring.header();
+    ring_header * h = c.rec->ring.header();
     h->intervention_refused.store(0, std::memory_order_relaxed); // nobody reads a reason that is being written
     memset(h->intervention_why, 0, sizeof(h->intervention_why));
     memcpy(h->intervention_why, why.data(), std::min(why.size(), sizeof(h->intervention_why) - 1));
@@ -110,17 +132,17 @@ static void intervention_refuse(context_trace & c, uint32_t number, const std::s
 }
 
 static void intervention_enter(context_trace & c, uint32_t number) {
-    c.ring.header()->intervention_active.store(number, std::memory_order_release);
+    c.rec->ring.header()->intervention_active.store(number, std::memory_order_release);
     context_event_push(c, { EVENT_INTERVENE, -1, 0, 0, (int32_t) number });
 }
 
 // looks at the control word; one that is refused leaves in force what was
 static void intervention_look(tracer_env & env, sched_trace & s, context_trace & c) {
-    const uint32_t wanted = c.ring.header()->intervention.load(std::memory_order_acquire);
-    if (wanted == c.intervention_seen) {
+    const uint32_t wanted = c.rec->ring.header()->intervention.load(std::memory_order_acquire);
+    if (wanted == c.rec->intervention_seen) {
         return;
     }
-    c.intervention_seen = wanted;
+    c.rec->intervention_seen = wanted;
     intervention next;
     std::string error;
     const std::string path = env.cfg.dir + "/interventions/" + std::to_string(wanted) + ".bin";
@@ -128,7 +150,7 @@ static void intervention_look(tracer_env & env, sched_trace & s, context_trace &
         intervention_refuse(c, wanted, error);
         return;
     }
-    c.rules = std::move(next);
+    c.rec->rules = std::move(next);
     intervention_enter(c, wanted);
 }
 
@@ -141,7 +163,7 @@ static void intervention_begin(tracer_env & env, context_trace & c, graph_trace 
         intervened_row & row = c.rows[i];
         row.sequence = who.found ? who.sequence : -1;
         row.position = positions ? positions[i] : who.position;
-        row.touched  = c.rules.touches(row.sequence, row.position);
+        row.touched  = c.rec->rules.touches(row.sequence, row.position);
         n_touched   += row.touched;
     }
     if (n_touched == 0) {
@@ -151,14 +173,44 @@ static void intervention_begin(tracer_env & env, context_trace & c, graph_trace 
         g.patches.make(env.abi, g.graph, g.moe);
         g.has_patches = true;
     }
-    if (const char * why = g.patches.begin(c.rules, c.rows, c.outputs)) {
-        intervention_refuse(c, c.intervention_seen, why);
-        c.rules.clear();
+    if (const char * why = g.patches.begin(c.rec->rules, c.rows, c.outputs)) {
+        intervention_refuse(c, c.rec->intervention_seen, why);
+        c.rec->rules.clear();
         intervention_enter(c, 0);
         return;
     }
     c.patched = &g;
     c.count(COUNT_ROWS_INTERVENED, n_touched);
+}
+
+static void positions_follow(context_trace & c, const row_identity & who, int32_t position) {
+    if (who.found && who.sequence >= 0 && (size_t) who.sequence < c.positions_last.size()) {
+        c.positions_last[(size_t) who.sequence] = position;
+    }
+}
+
+// rows that were computed and could not be read
+static void rows_lose(context_trace & c, uint32_t n) {
+    c.count(COUNT_ROWS_PRODUCED, n);
+    c.count(COUNT_ROWS_LOST_ERROR, n);
+    if (c.rec) {
+        c.rec->serial += n;
+    }
+}
+
+void ubatch_unread(context_trace & c, const moe_graph & moe) {
+    c.count(COUNT_GRAPHS);
+    if (moe.layers.empty() || graph_is_warmup(moe) || c.warmup || (c.rec && c.rec->ring.paused())) {
+        return;
+    }
+    if (c.state == context_state::recording || c.state == context_state::waiting) {
+        if (!c.told_unread) {
+            c.told_unread = true;
+            say("a graph is computed that was not allocated as announced: its rows are lost, and counted");
+        }
+        c.count(COUNT_GRAPHS_UNREAD);
+        rows_lose(c, (uint32_t) moe.n_tokens);
+    }
 }
 
 // Before the graph runs: who its rows are. False if it is not recorded.
@@ -182,14 +234,16 @@ bool ubatch_begin(tracer_env & env, sched_trace & s, graph_trace & g) {
     if (c.state != context_state::recording) {
         return false;
     }
-    if (g.bound_to != &c) {
+    recording & rec = *c.rec;
+    if (g.bound_to != c.number) {
         graph_bind(env, s, g);
     }
-    const bool paused = c.ring.paused();
-    if (paused != c.was_paused) {
-        context_event_push(c, { paused ? EVENT_PAUSE : EVENT_RESUME, -1, 0, (int32_t) std::min<uint64_t>(c.n_unrecorded, INT_MAX), 0 });
-        c.was_paused   = paused;
-        c.n_unrecorded = 0;
+    context_inbox_take(c);
+    const bool paused = rec.ring.paused();
+    if (paused != rec.was_paused) {
+        context_event_push(c, { paused ? EVENT_PAUSE : EVENT_RESUME, -1, 0, (int32_t) std::min<uint64_t>(rec.n_unrecorded, INT_MAX), 0 });
+        rec.was_paused   = paused;
+        rec.n_unrecorded = 0;
     }
     const int32_t * tokens    = input_read(env.abi, g.tokens, c.tokens);
     const int32_t * positions = input_read(env.abi, g.positions, c.positions);
@@ -198,25 +252,26 @@ bool ubatch_begin(tracer_env & env, sched_trace & s, graph_trace & g) {
     } else {
         c.identities.assign(n, row_identity());
     }
+    for (uint32_t row = 0; row < n && positions; row++) {
+        positions_follow(c, c.identities[row], positions[row]);
+    }
     c.outputs = outputs_read(env, c, g);
     intervention_look(env, s, c);
-    if (!c.rules.is_empty() && !c.trial) {
+    if (!rec.rules.is_empty() && !c.trial) {
         intervention_begin(env, c, g, positions); // also while paused
     }
     if (paused) {
         c.count(COUNT_ROWS_PAUSED, n);
-        c.n_unrecorded += n;
+        rec.n_unrecorded += n;
         return false;
     }
-    if (!c.block.reset(c.layout, n, !g.sources.covers_all)) {
-        c.count(COUNT_ROWS_PRODUCED, n);
-        c.count(COUNT_ROWS_LOST_ERROR, n);
-        c.serial += n;
+    if (!c.block.reset(rec.layout, n, !g.sources.covers_all)) {
+        rows_lose(c, n);
         return false;
     }
     heads_fill(c, tokens, positions);
     for (int index : g.sources.not_understood) {
-        rows_mark_lost(c.layout, index, c.block);
+        rows_mark_lost(rec.layout, index, c.block);
     }
     if (!g.attention.empty()) {
         cells_follow(env, c, g);
@@ -239,8 +294,13 @@ static void attention_push(tracer_env & env, context_trace & c, const attention_
     static thread_local std::vector<char> mask_bytes;
     const char * mask = tensor_bytes(env.abi, source.mask, mask_bytes);
     const auto & idxs = c.cell_idxs[(size_t) source.group];
-    record_head * head = (record_head *) c.event_record.data();
-    float * payload = (float *) (c.event_record.data() + c.layout.off_attention);
+    std::lock_guard<std::mutex> lock(c.mutex);
+    if (!c.rec || !c.rec->ring.is_open()) {
+        return;
+    }
+    recording & rec = *c.rec;
+    record_head * head = (record_head *) rec.event_record.data();
+    float * payload = (float *) (rec.event_record.data() + rec.layout.off_attention);
     for (uint32_t row = 0; row < c.block.n_rows; row++) {
         attention_row & a = c.attention;
         if (!attention_read(env.abi, source, probs, mask, row, row < idxs.size() ? idxs[row] : -1, c.cells, a)) {
@@ -250,10 +310,10 @@ static void attention_push(tracer_env & env, context_trace & c, const attention_
         const uint32_t n = (uint32_t) a.values.size();
         for (uint32_t at = 0; at < n; at += ATTENTION_PIECE) {
             const record_head * of_row = c.block.head(row);
-            head->serial      = c.serial + row;
+            head->serial      = rec.serial + row;
             head->time_ns     = of_row->time_ns;
-            head->step        = c.n_steps;
-            head->batch       = c.n_batches;
+            head->step        = of_row->step;
+            head->batch       = of_row->batch;
             head->token       = source.layer;
             head->position    = a.first_position;
             head->sequence    = (int32_t) a.n_keys;
@@ -264,7 +324,7 @@ static void attention_push(tracer_env & env, context_trace & c, const attention_
             head->arg0        = (int32_t) std::min(ATTENTION_PIECE, n - at);
             head->arg1        = 0;
             memcpy(payload, a.values.data() + at, (size_t) head->arg0*4);
-            if (!c.ring.push(head)) {
+            if (!rec.ring.push(head)) {
                 c.count(COUNT_ATTENTION_LOST);
             }
         }
@@ -280,7 +340,7 @@ static void source_read(tracer_env & env, context_trace & c, const row_source & 
         }
         base = (const char *) c.readback.data() + tensor.scratch;
     }
-    rows_copy(env.abi, source, tensor, base, c.layout, c.outputs, c.block);
+    rows_copy(env.abi, source, tensor, base, c.rec->layout, c.outputs, c.block);
 }
 
 // starts reading everything that is not in host memory, and waits for it
@@ -320,7 +380,7 @@ void ubatch_read(tracer_env & env, sched_trace & s, const graph_trace & g) {
     for (size_t i = 0; i < sources.rows.size(); i++) {
         const row_source & source = sources.rows[i];
         const char * base = source.base ? source.base : (const char *) c.readback.data() + sources.tensors[i].scratch;
-        rows_copy(env.abi, source, sources.tensors[i], base, c.layout, c.outputs, c.block);
+        rows_copy(env.abi, source, sources.tensors[i], base, c.rec->layout, c.outputs, c.block);
     }
 }
 
@@ -338,47 +398,93 @@ void ubatch_drop(context_trace & c, bool computed) {
     const uint32_t n = c.block.n_rows;
     context_event_push(c, { EVENT_FAILED, -1, 0, (int32_t) n, 0 });
     if (computed) {
-        c.count(COUNT_ROWS_PRODUCED, n);
-        c.count(COUNT_ROWS_LOST_ERROR, n);
-        c.serial += n;
+        rows_lose(c, n);
     }
 }
 
 void ubatch_commit(context_trace & c) {
     const uint32_t n = c.block.n_rows;
+    recording & rec = *c.rec;
     uint64_t n_committed = 0;
     for (uint32_t row = 0; row < n; row++) {
-        c.block.head(row)->serial = c.serial++;
-        n_committed += c.ring.push(c.block.record(row));
+        c.block.head(row)->serial = rec.serial++;
+        n_committed += rec.ring.push(c.block.record(row));
     }
     c.count(COUNT_ROWS_PRODUCED, n);
     c.count(COUNT_ROWS_COMMITTED, n_committed);
     c.count(COUNT_ROWS_LOST_FULL, n - n_committed);
 }
 
-void graph_keep(tracer_env & env, const moe_graph & moe, ggml_cgraph * graph) {
-    if (collector_choose(env.cfg) != COLLECTOR_TAP) {
+// Adds nodes behind the last one. They are views, which no backend computes and which start no split; they depend on
+// the last node, so that no backend moves them before it. Of the tensors they are users like any other: a pattern that
+// would leave one out is not fused, one that has it as its result is.
+static bool nodes_keep(const ggml_abi & abi, sched_trace & s, moe_graph & moe, ggml_cgraph * graph, const std::vector<ggml_tensor *> & kept) {
+    static constexpr size_t N_SRC = 8; // of a node, at least, in every release
+    const size_t n_keepers = (kept.size() + N_SRC - 2)/(N_SRC - 1);
+    const int n_nodes = abi.graph_n_nodes(graph);
+    // the scheduler's tables need room for leaves, too: llama.cpp sizes them for several nodes to each weight
+    if (!abi.can_build() || n_nodes == 0 || 4*((size_t) n_nodes + n_keepers) > 3*(size_t) abi.graph_size(graph)) {
+        return false;
+    }
+    while (strcmp(abi.name(abi.graph_node(graph, n_nodes - 1 - moe.n_keepers)), KEEPER_NAME) == 0) {
+        moe.n_keepers++;
+    }
+    if (moe.n_keepers) {
+        return true; // the graph is allocated once more
+    }
+    ggml_tensor * last = abi.graph_node(graph, n_nodes - 1);
+    std::vector<uint64_t> arena((n_keepers*abi.tensor_overhead() + 64)/8 + 1);
+    ggml_context * ctx = abi.init({ arena.size()*8, arena.data(), true });
+    if (!ctx) {
+        return false;
+    }
+    for (size_t i = 0; i < n_keepers; i++) {
+        ggml_tensor * keeper = abi.view_1d(ctx, last, 0, 0); // of nothing: the last node may have no rows
+        abi.set_name(keeper, KEEPER_NAME);
+        for (size_t j = 0; j < N_SRC - 1 && i*(N_SRC - 1) + j < kept.size(); j++) {
+            abi.set_src(keeper, (int) j + 1, kept[i*(N_SRC - 1) + j]);
+        }
+        abi.build_forward_expand(graph, keeper);
+    }
+    abi.free(ctx); // the tensors lie in the arena
+    s.keepers[graph] = std::move(arena);
+    moe.n_keepers = (int) n_keepers;
+    moe.n_nodes   = abi.graph_n_nodes(graph);
+    return true;
+}
+
+void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph * graph) {
+    if (collector_choose(env.cfg) != COLLECTOR_TAP || moe.layers.empty()) {
         return;
     }
-    // marked as outputs, tensors keep their memory to the end of the graph
-    const auto keep = [&](ggml_tensor * t) {
-        if (t) {
-            env.abi.set_output(t);
-            env.abi.set_output(env.abi.root(t)); // the allocator looks at the owner of the memory
-        }
+    std::vector<ggml_tensor *> kept;
+    // marked as outputs, tensors keep their memory, and no pattern leaves them out
+    const auto mark = [&](ggml_tensor * t) {
+        env.abi.set_output(t);
+        env.abi.set_output(env.abi.root(t)); // the allocator looks at the owner of the memory
     };
     for (const auto & layer : moe.layers) {
         if (!env.cfg.has_layer(layer.layer)) {
             continue;
         }
-        keep(layer.ids);
-        if (env.cfg.channels & CHANNEL_WEIGHTS)    { keep(layer.weights); }
-        if (env.cfg.channels & CHANNEL_LOGITS)     { keep(layer.logits); }
-        if (env.cfg.channels & CHANNEL_SCORES)     { keep(layer.choice.scores); }
-        if (env.cfg.channels & CHANNEL_GATE_INPUT) { keep(layer.gate_input); }
+        const auto keep = [&](ggml_tensor * t, uint32_t channel) {
+            if (t && (env.cfg.channels & channel)) {
+                kept.push_back(t);
+            }
+        };
+        keep(layer.ids,        CHANNEL_EXPERTS);
+        keep(layer.weights,    CHANNEL_WEIGHTS);
+        keep(layer.logits,     CHANNEL_LOGITS);
+        keep(layer.gate_input, CHANNEL_GATE_INPUT);
+        keep(layer.choice.scores, CHANNEL_SCORES);
+    }
+    if (!nodes_keep(env.abi, s, moe, graph, kept)) {
+        for (ggml_tensor * t : kept) {
+            mark(t);
+        }
     }
     if (!env.cfg.tensors.empty()) {
-        tensors_for_each(env.abi, graph, env.cfg, keep);
+        tensors_for_each(env.abi, graph, env.cfg, mark);
     }
 }
 

@@ -6,8 +6,12 @@
 
 namespace moetrace {
 
-// Before the scheduler allocates a graph: lets the tensors that the tap will read live to its end.
-void graph_keep(tracer_env & env, const moe_graph & moe, ggml_cgraph * graph);
+// Before the scheduler allocates a graph: lets the tensors that the tap will read live to its end. Nodes are added to
+// the graph that compute nothing and have the tensors as sources; `moe` knows of them then.
+void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph * graph);
+
+// A graph that routes is computed, and was never announced: its rows are lost, and counted.
+void ubatch_unread(context_trace & c, const moe_graph & moe);
 
 // Whether every layer uses all its experts.
 bool graph_is_warmup(const moe_graph & moe);

@@ -17,7 +17,7 @@ from moetrace.errors import TraceError
 
 RING_MAGIC = b"MOETRING"
 RING_VERSION_MAJOR = 1
-RING_VERSION_MINOR = 1
+RING_VERSION_MINOR = 2
 ATTENTION_PIECE = 1024
 
 
@@ -47,6 +47,7 @@ class RowFlag(IntFlag):
     SEQUENCE_UNCERTAIN = 1 << 4
     UNIDENTIFIED = 1 << 5
     TRIAL = 1 << 6
+    GENERATED = 1 << 7
 
 
 class EventCode(IntEnum):
@@ -64,6 +65,7 @@ class EventCode(IntEnum):
     RESUME = 10
     FAILED = 11
     INTERVENE = 12
+    CONTEXT = 13
 
 
 class State(IntEnum):
@@ -96,6 +98,9 @@ class Counter(IntEnum):
     SYNC_NS = 16
     ATTENTION_LOST = 17
     ROWS_INTERVENED = 18
+    GRAPHS_UNREAD = 19
+    CONTEXTS = 20
+    CONTEXTS_FREED = 21
 
 
 N_COUNTERS = 32  # room in the header; the Counter names so many of them

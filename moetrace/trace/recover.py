@@ -22,9 +22,8 @@ from moetrace.trace.ledger import (
     npy_header,
     read_header,
 )
-from moetrace.trace.requests import REQUEST_TABLE
 from moetrace.trace.ring import Ring, peek_host, peek_reader, process_alive, ring_is_ready, ring_paths
-from moetrace.trace.rows import EVENT_COLUMNS, ColumnSpec, Layout
+from moetrace.trace.rows import ColumnSpec, Layout
 from moetrace.trace.storage import disk_error, refuse_links, write_at
 from moetrace.trace.store import CONTEXT_NAME, RING_NAME, TraceStore
 from moetrace.trace.writer import ContextWriter, TraceWriter, final_counters
@@ -163,12 +162,12 @@ def _mend_headers(store: TraceStore) -> list[str]:
     """Write headers again that cannot be read; what they must say follows from context.json."""
     for name in ("", *store.context_names):
         refuse_links(store.path / name)
-    specs: list[tuple[Path, ColumnSpec]] = [(store.path / "requests", REQUEST_TABLE)]
+    specs: list[tuple[Path, ColumnSpec]] = [(store.path / "requests", store.request_columns)]
     for name in store.context_names:
         layout = Layout.from_context(read_json(store.path / name / CONTEXT_NAME))
         specs += [
             (store.path / name / "rows", layout.row_columns),
-            (store.path / name / "events", EVENT_COLUMNS),
+            (store.path / name / "events", layout.event_columns),
         ]
     mended = []
     for folder, spec in specs:

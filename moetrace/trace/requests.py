@@ -59,7 +59,11 @@ REQUEST_TABLE: ColumnSpec = {
     "n_lost": ("<i4", ()),
     "n_rejected": ("<i4", ()),
     "n_shifts": ("<i4", ()),
+    "n_unrecorded": ("<i4", ()),
+    "n_events_lost": ("<i4", ()),
 }
+#: what traces of format 1.0 do not have of it
+NOT_IN_1_0 = ("n_unrecorded", "n_events_lost")
 
 #: the columns that :meth:`RequestAssigner.feed` reads
 ROW_INPUTS = ("serial", "time_ns", "batch", "position", "sequence", "flags")
@@ -88,6 +92,8 @@ class _Request:
     n_lost: int = 0
     n_rejected: int = 0
     n_shifts: int = 0
+    n_unrecorded: int = 0
+    n_events_lost: int = 0
 
 
 @dataclass(slots=True)

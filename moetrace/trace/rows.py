@@ -29,6 +29,8 @@ HEAD_COLUMNS = {
     "flags": "<u4",
     "row": "<u4",
 }
+#: the same of contexts that number their events and tasks: name -> (dtype, field of the head)
+NUMBER_COLUMNS = {"task": ("<i4", "arg0"), "events_before": ("<u4", "arg1")}
 #: columns of ``rows`` that the request assigner adds
 REQUEST_COLUMNS = {"phase": "|u1", "request": "<i8"}
 #: columns of ``events``, and the field of the record's head that each comes from
@@ -41,7 +43,7 @@ EVENT_COLUMNS: ColumnSpec = {
     "p1": ("<i4", ()),
     "arg": ("<i4", ()),
 }
-_EVENT_SOURCES = {"code": "token", "p0": "position", "p1": "arg0", "arg": "arg1"}
+_EVENT_SOURCES = {"code": "token", "p0": "position", "p1": "arg0", "arg": "arg1", "number": "row"}
 #: payload columns with a layer axis, filled where a layer is not present
 LAYER_COLUMNS = ("experts", "weights", "logits", "scores", "gate_input")
 
@@ -64,12 +66,16 @@ class Layout:
         Experts, and experts chosen per token, of each layer.
     fields
         The payload columns, ``state`` among them.
+    numbered
+        Events are numbered, and every row says how many came before it and which task of its sequence it is of:
+        what was lost of them shows.
     """
 
     layers: tuple[int, ...]
     n_expert: tuple[int, ...]
     n_expert_used: tuple[int, ...]
     fields: tuple[Field, ...]
+    numbered: bool = False
 
     @classmethod
     def from_context(cls, context: Mapping[str, Any], fields: Sequence[Field] | None = None) -> Layout:
@@ -102,7 +108,8 @@ class Layout:
             if not isinstance(raw, list):
                 raise _bad("it lists no fields")
             fields = [_field(f) for f in raw]
-        layout = cls(layers, n_expert, n_used, tuple(f for f in fields if f.name != ATTENTION_FIELD))
+        columns = tuple(f for f in fields if f.name != ATTENTION_FIELD)
+        layout = cls(layers, n_expert, n_used, columns, context.get("numbered") is True)
         layout._check()
         return layout
 
@@ -116,7 +123,7 @@ class Layout:
             "scores": (("<f4",), (n_layers, n_experts)),
         }
         names = [field.name for field in self.fields]
-        taken = {*HEAD_COLUMNS, *REQUEST_COLUMNS}
+        taken = {*HEAD_COLUMNS, *NUMBER_COLUMNS, *REQUEST_COLUMNS}
         if "state" not in names or len(set(names)) != len(names) or taken & set(names):
             raise _bad("its fields lack `state`, or two columns have one name")
         for field in self.fields:
@@ -142,8 +149,14 @@ class Layout:
     @property
     def row_columns(self) -> ColumnSpec:
         """The columns of the table ``rows``: name -> (dtype, shape per row)."""
-        head = {name: (dtype, ()) for name, dtype in {**HEAD_COLUMNS, **REQUEST_COLUMNS}.items()}
+        numbers = {name: dtype for name, (dtype, _) in NUMBER_COLUMNS.items() if self.numbered}
+        head = {name: (dtype, ()) for name, dtype in {**HEAD_COLUMNS, **numbers, **REQUEST_COLUMNS}.items()}
         return {**head, **{field.name: (field.dtype, field.shape) for field in self.fields}}
+
+    @property
+    def event_columns(self) -> ColumnSpec:
+        """The columns of the table ``events``: name -> (dtype, shape per row)."""
+        return {**EVENT_COLUMNS, "number": ("<u4", ())} if self.numbered else EVENT_COLUMNS
 
 
 def _bad(why: str) -> TraceError:
@@ -193,6 +206,8 @@ def rows_from_records(records: NDArray[np.void], layout: Layout) -> Columns:
     if not is_row.all():
         records = records[is_row]
     columns: Columns = {name: _copy(records[name]) for name in HEAD_COLUMNS}
+    for name, (dtype, source) in NUMBER_COLUMNS.items() if layout.numbered else ():
+        columns[name] = _copy(records[source]).view(dtype)
     for field in layout.fields:
         columns[field.name] = _copy(records[field.name])
     absent = columns["state"] != State.PRESENT
@@ -216,7 +231,7 @@ def rows_from_records(records: NDArray[np.void], layout: Layout) -> Columns:
     return columns
 
 
-def events_from_records(records: NDArray[np.void]) -> Columns:
+def events_from_records(records: NDArray[np.void], layout: Layout) -> Columns:
     """Transpose the event records into the columns of the table ``events``, as contiguous copies."""
     events = records[records["kind"] == RecordKind.EVENT]
-    return {name: _copy(events[_EVENT_SOURCES.get(name, name)]) for name in EVENT_COLUMNS}
+    return {name: _copy(events[_EVENT_SOURCES.get(name, name)]) for name in layout.event_columns}

@@ -12,11 +12,11 @@ from typing import Any
 from moetrace.errors import TraceError
 from moetrace.trace.columns import Table
 from moetrace.trace.jsonfile import read_json, write_json
-from moetrace.trace.requests import REQUEST_TABLE
-from moetrace.trace.rows import EVENT_COLUMNS, ColumnSpec, Layout
+from moetrace.trace.requests import NOT_IN_1_0, REQUEST_TABLE
+from moetrace.trace.rows import ColumnSpec, Layout
 
 FORMAT = "moetrace-trace"
-VERSION = (1, 0)
+VERSION = (1, 1)
 META_NAME = "meta.json"
 CONTEXT_NAME = "context.json"
 RING_NAME = "ring"
@@ -89,7 +89,7 @@ class TraceStore:
             layout = Layout.from_context(facts)
             rows, events = Table(path / "rows"), Table(path / "events")
             _check_columns(rows, layout.row_columns)
-            _check_columns(events, EVENT_COLUMNS)
+            _check_columns(events, layout.event_columns)
             self._contexts[name] = ContextStore(path, name, facts, layout, rows, events)
         return self._contexts[name]
 
@@ -102,8 +102,14 @@ class TraceStore:
     def requests(self) -> Table:
         """The table of ended requests."""
         table = Table(self.path / "requests")
-        _check_columns(table, REQUEST_TABLE)
+        _check_columns(table, self.request_columns)
         return table
+
+    @property
+    def request_columns(self) -> ColumnSpec:
+        """The columns of the table ``requests`` in a trace of this version."""
+        old = self.meta["version"][1] == 0
+        return {name: spec for name, spec in REQUEST_TABLE.items() if not (old and name in NOT_IN_1_0)}
 
     @property
     def live(self) -> bool:

@@ -229,7 +229,7 @@ class Trace(Rows):
         generated = [n if type(n := s.get("n_generated")) is int else None for s in said]
         result["n_generated"] = pd.array(generated, dtype="Int64")
         result["n_cached"] = cached
-        names = ["n_prefill", "n_decode", "n_lost", "n_rejected", "n_shifts"]
+        names = ["n_prefill", "n_decode", "n_lost", "n_rejected", "n_shifts", "n_unrecorded", "n_events_lost"]
         for name in [*names, "first_serial", "last_serial", "start_ns", "end_ns", "running"]:
             result[name] = frame[name]
         for name in sorted({key for s in said for key in s} - set(result.columns)):
@@ -244,7 +244,11 @@ class Trace(Rows):
         number = self.store.context_names.index(self.store_context.name)
         table = self.store.requests
         mine = np.flatnonzero(table["context"] == number)
-        columns = {name: np.asarray(table[name])[mine] for name in REQUEST_TABLE}
+        columns = {
+            # -1: a trace of format 1.0 does not say
+            name: np.asarray(table[name])[mine] if name in table else np.full(len(mine), -1, dtype)
+            for name, (dtype, _) in REQUEST_TABLE.items()
+        }
         columns["running"] = np.zeros(len(mine), bool)
         if self.live:
             rows, events = self.store_context.rows, self.store_context.events

@@ -22,7 +22,7 @@ from moetrace.trace.loss import settle_counters
 from moetrace.trace.record import OnFull
 from moetrace.trace.requests import REQUEST_TABLE, RequestAssigner, allot_again, replay
 from moetrace.trace.ring import Ring
-from moetrace.trace.rows import EVENT_COLUMNS, Columns, Layout, events_from_records, rows_from_records
+from moetrace.trace.rows import Columns, Layout, events_from_records, rows_from_records
 from moetrace.trace.storage import disk_error, lock_folder, refuse_links
 from moetrace.trace.store import CONTEXT_NAME, FORMAT, META_NAME, VERSION, ContextStore, TraceStore
 
@@ -70,7 +70,7 @@ class ContextWriter:
         cls, path: Path, index: int, layout: Layout, meta: Mapping[str, Any], trace: TraceWriter
     ) -> ContextWriter:
         """Make the tables, empty."""
-        specs = {"rows": layout.row_columns, "events": EVENT_COLUMNS}
+        specs = {"rows": layout.row_columns, "events": layout.event_columns}
         if "attention" in meta.get("channels", ()):
             specs |= {"attention_values": VALUES_TABLE, "attention": ATTENTION_TABLE}
         for (
@@ -117,7 +117,8 @@ class ContextWriter:
         records
             Structured array (n,) of the ring's dtype: all that the ring holds; copied.
         """
-        rows, events = rows_from_records(records, self.layout), events_from_records(records)
+        rows = rows_from_records(records, self.layout)
+        events = events_from_records(records, self.layout)
         new = rows["serial"].astype(np.int64) >= self.end
         sealed = Table(self.events.path).overlap(events)
         if self._assembler is not None:
@@ -146,7 +147,9 @@ class ContextWriter:
             index, values = self._assembler.feed(records)
             self.tables["attention_values"].append(values)
             self.tables["attention"].append(index)
-        return self.append_columns(rows_from_records(records, self.layout), events_from_records(records))
+        return self.append_columns(
+            rows_from_records(records, self.layout), events_from_records(records, self.layout)
+        )
 
     def append_columns(self, rows: Columns, events: Columns) -> int:
         """Append rows (all columns but ``request`` and ``phase``) and the events among them."""
@@ -249,6 +252,7 @@ class TraceWriter:
         except OSError as e:
             raise disk_error(self.path, e) from e
         self.requests = TableWriter.create(self.path / "requests", REQUEST_TABLE, fsync=fsync)
+        self._request_columns = tuple(REQUEST_TABLE)
         self._listed: NDArray[Any] = np.empty(0, np.int64)
         self._write_meta()
 
@@ -276,6 +280,7 @@ class TraceWriter:
         for name in ("", *store.context_names):
             refuse_links(store.path / name)
         writer.path, writer.fsync, writer._meta = store.path, fsync, dict(store.meta)
+        writer._request_columns = tuple(store.request_columns)
         writer._listed = np.array(store.requests["request"])
         highest = [int(context.rows["request"].max(initial=-1)) for context in store.contexts]
         writer._request_numbers = itertools.count(1 + max([*highest, int(writer._listed.max(initial=-1))]))
@@ -334,7 +339,7 @@ class TraceWriter:
     def end_requests(self, requests: Columns) -> None:
         """Append requests that have ended; those that a resumed trace lists already are left out."""
         fresh = ~np.isin(requests["request"], self._listed)
-        self.requests.append({name: column[fresh] for name, column in requests.items()})
+        self.requests.append({name: requests[name][fresh] for name in self._request_columns})
 
     def seal_requests(self) -> None:
         """Seal the requests that have ended so far."""

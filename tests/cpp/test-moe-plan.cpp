@@ -3,8 +3,10 @@
 
 #include "check.h"
 #include "fuzz/fake-ggml.h"
+#include "collector.h"
 #include "moe-plan.h"
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 
@@ -103,7 +105,7 @@ int main() {
         for (const bool weights_first : { true, false }) {
             fake_graph g;
             const built b = build(g, names, weights_first);
-            const moe_graph moe = moe_graph_read(abi, graph);
+            moe_graph moe = moe_graph_read(abi, graph);
             CHECK(moe.trouble == nullptr);
             CHECK(moe.layers.size() == 1);
             CHECK(moe.inp_tokens == b.tokens);
@@ -115,7 +117,17 @@ int main() {
             CHECK(layer.weights == b.weights);
             CHECK(layer.n_rows == N_OUTPUTS);
             // with the weights, unless the ids' memory may be gone by then
-            CHECK(layer.ids_last == (weights_first ? b.weights : b.gathered));
+            CHECK(ids_asks_find(abi, nullptr, graph, moe) == std::vector<ggml_tensor *> { weights_first ? b.weights : b.gathered });
+
+            // the order that counts is the one that a backend has put the nodes into
+            std::vector<void *> & nodes = fake().nodes;
+            const auto order = nodes;
+            std::stable_partition(nodes.begin(), nodes.end(), [&](void * t) { return t != b.weights && t != b.gathered; });
+            CHECK(moe_graph_is_same(abi, graph, moe));
+            CHECK(ids_asks_find(abi, nullptr, graph, moe) == std::vector<ggml_tensor *> { b.gathered });
+            std::reverse(nodes.begin(), nodes.end());
+            CHECK(moe_graph_is_same(abi, graph, moe));
+            nodes = order;
 
             // the same graph again; one with a node more; one that only copies, where this one was
             CHECK(moe_graph_is_same(abi, graph, moe));

@@ -1,7 +1,7 @@
 """Makes the golden traces.
 
 A reader must read those of every format version for ever: before a version changes, keep one under its number
-(``killed-1.0``), then run ``PYTHONPATH=.:tests/unit python tests/golden/make.py FOLDER``.
+(``two-contexts-1.0``), then run ``PYTHONPATH=.:tests/unit python tests/golden/make.py FOLDER``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ def two_contexts(path: Path) -> Path:
     """Closed; two-byte ids, uneven layers, every optional channel, two rows lost; and a draft context."""
     rng = np.random.default_rng(11)
     channels = ("experts", "weights", "logits", "scores", "gate_input", "tensor.l_out")
-    main = make_layout(layers=(1, 2, 3), n_expert=(300, 8, 300), k=(4, 2, 4), channels=channels)
-    draft = make_layout(layers=(0, 1), n_expert=8, k=2, channels=("experts",))
+    main = make_layout(
+        layers=(1, 2, 3), n_expert=(300, 8, 300), k=(4, 2, 4), channels=channels, numbered=True
+    )
+    draft = make_layout(layers=(0, 1), n_expert=8, k=2, channels=("experts",), numbered=True)
     return write_trace(
         path,
         [
@@ -45,7 +47,7 @@ def two_contexts(path: Path) -> Path:
 
 def killed(path: Path) -> Path:
     """Never closed: 20 records sealed, the rest in the ring, bytes of an unsealed block in the columns."""
-    layout = make_layout()
+    layout = make_layout(numbered=True)
     records = server_records(layout, np.random.default_rng(12), n_requests=4, lose=(33,))
     write_trace(path, [Context(layout, records, lost=1)], close=False, sealed=20)
     for column in ("serial", "experts"):

@@ -148,7 +148,7 @@ def test_rings(tmp_path: Path, figures: Figures) -> None:
             with only_our_errors():
                 records = ring.snapshot()[0]
                 rows_from_records(records, layout)
-                events_from_records(records)
+                events_from_records(records, layout)
             with only_our_errors():
                 ring.pending()
 

@@ -130,7 +130,8 @@ class Oracle:
             seq.request = {
                 "request": len(self.requests), "context": 0, "sequence": seq.number,
                 "first_serial": r["serial"], "start_ns": r["time_ns"], "n_cached": cached,
-                "n_prefill": 0, "n_decode": 0, "n_lost": 0, "n_rejected": 0, "n_shifts": 0, "output": None,
+                "n_prefill": 0, "n_decode": 0, "n_lost": 0, "n_rejected": 0, "n_shifts": 0, "n_unrecorded": 0,
+                "n_events_lost": 0, "output": None,
             }  # fmt: skip
             if seq.copied and p > 0 and output:
                 seq.request["output"] = r["batch"] - 1

@@ -15,9 +15,11 @@ from moetrace.trace.record import (
     RING_HEADER,
     RING_MAGIC,
     Counter,
+    EventCode,
     Field,
     OnFull,
     RecordKind,
+    RowFlag,
     field_offset,
     record_dtype,
 )
@@ -31,6 +33,7 @@ def make_layout(
     k: int | tuple[int, ...] = 2,
     channels: tuple[str, ...] = ("experts", "weights"),
     n_embd: int = 4,
+    numbered: bool = False,
 ) -> Layout:
     """Lay out the fields of a context one after the other, as the host does."""
     n = len(layers)
@@ -51,7 +54,7 @@ def make_layout(
         offset = -(-offset // 4) * 4
         fields.append(Field(name, dtype, shape, offset))
         offset += fields[-1].nbytes
-    return Layout(layers, n_expert, k, tuple(fields))
+    return Layout(layers, n_expert, k, tuple(fields), numbered)
 
 
 def stride_of(layout: Layout) -> int:
@@ -83,6 +86,7 @@ def context_of(layout: Layout, **extra: Any) -> dict[str, Any]:
         "n_expert": list(layout.n_expert),
         "n_expert_used": list(layout.n_expert_used),
         "consumers": [["ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"]] * len(layout.layers),
+        "numbered": layout.numbered,
         **extra,
     }
 
@@ -193,4 +197,26 @@ def random_records(layout: Layout, n: int, rng: np.random.Generator, first_seria
         if name not in ("experts", "state") and name in [f.name for f in layout.fields]:
             values = rng.random(records[name].shape).astype(np.float32)
             records[name] = values / values.sum(axis=-1, keepdims=True) if name == "weights" else values
+    return records
+
+
+def number_records(records: np.ndarray) -> np.ndarray:
+    """Number events and tasks as a host does, and mark rows that follow an output: they were sampled. In place."""
+    n_events = 0
+    tasks: dict[int, int] = {}
+    sampled: dict[int, int] = {}
+    for record in records:
+        sequence = int(record["sequence"])
+        if record["kind"] == RecordKind.EVENT:
+            record["row"] = n_events
+            n_events += 1
+            if record["token"] == EventCode.LAUNCH:
+                tasks[sequence] = tasks.get(sequence, 0) + 1
+                record["arg1"] = tasks[sequence]
+        elif record["kind"] == RecordKind.ROW:
+            record["arg0"], record["arg1"] = tasks.get(sequence, 0), n_events
+            if sampled.get(sequence) == int(record["position"]) - 1:
+                record["flags"] |= RowFlag.GENERATED
+            if record["flags"] & RowFlag.OUTPUT:
+                sampled[sequence] = int(record["position"])
     return records

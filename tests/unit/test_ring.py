@@ -222,7 +222,7 @@ def test_rows_and_events_are_told_apart(rng: np.random.Generator) -> None:
     records = random_records(LAYOUT, 4, rng)
     records["kind"][1] = RecordKind.EVENT
     records["token"][1], records["position"][1], records["arg0"][1], records["arg1"][1] = 2, 3, 9, -4
-    rows, events = rows_from_records(records, LAYOUT), events_from_records(records)
+    rows, events = rows_from_records(records, LAYOUT), events_from_records(records, LAYOUT)
     assert rows["serial"].tolist() == [0, 2, 3]
     assert rows["experts"].dtype == np.uint8
     assert rows["experts"].shape == (3, 3, 2)

@@ -23,7 +23,6 @@ from moetrace.trace.columns import TableWriter
 from moetrace.trace.jsonfile import write_json
 from moetrace.trace.ledger import column_path, npy_header
 from moetrace.trace.requests import REQUEST_TABLE
-from moetrace.trace.rows import EVENT_COLUMNS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -48,7 +47,9 @@ def golden() -> moetrace.Trace:
     return moetrace.open(GOLDEN / "two-contexts")
 
 
-@pytest.mark.parametrize("name", ["two-contexts", "killed", "killed-1.0"])
+@pytest.mark.parametrize(
+    "name", ["two-contexts", "two-contexts-1.0", "killed", "killed-1.0", "killed-1.0-ring-1.1"]
+)
 def test_the_plain_reader_reads_the_same(name: str) -> None:
     plain = read_trace(GOLDEN / name)
     trace = moetrace.open(GOLDEN / name)
@@ -384,4 +385,4 @@ def test_an_empty_context(tmp_path: Path) -> None:
     assert len(trace.to_pandas()) == 0
     assert trace.store_context.facts["name"] == context_of(layout)["name"]
     assert set(REQUEST_TABLE) == set(trace.store.requests)
-    assert set(EVENT_COLUMNS) == set(trace.store_context.events)
+    assert set(layout.event_columns) == set(trace.store_context.events)

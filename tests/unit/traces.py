@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rings import Producer, context_of, make_layout, random_records
+from rings import Producer, context_of, make_layout, number_records, random_records
 
 from moetrace.trace.columns import TableWriter
 from moetrace.trace.jsonfile import write_json
 from moetrace.trace.labels import append_labels
 from moetrace.trace.record import Counter, EventCode, OnFull, RecordKind
 from moetrace.trace.requests import REQUEST_TABLE, RequestAssigner
-from moetrace.trace.rows import EVENT_COLUMNS, Layout, events_from_records, rows_from_records
-from moetrace.trace.store import TraceStore, write_vocabulary
+from moetrace.trace.rows import Layout, events_from_records, rows_from_records
+from moetrace.trace.store import VERSION, TraceStore, write_vocabulary
 
 
 @dataclass
@@ -83,6 +83,8 @@ def server_records(
         serial, batch = serial + 10, int(rows["batch"][-1]) + 1
         parts.append(event(layout, serial, EventCode.LAUNCH, slot))
     records = np.concatenate(parts)
+    if layout.numbered:
+        number_records(records)
     return records[~((records["kind"] == 0) & np.isin(records["serial"], lose))]
 
 
@@ -100,7 +102,7 @@ def write_trace(
     path.mkdir(parents=True)
     names = [f"ctx{i}" for i in range(len(contexts))]
     meta = {
-        "format": "moetrace-trace", "version": [1, 0], "created_ns": 17 * 10**17, "moetrace": "0.1.0",
+        "format": "moetrace-trace", "version": list(VERSION), "created_ns": 17 * 10**17, "moetrace": "0.1.0",
         "command": ["llama-server", "-m", "toy.gguf"], "host": "here", "state": "live", "exit_code": None,
         "contexts": names, "model_path": None,
     }  # fmt: skip
@@ -124,12 +126,12 @@ def write_trace(
         assigner = RequestAssigner(i, numbers.__next__)
         rows, events = (
             TableWriter.create(folder / "rows", layout.row_columns),
-            TableWriter.create(folder / "events", EVENT_COLUMNS),
+            TableWriter.create(folder / "events", layout.event_columns),
         )
         stop = len(context.records) if sealed is None else sealed
         for start in range(0, stop, block):
             piece = context.records[start : min(start + block, stop)]
-            new, happened = rows_from_records(piece, layout), events_from_records(piece)
+            new, happened = rows_from_records(piece, layout), events_from_records(piece, layout)
             new["request"], new["phase"] = assigner.feed(new, happened)
             events.append(happened)
             events.seal()

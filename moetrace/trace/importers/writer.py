@@ -25,7 +25,7 @@ from moetrace.trace.jsonfile import write_json
 from moetrace.trace.labels import append_labels
 from moetrace.trace.record import Counter
 from moetrace.trace.requests import REQUEST_TABLE
-from moetrace.trace.rows import EVENT_COLUMNS, Layout
+from moetrace.trace.rows import Layout
 from moetrace.trace.storage import disk_error
 from moetrace.trace.store import CONTEXT_NAME, FORMAT, META_NAME, VERSION, TraceStore
 from moetrace.trace.trace import Trace, open_trace
@@ -348,7 +348,7 @@ def _write(
     current: _Request | None = None
     with (
         TableWriter.create(out / "ctx0" / "rows", layout.row_columns) as rows,
-        TableWriter.create(out / "ctx0" / "events", EVENT_COLUMNS),
+        TableWriter.create(out / "ctx0" / "events", layout.event_columns),
         TableWriter.create(out / "requests", REQUEST_TABLE) as requests,
     ):
         row_bytes = sum(
@@ -436,5 +436,7 @@ def _end(requests: TableWriter, request: _Request) -> None:
         "n_cached": -1,
         "n_rejected": 0,
         "n_shifts": 0,
+        "n_unrecorded": 0,
+        "n_events_lost": 0,
     }
     requests.append({name: np.array([values[name]], dtype) for name, (dtype, _) in REQUEST_TABLE.items()})

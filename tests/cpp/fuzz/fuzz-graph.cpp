@@ -142,7 +142,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
             continue;
         }
         graph_sources sources;
-        sources.make(abi, handle, moe, layout, cfg);
+        sources.make(abi, nullptr, handle, moe, layout, cfg);
         const uint32_t n = (uint32_t) (moe.n_tokens < 0 ? 0 : moe.n_tokens > 64 ? 64 : moe.n_tokens);
         CHECK(block.reset(layout, n, true));
         block.bytes.resize((size_t) n*layout.stride); // exactly, so that a sanitizer sees past its end
