@@ -12,8 +12,9 @@ from moetrace.trace.verify import verify
 class Verify:
     """Check that a trace holds what it promises.
 
-    Every checksum, every sentinel and every count, of all contexts. Exit code 0: fine; 1: it holds nothing; 3:
-    something is wrong that `moetrace recover` can mend; 4: corrupt.
+    Every checksum, every sentinel and every count, of all contexts; that the experts are those with the highest
+    scores, and that the scores follow from the router's logits, where these were captured. Exit code 0: fine; 1: it
+    holds nothing; 3: something is wrong that `moetrace recover` can mend; 4: corrupt.
     """
 
     passthrough = False

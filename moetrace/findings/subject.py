@@ -12,6 +12,7 @@ import numpy as np
 from moetrace.analysis.from_counts import TableAnalysis
 from moetrace.analysis.from_trace import Analysis, Phase, from_trace
 from moetrace.errors import UsageError
+from moetrace.model.identity import refuse_other_model
 from moetrace.trace import naming
 from moetrace.trace.importers.counts import CountTable
 from moetrace.trace.trace import Trace
@@ -46,7 +47,7 @@ class Subject:
     progress
         Told what is being done, while traces are counted, or the model is run many times.
 
-    Raises UsageError for a count table that is not alone.
+    Raises UsageError for a count table that is not alone, and InputError for a file that is not the traces' model.
     """
 
     def __init__(
@@ -68,6 +69,9 @@ class Subject:
         self.traces = tuple(given for given in traces if not isinstance(given, CountTable))
         self.layers = None if layers is None else list(layers)
         self.model = model
+        if model is not None:
+            for trace in self.traces:
+                refuse_other_model(model, trace.facts, trace.path)
         self.model_options = dict(model_options or {})
         self.seed = seed
         self.progress = progress

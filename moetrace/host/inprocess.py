@@ -18,7 +18,7 @@ from moetrace.errors import MoetraceError
 from moetrace.host import llama
 from moetrace.host.drain import Drain
 from moetrace.host.intervene import Given, Interventions
-from moetrace.host.model import store_vocabulary
+from moetrace.host.model import store_models
 from moetrace.host.options import CaptureOptions
 from moetrace.host.prompts import Prompt, read_prompts
 from moetrace.trace.labels import append_labels
@@ -315,7 +315,7 @@ def capture(
                 why="it is a dense model, or the tracer does not understand this llama.cpp",
                 fix="use a Mixture-of-Experts model; `moetrace doctor` checks llama.cpp",
             )
-        store_vocabulary(folder)
+        store_models(trace, str(model))
     finally:
         trace.close()
     return open_trace(folder)

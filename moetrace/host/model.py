@@ -1,43 +1,49 @@
-"""What a trace keeps of the model file, so that it can be read where the model is not."""
+"""What a trace keeps of its model files, so that it can be read where they are not."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from moetrace.errors import MoetraceError
-from moetrace.trace.jsonfile import write_json
-from moetrace.trace.model import ModelFile
-from moetrace.trace.store import CONTEXT_NAME, VOCABULARY_NAME, TraceStore, write_vocabulary
-from moetrace.trace.vocabulary import model_path
+from moetrace.model.file import ModelFile
+from moetrace.model.identity import identify
+from moetrace.trace.store import VOCABULARY_NAME, write_vocabulary
+from moetrace.trace.writer import TraceWriter
 
 
-def store_vocabulary(trace: Path) -> None:
-    """Keep what each context's model file says: which file it is, and the text of each token id.
+def store_models(trace: TraceWriter, model_path: str | None) -> None:
+    """Say in each context's facts which file its model was read from, and keep the text of the model's tokens.
 
-    Written once per model, and named in context.json; call it when the contexts are closed. A context whose file is
-    not at hand, or of which several may be the one, is left as it is: it has no text, and says so.
+    Nothing is said where it is not certain. A vocabulary is written once per model, and named by its contexts. Call it
+    when the contexts are closed: large files take seconds to look at.
+
+    Parameters
+    ----------
+    model_path
+        What the command names as the model, for contexts that do not say which files their process opened.
 
     Raises
     ------
     MoetraceError
         If the disk is full or fails.
     """
-    store = TraceStore(trace)
-    names: dict[str, str] = {}
-    for context in store.contexts:
-        path = model_path(store, context)
-        if path is None:
-            continue
-        if path not in names:
-            try:
-                with ModelFile(path) as model:
-                    vocabulary = model.vocabulary
-            except MoetraceError:
-                continue  # llama.cpp read it, and we cannot
-            names[path] = (
-                "" if not vocabulary else VOCABULARY_NAME if not names else f"vocabulary-{len(names)}.json"
-            )
-            if vocabulary:
-                write_vocabulary(trace, vocabulary, names[path])
-        named = {"vocabulary": names[path]} if names[path] else {}
-        write_json(context.path / CONTEXT_NAME, {**context.facts, "model_path": path, **named})
+    names: dict[str, str | None] = {}
+    for context in trace.contexts:
+        opened = context.meta.get("model_files")
+        candidates = opened if isinstance(opened, list) else [model_path] if model_path else []
+        path = identify((c for c in candidates if isinstance(c, str)), context.meta)
+        if path is not None and path not in names:
+            names[path] = _store_vocabulary(trace, path, sum(name is not None for name in names.values()))
+        context.set_model(path, None if path is None else names[path])
+
+
+def _store_vocabulary(trace: TraceWriter, path: str, n_others: int) -> str | None:
+    """Store the text of a model's tokens; gives the file's name, None if the model has none that we can read."""
+    try:
+        with ModelFile(path) as model:
+            vocabulary = model.vocabulary
+    except MoetraceError:
+        return None  # llama.cpp read it, and we cannot: the trace then has no text, and says so
+    if not vocabulary:
+        return None
+    name = f"vocabulary-{n_others}.json" if n_others else VOCABULARY_NAME
+    write_vocabulary(trace.path, vocabulary, name)
+    return name

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from moetrace.errors import MoetraceError, TraceError
 from moetrace.host.drain import Drain
-from moetrace.host.model import store_vocabulary
+from moetrace.host.model import store_models
 from moetrace.trace.ring import peek_host, peek_reader, process_alive, ring_paths
 from moetrace.trace.store import TraceStore
 from moetrace.trace.writer import TraceWriter
@@ -56,6 +56,7 @@ class ResumedRecording:
             self.trace.detach()
             raise
         self.rows_caught_up = self.drain.rows
+        self._model_path = store.meta.get("model_path")
         self.drain.start()
 
     @property
@@ -78,7 +79,7 @@ class ResumedRecording:
         """
         try:
             self.drain.stop()
-            store_vocabulary(self.trace.path)
+            store_models(self.trace, self._model_path)
         except MoetraceError:
             self.trace.detach()
             raise

@@ -19,7 +19,7 @@ from moetrace.errors import MoetraceError, RuntimeMissingError
 from moetrace.host.client import ServerClient
 from moetrace.host.drain import Drain
 from moetrace.host.intervene import Given, begin, check_model, in_force, refuse_if_refused, restore, switch
-from moetrace.host.model import store_vocabulary
+from moetrace.host.model import store_models
 from moetrace.host.options import CaptureOptions
 from moetrace.host.runtime import find_tool, loaded_libraries, preload_environment
 from moetrace.trace.intervention import Intervention, parse_interventions
@@ -114,7 +114,7 @@ class TracedProcess:
             refused = e
         try:
             self.drain.stop()
-            store_vocabulary(self.trace.path)
+            store_models(self.trace, self._model_path)
         except MoetraceError:
             with contextlib.suppress(MoetraceError):
                 self.trace.close(exit_code=exit_code, state="live")

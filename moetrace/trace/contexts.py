@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from moetrace.errors import TraceError, UsageError
+from moetrace.model.identity import identify
 from moetrace.trace import naming
 from moetrace.trace.store import ContextStore, TraceStore
 
@@ -115,7 +116,7 @@ def described(contexts: Sequence[ContextStore]) -> str:
 def of_model(contexts: Sequence[ContextStore], model: str) -> list[ContextStore]:
     """Give the contexts of a model: those that it is called so in; if none, those that the file of this path fits."""
     called = [c for c in contexts if naming.is_called(c.facts, model)]
-    return called or [c for c in contexts if naming.identify(c.facts, [model])]
+    return called or [c for c in contexts if identify([model], c.facts)]
 
 
 def _name_of(store: TraceStore, context: str | int) -> str:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from moetrace.errors import InputError
-from moetrace.trace.model import ModelFile
 
 Facts = Mapping[str, Any]
 
 #: what a model says of itself; contexts that differ in any of it are of different models
-_SAYS = ("name", "architecture", "description", "n_layer", "n_embd")
+_SAYS = ("name", "architecture", "description", "n_layer", "n_embd", "n_vocab", "n_params")
 _PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
 
 
@@ -75,45 +72,6 @@ def is_called(facts: Facts, text: str) -> bool:
         if os.path.realpath(asked) == os.path.realpath(path):
             return True
     return text in names(facts)
-
-
-def fits(file: ModelFile, facts: Facts) -> bool:
-    """Whether a model file may be the context's: nothing that both say is different."""
-    model = said(facts)
-    n_layer = {file.n_layer, file.n_layer - int(file.field("{arch}.nextn_predict_layers", 0))}
-    if model.get("architecture") and (model["architecture"], model.get("name", file.name)) != (
-        file.architecture,
-        file.name,
-    ):
-        return False
-    numbers = {"n_layer": n_layer, "n_embd": {file.n_embd}}
-    if any(model[key] not in theirs for key, theirs in numbers.items() if model.get(key)):
-        return False
-    layers, n_expert = facts.get("layers"), facts.get("n_expert")
-    routers = (
-        zip(layers, n_expert, strict=False) if isinstance(layers, list) and isinstance(n_expert, list) else ()
-    )
-    return all(
-        file.shape(name)[0] == n or not n
-        for layer, n in routers
-        if file.has_tensor(name := f"blk.{layer}.ffn_gate_inp.weight")
-    )
-
-
-def identify(facts: Facts, files: Iterable[str]) -> str | None:
-    """Say which of these files is the context's model; None if none fits, or several do."""
-    found = [path for path in dict.fromkeys(files) if _fits(path, facts)]
-    return found[0] if len(found) == 1 else None
-
-
-def _fits(path: str, facts: Facts) -> bool:
-    if not Path(path).is_file():
-        return False
-    try:
-        with ModelFile(path) as file:
-            return fits(file, facts)
-    except InputError:
-        return False
 
 
 def _plain(value: object) -> str:

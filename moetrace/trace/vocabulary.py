@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from moetrace.model.file import ModelFile
+from moetrace.model.identity import identify
 from moetrace.trace import naming
 from moetrace.trace.jsonfile import read_json
-from moetrace.trace.model import ModelFile
 from moetrace.trace.store import CONTEXT_NAME, ContextStore, TraceStore, read_vocabulary
 
 
@@ -31,10 +32,8 @@ def vocabulary_of(store: TraceStore, context: ContextStore) -> list[bytes] | Non
 def model_path(store: TraceStore, context: ContextStore) -> str | None:
     """Find the model file of a context: of those that its process read, or that the trace names, the one that fits."""
     named = store.meta.get("model_path")
-    for paths in (naming.model_files(context.facts), [named] if isinstance(named, str) else []):
-        if found := naming.identify(context.facts, paths):
-            return found
-    return None
+    opened = naming.model_files(context.facts) or ([named] if isinstance(named, str) else [])
+    return identify(opened, context.facts)
 
 
 def _is_main(store: TraceStore, context: ContextStore) -> bool:

@@ -19,7 +19,7 @@ import moetrace
 from moetrace.__main__ import main
 from moetrace.host.client import ServerClient
 from moetrace.host.server import free_port
-from moetrace.trace.model import ModelFile
+from moetrace.model.file import ModelFile
 from moetrace.trace.trace import Trace
 from moetrace.trace.verify import verify
 

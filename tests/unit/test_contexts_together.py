@@ -18,15 +18,16 @@ import moetrace
 from moetrace.__main__ import main
 from moetrace.analysis import from_trace
 from moetrace.errors import TraceError, UsageError
-from moetrace.host.model import store_vocabulary
+from moetrace.host.model import store_models
+from moetrace.model.file import ModelFile
 from moetrace.synthetic import write_model
 from moetrace.trace.attention import ATTENTION_TABLE, VALUES_TABLE
 from moetrace.trace.columns import TableWriter
 from moetrace.trace.jsonfile import read_json, write_json
-from moetrace.trace.model import ModelFile
 from moetrace.trace.record import RecordKind
 from moetrace.trace.trace import Trace
 from moetrace.trace.verify import verify
+from moetrace.trace.writer import TraceWriter
 
 DOMAINS = ("a", "b", "c")
 CHANNELS = ("experts", "weights", "logits", "gate_input", "tensor.l_out")
@@ -113,6 +114,13 @@ def of_files(path: Path, *files: tuple[Path, dict[str, Any]] | dict[str, Any]) -
         layouts.append(make_layout(layers=layers, n_expert=told["model"]["n_expert"] if told else 8))
         facts.append({**told, **(each if isinstance(each, dict) else each[1])})
     return models(path, *facts, layouts=layouts)
+
+
+def close(path: Path) -> None:
+    """Store what the model files say, as a recorder does when it ends."""
+    writer = TraceWriter.resume(path)
+    store_models(writer, read_json(path / "meta.json")["model_path"])
+    writer.close()
 
 
 # -- one model ---------------------------------------------------------------------------------------
@@ -707,7 +715,7 @@ def test_each_model_has_its_own_vocabulary(tmp_path: Path) -> None:
     files = {"model_files": both}
     gone = {"model": {"name": "gone"}, "model_files": ["/gone.gguf"]}
     path = of_files(tmp_path / "t", (a, files), (b, files), (a, files), gone)
-    store_vocabulary(path)
+    close(path)
     facts = [read_json(path / f"ctx{i}" / "context.json") for i in range(4)]
     assert [f.get("model_path") for f in facts] == [str(a), str(b), str(a), None]
     assert [f.get("vocabulary") for f in facts] == [
@@ -738,9 +746,11 @@ def test_the_traces_model_file_counts_only_if_it_fits(tmp_path: Path) -> None:
     live = moetrace.open(path, "ctx0"), moetrace.open(path, "ctx1")
     assert live[0].vocabulary is not None
     assert live[1].vocabulary is None
-    store_vocabulary(path)
+    close(path)
     assert "vocabulary" in read_json(path / "ctx0" / "context.json")
-    assert not {"vocabulary", "model_path"} & read_json(path / "ctx1" / "context.json").keys()
+    other = read_json(path / "ctx1" / "context.json")
+    assert other["model_path"] is None
+    assert "vocabulary" not in other
 
 
 def test_an_old_traces_vocabulary_is_its_main_models(tmp_path: Path) -> None:
