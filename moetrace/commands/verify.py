@@ -13,7 +13,7 @@ class Verify:
     """Check that a trace holds what it promises.
 
     Every checksum, every sentinel and every count. Exit code 0: fine; 3: something is wrong that
-    `moetrace recover` can mend; 4: corrupt.
+    `moetrace recover` can mend; 4: corrupt. A note is no damage.
     """
 
     passthrough = False
@@ -31,6 +31,8 @@ class Verify:
             print(
                 f"{red('recoverable' if finding.recoverable else 'corrupt')}  {finding.where}: {finding.what}"
             )
+        for text in result.remarks:
+            print(f"{paint('note', '33')}  {text}")
         if result.exit_code == 3:
             print(f"Next: moetrace recover {result.path}")
         elif not result.findings and not args.quiet:

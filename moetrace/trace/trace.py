@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrace.errors import MoetraceError, TraceError, UsageError
+from moetrace.trace import identity
 from moetrace.trace.attention import Attention
 from moetrace.trace.columns import Table
 from moetrace.trace.intervention import described
-from moetrace.trace.labels import read_labels, resolve_labels
+from moetrace.trace.labels import Labelling, Recorded, read_labels, resolve_labels
 from moetrace.trace.loss import Loss, count_loss
 from moetrace.trace.record import Counter, EventCode
 from moetrace.trace.requests import REQUEST_TABLE, Phase, RequestAssigner, allot_again, replay
@@ -157,8 +158,9 @@ class Trace(Rows):
         ``n_prompt`` (cached and computed; NA where either is not known), ``n_generated`` (as the client counted;
         NA where it did not: the last token is never decoded), ``n_cached``, ``n_prefill``,
         ``n_decode``, ``n_lost``, ``n_rejected``, ``n_shifts``, ``first_serial``, ``last_serial``,
-        ``start_ns``, ``end_ns`` and ``running``; then whatever else the client said. docs/format.md explains
-        them. A new frame, not a view.
+        ``start_ns``, ``end_ns``, ``running`` and ``label_unsure`` (a client's label may be this request's, but also
+        another's, so that neither has it); then whatever else the client's prompt file said, a key that is one of
+        these as ``extra.KEY``. docs/format.md explains them. A new frame, not a view.
         """
         import pandas as pd
 
@@ -166,8 +168,8 @@ class Trace(Rows):
         order = np.argsort(columns["request"], kind="stable")
         frame = pd.DataFrame({name: column[order] for name, column in columns.items()})
         frame = frame.drop_duplicates("request").set_index("request")
-        labels = self._labels
-        said = [labels.get(number, {}) for number in frame.index.tolist()]
+        labels = self.labelling
+        said = [labels.said.get(number, {}) for number in frame.index.tolist()]
         cached = frame["n_cached"].astype("Int64").mask(frame["n_cached"] < 0)
         result = pd.DataFrame(index=frame.index)
         for name in ("id", "label", "prompt"):
@@ -180,8 +182,16 @@ class Trace(Rows):
         names = ["n_prefill", "n_decode", "n_lost", "n_rejected", "n_shifts"]
         for name in [*names, "first_serial", "last_serial", "start_ns", "end_ns", "running"]:
             result[name] = frame[name]
-        for name in sorted({key for s in said for key in s} - set(result.columns)):
-            result[name] = pd.Series([s.get(name) for s in said], index=frame.index, dtype=object)
+        result["label_unsure"] = frame.index.isin(labels.unsure)
+        own = [labels.extra.get(number, {}) for number in frame.index.tolist()]
+        others = sorted({key for keys in own for key in keys})
+        ours = {"request", *result.columns}
+        for key in others:
+            name = key
+            while name in ours or (name != key and name in others):
+                name = f"extra.{name}"
+            ours.add(name)
+            result[name] = pd.Series([keys.get(key) for keys in own], index=frame.index, dtype=object)
         return result
 
     def _request_columns(self) -> Columns:
@@ -207,12 +217,28 @@ class Trace(Rows):
         return columns
 
     @cached_property
-    def _labels(self) -> dict[int, dict[str, Any]]:
-        return resolve_labels(read_labels(self.path)[0], self._request_columns())
+    def labelling(self) -> Labelling:
+        """What clients said of requests, of all contexts; and how much of it did not find its request."""
+        lines = read_labels(self.path)[0]
+        if all(line.request is not None for line in lines):
+            return resolve_labels(lines, [])
+        return resolve_labels(lines, [self.in_context(name)._recorded() for name in self.contexts])
+
+    def _recorded(self) -> Recorded:
+        facts = self.facts
+        return Recorded(
+            self._request_columns(),
+            self.store_context.rows,
+            self.store_context.events,
+            main=identity.role(facts) not in ("draft", "mtp"),
+            host=facts.get("pid"),
+            called=lambda name: identity.may_be_called(facts, name),
+        )
 
     def label_codes(self, request: NDArray[np.int64]) -> tuple[NDArray[np.int32], list[str]]:
         """Give the label of each of these request numbers: codes (n,), int32, -1 for none; and the labels."""
-        said = {n: str(keys["label"]) for n, keys in self._labels.items() if keys.get("label") is not None}
+        told = self.labelling.said.items()
+        said = {n: str(keys["label"]) for n, keys in told if keys.get("label") is not None}
         labels = sorted(set(said.values()))
         code_of = {label: code for code, label in enumerate(labels)}
         numbers = np.array(sorted(said), np.int64)
@@ -332,7 +358,7 @@ class Trace(Rows):
         """Look again: rows sealed meanwhile appear. Views given out keep their length."""
         self.store = TraceStore(self.path)
         self.store_context = self.store.context(self.name)
-        for name in ("requests", "loss", "attention", "_labels", "vocabulary", "_texts"):
+        for name in ("requests", "loss", "attention", "labelling", "vocabulary", "_texts"):
             self.__dict__.pop(name, None)
 
     def close(self) -> None:

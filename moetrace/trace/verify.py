@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from moetrace.errors import MoetraceError, TraceError
 from moetrace.trace.columns import Damage, Table
-from moetrace.trace.labels import read_labels
+from moetrace.trace.labels import LABELS_NAME, read_labels
 from moetrace.trace.loss import LOST_COUNTERS
 from moetrace.trace.record import RowFlag, State
+from moetrace.trace.remarks import remarks
 from moetrace.trace.requests import Phase
 from moetrace.trace.ring import peek_counters, peek_reader, process_alive
 from moetrace.trace.rows import LAYER_COLUMNS, Layout
@@ -40,12 +41,15 @@ class Verification:
         True if the trace is being recorded right now: what is not sealed yet is no fault.
     rows
         Rows that were looked at, all contexts together.
+    remarks
+        What is no fault and yet must be known: see :mod:`moetrace.trace.remarks`.
     """
 
     path: Path
     findings: tuple[Damage, ...]
     live: bool
     rows: int
+    remarks: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -128,12 +132,16 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
         ]
     if "requests" in tables:
         findings += [Damage("requests", what, recoverable=False) for what in _requests(store, contexts)]
-    findings += [Damage("labels.jsonl", what, recoverable=False) for what in read_labels(store.path)[1]]
+    findings += [Damage(LABELS_NAME, what, recoverable=False) for what in read_labels(store.path)[1]]
     try:
         read_vocabulary(store.path)
     except TraceError as e:
         findings.append(Damage("vocabulary.json", e.why or e.what, recoverable=False))
-    return Verification(store.path, tuple(findings), live, rows)
+    try:
+        said = tuple(remarks(store))
+    except MoetraceError:  # what cannot be opened was found above
+        said = ()
+    return Verification(store.path, tuple(findings), live, rows, said)
 
 
 def _closing(store: TraceStore, tables: dict[str, Table]) -> Iterator[Damage]:

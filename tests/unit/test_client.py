@@ -35,7 +35,8 @@ class OneServer(ServerClient):
             return {"total_slots": 2}
         assert path == "/completion"
         assert body is not None
-        return {"content": "xyz", "id_slot": body["id_slot"], "tokens_predicted": 3, **self.answer}
+        assert "id_slot" not in body, "a named slot may still be answering somebody else"
+        return {"content": "xyz", "id_slot": 1, "tokens_predicted": 3, **self.answer}
 
 
 @pytest.mark.parametrize("release", ANSWERS)
@@ -43,6 +44,9 @@ def test_answers_of_all_times(release: str) -> None:
     """GIVEN servers of two years WHEN each answers THEN cached and generated tokens are counted alike."""
     prompt = Prompt(id="a", tokens=tuple(range(10)))
     (answer,) = drive(OneServer(ANSWERS[release]), [prompt])
-    assert (answer.cached, answer.n_generated, answer.slot) == (6, 3, 0)
+    assert (answer.cached, answer.n_generated, answer.slot) == (6, 3, 1)
     assert answer.tokens == ((7, 8, 9) if "tokens" in ANSWERS[release] else ())
-    assert answer.label_line()["n_generated"] == 3
+    line = answer.label_line()
+    assert (line["sequence"], line["n_prompt"], line["n_cached"], line["n_generated"]) == (1, 10, 6, 3)
+    # what the trace has of it: not what was cached, and not the last token, which is never decoded
+    assert line["tokens"] == [6, 7, 8, 9] + ([7, 8] if "tokens" in ANSWERS[release] else [])
