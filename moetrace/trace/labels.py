@@ -388,10 +388,12 @@ class _Index:
         columns = recorded.requests
         self.start = np.asarray(columns["start_ns"])
         self.end = np.asarray(columns["end_ns"])
-        self.slots: dict[int, NDArray[np.intp]] = {}
+        self.slots: dict[int, NDArray[np.intp]] = {}  # in the order in which they began
+        self.starts: dict[int, NDArray[np.int64]] = {}
         for sequence in np.unique(columns["sequence"]).tolist():
             mine = np.flatnonzero(columns["sequence"] == sequence)
-            self.slots[sequence] = mine[np.argsort(self.start[mine], kind="stable")]
+            self.slots[sequence] = mine = mine[np.argsort(self.start[mine], kind="stable")]
+            self.starts[sequence] = self.start[mine]
         code = np.asarray(recorded.events["code"])
         moved = np.isin(code, (EventCode.SEQ_ADD, EventCode.SEQ_DIV))
         names = ("serial", "code", "sequence", "arg")
@@ -406,10 +408,10 @@ class _Index:
         asked = self.slots if line.sequence is None else [line.sequence]
         found = []
         for sequence in asked:
-            mine = self.slots.get(sequence, np.empty(0, np.intp))
-            first = np.searchsorted(self.start[mine], line.from_ns)
-            last = np.searchsorted(self.start[mine], line.to_ns, side="right")
-            found += mine[first:last].tolist()
+            if sequence in self.slots:
+                first = np.searchsorted(self.starts[sequence], line.from_ns)
+                last = np.searchsorted(self.starts[sequence], line.to_ns, side="right")
+                found += self.slots[sequence][first:last].tolist()
         return found
 
     def standing(self, i: int) -> _Standing | None:

@@ -17,4 +17,4 @@ def _labels(store: TraceStore) -> str:
     if not store.context_names:
         return ""
     lack = Trace(store, 0).labelling.lack
-    return f"{LABELS_NAME}: {lack}" if lack else ""
+    return f"{LABELS_NAME}: {lack}{', so far' if store.live else ''}" if lack else ""
