@@ -9,14 +9,15 @@ import json
 from moetrace.commands.options import add_option, red
 from moetrace.commands.selecting import add_choice, open_chosen
 from moetrace.trace import naming
+from moetrace.trace.remarks import remarks
 from moetrace.trace.trace import Trace, open_trace
 
 
 class Info:
     """Show what a trace holds, and what it lacks.
 
-    Of several llama contexts each by itself: its model, what it is for, its rows, requests and loss. Loss is shown in
-    red. With --json, everything as one JSON object.
+    Of several llama contexts each by itself: its model, what it is for, its rows, requests and loss. Loss, and what
+    else one must know of it, is shown in red. With --json, everything as one JSON object.
     """
 
     passthrough = False
@@ -58,6 +59,8 @@ class Info:
                     print(f"{'intervened':<13} {n:,} rows: {'; '.join(rules)}")
                 if status := context.facts.get("status"):
                     print(f"{'tracer':<13} {red(str(status))}")
+            for text in remarks(trace.store):
+                print(f"{'note':<13} {red(text)}")
         return 0
 
 
@@ -65,6 +68,7 @@ def _facts(trace: Trace, contexts: list[Trace]) -> dict[str, object]:
     return {
         "path": str(trace.path),
         "meta": trace.meta,
+        "remarks": remarks(trace.store),
         "contexts": [
             {
                 **context.facts,

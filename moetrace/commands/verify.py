@@ -14,7 +14,7 @@ class Verify:
 
     Every checksum, every sentinel and every count, of all contexts; that the experts are those with the highest
     scores, and that the scores follow from the router's logits, where these were captured. Exit code 0: fine; 1: it
-    holds nothing; 3: something is wrong that `moetrace recover` can mend; 4: corrupt.
+    holds nothing; 3: something is wrong that `moetrace recover` can mend; 4: corrupt. A note is no damage.
     """
 
     passthrough = False
@@ -32,6 +32,8 @@ class Verify:
             print(
                 f"{red('recoverable' if finding.recoverable else 'corrupt')}  {finding.where}: {finding.what}"
             )
+        for text in result.remarks:
+            print(f"{paint('note', '33')}  {text}")
         if result.exit_code == 3:
             print(f"Next: moetrace recover {result.path}")
         elif result.empty:

@@ -182,7 +182,8 @@ class TracedServer:
         self._process = process
         self._log = log
         self.url = url
-        self.client = ServerClient(url)
+        # llama-server takes its key from there, too
+        self.client = ServerClient(url, api_key=os.environ.get("LLAMA_API_KEY", "").split(",")[0] or None)
 
     @property
     def trace(self) -> Trace:
@@ -216,7 +217,7 @@ class TracedServer:
         try:
             yield number
         finally:
-            restore(trace, before)
+            restore(before)
         refuse_if_refused(trace, {number})
 
     def wait_ready(self, timeout: float) -> None:

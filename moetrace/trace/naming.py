@@ -74,6 +74,12 @@ def is_called(facts: Facts, text: str) -> bool:
     return text in names(facts)
 
 
+def may_be_called(facts: Facts, text: str) -> bool:
+    """Whether ``text`` may be the model's name: it is (:func:`is_called`), or neither alias nor files are known."""
+    known = bool(facts.get("alias")) or bool(model_files(facts))
+    return not known or is_called(facts, text)
+
+
 def _plain(value: object) -> str:
     # what a file says of itself must not steer a terminal
     return "".join(c if c.isprintable() else "\ufffd" for c in str(value))

@@ -22,7 +22,7 @@ from moetrace.trace.chain import Chain
 from moetrace.trace.columns import Table
 from moetrace.trace.contexts import choose, is_alike, misfits, of_model
 from moetrace.trace.intervention import described
-from moetrace.trace.labels import read_labels, resolve_labels
+from moetrace.trace.labels import Labelling, Recorded, read_labels, resolve_labels
 from moetrace.trace.loss import Loss, count_loss
 from moetrace.trace.record import Counter, EventCode
 from moetrace.trace.requests import REQUEST_TABLE, Phase, RequestAssigner, allot_again, replay
@@ -86,6 +86,7 @@ class Trace(Rows):
         self._rows = slice(None)
         self._layer_index = slice(None)
         self._asked = context, model
+        self._whole: Trace | None = None  # what this is one of the parts of
         self._show(choose(store, context, model))
 
     def _show(self, contexts: list[ContextStore]) -> None:
@@ -152,10 +153,17 @@ class Trace(Rows):
         what = f"{naming.role(context.facts)}, {naming.title(context.facts)}, {context.rows.n_rows:,} rows"
         return f"{name} ({what}) is not shown: --context {name}"
 
-    @cached_property
+    @property
     def parts(self) -> tuple[Trace, ...]:
         """The contexts shown, each as a trace of its own, whose columns are views; of one, this trace itself."""
-        return (self,) if len(self._stores) == 1 else tuple(self.in_context(name) for name in self.shown)
+        return (self,) if len(self._stores) == 1 else self._parts
+
+    @cached_property
+    def _parts(self) -> tuple[Trace, ...]:
+        parts = tuple(self.in_context(name) for name in self.shown)
+        for part in parts:
+            part._whole = self
+        return parts
 
     @property
     def store_context(self) -> ContextStore:
@@ -208,8 +216,9 @@ class Trace(Rows):
         ``n_prompt`` (cached and computed; NA where either is not known), ``n_generated`` (as the client counted;
         NA where it did not: the last token is never decoded), ``n_cached``, ``n_prefill``,
         ``n_decode``, ``n_lost``, ``n_rejected``, ``n_shifts``, ``first_serial``, ``last_serial``,
-        ``start_ns``, ``end_ns`` and ``running``; then whatever else the client said. docs/format.md explains
-        them. A new frame, not a view.
+        ``start_ns``, ``end_ns``, ``running`` and ``label_unsure`` (a client's label may be this request's, but also
+        another's, so that neither has it); then whatever else the client's prompt file said, a key that is one of
+        these as ``extra.KEY``. docs/format.md explains them. A new frame, not a view.
         """
         import pandas as pd
 
@@ -217,8 +226,8 @@ class Trace(Rows):
         order = np.argsort(columns["request"], kind="stable")
         frame = pd.DataFrame({name: column[order] for name, column in columns.items()})
         frame = frame.drop_duplicates("request").set_index("request")
-        labels = self._labels
-        said = [labels.get(number, {}) for number in frame.index.tolist()]
+        labels = self.labelling
+        said = [labels.said.get(number, {}) for number in frame.index.tolist()]
         cached = frame["n_cached"].astype("Int64").mask(frame["n_cached"] < 0)
         result = pd.DataFrame(index=frame.index)
         for name in ("id", "label", "prompt"):
@@ -232,8 +241,16 @@ class Trace(Rows):
         names = ["n_prefill", "n_decode", "n_lost", "n_rejected", "n_shifts", "n_unrecorded", "n_events_lost"]
         for name in [*names, "first_serial", "last_serial", "start_ns", "end_ns", "running"]:
             result[name] = frame[name]
-        for name in sorted({key for s in said for key in s} - set(result.columns)):
-            result[name] = pd.Series([s.get(name) for s in said], index=frame.index, dtype=object)
+        result["label_unsure"] = frame.index.isin(labels.unsure)
+        own = [labels.extra.get(number, {}) for number in frame.index.tolist()]
+        others = sorted({key for keys in own for key in keys})
+        ours = {"request", *result.columns}
+        for key in others:
+            name = key
+            while name in ours or (name != key and name in others):
+                name = f"extra.{name}"
+            ours.add(name)
+            result[name] = pd.Series([keys.get(key) for keys in own], index=frame.index, dtype=object)
         return result
 
     def _request_columns(self) -> Columns:
@@ -266,14 +283,30 @@ class Trace(Rows):
         return columns
 
     @cached_property
-    def _labels(self) -> dict[int, dict[str, Any]]:
-        if len(self.parts) > 1:
-            return {number: said for part in self.parts for number, said in part._labels.items()}
-        return resolve_labels(read_labels(self.path)[0], self._request_columns())
+    def labelling(self) -> Labelling:
+        """What clients said of requests, of all contexts; and how much of it did not find its request."""
+        if self._whole is not None:
+            return self._whole.labelling
+        lines = read_labels(self.path)[0]
+        if all(line.request is not None for line in lines):
+            return resolve_labels(lines, [])
+        return resolve_labels(lines, [self.in_context(name)._recorded() for name in self.contexts])
+
+    def _recorded(self) -> Recorded:
+        facts = self.facts
+        return Recorded(
+            self._request_columns(),
+            self.store_context.rows,
+            self.store_context.events,
+            main=naming.role(facts) not in ("draft", "mtp"),
+            host=facts.get("pid"),
+            called=lambda name: naming.may_be_called(facts, name),
+        )
 
     def label_codes(self, request: NDArray[np.int64]) -> tuple[NDArray[np.int32], list[str]]:
         """Give the label of each of these request numbers: codes (n,), int32, -1 for none; and the labels."""
-        said = {n: str(keys["label"]) for n, keys in self._labels.items() if keys.get("label") is not None}
+        told = self.labelling.said.items()
+        said = {n: str(keys["label"]) for n, keys in told if keys.get("label") is not None}
         labels = sorted(set(said.values()))
         code_of = {label: code for code, label in enumerate(labels)}
         numbers = np.array(sorted(said), np.int64)
@@ -407,13 +440,13 @@ class Trace(Rows):
         Views given out keep their length. Contexts of another model stay out (:attr:`left_out`).
         """
         first, shown, (context, model) = self._stores[0], self.shown, self._asked
-        self.store = TraceStore(self.path)
+        self.store, self._whole = TraceStore(self.path), None
         asked = self.store.contexts if model is None else of_model(self.store.contexts, model)
         like = [] if context is not None else [c.name for c in asked if is_alike(first, c)]
         self._show(
             [c for c in self.store.contexts if c.name in shown or (c.name in like and not misfits(first, c))]
         )
-        for name in ("parts", "requests", "loss", "attention", "_labels", "vocabulary", "_texts"):
+        for name in ("_parts", "requests", "loss", "attention", "labelling", "vocabulary", "_texts"):
             self.__dict__.pop(name, None)
 
     def close(self) -> None:

@@ -16,10 +16,11 @@ from moetrace.trace.choice import ChoiceCheck
 from moetrace.trace.columns import Damage, Table
 from moetrace.trace.contexts import holds_nothing
 from moetrace.trace.intervention import FOLDER, Rule, stored_rules
-from moetrace.trace.labels import read_labels
+from moetrace.trace.labels import LABELS_NAME, read_labels
 from moetrace.trace.loss import LOST_COUNTERS
 from moetrace.trace.naming import same_model
 from moetrace.trace.record import RowFlag, State
+from moetrace.trace.remarks import remarks
 from moetrace.trace.requests import Phase
 from moetrace.trace.ring import peek_counters, peek_reader, process_alive
 from moetrace.trace.rows import LAYER_COLUMNS, Layout
@@ -48,6 +49,8 @@ class Verification:
         How many llama contexts there are, and of how many models.
     empty
         Why the trace holds nothing, a sentence; empty if it has a context.
+    remarks
+        What is no fault and yet must be known: see :mod:`moetrace.trace.remarks`.
     """
 
     path: Path
@@ -57,6 +60,7 @@ class Verification:
     contexts: int = 1
     models: int = 1
     empty: str = ""
+    remarks: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -145,7 +149,7 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
         ]
     if "requests" in tables:
         findings += [Damage("requests", what, recoverable=False) for what in _requests(store, contexts)]
-    findings += [Damage("labels.jsonl", what, recoverable=False) for what in read_labels(store.path)[1]]
+    findings += [Damage(LABELS_NAME, what, recoverable=False) for what in read_labels(store.path)[1]]
     told = [c.facts.get("vocabulary") for c in contexts]
     named = [file for file in told if isinstance(file, str)]
     for file in dict.fromkeys([VOCABULARY_NAME, *named]):
@@ -158,6 +162,10 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
     for context in contexts:
         if not any(same_model(context.facts, other.facts) for other in models):
             models.append(context)
+    try:
+        said = tuple(remarks(store))
+    except MoetraceError:  # what cannot be opened was found above
+        said = ()
     return Verification(
         store.path,
         tuple(findings),
@@ -166,6 +174,7 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
         len(store.context_names),
         len(models),
         "" if store.context_names else holds_nothing(store).why,
+        said,
     )
 
 
