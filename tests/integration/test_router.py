@@ -111,8 +111,7 @@ def test_a_model_must_be_chosen(recorded: Recorded, capsys: pytest.CaptureFixtur
 
 
 def test_unloading_a_model_leaves_one_story(recorded: Recorded, capsys: pytest.CaptureFixture[str]) -> None:
-    one = moetrace.open(recorded.path, model=str(recorded.files["one"]))
-    two = moetrace.open(recorded.path, model=str(recorded.files["two"]))
+    one, two = (moetrace.open(recorded.path, model=name) for name in ("one", "two"))
     assert (len(one.shown), len(two.shown)) == (2, 1)
     assert len({part.facts["pid"] for part in one.parts}) == 2
     check(one, recorded.sent["one"])
@@ -125,10 +124,10 @@ def test_unloading_a_model_leaves_one_story(recorded: Recorded, capsys: pytest.C
     assert "2 contexts of t.moet are taken together" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.xfail(reason="the tracer does not say yet which model files a process opened, nor its alias")
 def test_each_model_has_its_name_and_its_words(recorded: Recorded) -> None:
     for name in ("one", "two"):
         trace = moetrace.open(recorded.path, model=name)
+        assert trace.shown == moetrace.open(recorded.path, model=str(recorded.files[name])).shown
         assert trace.facts["model_path"] == str(recorded.files[name])
         with ModelFile(recorded.files[name]) as file:
             assert trace.vocabulary == file.vocabulary
