@@ -363,9 +363,11 @@ void model_on_open(const char * path) {
         return;
     }
     guarded([&] {
-        char * whole = realpath(path, nullptr);
-        const std::string name = whole ? whole : path;
-        free(whole);
+        std::string name = path; // links are not followed: what a cache calls its files says nothing
+        if (*path != '/') {
+            char folder[4096];
+            name = getcwd(folder, sizeof(folder)) ? folder + ("/" + name) : name;
+        }
         tracer_state & T = tracer();
         std::lock_guard<std::mutex> lock(T.mutex);
         auto & files = T.model_files;

@@ -27,19 +27,18 @@ def differences(model: ModelFile, facts: Mapping[str, Any]) -> list[str]:
     return _compare(model, facts)[0]
 
 
-def refuse_other_model(path: str | os.PathLike[str], facts: Mapping[str, Any], trace: object) -> None:
+def refuse_other_model(model: ModelFile, facts: Mapping[str, Any], trace: object) -> None:
     """Refuse a file that is not the model that a trace is of.
 
     Raises
     ------
     InputError
-        If it is another model's, saying what differs, or cannot be read.
+        If it is another model's, saying what differs.
     """
-    with ModelFile(path) as model:
-        found = differences(model, facts)
+    found = differences(model, facts)
     if found:
         raise InputError(
-            f"{os.fspath(path)} is not the model of {trace}",
+            f"{model.path} is not the model of {trace}",
             why="; ".join(found[:4]),
             fix="give the file that the trace was recorded with, or another quantisation of the same model",
         )

@@ -2,53 +2,15 @@
 // experts, another graph at the address of the last one, and routers with a bias and LoRA adapters.
 
 #include "check.h"
-#include "fuzz/fake-ggml.h"
 #include "collector.h"
+#include "fake-graph.h"
 #include "moe-plan.h"
 
 #include <algorithm>
-#include <cstring>
-#include <memory>
 
 using namespace moetrace;
 
 static constexpr int64_t N_TOKENS = 5, N_OUTPUTS = 2, N_EMBD = 8, N_EXPERT = 4, K = 2;
-
-// tensors of a fake graph; those with an operation are its nodes
-struct fake_graph {
-    std::vector<std::unique_ptr<char[]>> memory;
-
-    ggml_tensor * leaf(const char * name, int32_t type, int64_t a, int64_t b, int64_t c = 1) {
-        const int64_t ne[4] = { a, b, c, 1 };
-        memory.push_back(std::make_unique<char[]>(fake().size));
-        void * t = memory.back().get();
-        fake().fill(t, type, ne);
-        strcpy((char *) t + fake().name, name);
-        return (ggml_tensor *) t;
-    }
-
-    ggml_tensor * node(const char * op, int32_t type, int64_t a, int64_t b, int64_t c, std::initializer_list<ggml_tensor *> sources) {
-        ggml_tensor * t = leaf("", type, a, b, c);
-        for (int i = 0; i < FAKE_N_OPS; i++) {
-            if (strcmp(FAKE_OPS[i], op) == 0) {
-                fake().at<int32_t>(t, fake().op) = fake().first_op + i;
-            }
-        }
-        size_t i = 0;
-        for (ggml_tensor * source : sources) {
-            fake().at<void *>(t, fake().src + 8*i++) = source;
-        }
-        fake().nodes.push_back(t);
-        return t;
-    }
-
-    ggml_tensor * view(const char * op, int64_t a, int64_t b, int64_t c, ggml_tensor * of) {
-        ggml_tensor * t = node(op, fake().at<int32_t>(of, fake().type), a, b, c, { of });
-        void * root = fake().at<void *>(of, fake().view_src);
-        fake().at<void *>(t, fake().view_src) = root ? root : of;
-        return t;
-    }
-};
 
 struct built {
     ggml_tensor *tokens, *positions, *out_ids, *ids, *gathered, *weights, *gate_input, *logits;
