@@ -34,6 +34,11 @@ class ServerClient:
     model
         Which of its models is meant, where it has several (router mode): its name or an alias.
 
+    Attributes
+    ----------
+    has_several
+        Whether it is a router; known once :meth:`n_slots` was asked.
+
     Raises
     ------
     UsageError
@@ -46,6 +51,7 @@ class ServerClient:
         self.url = url.rstrip("/")
         self.timeout = timeout
         self.model = model
+        self.has_several = False
         self._headers = {"Content-Type": "application/json"}
         if api_key:
             if not (api_key.isascii() and api_key.isprintable()):
@@ -68,6 +74,9 @@ class ServerClient:
             body = {"model": self.model, **body}
         elif self.model is not None and path == "/props":
             path += "?" + urllib.parse.urlencode({"model": self.model})
+        return self._send(path, body, timeout)
+
+    def _send(self, path: str, body: Mapping[str, Any] | None = None, timeout: float | None = None) -> Any:
         try:
             data = None if body is None else json.dumps(body).encode()
             request = urllib.request.Request(self.url + path, data=data, headers=self._headers)
@@ -115,10 +124,11 @@ class ServerClient:
 
     def _check_model(self) -> None:
         """Make :attr:`model` the server's own name for the model that is meant; refuse what it has not."""
-        router = self.model is None and self._is_router()
-        if self.model is None and not router:
+        asked, props = self.model, self._send("/props")
+        self.has_several = isinstance(props, dict) and props.get("role") == "router"
+        if asked is None and not self.has_several:
             return
-        listed = self.call("/v1/models")
+        listed = self._send("/v1/models")
         entries = listed.get("data") if isinstance(listed, dict) else None
         names = {
             str(entry["id"]): [str(entry["id"]), *map(str, entry.get("aliases") or [])]
@@ -126,25 +136,22 @@ class ServerClient:
             if isinstance(entry, dict) and "id" in entry
         }
         have = f"it has {', '.join(names) or 'none'}"
-        if self.model is None:
+        if asked is None:
             raise UsageError(
                 f"{self.url} serves several models, and none was named",
                 why=have,
                 fix="name one: --model NAME (in Python ServerClient(..., model=NAME))",
             )
+        found = [name for name, also in names.items() if asked in also]
         # a server with a single model may call it by its file
-        found = [name for name, also in names.items() if self.model in also] or [
-            name for name in names if self.model in (PurePath(name).name, PurePath(name).stem)
-        ]
+        file = PurePath(asked)
+        files = {asked, file.name, file.stem} if file.suffix == ".gguf" else {asked}
+        found = found or [name for name in names if {PurePath(name).name, PurePath(name).stem} & files]
         if len(found) != 1:
             raise UsageError(
-                f"{self.url} has no model {self.model!r}", why=have, fix="name one of these with --model"
+                f"{self.url} has no model {asked!r}", why=have, fix="name one of these with --model"
             )
         self.model = found[0]
-
-    def _is_router(self) -> bool:
-        props = self.call("/props")
-        return isinstance(props, dict) and props.get("role") == "router" and "total_slots" not in props
 
     def prompt_tokens(self, prompt: Prompt) -> list[int]:
         """Give the token ids of a prompt, chat messages through the model's own template."""
@@ -177,7 +184,7 @@ class Answer:
     cached
         Prompt tokens that the server took from its cache.
     model
-        The model that was asked, if one was named.
+        The model that was asked, if the server has several.
     """
 
     prompt: Prompt
@@ -304,5 +311,5 @@ def _ask(client: ServerClient, prompt: Prompt, n_predict: int, settings: Mapping
         n_generated=int(answer.get("tokens_predicted", len(generated))),
         text=str(answer.get("content", "")),
         cached=min(max(int(cached), 0), len(tokens)),
-        model=client.model,
+        model=client.model if client.has_several else None,
     )

@@ -36,7 +36,7 @@ class OneServer(ServerClient):
         super().__init__("http://127.0.0.1:1")
         self.answer = answer
 
-    def call(self, path: str, body: Mapping[str, Any] | None = None, *, timeout: float | None = None) -> Any:
+    def _send(self, path: str, body: Mapping[str, Any] | None = None, timeout: float | None = None) -> Any:
         if path == "/props":
             return {"total_slots": 2}
         assert path == "/completion"
@@ -59,18 +59,22 @@ def test_answers_of_all_times(release: str) -> None:
 
 
 class Router(ServerClient):
-    """A router of two models, without a server; keeps what it was asked."""
+    """A router of two models, or a server of one; without a server."""
+
+    several = True
 
     def __init__(self, model: str | None = None) -> None:
         super().__init__("http://127.0.0.1:1", model=model)
-        self.asked: list[tuple[str, Any]] = []
 
-    def call(self, path: str, body: Mapping[str, Any] | None = None, *, timeout: float | None = None) -> Any:
-        self.asked.append((path, None if body is None else body.get("model")))
+    def _send(self, path: str, body: Mapping[str, Any] | None = None, timeout: float | None = None) -> Any:
+        if path == "/v1/models" and not self.several:
+            return {"data": [{"id": "m.gguf"}]}
         if path == "/v1/models":
             return {"data": [{"id": "org/a:Q4", "aliases": ["small", "s"]}, {"id": "b"}]}
-        if path == "/props":
-            return {"total_slots": 2} if self.model else {"role": "router", "model_path": "none"}
+        if path == "/props" and self.several:
+            return {"role": "router", "model_path": "none"}
+        if path.startswith("/props"):
+            return {"total_slots": 2}
         return {"content": "x", "id_slot": 0, "tokens_predicted": 1, "tokens": [5], "timings": {"cache_n": 0}}
 
 

@@ -499,3 +499,59 @@ def test_a_trace_shows_labels_own_keys_and_doubt(tmp_path):
         "labels.jsonl: 1 could not be told from other requests of the time and 1 speak of requests that are not here "
         "(of 3)",
     )
+
+
+def test_in_many_worlds_no_label_is_anothers():
+    """GIVEN random traffic of few prompts, so that twins are common WHEN some of it is ours THEN no other gets a label.
+
+    Ours get their own, or that of a twin that says the same; who has no twin in his time always gets it.
+    """
+    random = np.random.default_rng(3)
+    sure = doubtful = 0
+    for _ in range(300):
+        world = World()
+        sent: dict[int, tuple[Any, ...]] = {}
+        lines: list[LabelLine] = []
+        for _ in range(int(random.integers(1, 14))):
+            slot, cached = int(random.integers(2)), int(random.choice([0, 0, 3]))
+            prompt = [*P[: int(random.integers(6, 8))]]
+            answer = G[: int(random.integers(1, 3))]
+            since = max(0, world.now - int(random.choice([0, 6000, 20000])))
+            drafts = int(random.choice([0, 0, 2]))
+            number = world.request(prompt, answer, slot=slot, cached=cached, drafts=drafts)
+            sent[number] = (slot, cached, prompt, answer)
+            if random.random() < 0.5:
+                label = str(random.choice(["x", "y"]))
+                lines.append(
+                    line(
+                        world,
+                        since,
+                        prompt,
+                        answer,
+                        slot=slot,
+                        n_cached=cached,
+                        name=str(number),
+                        label=label,
+                    )
+                )
+        mine = {int(one.said["id"]): one for one in lines}
+        random.shuffle(lines)  # type: ignore[arg-type]
+        found = resolve(world, *lines)
+        start = {r[0]: r[2] for r in world.requests}
+        end = {r[0]: r[3] for r in world.requests}
+        for number, said in found.said.items():
+            assert number in mine
+            assert sent[int(said["id"])] == sent[number]
+            assert said["label"] == mine[number].said["label"]
+        for number, one in mine.items():
+            around = [n for n in start if start[n] >= one.from_ns and end[n] <= one.to_ns]
+            if [n for n in around if sent[n] == sent[number]] == [number]:
+                assert found.said[number]["id"] == str(number)
+                sure += 1
+            else:
+                doubtful += 1
+        assert found.n_lines == len(mine)
+        assert found.n_unsure + len(found.said) == len(mine)
+        assert not found.unsure & found.said.keys()
+    assert sure > 500
+    assert doubtful > 100
