@@ -6,7 +6,7 @@ values one after the other, and where each row lies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,25 +32,35 @@ class AttentionRows:
     Attributes
     ----------
     values
-        (V,) f4, may be memory-mapped: the rows' values, keys innermost, after the soft-max.
+        (V,) f4, may be memory-mapped: the rows' values, keys innermost, after the soft-max. Several such, if the rows
+        are of several recordings.
     offset, n_keys, first_position
-        (n,) where each row begins in ``values``, how many keys it has, and the first one's position (-1 not
+        (n,) where each row begins in its ``values``, how many keys it has, and the first one's position (-1 not
         known). ``offset`` -1: there is no row for this token.
     n_heads
         Heads of every row.
     position
         (n,) the tokens' own positions.
+    source
+        (n,) in which of several ``values`` each row is; by default in the first.
     """
 
-    values: npt.NDArray[np.float32]
+    values: npt.NDArray[np.float32] | Sequence[npt.NDArray[np.float32]]
     offset: Ints
     n_keys: Ints
     first_position: Ints
     n_heads: int
     position: Ints
+    source: Ints | None = None
 
     def __len__(self) -> int:
         return self.offset.size
+
+    def _values(self, source: int) -> npt.NDArray[np.float32]:
+        return self.values if isinstance(self.values, np.ndarray) else self.values[source]
+
+    def _source(self, rows: Ints) -> Ints:
+        return np.zeros(rows.size, dtype=np.int64) if self.source is None else self.source[rows]
 
     @property
     def known(self) -> npt.NDArray[np.bool_]:
@@ -62,7 +72,8 @@ class AttentionRows:
         if self.offset[i] < 0:
             raise UsageError(f"token {i} has no attention row")
         start, n = int(self.offset[i]), int(self.n_keys[i])
-        return self.values[start : start + self.n_heads * n].reshape(self.n_heads, n)
+        values = self._values(0 if self.source is None else int(self.source[i]))
+        return values[start : start + self.n_heads * n].reshape(self.n_heads, n)
 
     def pieces(self) -> Iterator[_Piece]:
         """Rows that are known, as many together as make up a chunk."""
@@ -96,7 +107,11 @@ class _Piece:
         flat = np.arange(int(size.sum())) + np.repeat(a.offset[rows] - first, size)
         key = within + np.repeat(a.first_position[rows], size)
         distance = np.repeat(a.position[rows], size) - key
-        return cls(rows, np.asarray(a.values[flat], dtype=np.float64), key, distance, starts)
+        source = np.repeat(a._source(rows), size)
+        p = np.empty(flat.size, dtype=np.float64)
+        for i in np.unique(source).tolist():
+            p[source == i] = a._values(i)[flat[source == i]]
+        return cls(rows, p, key, distance, starts)
 
     def total(self, values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         """Values summed over the keys of each head's row: (tokens × heads,)."""

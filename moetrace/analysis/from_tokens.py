@@ -350,28 +350,30 @@ class Predictions:
 
     def _attention(self, text: RoutedText, layer: int) -> AttentionRows:
         """Attention of tokens in a layer. Raises ChannelMissingError if it was not captured."""
-        if np.unique(text.sources).size > 1:
-            raise UsageError("attention is looked at in one trace at a time", fix="analyse them one by one")
-        source = int(text.sources[0]) if len(text) else 0
-        trace = self._traces[source]
-        attention = getattr(trace, "trace", trace).attention  # a selection's trace
-        at = attention.find(np.asarray(trace.serial)[text.rows], layer)
-        there = at >= 0
-        index = {name: np.asarray(column) for name, column in attention.index.items()}
-
-        def known(name: str) -> Ints:
-            return np.where(there, index[name][np.maximum(at, 0)].astype(np.int64), -1) if there.any() else at
-
-        heads = np.unique(known("n_heads")[there])
+        sources = np.unique(text.sources).tolist() or [0]
+        names = ("offset", "n_keys", "first_position", "n_heads")
+        columns = {name: np.full(len(text), -1, dtype=np.int64) for name in names}
+        values = []
+        for source in sources:
+            trace = self._traces[source]
+            attention = getattr(trace, "trace", trace).attention  # a selection's trace
+            values.append(attention.values)
+            mine = np.flatnonzero(text.sources == source)
+            at = attention.find(np.asarray(trace.serial)[text.rows[mine]], layer)
+            there = at >= 0
+            for name, column in columns.items():
+                column[mine[there]] = np.asarray(attention.index[name])[at[there]]
+        heads = np.unique(columns["n_heads"][columns["n_heads"] >= 0])
         if heads.size > 1:
             raise MoetraceError(f"layer {layer} has rows of {heads[0]} and of {heads[-1]} heads")
         return AttentionRows(
-            attention.values,
-            known("offset"),
-            known("n_keys"),
-            known("first_position"),
+            values,
+            columns["offset"],
+            columns["n_keys"],
+            columns["first_position"],
             int(heads[0]) if heads.size else 1,
             text.positions,
+            np.searchsorted(sources, text.sources),
         )
 
     def _contexts(self, length: int, layer: int) -> Ints:

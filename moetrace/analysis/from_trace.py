@@ -211,18 +211,18 @@ class Analysis:
         progress: Progress | None,
     ) -> None:
         self.phase = phase
-        self._traces, self._top1, self._max_lag = tuple(traces), top1, max_lag
+        self._given, self._top1, self._max_lag = tuple(traces), top1, max_lag
         alike = len(set(names)) < len(names)
-        self._names = tuple(f"{name}.{i}" if alike else name for i, name in enumerate(names))
+        given = [f"{name}.{i}" if alike else name for i, name in enumerate(names)]
+        for trace, name in zip(traces, given, strict=True):
+            _refuse_misfit(traces[0], given[0], trace, name)
+        # a trace of several contexts is counted context by context: each one's columns are views
+        each = [(part, name) for trace, name in zip(traces, given, strict=True) for part in _parts(trace)]
+        self._traces, self._names = tuple(part for part, _ in each), tuple(name for _, name in each)
         self._progress = progress
-        for trace in traces:
-            if list(trace.layers) != list(traces[0].layers) or list(trace.n_expert) != list(
-                traces[0].n_expert
-            ):
-                raise UsageError("these traces are of different models", fix="analyse them one by one")
-        if not any(self._keep(trace).any() for trace in traces):
+        if not any(self._keep(trace).any() for trace in self._traces):
             there = sorted(
-                {name for t in traces for name, code in _PHASES.items() if (t.phase == code).any()}
+                {name for t in self._traces for name, code in _PHASES.items() if (t.phase == code).any()}
             )
             raise UsageError(
                 f"the trace has no {phase} rows",
@@ -346,7 +346,10 @@ class Analysis:
         return temporal.persistence(self.counts)
 
     def shuffle_test(self, **options: Any) -> pd.DataFrame:
-        """:func:`moetrace.analysis.temporal.shuffle_test`, with its options; one trace only."""
+        """:func:`moetrace.analysis.temporal.shuffle_test`, with its options; one trace only.
+
+        Of a trace with several contexts the columns are copied together.
+        """
         trace = self._single("a shuffle test")
         given = self._shared(trace, self._names[0])
         for unused in ("prompts", "labels", "n_expert_used"):
@@ -401,19 +404,32 @@ class Analysis:
         inputs or weights.
         """
         trace = self._single("what experts compute")
-        inputs, weights = trace.gate_input, trace.weights  # type: ignore[attr-defined]  # these raise by themselves
-        rows = np.flatnonzero(self._keep(trace) & (np.asarray(trace.state[:, index]) == 1))
+        parts = _parts(trace)
+        for part in parts:
+            part.gate_input, part.weights  # type: ignore[attr-defined]  # noqa: B018  # these raise by themselves
+        starts = np.concatenate(([0], np.cumsum([np.asarray(part.request).size for part in parts])))
+        rows = np.concatenate(
+            [
+                start + np.flatnonzero(self._keep(part) & (np.asarray(part.state[:, index]) == 1))
+                for start, part in zip(starts.tolist(), parts, strict=False)
+            ]
+        )
         if at_most is not None and rows.size > at_most:
             rows = rows[np.linspace(0, rows.size - 1, at_most).astype(np.int64)]
         k = int(trace.n_expert_used[index])
-        names = np.array(self._prompts(trace, self._names[0]), dtype=np.str_)
-        return LayerRows(
-            rows,
-            np.asarray(inputs[rows, index], np.float32),
-            np.asarray(trace.experts[rows, index, :k], np.int64),
-            np.asarray(weights[rows, index, :k], np.float32),
-            names[np.asarray(trace.request)[rows]],
-        )
+        found = []
+        for i, part in enumerate(parts):
+            mine = rows[(rows >= starts[i]) & (rows < starts[i + 1])] - starts[i]
+            names = np.array([*self._prompts(part, self._names[0]), ""], dtype=np.str_)
+            found.append(
+                (
+                    np.asarray(part.gate_input[mine, index], np.float32),  # type: ignore[attr-defined]
+                    np.asarray(part.experts[mine, index, :k], np.int64),
+                    np.asarray(part.weights[mine, index, :k], np.float32),  # type: ignore[attr-defined]
+                    names[np.asarray(part.request)[mine]],
+                )
+            )
+        return LayerRows(rows, *(np.concatenate(columns) for columns in zip(*found, strict=True)))
 
     def published_gate(self, at_most: int = 200) -> tuple[pd.DataFrame, pd.DataFrame]:
         """:func:`moetrace.analysis.published.gate_input_analysis` of these traces, all layers: its steps (the
@@ -511,9 +527,14 @@ class Analysis:
         total: MetricSums | None = None
         by_phase: dict[str, MetricSums] = {}
         phase = np.asarray(mine.phase)[rows[0][a]]
+        # asked for once: of a trace with several contexts they are copied together
+        columns_of = [(trace.experts, trace.state) for trace in (mine, theirs)]
         for start in range(0, a.size, _CHUNK):
             piece = slice(start, start + _CHUNK)
-            ids = [_present(mine, rows[0][a[piece]]), _present(theirs, rows[1][b[piece]])]
+            ids = [
+                _present(*columns_of[0], rows[0][a[piece]]),
+                _present(*columns_of[1], rows[1][b[piece]]),
+            ]
             metrics = compare.agreement(
                 ids[0],
                 ids[1],
@@ -620,7 +641,9 @@ class Analysis:
             new = np.zeros((n_layers, e), dtype=bool)
             for start in range(0, rows.size, _CHUNK):
                 mine = rows[start : start + _CHUNK]
-                ids = _present(trace, mine).transpose(1, 0, 2).astype(np.int64)  # (L, m, k)
+                ids = (
+                    _present(trace.experts, trace.state, mine).transpose(1, 0, 2).astype(np.int64)
+                )  # (L, m, k)
                 key = np.minimum(ids, e) + np.arange(n_layers)[:, None, None] * (e + 1)
                 found = np.bincount(key.reshape(-1), minlength=n_layers * (e + 1)).reshape(n_layers, e + 1)
                 fresh = (found[:, :e] > 0) & ~new
@@ -680,7 +703,7 @@ class Analysis:
         columns = [_channel(trace, "weights") if self._top1 == "weight" else None for trace in self._traces]
         weights = [np.asarray(c[rows]) for c, rows in zip(columns, chosen, strict=True) if c is not None]
         return RoutedText(
-            np.concatenate([_present(trace, rows) for trace, rows in parts]),
+            np.concatenate([_present(trace.experts, trace.state, rows) for trace, rows in parts]),
             np.concatenate(([0], np.cumsum(sizes))).astype(np.int64),
             int(max(self.n_expert)),
             weights=np.concatenate(weights) if len(weights) == len(parts) else None,
@@ -784,11 +807,41 @@ class Analysis:
         return requests.index[requests["n_shifts"].fillna(0) > 0].to_numpy(dtype=np.int64)
 
     def _single(self, what: str) -> RoutedRows:
-        if len(self._traces) != 1:
-            raise UsageError(
-                f"{what} takes one trace, not {len(self._traces)}", fix="analyse them one by one"
-            )
-        return self._traces[0]
+        if len(self._given) != 1:
+            raise UsageError(f"{what} takes one trace, not {len(self._given)}", fix="analyse them one by one")
+        return self._given[0]
+
+
+def _parts(trace: RoutedRows) -> tuple[RoutedRows, ...]:
+    """The contexts of a trace that shows several, one by one; else itself."""
+    parts: tuple[RoutedRows, ...] = getattr(trace, "parts", (trace,))
+    return parts
+
+
+def _refuse_misfit(one: RoutedRows, name_of_one: str, other: RoutedRows, name: str) -> None:
+    """Raises UsageError, saying what differs, if the traces cannot be counted together."""
+    different = [
+        f"{what} ({_short(mine)} in {name_of_one}, {_short(theirs)} in {name})"
+        for what, mine, theirs in (
+            ("layers", one.layers, other.layers),
+            ("experts", one.n_expert, other.n_expert),
+            ("experts used per token", one.n_expert_used, other.n_expert_used),
+        )
+        if not np.array_equal(mine, theirs)
+    ]
+    if different:
+        raise UsageError(
+            f"the traces {name_of_one} and {name} cannot be taken together",
+            why=f"they differ in {', '.join(different)}",
+            fix="analyse them one by one",
+        )
+
+
+def _short(values: npt.NDArray[np.int64]) -> str:
+    kinds = np.unique(values)
+    if kinds.size == values.size and kinds.size > 1:  # layer numbers
+        return f"{kinds.size} from {kinds[0]} to {kinds[-1]}"
+    return "/".join(map(str, kinds.tolist()))
 
 
 def _width(trace: RoutedRows) -> int:
@@ -842,6 +895,8 @@ def _published_agreement(
     return table[["layer_id", "metric", "tokens", "mean", "std"]]
 
 
-def _present(trace: RoutedRows, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.unsignedinteger]:
-    ids = np.asarray(trace.experts[rows])
-    return np.where((np.asarray(trace.state[rows]) == 1)[:, :, None], ids, np.iinfo(ids.dtype).max)
+def _present(
+    experts: npt.NDArray[Any], state: npt.NDArray[np.uint8], rows: npt.NDArray[np.int64]
+) -> npt.NDArray[np.unsignedinteger]:
+    ids = np.asarray(experts[rows])
+    return np.where((np.asarray(state[rows]) == 1)[:, :, None], ids, np.iinfo(ids.dtype).max)

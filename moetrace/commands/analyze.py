@@ -14,6 +14,7 @@ from moetrace import data
 from moetrace.commands.options import add_option, add_subparser
 from moetrace.commands.placement import add_placement, placement, server_arguments
 from moetrace.commands.progress import progress_bar, progress_line
+from moetrace.commands.selecting import add_choice
 from moetrace.commands.showing import add_showing, opened, show, subject_of
 from moetrace.errors import UsageError
 from moetrace.findings import QUESTIONS, Question, question
@@ -68,7 +69,14 @@ class Analyze:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    add_option(parser, "-m", "--model", metavar="FILE", help="GGUF file: recorded first if no trace is given")
+    add_option(
+        parser,
+        "-m",
+        "--model",
+        metavar="FILE",
+        help="GGUF file: recorded first if no trace is given; else it says which contexts to look at",
+    )
+    add_choice(parser, by_model=False)
     add_option(parser, "-p", "--prompt", help="record this prompt")
     add_option(parser, "-f", "--file", metavar="FILE", help="record these prompts; default: the shipped ones")
     add_option(parser, "-n", "--n-predict", type=int, default=64, metavar="N", help="tokens to generate")
@@ -96,7 +104,7 @@ def _recordings(
             raise UsageError(
                 "a trace is given: nothing is recorded", fix="leave out -p, -f and what follows --"
             )
-        return opened(args.traces, stack)
+        return opened(args.traces, args, stack)
     if not args.model:
         raise UsageError("what should be analysed?", fix="give a trace, or a model to record: -m model.gguf")
     if args.prompt and args.file:

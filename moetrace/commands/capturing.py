@@ -11,6 +11,7 @@ from typing import IO
 from moetrace.commands.options import Collect, add_option, red
 from moetrace.errors import UsageError
 from moetrace.host.options import CHANNELS, COLLECTORS, ON_FULL, CaptureOptions, human_size, parse_size
+from moetrace.trace import naming
 from moetrace.trace.trace import Trace, open_trace
 
 
@@ -85,10 +86,16 @@ def report_trace(
 ) -> None:
     """Say what was written, loudly what was lost, and what to type next: these subcommands."""
     size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-    with open_trace(path) as trace:
+    with open_trace(path, 0) as trace:
+        several = len(trace.contexts) > 1
+        if several:
+            print(f"Wrote {path} ({human_size(size)}): {len(trace.contexts)} llama contexts", file=stream)
         for name in trace.contexts:
             context = trace.in_context(name)
-            print(f"Wrote {path} ({human_size(size)}): {_describe(context)}", file=stream)
+            what = f"Wrote {path} ({human_size(size)})"
+            if several:
+                what = f"  {name} ({naming.role(context.facts)}, {context.model_name})"
+            print(f"{what}: {_describe(context)}", file=stream)
             loss = context.loss
             lost = f"{loss.rows_lost:,} rows lost"
             if loss.events_lost:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 
+from moetrace.commands.selecting import add_choice
 from moetrace.commands.showing import add_showing, opened, show, subject_of
 from moetrace.findings import question
 
@@ -25,11 +26,12 @@ class Compare:
         """Add the options."""
         parser.add_argument("a", metavar="A.moet", help="a trace")
         parser.add_argument("b", metavar="B.moet", help="another, of the same prompts")
+        add_choice(parser)
         add_showing(parser)
 
     def run(self, args: argparse.Namespace) -> int:
         """Compare."""
         with ExitStack() as stack:
-            subject = subject_of(opened([args.a, args.b], stack), args)
+            subject = subject_of(opened([args.a, args.b], args, stack), args)
             show([question("compare")().answer(subject)], args)
         return 0

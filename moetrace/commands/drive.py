@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import threading
 from pathlib import Path
@@ -21,8 +22,10 @@ class Drive:
     """Send a prompt set to a running llama-server, and label the requests in its trace.
 
     A line of the prompt file is a JSON object with prompt, messages or tokens, and optionally id, label and
-    n_predict. Each prompt is pinned to a slot, so that its rows are known; the answers are greedy. The answers
-    go to standard output as JSON lines.
+    n_predict; other keys are kept with the label. The server may have other clients: a label reaches the
+    request that has its prompt's and its answer's tokens. The answers are greedy, and go to standard output as
+    JSON lines. An API key that is not in the command is taken from the variable LLAMA_API_KEY, as llama-server
+    does.
 
       moetrace drive -f prompts.jsonl --url http://127.0.0.1:8080 --trace t.moet -n 64
     """
@@ -40,7 +43,13 @@ class Drive:
             parser, "-np", "--parallel", type=int, metavar="N", help="prompts at once; default: all slots"
         )
         add_option(parser, "-n", "--n-predict", type=int, default=128, metavar="N", help="tokens to generate")
-        add_option(parser, "--api-key", metavar="KEY", help="of llama-server --api-key")
+        add_option(
+            parser, "--model", metavar="NAME", help="which model, of a server with several (router mode)"
+        )
+        add_option(
+            parser, "--api-key", metavar="KEY", help="of llama-server --api-key; others can see it in ps"
+        )
+        add_option(parser, "--api-key-file", metavar="FILE", help="a file with the key in its first line")
         add_option(
             parser, "--timeout", type=float, default=600.0, metavar="S", help="seconds to wait for an answer"
         )
@@ -52,7 +61,7 @@ class Drive:
         if trace is not None and not is_trace(trace):
             raise UsageError(f"{trace} is no trace", fix="give the folder that `moetrace run -o` writes")
         prompts = read_prompts(args.file)
-        client = ServerClient(args.url, timeout=args.timeout, api_key=args.api_key)
+        client = ServerClient(args.url, timeout=args.timeout, api_key=_api_key(args), model=args.model)
         lock = threading.Lock()
         done = 0
         with progress_bar("prompts") as update:
@@ -70,6 +79,21 @@ class Drive:
             drive(client, prompts, n_predict=args.n_predict, n_parallel=args.parallel, on_answer=on_answer)
         print(f"{len(prompts)} prompts answered", file=sys.stderr)
         return 0
+
+
+def _api_key(args: argparse.Namespace) -> str | None:
+    if args.api_key:
+        return str(args.api_key)
+    if args.api_key_file:
+        try:
+            lines = Path(args.api_key_file).read_text(encoding="utf-8").split()
+        except (OSError, ValueError) as e:
+            raise UsageError(f"cannot read the API key from {args.api_key_file}", why=str(e)) from None
+        if not lines:
+            raise UsageError(f"{args.api_key_file} has no API key", fix="write it into the first line")
+        return lines[0]
+    # llama-server takes several, separated by commas
+    return os.environ.get("LLAMA_API_KEY", "").split(",")[0] or None
 
 
 def _answer_line(answer: Answer) -> dict[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from moetrace.commands.selecting import add_selection, context_of, select
+from moetrace.commands.selecting import add_selection, open_chosen, select
 from moetrace.trace.export import dump
 from moetrace.trace.trace import open_trace
 
@@ -13,7 +13,7 @@ from moetrace.trace.trace import open_trace
 class Dump:
     """Print a trace as text: one line per token and layer.
 
-    Tab-separated: serial, request, sequence, position, token, phase, layer, state, and expert:weight for each
+    Tab-separated: context, serial, request, sequence, position, token, phase, layer, state, and expert:weight for each
     expert in the router's order.
     """
 
@@ -26,6 +26,6 @@ class Dump:
 
     def run(self, args: argparse.Namespace) -> int:
         """Print it."""
-        with open_trace(args.trace, context_of(args)) as trace:
+        with open_chosen(open_trace, args.trace, args) as trace:
             dump(select(trace, args), sys.stdout)
         return 0

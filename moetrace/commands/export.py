@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from moetrace.commands.options import add_option
-from moetrace.commands.selecting import add_selection, context_of, select
+from moetrace.commands.selecting import add_selection, open_chosen, select
 from moetrace.errors import UsageError
 from moetrace.trace.export import FORMATS, export
 from moetrace.trace.trace import open_trace
@@ -38,7 +38,7 @@ class Export:
             raise UsageError("which format?", fix=f"give --format {'|'.join(FORMATS)}, or a file with -o")
         if args.output != "-" and output.exists() and not args.force:
             raise UsageError(f"{output} exists already", fix="give another name, or --force to replace it")
-        with open_trace(args.trace, context_of(args)) as trace:
+        with open_chosen(open_trace, args.trace, args) as trace:
             export(select(trace, args), args.output, format_name)
         if args.output != "-":
             print(f"Wrote {output} ({output.stat().st_size:,} bytes)", file=sys.stderr)

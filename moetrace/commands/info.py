@@ -7,13 +7,17 @@ import dataclasses
 import json
 
 from moetrace.commands.options import add_option, red
+from moetrace.commands.selecting import add_choice, open_chosen
+from moetrace.trace import naming
+from moetrace.trace.remarks import remarks
 from moetrace.trace.trace import Trace, open_trace
 
 
 class Info:
     """Show what a trace holds, and what it lacks.
 
-    Loss is shown in red. With --json, everything as one JSON object.
+    Of several llama contexts each by itself: its model, what it is for, its rows, requests and loss. Loss, and what
+    else one must know of it, is shown in red. With --json, everything as one JSON object.
     """
 
     passthrough = False
@@ -21,12 +25,15 @@ class Info:
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Add the options."""
         parser.add_argument("trace", help="a trace folder")
+        add_choice(parser)
         add_option(parser, "--json", action="store_true", help="print JSON")
 
     def run(self, args: argparse.Namespace) -> int:
         """Print it."""
-        with open_trace(args.trace) as trace:
-            contexts = [trace.in_context(name) for name in trace.contexts]
+        chosen = args.context is not None or args.of_model is not None
+        # all of them, of whatever models
+        with open_chosen(open_trace, args.trace, args) if chosen else open_trace(args.trace, 0) as trace:
+            contexts = list(trace.parts) if chosen else [trace.in_context(name) for name in trace.contexts]
             if args.json:
                 print(json.dumps(_facts(trace, contexts), indent=1))
                 return 0
@@ -34,6 +41,10 @@ class Info:
                 if i:
                     print()
                 for name, value in context.summary():
+                    if name == "not shown":
+                        continue
+                    if name == "context" and len(trace.contexts) > 1:
+                        value += f" ({naming.role(context.facts)})"
                     bad = name == "completeness" and not value.startswith("nothing lost")
                     print(f"{name:<13} {red(value) if bad else value}")
                 loss = context.loss
@@ -48,6 +59,8 @@ class Info:
                     print(f"{'intervened':<13} {n:,} rows: {'; '.join(rules)}")
                 if status := context.facts.get("status"):
                     print(f"{'tracer':<13} {red(str(status))}")
+            for text in remarks(trace.store):
+                print(f"{'note':<13} {red(text)}")
         return 0
 
 
@@ -55,6 +68,7 @@ def _facts(trace: Trace, contexts: list[Trace]) -> dict[str, object]:
     return {
         "path": str(trace.path),
         "meta": trace.meta,
+        "remarks": remarks(trace.store),
         "contexts": [
             {
                 **context.facts,

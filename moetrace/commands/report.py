@@ -11,6 +11,7 @@ from pathlib import Path
 from moetrace.commands.options import add_option, paint
 from moetrace.commands.placement import add_placement, placement
 from moetrace.commands.progress import progress_bar
+from moetrace.commands.selecting import add_choice
 from moetrace.commands.showing import opened, subject_of
 from moetrace.errors import InputError
 from moetrace.findings import Finding
@@ -49,7 +50,14 @@ class Report:
             metavar="DIR",
             help="findings (JSON) that were made before",
         )
-        add_option(parser, "-m", "--model", metavar="FILE", help="GGUF file: ask what needs the model, too")
+        add_option(
+            parser,
+            "-m",
+            "--model",
+            metavar="FILE",
+            help="GGUF file: ask what needs the model, too; and look at the contexts of this model",
+        )
+        add_choice(parser, by_model=False)
         add_placement(parser)
         add_option(
             parser, "-s", "--seed", type=int, default=0, metavar="N", help="of permutations and bootstraps"
@@ -65,7 +73,7 @@ class Report:
         given = read_findings(folders)
         folder = Path(args.output or f"{Path(args.recordings[0]).stem}-report")
         with ExitStack() as stack:
-            recordings = opened(args.recordings, stack)
+            recordings = opened(args.recordings, args, stack)
             subject = subject_of(recordings, args, args.model, placement(args))
             with progress_bar("questions") as update:
                 findings = ask_all(subject, given, update)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrace.commands.options import add_option
-from moetrace.commands.selecting import numbers
+from moetrace.commands.selecting import numbers, open_chosen
 from moetrace.findings import Finding, Subject
 from moetrace.report.files import write_finding
 from moetrace.report.text import FORMATS, render
@@ -32,11 +32,11 @@ def add_showing(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "-o", "--output", metavar="DIR", help="write JSON, CSV and figures there")
 
 
-def opened(paths: Sequence[str], stack: ExitStack) -> list[Trace | CountTable]:
-    """Open traces, other programs' recordings and count tables; ``stack`` closes them."""
+def opened(paths: Sequence[str], args: argparse.Namespace, stack: ExitStack) -> list[Trace | CountTable]:
+    """Open traces, other programs' recordings and count tables, as ``args`` choose; ``stack`` closes them."""
     out: list[Trace | CountTable] = []
     for path in paths:
-        recording = open_source(path)
+        recording: Trace | CountTable = open_chosen(open_source, path, args)
         out.append(recording if isinstance(recording, CountTable) else stack.enter_context(recording))
     return out
 

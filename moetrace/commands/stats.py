@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 from moetrace.commands.options import add_option
 from moetrace.commands.progress import progress_bar
+from moetrace.commands.selecting import add_choice
 from moetrace.commands.showing import add_showing, opened, show, subject_of
 from moetrace.errors import UsageError
 from moetrace.findings import QUESTIONS, question
@@ -37,13 +38,14 @@ class Stats:
             metavar="NAME,...",
             help="only these questions, as `moetrace analyze` names them",
         )
+        add_choice(parser)
         add_showing(parser)
 
     def run(self, args: argparse.Namespace) -> int:
         """Ask every question; 1 if none could be answered."""
         asked = [question(name) for name in wanted(args.only)]
         with ExitStack() as stack:
-            subject = subject_of(opened(args.recordings, stack), args)
+            subject = subject_of(opened(args.recordings, args, stack), args)
             findings = []
             with progress_bar("questions") as update:
                 for i, each in enumerate(asked):

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 
-from moetrace.commands.control import switch
+from moetrace.commands.control import add_which, switch
 
 
 class Stop:
     """Switch a live recording off; the server goes on, moetrace start switches it on again.
 
-    The change holds from the next graph on, in every context of the trace.
+    The change holds from the next graph on, in every context of the trace, or in those that are named.
     """
 
     passthrough = False
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
-        """Add the argument."""
+        """Add the arguments."""
         parser.add_argument("trace", help="the trace folder that is being recorded")
+        add_which(parser)
 
     def run(self, args: argparse.Namespace) -> int:
         """Switch."""

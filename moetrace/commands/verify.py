@@ -12,9 +12,9 @@ from moetrace.trace.verify import verify
 class Verify:
     """Check that a trace holds what it promises.
 
-    Every checksum, every sentinel and every count; that the experts are those with the highest scores, and that
-    the scores follow from the router's logits, where these were captured. Exit code 0: fine; 3: something is wrong that
-    `moetrace recover` can mend; 4: corrupt.
+    Every checksum, every sentinel and every count, of all contexts; that the experts are those with the highest
+    scores, and that the scores follow from the router's logits, where these were captured. Exit code 0: fine; 1: it
+    holds nothing; 3: something is wrong that `moetrace recover` can mend; 4: corrupt. A note is no damage.
     """
 
     passthrough = False
@@ -32,11 +32,15 @@ class Verify:
             print(
                 f"{red('recoverable' if finding.recoverable else 'corrupt')}  {finding.where}: {finding.what}"
             )
+        for text in result.remarks:
+            print(f"{paint('note', '33')}  {text}")
         if result.exit_code == 3:
             print(f"Next: moetrace recover {result.path}")
+        elif result.empty:
+            print(f"{red('empty')}  {result.path} holds nothing: {result.empty}")
         elif not result.findings and not args.quiet:
             now = ", and being recorded" if result.live else ""
-            print(f"{paint('fine', '32')}  {result.path}: {result.rows:,} rows{now}")
-        for note in () if args.quiet else result.notes:
-            print(f"{paint('note', '33')}  {note}")
+            models = f" of {result.models} models" if result.models > 1 else ""
+            several = f" in {result.contexts} contexts{models}" if result.contexts > 1 else ""
+            print(f"{paint('fine', '32')}  {result.path}: {result.rows:,} rows{several}{now}")
         return result.exit_code

@@ -158,7 +158,7 @@ class ExpertInterference(Question):
                 parts, chosen.experts, chosen.prompts, n_null=self.null, seed=subject.seed
             )
             try:
-                captured = trace.tensor(f"ffn_moe_out-{layer}")[chosen.rows]
+                captured = trace.tensor(f"ffn_moe_out-{layer}", chosen.rows)
                 error = interference.linearity(parts, captured)
                 row |= {"error_median": float(np.nanmedian(error)), "error_max": float(np.nanmax(error))}
             except ChannelMissingError as e:

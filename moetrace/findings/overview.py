@@ -12,6 +12,7 @@ from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Finding, Question
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import events_lost, layer_list, number
+from moetrace.trace import naming
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,12 @@ class Overview(Question):
             ],
             columns=["what", "rows", "entries"],
         ).astype({"rows": "Int64", "entries": "Int64"})
-        phases = sum_up([overview.phases(t.phase, t.state, t.request) for t in subject.traces], ["phase"])
+        phases = sum_up([overview.phases(t.phase, t.state, t.request) for t in subject.parts], ["phase"])
         domains = overview.domains([trace.requests for trace in subject.traces])
         layers = sum_up(
             [
                 overview.layers(t.state, layers=t.layers, n_expert=t.n_expert, n_expert_used=t.n_expert_used)
-                for t in subject.traces
+                for t in subject.parts
             ],
             ["layer", "n_expert", "n_expert_used"],
         )
@@ -63,7 +64,7 @@ class Overview(Question):
         experts = "/".join(map(str, sorted(set(layers["n_expert"]))))
         used = "/".join(map(str, sorted(set(layers["n_expert_used"]))))
         whole = (
-            "Nothing was lost"
+            f"Nothing {'of this ' if subject.left_out else ''}was lost"
             if loss.complete
             else f"No entry, but {number(loss.events_lost, 'event')} lost"
             if not loss.lost and not loss.waiting
@@ -84,9 +85,18 @@ class Overview(Question):
             sentences.append(
                 f"{number(len(labelled), 'domain')} ({', '.join(labelled['domain'])}), {each} prompt{plural} each."
             )
-        caveats = [subject.phase_note]
+        caveats = [*subject.left_out, subject.phase_note]
         if loss.events_lost:
             caveats.append(events_lost(subject.traces))
+        for trace in subject.traces:
+            if len(trace.shown) > 1:
+                names = ", ".join(trace.shown)
+                sentences.append(
+                    f"{len(trace.shown)} contexts of {trace.path.name} are taken together: {names}."
+                )
+        kinds = {text for t in subject.traces if (text := str(naming.said(t.facts).get("description") or ""))}
+        if len(kinds) > 1:
+            caveats.append(f"The traces are of different files of the model: {', '.join(sorted(kinds))}.")
         if loss.not_computed:
             some = layers[layers["not_computed"] > 0]["layer"]
             caveats.append(

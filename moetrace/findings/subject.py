@@ -14,6 +14,7 @@ from moetrace.analysis.from_trace import Analysis, Phase, from_trace
 from moetrace.errors import UsageError
 from moetrace.model.file import ModelFile
 from moetrace.model.identity import refuse_other_model
+from moetrace.trace import naming
 from moetrace.trace.importers.counts import CountTable
 from moetrace.trace.trace import Trace
 
@@ -92,6 +93,16 @@ class Subject:
             )
         return self.traces[0]
 
+    @property
+    def parts(self) -> tuple[Trace, ...]:
+        """The contexts of all traces, one by one: their columns are views (:attr:`Trace.parts`)."""
+        return tuple(part for trace in self.traces for part in trace.parts)
+
+    @property
+    def left_out(self) -> list[str]:
+        """A sentence for each context of a trace that is not looked at."""
+        return [f"{trace.path.name}: {said}." for trace in self.traces for said in trace.left_out]
+
     @cached_property
     def phase(self) -> Phase:
         """Which rows are looked at."""
@@ -100,7 +111,7 @@ class Subject:
         if self.table is not None:
             return "unknown"
         for name, code in _PHASES:
-            if any(np.any(np.asarray(trace.phase) == code) for trace in self.traces):
+            if any(np.any(np.asarray(part.phase) == code) for part in self.parts):
                 return name
         return "decode"
 
@@ -155,6 +166,8 @@ class Subject:
                     )
                 counts, numbers = counts[:, chosen], numbers[chosen]
             return TableAnalysis(counts, self.table.domains, numbers)
+        for trace in traces[1:]:
+            self._refuse_another_model(traces[0], trace)
         rows = traces if self.layers is None else [trace.sel(layer=self.layers) for trace in traces]
         return from_trace(
             *rows,
@@ -162,6 +175,16 @@ class Subject:
             names=self._names if len(traces) == len(self.traces) else None,
             progress=lambda done, total: self.progress(f"counting: {done:,} of {total:,} tokens"),
         )
+
+    def _refuse_another_model(self, one: Trace, other: Trace) -> None:
+        # of one model quantised otherwise the description differs: overview says so
+        different = [d for d in naming.differences(one.facts, other.facts) if not d.startswith("description")]
+        if different:
+            raise UsageError(
+                f"{one.path.name} and {other.path.name} are of different models",
+                why=f"they differ in {', '.join(different)}",
+                fix="ask about them one by one",
+            )
 
     def need_model(self, what: str) -> Path:
         """The model's file. Raises UsageError, saying what needs it, if none was given."""

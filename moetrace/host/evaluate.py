@@ -24,11 +24,11 @@ from moetrace.errors import InputError, MoetraceError, UsageError
 from moetrace.host import llama
 from moetrace.host.inprocess import prompt_tokens, tracing
 from moetrace.host.intervene import Given, Interventions
-from moetrace.host.model import store_model_paths, store_vocabulary
+from moetrace.host.model import store_models
 from moetrace.host.options import CaptureOptions
 from moetrace.host.prompts import Prompt, read_prompts
 from moetrace.model.file import ModelFile
-from moetrace.trace.labels import append_labels
+from moetrace.trace.labels import append_labels, request_line
 from moetrace.trace.trace import Trace, open_trace
 from moetrace.trace.writer import TraceWriter
 
@@ -273,6 +273,7 @@ class Evaluator:
         self.context = context
         self._model_path = os.fspath(model)
         self._n_expert_used = n_expert_used
+        self._n_seq = min(_SEQUENCES, n_batch)
         self._stack = contextlib.ExitStack()
         self._folder: Path | None = None
         llama.tracer()  # before anything imports llama_cpp
@@ -284,8 +285,7 @@ class Evaluator:
                 )
                 self._folder = writer.path
                 self._stack.callback(writer.close)
-                self._stack.callback(store_vocabulary, writer.path, self._model_path)
-                self._stack.callback(store_model_paths, writer, self._model_path)
+                self._stack.callback(store_models, writer, self._model_path)
                 self._stack.enter_context(tracing(writer, chosen))
                 self._control = writer.path
             else:
@@ -294,7 +294,7 @@ class Evaluator:
                 llama.Llama(
                     model,
                     n_ctx=max(context, n_batch),
-                    n_seq=_SEQUENCES,
+                    n_seq=self._n_seq,
                     n_batch=n_batch,
                     n_ubatch=n_ubatch,
                     n_threads=n_threads,
@@ -393,7 +393,7 @@ class Evaluator:
         self, windows: Sequence[_Window], number: int, prompts: Sequence[Prompt]
     ) -> Iterator[tuple[NDArray[np.float32], int]]:
         """Compute windows that go together; gives (logits that count, tokens computed) piece by piece."""
-        for sequence in range(_SEQUENCES):  # also those that this group does not use: their cells count
+        for sequence in range(self._n_seq):  # also those that this group does not use: their cells count
             self.model.forget(sequence)
         start = time.monotonic_ns()
         entries = [
@@ -413,8 +413,16 @@ class Evaluator:
             append_labels(
                 self._folder,
                 [
-                    {"sequence": sequence, "from_ns": start, "to_ns": end, "id": prompts[window.text].id}
-                    | {"label": prompts[window.text].label, "text": window.text, "window": number + sequence}
+                    request_line(
+                        sequence=sequence,
+                        from_ns=start,
+                        to_ns=end,
+                        prompt_tokens=window.tokens,
+                        tokens=(),
+                        id=prompts[window.text].id,
+                        label=prompts[window.text].label,
+                        extra={"text": window.text, "window": number + sequence},
+                    )
                     for sequence, window in enumerate(windows)
                 ],
             )

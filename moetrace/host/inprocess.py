@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 import time
@@ -14,14 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetrace.errors import MoetraceError
+from moetrace.errors import MoetraceError, UsageError
 from moetrace.host import llama
 from moetrace.host.drain import Drain
 from moetrace.host.intervene import Given, Interventions
-from moetrace.host.model import store_model_paths, store_vocabulary
+from moetrace.host.model import store_models
 from moetrace.host.options import CaptureOptions
-from moetrace.host.prompts import Prompt, read_prompts
-from moetrace.trace.labels import append_labels
+from moetrace.host.prompts import MAX_TOKENS, Prompt, read_prompts
+from moetrace.trace.labels import append_labels, request_line
 from moetrace.trace.trace import Trace, open_trace
 from moetrace.trace.writer import TraceWriter
 
@@ -171,16 +172,18 @@ def prompt_tokens(model: llama.Llama, prompt: Prompt) -> list[int]:
 
 
 def _label_line(job: _Job) -> dict[str, Any]:
-    return {
-        "sequence": job.sequence,
-        "from_ns": job.from_ns,
-        "to_ns": time.monotonic_ns(),
-        "id": job.prompt.id,
-        "label": job.prompt.label,
-        "prompt": job.prompt.text,
-        "n_generated": len(job.generated),
-        **job.prompt.extra,
-    }
+    return request_line(
+        sequence=job.sequence,
+        from_ns=job.from_ns,
+        to_ns=time.monotonic_ns(),
+        prompt_tokens=job.tokens,
+        tokens=job.generated,
+        n_generated=len(job.generated),
+        id=job.prompt.id,
+        label=job.prompt.label,
+        prompt=job.prompt.text,
+        extra=job.prompt.extra,
+    )
 
 
 @contextlib.contextmanager
@@ -261,8 +264,13 @@ def capture(
     MoetraceError
         If the model or a prompt does not fit, an intervention is refused, or the trace cannot be written. What
         was captured is kept.
+    UsageError
+        If a number makes no sense, or ``n_parallel`` prompts do not fit into a batch.
     """
     chosen = CaptureOptions.of(channels, **options)
+    _check_numbers(n_predict=n_predict, seed=seed)
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise UsageError(f"the temperature is {temperature}", fix="give 0 (greedy) or more")
     items = read_prompts(prompts)
     n_parallel = max(1, min(n_parallel, len(items)))
     if not Path(model).is_file():
@@ -273,6 +281,8 @@ def capture(
     )
     # what the model cannot do is refused before anything happens
     interventions = Interventions(folder, intervene, os.fspath(model))
+    n_ctx = n_ctx or _context_size(items, n_predict, n_parallel)
+    llama.check_sizes(n_ctx=n_ctx, n_seq=n_parallel, n_batch=n_batch, n_ubatch=n_ubatch)
     trace = TraceWriter(folder, command=["moetrace", "capture"], model_path=str(model), force=force)
     done = 0
 
@@ -289,7 +299,7 @@ def capture(
             tracing(trace, chosen) as drain,
             llama.Llama(
                 model,
-                n_ctx=n_ctx or _context_size(items, n_predict, n_parallel),
+                n_ctx=n_ctx,
                 n_seq=n_parallel,
                 n_batch=n_batch,
                 n_ubatch=n_ubatch,
@@ -315,11 +325,16 @@ def capture(
                 why="it is a dense model, or the tracer does not understand this llama.cpp",
                 fix="use a Mixture-of-Experts model; `moetrace doctor` checks llama.cpp",
             )
-        store_model_paths(trace, str(model))
-        store_vocabulary(folder, str(model))
+        store_models(trace, str(model))
     finally:
         trace.close()
     return open_trace(folder)
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if not 0 <= number <= MAX_TOKENS:
+            raise UsageError(f"{name} is {number}", fix=f"give 0 to {MAX_TOKENS}")
 
 
 def _context_size(prompts: Sequence[Prompt], n_predict: int, n_parallel: int) -> int:
@@ -332,5 +347,12 @@ def _context_size(prompts: Sequence[Prompt], n_predict: int, n_parallel: int) ->
             return sum(len(m["content"].encode()) + 64 for m in prompt.messages) + 64 + n
         return len((prompt.text or "").encode()) + 8 + n
 
-    each = max(bound(prompt) for prompt in prompts)
-    return (each + 31) // 32 * 32 * n_parallel
+    longest = max(prompts, key=bound)
+    size = (bound(longest) + 31) // 32 * 32 * n_parallel
+    if size > MAX_TOKENS:
+        raise UsageError(
+            f"prompt {longest.id} and what it shall generate need a context of {size} positions",
+            why=f"llama.cpp has {MAX_TOKENS} at most",
+            fix="lower n_predict (-n)",
+        )
+    return size

@@ -12,6 +12,7 @@ import numpy as np
 from moetrace.errors import InputError, MoetraceError, TraceError, UsageError
 from moetrace.host import llama
 from moetrace.model.file import ModelFile
+from moetrace.trace import naming
 from moetrace.trace.intervention import (
     NO_EXPERT,
     Intervention,
@@ -169,8 +170,17 @@ def begin(trace: Path, interventions: Sequence[Intervention]) -> int:
     return store(trace, interventions, _encoded(interventions))
 
 
-def switch(trace: Path, given: Given) -> int:
+def switch(trace: Path, given: Given, *, model: str | None = None, context: str | None = None) -> int:
     """Put interventions in force in a live recording, from the next graph on; none: switch them off.
+
+    They hold for all contexts of one model: layers and experts are that model's.
+
+    Parameters
+    ----------
+    model
+        Which model, where the recording has several: its name, its server's alias for it, or its file.
+    context
+        Only this context.
 
     Returns
     -------
@@ -182,31 +192,100 @@ def switch(trace: Path, given: Given) -> int:
     TraceError
         If nothing is being recorded there.
     UsageError
-        If the model cannot do it. Then nothing has changed.
+        If the model cannot do it, or the recording has several and none is named. Then nothing has changed.
     """
     interventions = parse_interventions(given)
     data = _encoded(interventions)
-    for ring in _main_rings(trace):
-        check(data, routers_of(ring.meta))
+    # to switch off there is nothing to choose
+    paths = _chosen(trace, model, context, several=not interventions)
+    for path in paths:
+        with Ring(path) as ring:
+            check(data, routers_of(ring.meta))
     number = store(trace, interventions, data) if interventions else 0
-    restore(trace, number)
+    restore(dict.fromkeys(paths, number))
     return number
 
 
-def restore(trace: Path, number: int) -> None:
-    """Put an intervention that was stored before in force again."""
-    for ring in _main_rings(trace):
-        ring.intervention = number
+def restore(numbers: Mapping[Path, int]) -> None:
+    """Put interventions that were stored before in force again: ring -> number. Rings that are gone are left out."""
+    for path, number in numbers.items():
+        if ring_is_ready(path):
+            with Ring(path) as ring:
+                ring.intervention = number
 
 
-def in_force(trace: Path) -> int:
-    """Give the number of what a live recording was told to keep to; 0: nothing."""
-    return max((ring.intervention for ring in _main_rings(trace)), default=0)
+def in_force(trace: Path) -> dict[Path, int]:
+    """Give the number of what each of a live recording's rings was told to keep to; 0: nothing.
+
+    Raises
+    ------
+    TraceError
+        If nothing is being recorded there.
+    """
+    return {ring.path: ring.intervention for ring in _main_rings(trace)}
 
 
 def _main_rings(trace: Path) -> Iterable[Ring]:
     # a draft model's own routing is left alone: the main model decides what is said
     return (ring for ring in live_rings(trace) if ring.meta.get("role") == "main")
+
+
+def _chosen(trace: Path, model: str | None, context: str | None, *, several: bool) -> list[Path]:
+    """Give the main rings that are meant: of one model, or (``several``) of all."""
+    rings = [ring for ring in live_among(trace, model, context) if ring[1].get("role") == "main"]
+    if not rings:
+        raise UsageError(
+            f"{trace} records no main model under that name",
+            fix="leave --context or --model out, or name another",
+        )
+    if not several and any(not naming.same_model(rings[0][1], facts) for _, facts in rings):
+        raise UsageError(
+            f"{trace} records several models, and none was named",
+            why=described_rings(rings),
+            fix="name one with --model NAME or --context NAME: layers and experts are a model's own",
+        )
+    return [path for path, _ in rings]
+
+
+def live_among(trace: Path, model: str | None, context: str | None) -> list[tuple[Path, dict[str, object]]]:
+    """Give the live rings, and their texts, of all contexts or of those that are named.
+
+    Raises
+    ------
+    TraceError
+        If nothing is being recorded there.
+    UsageError
+        If none is called so; names those there are.
+    """
+    rings = [(ring.path, dict(ring.meta)) for ring in live_rings(trace) if not ring.closed]
+    if not rings:
+        raise TraceError(
+            f"{trace} is not being recorded",
+            why="the program has ended",
+            fix="start another with `moetrace run`",
+        )
+    found = [
+        (path, facts)
+        for path, facts in rings
+        if context in (None, path.parent.name) and (model is None or naming.is_called(facts, model))
+    ]
+    if not found:
+        asked = " and ".join(
+            f"{what} {name!r}" for what, name in (("context", context), ("model", model)) if name is not None
+        )
+        raise UsageError(
+            f"{trace} records no {asked}", why=f"it records {described_rings(rings)}", fix="name one of these"
+        )
+    return found
+
+
+def described_rings(rings: Iterable[tuple[Path, Mapping[str, object]]]) -> str:
+    """Name the contexts of a live recording and their models."""
+    return "; ".join(
+        f"{path.parent.name}: {', '.join(naming.names(facts)) or 'a model without a name'}"
+        f" ({naming.role(facts)})"
+        for path, facts in rings
+    )
 
 
 def refuse_if_refused(trace: Path, numbers: Container[int]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetrace.errors import MoetraceError, RuntimeMissingError
+from moetrace.errors import MoetraceError, RuntimeMissingError, UsageError
 from moetrace.host.runtime import preload_path
 
 _tracer: ctypes.CDLL | None = None
@@ -113,6 +113,26 @@ def _llama_cpp() -> Any:
     return api
 
 
+def check_sizes(*, n_ctx: int, n_seq: int, n_batch: int, n_ubatch: int) -> None:
+    """Refuse sizes of a context for which llama.cpp would end the process.
+
+    Raises
+    ------
+    UsageError
+        If a size is none, or there are more sequences than a batch holds: each needs a place in it.
+    """
+    sizes = {"n_ctx (-c)": n_ctx, "n_batch (-b)": n_batch, "n_ubatch (-ub)": n_ubatch, "n_seq (-np)": n_seq}
+    for name, size in sizes.items():
+        if not 1 <= size < 1 << 31:
+            raise UsageError(f"{name} is {size}", fix=f"give 1 to {(1 << 31) - 1}")
+    if n_seq > min(n_batch, n_ctx):
+        raise UsageError(
+            f"{n_seq} sequences at once do not fit into a batch of {min(n_batch, n_ctx)} tokens",
+            why="each needs a token's place in it",
+            fix=f"lower -np, or give -b and -c at least {n_seq}",
+        )
+
+
 class Llama:
     """A model and one context of it.
 
@@ -134,8 +154,15 @@ class Llama:
     verbose
         Show llama.cpp's log on standard error.
 
+    Attributes
+    ----------
+    n_batch
+        Tokens that one batch holds: what was asked for, or the whole context if that is less.
+
     Raises
     ------
+    UsageError
+        If the sizes make no sense (:func:`check_sizes`).
     MoetraceError
         If the model cannot be loaded or the context cannot be made.
     """
@@ -156,6 +183,7 @@ class Llama:
         eval_callback: tuple[ctypes.c_void_p, ctypes.c_void_p] | None = None,
         verbose: bool = False,
     ) -> None:
+        check_sizes(n_ctx=n_ctx, n_seq=n_seq, n_batch=n_batch, n_ubatch=n_ubatch)
         self._api = api = _llama_cpp()
         self._model: Any = None
         self._ctx: Any = None
@@ -199,8 +227,8 @@ class Llama:
                 fix="lower -c",
             )
         self._vocab = api.llama_model_get_vocab(self._model)
-        self._batch = api.llama_batch_init(n_batch, 0, 1)
-        self.n_batch = n_batch
+        self.n_batch = int(api.llama_n_batch(self._ctx))
+        self._batch = api.llama_batch_init(self.n_batch, 0, 1)
         self.n_ctx = int(api.llama_n_ctx(self._ctx))
         self.n_vocab = int(api.llama_vocab_n_tokens(self._vocab))
         self._free = getattr(tracer(), "llama_free")  # noqa: B009

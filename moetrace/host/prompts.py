@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ from typing import Any
 from moetrace.errors import InputError
 
 _KEYS = ("prompt", "messages", "tokens")
+_MAX_DEPTH = 100
+#: the most that llama.cpp can count: of tokens, and as a token's id
+MAX_TOKENS = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ def _parse(item: Mapping[str, Any], number: int, where: str) -> Prompt:
             f"{where}: not a prompt", why=why, fix=fix or "see `moetrace drive --help` for the keys"
         )
 
+    _check_json(item, bad)
     given = [key for key in _KEYS if item.get(key) is not None]
     if len(given) != 1:
         raise bad(f"it has {' and '.join(given) or 'no input'}", f"give exactly one of {', '.join(_KEYS)}")
@@ -68,16 +72,53 @@ def _parse(item: Mapping[str, Any], number: int, where: str) -> Prompt:
             raise bad("`messages` is not a list of objects with `role` and `content`")
         prompt["messages"] = tuple(value)
     else:
-        if not isinstance(value, list) or not value or not all(type(t) is int and t >= 0 for t in value):
+        if not isinstance(value, list) or not value:
             raise bad("`tokens` is not a list of token ids")
+        if not all(type(t) is int and 0 <= t <= MAX_TOKENS for t in value):
+            raise bad("`tokens` has something that is no token id", "token ids are whole numbers from 0 on")
         prompt["tokens"] = tuple(value)
-    label, n_predict = item.get("label"), item.get("n_predict")
+    label, n_predict, name = item.get("label"), item.get("n_predict"), item.get("id")
     if label is not None and not isinstance(label, str):
         raise bad("`label` is not a string")
-    if n_predict is not None and (type(n_predict) is not int or n_predict < 0):
-        raise bad("`n_predict` is not a whole number")
+    if name is not None and type(name) not in (str, int):
+        raise bad("`id` is neither a string nor a whole number")
+    if n_predict is not None and (type(n_predict) is not int or not 0 <= n_predict <= MAX_TOKENS):
+        raise bad(f"`n_predict` is not a whole number from 0 to {MAX_TOKENS}")
     extra = {k: v for k, v in item.items() if k not in (*_KEYS, "id", "label", "n_predict")}
-    return Prompt(id=str(item.get("id", number)), label=label, n_predict=n_predict, extra=extra, **prompt)
+    return Prompt(
+        id=str(number if name is None else name), label=label, n_predict=n_predict, extra=extra, **prompt
+    )
+
+
+def _check_json(item: Mapping[str, Any], bad: Callable[[str, str], InputError]) -> None:
+    """Refuse what a label line could not keep, or a server not be sent; names the key."""
+    for key, value in item.items():
+        shown = f"`{_shown(key)}`"
+        if _is_deep(value):
+            raise bad(f"{shown} is nested more than {_MAX_DEPTH} deep", "leave it out")
+        try:
+            json.dumps({key: value}, ensure_ascii=False, allow_nan=False).encode()
+        except UnicodeEncodeError as e:
+            odd = f"\\u{ord(e.object[e.start]):04x}"
+            raise bad(
+                f"{shown} has half of a surrogate pair ({odd}), which is no character",
+                "write the character, or both halves",
+            ) from None
+        except (TypeError, ValueError) as e:
+            raise bad(f"{shown} is no JSON ({e})", "give texts, numbers, lists and objects") from None
+        if not isinstance(key, str):
+            raise bad(f"the key {shown} is not a string", "give strings as keys")
+
+
+def _is_deep(value: object, room: int = _MAX_DEPTH) -> bool:
+    if not isinstance(value, (list, tuple, Mapping)):
+        return False
+    inner = value.values() if isinstance(value, Mapping) else value
+    return room == 0 or any(_is_deep(one, room - 1) for one in inner)
+
+
+def _shown(key: object) -> str:
+    return str(key).encode("ascii", "backslashreplace").decode()[:80]
 
 
 def read_prompts(source: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]]) -> list[Prompt]:
@@ -96,22 +137,26 @@ def read_prompts(source: str | os.PathLike[str] | Sequence[str | Mapping[str, An
         )
     path = Path(source)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+        data = path.read_bytes()
+    except (OSError, ValueError) as e:
         raise InputError(
             f"cannot read the prompts {path}", why=str(e), fix="give a file of JSON lines"
         ) from e
 
     def lines() -> Iterable[tuple[str, Any]]:
-        for number, line in enumerate(text.split("\n"), start=1):
+        for number, line in enumerate(data.split(b"\n"), start=1):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
             try:
-                yield where, json.loads(line)
+                yield where, json.loads(line.decode("utf-8"))
             except ValueError as e:
                 raise InputError(
-                    f"{where}: not JSON", why=str(e), fix="write one JSON object per line"
+                    f"{where}: not JSON", why=str(e)[:200], fix="write one JSON object per line, in UTF-8"
+                ) from None
+            except RecursionError:
+                raise InputError(
+                    f"{where}: nested too deeply", fix="give a prompt, and not more around it"
                 ) from None
 
     return _all(lines())

@@ -19,7 +19,7 @@ from moetrace.errors import MoetraceError, RuntimeMissingError
 from moetrace.host.client import ServerClient
 from moetrace.host.drain import Drain
 from moetrace.host.intervene import Given, begin, check_model, in_force, refuse_if_refused, restore, switch
-from moetrace.host.model import store_model_paths, store_vocabulary
+from moetrace.host.model import store_models
 from moetrace.host.options import CaptureOptions
 from moetrace.host.runtime import find_tool, loaded_libraries, preload_environment
 from moetrace.trace.intervention import Intervention, parse_interventions
@@ -114,8 +114,7 @@ class TracedProcess:
             refused = e
         try:
             self.drain.stop()
-            store_model_paths(self.trace, self._model_path)
-            store_vocabulary(self.trace.path, self._model_path)
+            store_models(self.trace, self._model_path)
         except MoetraceError:
             with contextlib.suppress(MoetraceError):
                 self.trace.close(exit_code=exit_code, state="live")
@@ -183,7 +182,8 @@ class TracedServer:
         self._process = process
         self._log = log
         self.url = url
-        self.client = ServerClient(url)
+        # llama-server takes its key from there, too
+        self.client = ServerClient(url, api_key=os.environ.get("LLAMA_API_KEY", "").split(",")[0] or None)
 
     @property
     def trace(self) -> Trace:
@@ -217,7 +217,7 @@ class TracedServer:
         try:
             yield number
         finally:
-            restore(trace, before)
+            restore(before)
         refuse_if_refused(trace, {number})
 
     def wait_ready(self, timeout: float) -> None:

@@ -115,7 +115,7 @@ def _facts(subject: Subject, traces: Sequence[Trace]) -> tuple[tuple[str, str], 
     told = dict(traces[0].summary())
     channels = [c for c in traces[0].channels if all(c in trace.channels for trace in traces)]
     versions = sorted({str(t.facts.get("ggml") or "") for t in traces} - {""})
-    phases = pd.concat([overview.phases(t.phase, t.state, t.request) for t in traces])
+    phases = pd.concat([overview.phases(t.phase, t.state, t.request) for t in subject.parts])
     by_phase = phases.groupby("phase", sort=False)["tokens"].sum()
     names = {
         "prefill": "of prompts (prefill)",
@@ -126,6 +126,7 @@ def _facts(subject: Subject, traces: Sequence[Trace]) -> tuple[tuple[str, str], 
     seen = ", ".join(f"{n:,} {names[str(phase)]}" for phase, n in by_phase.items() if n)
     return (
         ("model", told["model"]),
+        *((("contexts", contexts),) if (contexts := _contexts(traces)) else ()),
         ("tokens", seen or "none"),
         ("requests", f"{sum(len(t.requests) for t in traces):,}"),
         ("layers", told["layers"]),
@@ -136,8 +137,15 @@ def _facts(subject: Subject, traces: Sequence[Trace]) -> tuple[tuple[str, str], 
     )
 
 
+def _contexts(traces: Sequence[Trace]) -> str:
+    """Which llama contexts are shown, where a trace has several."""
+    several = [trace for trace in traces if len(trace.contexts) > 1]
+    return "; ".join(f"{trace.path.name}: {trace.shown_as}" for trace in several)
+
+
 def _completeness(traces: Sequence[Trace], loss: Loss) -> tuple[Remark, ...]:
     said: list[Remark] = []
+    left_out = [f"{trace.path.name}: {sentence}." for trace in traces for sentence in trace.left_out]
     if loss.lost:
         rows = f"{loss.rows_lost:,} of {loss.rows_produced:,} tokens" if loss.rows_lost else ""
         entries = f"{loss.lost:,} of {loss.produced:,} (token, layer) entries"
@@ -153,9 +161,11 @@ def _completeness(traces: Sequence[Trace], loss: Loss) -> tuple[Remark, ...]:
         said.append(
             Remark(
                 "good",
-                f"Complete: all {loss.produced:,} (token, layer) entries are accounted for, none lost.",
+                f"Complete: all {loss.produced:,} (token, layer) entries"
+                f"{' of what is shown' if left_out else ''} are accounted for, none lost.",
             )
         )
+    said += [Remark("note", sentence) for sentence in left_out]
     if loss.waiting:
         said.append(
             Remark(
@@ -170,9 +180,10 @@ def _completeness(traces: Sequence[Trace], loss: Loss) -> tuple[Remark, ...]:
     if live and not loss.waiting:
         said.append(Remark("warn", f"Not closed: {', '.join(live)}. This is what it held when it was read."))
     for trace in traces:
-        if status := trace.facts.get("status"):
-            said.append(Remark("bad", f"The tracer stopped early: {status}"))
-        losses = {name: trace.in_context(name).loss for name in trace.contexts if name != trace.name}
+        for part in trace.parts:
+            if status := part.facts.get("status"):
+                said.append(Remark("bad", f"The tracer stopped early: {status}"))
+        losses = {name: trace.in_context(name).loss for name in trace.contexts if name not in trace.shown}
         others = [name for name, loss_there in losses.items() if loss_there.lost or loss_there.events_lost]
         if others:
             said.append(
@@ -203,7 +214,8 @@ def _completeness(traces: Sequence[Trace], loss: Loss) -> tuple[Remark, ...]:
 def _gaps(traces: Sequence[Trace]) -> pd.DataFrame:
     parts = [
         overview.layers(t.state, layers=t.layers, n_expert=t.n_expert, n_expert_used=t.n_expert_used)
-        for t in traces
+        for trace in traces
+        for t in trace.parts
     ]
     table = pd.concat(parts).groupby("layer")[["present", "not_computed", "lost"]].sum().reset_index()
     table["lost"] += sum(trace.loss.rows_lost for trace in traces)

@@ -6,11 +6,13 @@ values one after the other.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moetrace.errors import UsageError
 from moetrace.trace.record import RecordKind
 from moetrace.trace.rows import ATTENTION_FIELD, Columns, ColumnSpec
 
@@ -96,44 +98,85 @@ class AttentionAssembler:
 class Attention:
     """The attention rows of a context, by (serial of the token's row, layer).
 
+    Of several contexts (:meth:`together`) each has its own serials: take one with :meth:`of`, or name it.
+
     Parameters
     ----------
     index, values
         The two tables' columns.
+    context
+        Its name.
     """
 
-    def __init__(self, index: Columns, values: NDArray[np.float32]) -> None:
+    def __init__(self, index: Columns, values: NDArray[np.float32], context: str = "") -> None:
+        self._contexts: Mapping[str, Attention] = {context: self}
         self._index = index
         self._values = values
         key = index["serial"].astype(np.uint64) << np.uint64(16) | index["layer"].astype(np.uint64)
         self._order = np.argsort(key, kind="stable")
         self._keys = key[self._order]
 
+    @classmethod
+    def together(cls, contexts: Mapping[str, Attention]) -> Attention:
+        """The attention rows of several contexts, by their names."""
+        joined = cls.__new__(cls)
+        joined._contexts = dict(contexts)
+        return joined
+
+    def of(self, context: str | None = None) -> Attention:
+        """The rows of one context by its name; of the only one if None. Raises UsageError if it is not there."""
+        if context is None and len(self._contexts) == 1:
+            return self
+        if context is None or context not in self._contexts:
+            raise UsageError(
+                "which context's attention?" if context is None else f"there is no attention of {context}",
+                why="serials count within a context",
+                fix=f"name one of: {', '.join(self._contexts)}",
+            )
+        return self._contexts[context]
+
     def __len__(self) -> int:
-        return len(self._keys)
+        """Give the number of rows."""
+        return sum(len(each._keys) for each in self._contexts.values())
 
     @property
     def index(self) -> Columns:
-        """Where each row lies: the columns of the table ``attention`` (docs/format.md), in order of capture."""
-        return self._index
+        """Where each row lies: the columns of the table ``attention`` (docs/format.md), in order of capture.
+
+        Raises UsageError for several contexts: take one with :meth:`of`.
+        """
+        return self.of()._index
 
     @property
     def values(self) -> NDArray[np.float32]:
-        """The values of all rows one after the other, float32; a read-only view."""
-        return self._values
+        """The values of all rows one after the other, float32; a read-only view.
 
-    def find(self, serials: NDArray[np.uint64], layer: int) -> NDArray[np.int64]:
-        """Give where in :attr:`index` one layer's rows of many tokens stand: (n,) int64, -1 where there is none."""
+        Raises UsageError for several contexts: take one with :meth:`of`.
+        """
+        return self.of()._values
+
+    def find(self, serials: NDArray[np.uint64], layer: int, context: str | None = None) -> NDArray[np.int64]:
+        """Give where in :attr:`index` one layer's rows of many tokens stand: (n,) int64, -1 where there is none.
+
+        ``context`` as in :meth:`of`; ``serials`` are of its rows.
+        """
+        mine = self.of(context)
         keys = serials.astype(np.uint64) << np.uint64(16) | np.uint64(layer)
-        at = np.searchsorted(self._keys, keys, side="right") - 1  # of several the last holds
+        at = np.searchsorted(mine._keys, keys, side="right") - 1  # of several the last holds
         there = at >= 0
-        there[there] = self._keys[at[there]] == keys[there]
-        return np.where(there, self._order[np.maximum(at, 0)] if len(self._order) else -1, -1).astype(
-            np.int64
-        )
+        there[there] = mine._keys[at[there]] == keys[there]
+        order = mine._order[np.maximum(at, 0)] if len(mine._order) else -1
+        return np.where(there, order, -1).astype(np.int64)
 
-    def row(self, serial: int, layer: int) -> tuple[NDArray[np.float32], int] | None:
-        """Give one row, or None if it is not there.
+    def row(
+        self, serial: int, layer: int, context: str | None = None
+    ) -> tuple[NDArray[np.float32], int] | None:
+        """Give one row, or None if it is not there. Raises UsageError if several contexts could be meant.
+
+        Parameters
+        ----------
+        context
+            As in :meth:`of`.
 
         Returns
         -------
@@ -143,12 +186,13 @@ class Attention:
             Position of the first key; the others follow without a gap. -1: the keys are in the order of the KV
             cache's cells, their positions are not known.
         """
+        mine = self.of(context)
         key = np.uint64(serial << 16 | layer)
-        at = int(np.searchsorted(self._keys, key, side="right")) - 1  # of several the last holds
-        if at < 0 or self._keys[at] != key:
+        at = int(np.searchsorted(mine._keys, key, side="right")) - 1  # of several the last holds
+        if at < 0 or mine._keys[at] != key:
             return None
-        i = self._order[at]
-        n_heads, n_keys = int(self._index["n_heads"][i]), int(self._index["n_keys"][i])
-        start = int(self._index["offset"][i])
-        weights = self._values[start : start + n_heads * n_keys].reshape(n_heads, n_keys)
-        return weights, int(self._index["first_position"][i])
+        i = mine._order[at]
+        n_heads, n_keys = int(mine._index["n_heads"][i]), int(mine._index["n_keys"][i])
+        start = int(mine._index["offset"][i])
+        weights = mine._values[start : start + n_heads * n_keys].reshape(n_heads, n_keys)
+        return weights, int(mine._index["first_position"][i])

@@ -24,8 +24,8 @@ def export(rows: Rows, output: str | os.PathLike[str], format: str) -> None:  # 
     """Write a trace, or a selection of it, to one file.
 
     csv, jsonl, parquet and arrow (the IPC stream) hold the long form of :meth:`Rows.to_pandas`: one row per
-    (token, layer, rank). npz holds the columns as they are, one array each, with ``layers``, ``n_expert`` and
-    ``n_expert_used``.
+    (token, layer, rank). npz holds the columns as they are, one array each, with ``layers``, ``n_expert``,
+    ``n_expert_used``, ``contexts`` (names) and ``context`` (for each row, which of them).
 
     Parameters
     ----------
@@ -86,7 +86,12 @@ def _jsonl(rows: Rows, f: IO[bytes]) -> None:
 
 
 def _npz(rows: Rows, f: IO[bytes]) -> None:
-    facts = {"layers": rows.layers, "n_expert": rows.n_expert, "n_expert_used": rows.n_expert_used}
+    facts = {
+        "layers": rows.layers,
+        "n_expert": rows.n_expert,
+        "n_expert_used": rows.n_expert_used,
+        "contexts": np.array(rows.context_names),
+    }
     with zipfile.ZipFile(f, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, array in facts.items():
             with archive.open(f"{name}.npy", "w") as entry:
@@ -128,14 +133,14 @@ def _arrow(rows: Rows, f: IO[bytes]) -> None:
 def dump(rows: Rows, f: IO[str]) -> None:
     """Write text, one line per token and layer: what a reader of the trace can be held against.
 
-    Columns: serial, request, sequence, position, token, phase, layer, state, then ``expert:weight`` for each
+    Columns: context, serial, request, sequence, position, token, phase, layer, state, then ``expert:weight`` for each
     rank (``expert`` alone if weights were not captured), ``-`` where there is none.
     """
     phases, states = ("prefill", "decode", "unknown"), ("lost", "present", "not-computed")
     names = rows.column_names
     layers = rows.layers.tolist()
-    f.write("serial\trequest\tsequence\tposition\ttoken\tphase\tlayer\tstate\texperts\n")
-    heads = ("serial", "request", "sequence", "position", "token", "phase", "state")
+    f.write("context\tserial\trequest\tsequence\tposition\ttoken\tphase\tlayer\tstate\texperts\n")
+    heads = ("context", "serial", "request", "sequence", "position", "token", "phase", "state")
     for start in range(0, len(rows), _CHUNK):
         piece = slice(start, start + _CHUNK)
         columns = {name: rows.column(name, piece).tolist() for name in heads}
@@ -143,7 +148,7 @@ def dump(rows: Rows, f: IO[str]) -> None:
         weights = rows.column("weights", piece).tolist() if "weights" in names else None
         for i, serial in enumerate(columns["serial"]):
             head = (
-                f"{serial}\t{columns['request'][i]}\t{columns['sequence'][i]}\t{columns['position'][i]}\t"
+                f"{rows.context_names[columns['context'][i]]}\t{serial}\t{columns['request'][i]}\t{columns['sequence'][i]}\t{columns['position'][i]}\t"
                 f"{columns['token'][i]}\t{phases[columns['phase'][i]]}"
             )
             for j, layer in enumerate(layers):

@@ -1,8 +1,10 @@
 """Interventions: what to change about the routing, as people write it, as the host reads it, as a trace keeps it.
 
-An intervention is written ``KIND:LAYERS:EXPERTS``, optionally with ``@slot=N`` or ``@request=ID`` behind it::
+An intervention is written ``KIND:LAYERS:EXPERTS`` (numbers and ranges of them), optionally with ``@slot=N`` or
+``@request=ID`` behind it::
 
     ablate:7:3,12         experts 3 and 12 of layer 7 are never chosen
+    ablate:1:0-7          experts 0 to 7 of layer 1 are never chosen
     force:*:5@slot=1      expert 5 is chosen in every layer for every token of slot 1
     bias:0-3:3=+1.5       1.5 is added to the score that expert 3 is selected by
     replay:other.moet     every token gets the experts that were recorded at its position
@@ -38,7 +40,7 @@ NO_EXPERT = 0xFFFF
 _MAGIC, _VERSION = b"MOETINTV", 1
 _HEADER = struct.Struct("<8sIIQII")
 _RULE = struct.Struct("<IiiifiIIQQ")
-_LAYERS = re.compile(r"\*|\d+(-\d+)?(,\d+(-\d+)?)*")
+_NUMBERS = re.compile(r"[0-9]{1,10}(-[0-9]{1,10})?(,[0-9]{1,10}(-[0-9]{1,10})?)*")
 _TARGET = re.compile(r"(?s)(.*)@(slot|request)=(.+)")
 _FORM = (
     "write KIND:LAYERS:EXPERTS with KIND ablate, force or bias, or replay:TRACE; for example ablate:7:3,12"
@@ -146,7 +148,7 @@ class Intervention:
             rest = target[1]
             if target[2] == "request":
                 request = target[3]
-            elif target[3].isdecimal():
+            elif target[3].isascii() and target[3].isdecimal() and len(target[3]) <= 10:
                 slot = int(target[3])
             else:
                 raise UsageError(f"{target[3]!r} is not a slot", fix="write it like @slot=1")
@@ -155,7 +157,7 @@ class Intervention:
             raise UsageError(f"{text!r} is no intervention", why=f"there is no kind {name!r}", fix=_FORM)
         kind = Kind[name.upper()]
         layers, colon, tail = rest.partition(":")
-        if not (colon and _LAYERS.fullmatch(layers)):
+        if not (colon and (layers == "*" or _NUMBERS.fullmatch(layers))):
             if kind is not Kind.REPLAY:
                 raise UsageError(f"{text!r} is no intervention", why=f"{layers!r} are no layers", fix=_FORM)
             layers, tail = "*", rest
@@ -166,20 +168,32 @@ class Intervention:
                 kind, ranges, slot=slot, request=request, source=source, source_request=source_request or None
             )
         ids, equals, number = tail.partition("=")
+        ids = ids.replace(" ", "")
+        if not _NUMBERS.fullmatch(ids):
+            raise UsageError(f"{text!r} is no intervention", why=f"{ids!r} are no experts", fix=_FORM)
+        spans = [_range(part) for part in ids.split(",")]
+        if any(not a <= b < NO_EXPERT for a, b in spans):
+            raise UsageError(
+                f"{text!r} is no intervention",
+                why=f"a range of experts runs backwards, or beyond {NO_EXPERT - 1}",
+                fix=_FORM,
+            )
+        experts = tuple(e for a, b in spans for e in range(a, b + 1))
         try:
-            experts = tuple(int(part) for part in ids.split(","))
             value = float(number) if equals else 0.0
         except ValueError:
-            raise UsageError(f"{text!r} is no intervention", why=f"{tail!r}", fix=_FORM) from None
+            raise UsageError(
+                f"{text!r} is no intervention", why=f"{number!r} is no number", fix=_FORM
+            ) from None
         return cls(kind, ranges, experts, value, slot, request)
 
     def __str__(self) -> str:
-        layers = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in self.layers) or "*"
+        layers = _spans(self.layers) or "*"
         if self.kind is Kind.REPLAY:
             what = self.source + (f"#{self.source_request}" if self.source_request is not None else "")
             text = f"replay:{what}" if layers == "*" else f"replay:{layers}:{what}"
         else:
-            text = f"{self.kind.name.lower()}:{layers}:{','.join(map(str, self.experts))}"
+            text = f"{self.kind.name.lower()}:{layers}:{_spans(_runs(self.experts))}"
         text += f"={self.value:+g}" if self.kind is Kind.BIAS else ""
         text += f"@slot={self.slot}" if self.slot is not None else ""
         return text + (f"@request={self.request}" if self.request is not None else "")
@@ -188,6 +202,21 @@ class Intervention:
 def _range(text: str) -> tuple[int, int]:
     first, _, last = text.partition("-")
     return int(first), int(last or first)
+
+
+def _spans(ranges: Iterable[tuple[int, int]]) -> str:
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+
+
+def _runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Give ranges for three and more numbers that follow each other."""
+    out: list[tuple[int, int]] = []
+    for n in numbers:
+        if out and out[-1][1] + 1 == n:
+            out[-1] = (out[-1][0], n)
+        else:
+            out.append((n, n))
+    return [part for a, b in out for part in ([(a, a), (b, b)] if b == a + 1 else [(a, b)])]
 
 
 def parse_interventions(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetrace.errors import ChannelMissingError, MoetraceError, UsageError
+from moetrace.trace.chain import Index
 from moetrace.trace.record import RowFlag, State
 from moetrace.trace.requests import Phase
 from moetrace.trace.rows import LAYER_COLUMNS
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from moetrace.trace.trace import Trace
-
-Index = slice | NDArray[np.intp]
 
 CHUNK = 1 << 16  # rows that iterators look at together
 _PHASES = [phase.name.lower() for phase in Phase]
@@ -39,34 +39,44 @@ class Rows:
     # -- columns -------------------------------------------------------------------------------------
 
     def _take(self, name: str) -> NDArray[Any]:
-        """Give a column of the selected rows: a view where the selection is a slice, else a copy."""
-        column = self._trace.store_context.rows[name][self._rows]
-        column.flags.writeable = False
-        return column
+        """Give a column of the selected rows: a view where they are a slice of one context's, else a copy."""
+        return self._trace.chain.take(name, self._rows)
 
     @property
     def column_names(self) -> list[str]:
-        """The columns of the table ``rows`` (docs/format.md) that this trace has."""
-        return list(self._trace.store_context.rows)
+        """The columns of the table ``rows`` (docs/format.md) that this trace has, and ``context``."""
+        return [*self._trace.chain.names, "context"]
 
-    def column(self, name: str, piece: slice = slice(None)) -> NDArray[Any]:
-        """Give a column under its name in docs/format.md, for a piece of the selected rows.
+    def column(self, name: str, piece: slice | NDArray[np.intp] = slice(None)) -> NDArray[Any]:
+        """Give a column under its name in docs/format.md, for a piece of the selected rows, or for some by number.
 
-        Like the properties of the same content, but only ``piece`` of it is looked at.
+        Like the properties of the same content, but only ``piece`` of it is looked at: a view where it is a slice
+        whose rows are of one context, else a copy of these rows.
         """
-        rows = self._trace.store_context.rows
-        chosen = self._rows if not isinstance(self._rows, slice) else range(*self._rows.indices(rows.n_rows))
-        part = chosen[piece]
-        index = slice(part.start, part.stop, part.step) if isinstance(part, range) else part
-        column = rows[name][index]
-        return column[:, self._layer_index] if name in (*LAYER_COLUMNS, "state") else column
+        rows = self._numbers(piece)
+        if name == "context":
+            return self._context_index(rows)
+        layers = self._layer_index if name in (*LAYER_COLUMNS, "state") else None
+        return self._trace.chain.take(name, rows, layers)
+
+    def _numbers(self, piece: slice | NDArray[np.intp]) -> Index:
+        """Give the rows' numbers in the trace."""
+        if not isinstance(self._rows, slice):
+            return self._rows[piece]
+        chosen = range(*self._rows.indices(self._trace.chain.n_rows))
+        if isinstance(piece, slice):
+            part = chosen[piece]
+            stop = None if part.stop < 0 else part.stop
+            return slice(part.start, stop, part.step) if part else slice(0, 0)
+        numbers = np.asarray(piece)
+        if numbers.size and not (-len(chosen) <= numbers.min() and numbers.max() < len(chosen)):
+            raise IndexError(f"there are {len(chosen)} rows")
+        return chosen.start + chosen.step * np.where(numbers < 0, numbers + len(chosen), numbers)
 
     def _take_layers(self, name: str) -> NDArray[Any]:
-        if name not in self._trace.store_context.rows:
+        if name not in self._trace.chain:
             raise self._no_channel(name)
-        column = self._take(name)[:, self._layer_index]
-        column.flags.writeable = False
-        return column
+        return self._trace.chain.take(name, self._rows, self._layer_index)
 
     def _no_channel(self, name: str) -> ChannelMissingError:
         have = self._trace.channels
@@ -109,17 +119,19 @@ class Rows:
         """What the router read, (N, L, D), float32; NaN where there is none."""
         return self._take_layers("gate_input")
 
-    def tensor(self, name: str) -> NDArray[np.float32]:
+    def tensor(self, name: str, piece: slice | NDArray[np.intp] = slice(None)) -> NDArray[np.float32]:
         """Give a named tensor that was captured, (N, width), float32; NaN where there is none.
+
+        ``piece`` as in :meth:`column`.
 
         Raises
         ------
         ChannelMissingError
             If it was not captured.
         """
-        if f"tensor.{name}" not in self._trace.store_context.rows:
+        if f"tensor.{name}" not in self._trace.chain:
             raise self._no_channel(f"tensor:{name}")
-        return self._take(f"tensor.{name}")
+        return self.column(f"tensor.{name}", piece)
 
     @property
     def state(self) -> NDArray[np.uint8]:
@@ -179,8 +191,23 @@ class Rows:
 
     @property
     def serial(self) -> NDArray[np.uint64]:
-        """Number of each row since the context began, lost ones counted, (N,), uint64."""
+        """Number of each row since its context began, lost ones counted, (N,), uint64: unique within a context."""
         return self._take("serial")
+
+    @property
+    def context_names(self) -> tuple[str, ...]:
+        """Names of all llama contexts of the trace, shown or not."""
+        return self._trace.contexts
+
+    @property
+    def context_index(self) -> NDArray[np.uint32]:
+        """Which of :attr:`context_names` each row is of, (N,), uint32; a new array."""
+        return self._context_index(self._rows)
+
+    def _context_index(self, rows: Index) -> NDArray[np.uint32]:
+        names = list(self._trace.contexts)
+        shown = np.array([names.index(name) for name in self._trace.shown], np.uint32)
+        return shown[self._trace.chain.owner(rows)]
 
     @property
     def time_ns(self) -> NDArray[np.int64]:
@@ -228,18 +255,22 @@ class Rows:
 
     def __len__(self) -> int:
         """Give the number of rows, N."""
-        return len(self.serial)
+        rows = self._rows
+        return len(range(*rows.indices(self._trace.chain.n_rows))) if isinstance(rows, slice) else len(rows)
 
     # -- frames --------------------------------------------------------------------------------------
 
     @property
     def tokens(self) -> pd.DataFrame:
-        """One row per token: token_id, position, sequence, request, step, phase, text.
+        """One row per token: token_id, position, sequence, request, step, phase, text, context.
 
         The numbers are views where the columns are; ``text`` is None where the trace has no vocabulary, and
-        bytes of a piece that are not UTF-8 show as U+FFFD.
+        bytes of a piece that are not UTF-8 show as U+FFFD. With ``context`` and :attr:`serial` a row is found again
+        in :attr:`Trace.events` and :attr:`Trace.attention`.
         """
         import pandas as pd
+
+        shown = self._trace.shown
 
         return pd.DataFrame(
             {
@@ -250,6 +281,7 @@ class Rows:
                 "step": self.step,
                 "phase": _categorical(np.minimum(self.phase, 2), _PHASES),
                 "text": self._trace.text(self.token_ids),
+                "context": _categorical(self._trace.chain.owner(self._rows), shown),
             },
             copy=False,
         )
@@ -336,14 +368,14 @@ class Rows:
 
     def _pieces(self, rows: int) -> Iterator[tuple[NDArray[np.intp], NDArray[np.int64]]]:
         """Walk through the selected rows: their numbers, and their ordinals within their requests."""
-        context = self._trace.store_context
-        if "experts" not in context.rows:
+        chain = self._trace.chain
+        if "experts" not in chain:
             raise self._no_channel("experts")
-        n = context.rows.n_rows
+        n = chain.n_rows
         seen: dict[int, int] = {}
         for start in range(0, n, rows):
             stop = min(start + rows, n)
-            request = np.asarray(context.rows["request"][start:stop])
+            request = chain.take("request", slice(start, stop))
             ordinal = _ordinals(request, seen)
             index = _within(self._rows, start, stop, n)
             if len(index):
@@ -351,14 +383,12 @@ class Rows:
 
     def _entries(self, index: NDArray[np.intp]) -> tuple[NDArray[Any], ...]:
         """Give (row, layer axis, rank, expert, weight) of every choice of these rows that is present."""
-        rows = self._trace.store_context.rows
-        experts = rows["experts"][index][:, self._layer_index]
-        there = (rows["state"][index][:, self._layer_index] == State.PRESENT)[:, :, None] & (
-            experts != self.sentinel
-        )
+        chain, layers = self._trace.chain, self._layer_index
+        experts = chain.take("experts", index, layers)
+        there = (chain.take("state", index, layers) == State.PRESENT)[:, :, None] & (experts != self.sentinel)
         i, layer, rank = np.nonzero(there)
-        if "weights" in rows:
-            weight = rows["weights"][index][:, self._layer_index][i, layer, rank]
+        if "weights" in chain:
+            weight = chain.take("weights", index, layers)[i, layer, rank]
         else:
             weight = np.full(len(i), np.nan, np.float32)
         return i, layer, rank, experts[i, layer, rank], weight
@@ -370,7 +400,7 @@ class Rows:
     def _activations(self, index: NDArray[np.intp], ordinal: Any, components: bool) -> pd.DataFrame:
         import pandas as pd
 
-        rows = self._trace.store_context.rows
+        chain = self._trace.chain
         i, layer, rank, expert, weight = self._entries(index)
         names = ["router"]
         code = np.zeros(len(i), np.int8)
@@ -386,7 +416,7 @@ class Rows:
             within = np.arange(repeat.sum()) - np.repeat(np.cumsum(repeat) - repeat, repeat)
             code = codes[np.repeat(starts[layer], repeat) + within]
             i, layer, rank, expert, weight = (np.repeat(a, repeat) for a in (i, layer, rank, expert, weight))
-        request = rows["request"][index]
+        request = chain.take("request", index)
         return pd.DataFrame(
             {
                 "domain": self._labels_of(request[i]),
@@ -396,8 +426,8 @@ class Rows:
                 "expert_id": expert.astype(np.int64),
                 "position": rank,
                 "request": request[i],
-                "phase": _categorical(rows["phase"][index][i], _PHASES),
-                "token": rows["token"][index][i],
+                "phase": _categorical(chain.take("phase", index)[i], _PHASES),
+                "token": chain.take("token", index)[i],
                 "weight": weight,
             }
         )
@@ -405,16 +435,16 @@ class Rows:
     def _long(self, index: NDArray[np.intp]) -> pd.DataFrame:
         import pandas as pd
 
-        rows = self._trace.store_context.rows
+        chain = self._trace.chain
         i, layer, rank, expert, weight = self._entries(index)
-        request = rows["request"][index]
+        request = chain.take("request", index)
         return pd.DataFrame(
             {
                 "request": request[i],
                 "label": self._labels_of(request[i]),
-                "token": rows["token"][index][i],
-                "position": rows["position"][index][i],
-                "phase": _categorical(rows["phase"][index][i], _PHASES),
+                "token": chain.take("token", index)[i],
+                "position": chain.take("position", index)[i],
+                "phase": _categorical(chain.take("phase", index)[i], _PHASES),
                 "layer": self.layers[layer].astype(np.int32),
                 "expert": expert,
                 "rank": rank.astype(np.uint16),
@@ -429,7 +459,7 @@ class Rows:
         *,
         layer: int | slice | Sequence[int] | None = None,
         label: str | Sequence[str] | None = None,
-        request: int | Sequence[int] | None = None,
+        request: int | str | Sequence[int | str] | None = None,
         phase: str | int | None = None,
         sequence: int | Sequence[int] | None = None,
         output: bool | None = None,
@@ -444,7 +474,8 @@ class Rows:
         label
             Of the requests: one, or several.
         request
-            Their numbers.
+            The requests: a number (the index of :attr:`Trace.requests`; -1: rows of none), or the id that the client
+            gave, as text; or several.
         phase
             ``prefill`` or ``decode``.
         sequence
@@ -461,9 +492,9 @@ class Rows:
         Raises
         ------
         UsageError
-            If the trace has no such layer, label or phase.
+            If the trace has no such layer, label, request or phase.
         """
-        rows = self._trace.store_context.rows
+        chain = self._trace.chain
         mask: NDArray[np.bool_] | None = None
 
         def narrow(new: NDArray[np.bool_]) -> None:
@@ -479,26 +510,44 @@ class Rows:
                 raise UsageError(
                     f"no request has the label {', '.join(unknown)}", fix=f"choose among: {have}"
                 )
-            narrow(np.isin(rows["request"][self._rows], labels.index[labels.isin(wanted)].to_numpy()))
+            narrow(np.isin(self.request, labels.index[labels.isin(wanted)].to_numpy()))
         if request is not None:
-            narrow(np.isin(rows["request"][self._rows], request))
+            narrow(np.isin(self.request, self._find_requests(request)))
         if phase is not None:
             if isinstance(phase, str) and phase not in _PHASES:
                 raise UsageError(f"there is no phase {phase!r}", fix=f"choose among: {', '.join(_PHASES)}")
-            narrow(rows["phase"][self._rows] == (_PHASES.index(phase) if isinstance(phase, str) else phase))
+            narrow(self.phase == (_PHASES.index(phase) if isinstance(phase, str) else phase))
         if sequence is not None:
-            narrow(np.isin(rows["sequence"][self._rows], sequence))
+            narrow(np.isin(self.sequence, sequence))
         if output is not None:
             narrow(self.output == output)
 
         chosen = self._rows
         if mask is not None:
-            numbers = np.arange(rows.n_rows)[self._rows][mask]
+            numbers = np.arange(chain.n_rows)[self._rows][mask]
             chosen = _as_slice(numbers)
         layers = self._layer_index
         if layer is not None:
             layers = self._find_layers(layer)
         return Selection(self._trace, chosen, layers)
+
+    def _find_requests(self, request: int | str | Sequence[int | str]) -> list[int]:
+        """Give the numbers of the requests that are meant by number or id. Raises UsageError if one is unknown."""
+        given = [request] if isinstance(request, int | np.integer | str) else list(request)
+        requests = self._trace.requests
+        ids = requests["id"].dropna().astype(str)
+        found: list[int] = []
+        for each in given:
+            if isinstance(each, str):
+                mine = ids.index[ids == each].tolist()
+            else:
+                mine = [int(each)] if each == -1 or int(each) in requests.index else []
+            if not mine:
+                raise UsageError(
+                    f"there is no request {each!r}", fix=_nearest(each, requests.index.tolist(), ids)
+                )
+            found += mine
+        return found
 
     def _find_layers(self, layer: int | slice | Sequence[int]) -> Index:
         numbers = np.arange(len(self._trace.layout.layers))[self._layer_index]
@@ -531,6 +580,15 @@ class Selection(Rows):
         return self._trace
 
     @property
+    def parts(self) -> tuple[Selection, ...]:
+        """The selection context by context (:attr:`Trace.parts`), whose columns are views where slices are selected."""
+        rows = self._trace.chain.split(self._rows)
+        return tuple(
+            Selection(part, mine, self._layer_index)
+            for part, mine in zip(self._trace.parts, rows, strict=True)
+        )
+
+    @property
     def requests(self) -> pd.DataFrame:
         """The requests of the whole trace, as :attr:`Trace.requests`: selected rows carry their numbers."""
         return self._trace.requests
@@ -543,6 +601,21 @@ class Selection(Rows):
 
     def __repr__(self) -> str:
         return f"<Selection of {self._trace.path}: {len(self):,} tokens × {len(self.layers)} layers>"
+
+
+def _nearest(asked: int | str, numbers: Sequence[int], ids: Iterable[str]) -> str:
+    """Say which requests there are that are like the one asked for."""
+    if not numbers:
+        return "the trace has no requests"
+    if isinstance(asked, str):
+        known = list(dict.fromkeys(ids))
+        near = difflib.get_close_matches(asked, known, 5, 0.5) or known[:5]
+        if near:
+            more = f" (of {len(known):,} ids)" if len(known) > len(near) else ""
+            return f"choose among: {', '.join(near)}{more}"
+        return f"no request has an id; choose by number: {min(numbers)} to {max(numbers)}"
+    near_numbers = sorted(numbers, key=lambda n: abs(n - int(asked)))[:3]
+    return f"its numbers are {min(numbers)} to {max(numbers)}, near it {', '.join(map(str, sorted(near_numbers)))}"
 
 
 def import_arrow() -> Any:

@@ -127,6 +127,14 @@ class TraceStore:
                     result[f"{context.name}/{name}"] = Table(context.path / name)
         return result
 
+    def close(self) -> None:
+        """Let go of the maps; arrays given out keep theirs."""
+        for context in self._contexts.values():
+            context.rows.close()
+            context.events.close()
+        if "requests" in self.__dict__:
+            self.requests.close()
+
     def close_as(self, state: str, *, exit_code: int | None = None, fsync: bool = False) -> None:
         """Write meta.json with the state (``closed``, ``recovered``) and each table's length and checksum."""
         for table in self.tables().values():
@@ -140,15 +148,17 @@ class TraceStore:
         write_json(self.path / META_NAME, self.meta, fsync=fsync)
 
 
-def write_vocabulary(trace: Path, tokens: Sequence[bytes]) -> None:
+def write_vocabulary(trace: Path, tokens: Sequence[bytes], name: str = VOCABULARY_NAME) -> None:
     """Store the text of each token id in a trace, so that it can be read without the model."""
     text = [token.decode("utf-8", "surrogateescape") for token in tokens]
-    write_json(trace / VOCABULARY_NAME, {"tokens": text})
+    write_json(trace / name, {"tokens": text})
 
 
-def read_vocabulary(trace: Path) -> list[bytes] | None:
+def read_vocabulary(trace: Path, name: str = VOCABULARY_NAME) -> list[bytes] | None:
     """Read the text of each token id, or None if the trace does not have it."""
-    path = trace / VOCABULARY_NAME
+    if not _is_plain(name):
+        raise TraceError(f"{trace} cannot be read", why=f"it names {name!r} as a vocabulary")
+    path = trace / name
     if not path.exists():
         return None
     tokens = read_json(path).get("tokens")

@@ -16,23 +16,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrace.errors import MoetraceError, TraceError, UsageError
+from moetrace.trace import naming
 from moetrace.trace.attention import Attention
+from moetrace.trace.chain import Chain
 from moetrace.trace.columns import Table
+from moetrace.trace.contexts import choose, is_alike, misfits, of_model
 from moetrace.trace.intervention import described
-from moetrace.trace.labels import read_labels, resolve_labels
+from moetrace.trace.labels import Labelling, Recorded, read_labels, resolve_labels
 from moetrace.trace.loss import Loss, count_loss
 from moetrace.trace.record import Counter, EventCode
 from moetrace.trace.requests import REQUEST_TABLE, UNCERTAIN, Phase, RequestAssigner, allot_again, replay
 from moetrace.trace.ring import peek_counters
 from moetrace.trace.rows import Columns, Layout
 from moetrace.trace.selection import Rows
-from moetrace.trace.store import ContextStore, TraceStore, read_vocabulary
+from moetrace.trace.store import ContextStore, TraceStore
+from moetrace.trace.vocabulary import vocabulary_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def open_trace(path: str | os.PathLike[str], context: str | int | None = None) -> Trace:
+def open_trace(
+    path: str | os.PathLike[str], context: str | int | None = None, model: str | None = None
+) -> Trace:
     """Open a trace for reading; also while it is being recorded (see :meth:`Trace.refresh`).
 
     Parameters
@@ -40,52 +46,52 @@ def open_trace(path: str | os.PathLike[str], context: str | int | None = None) -
     path
         The trace's folder.
     context
-        Which llama context to show: its name or its index. Default: the main one (a draft model's or MTP's
-        context is another).
+        Which llama context to show: its name or its index. Default: the main ones, taken together; they must be of
+        one model (a draft model's or MTP's context is never among them).
+    model
+        Only contexts of this model: its name, its server's alias for it, or its file (path, name, or any file with
+        the same facts).
 
     Raises
     ------
     TraceError
-        If it is no trace, newer than this moetrace, or damaged.
+        If it is no trace, newer than this moetrace, or damaged, or holds nothing.
     UsageError
-        If it has no such context.
+        If it has no such context or model; or if several contexts are left that are of different models, or whose
+        layouts do not fit.
     """
-    return Trace(TraceStore(path), context)
+    return Trace(TraceStore(path), context, model)
 
 
 class Trace(Rows):
-    """A trace, open for reading; one llama context of it (:attr:`contexts` names all).
+    """A trace, open for reading: one llama context of it, or several of one model (:attr:`shown`) as if they were one.
 
-    Columns are read-only views of mapped files: nothing is loaded before it is touched. A context manager;
-    :meth:`close` ends it, views that are still held stay good.
+    Of several contexts the rows follow each other, context by context, and so do events and requests; ``context``
+    names each one's. :attr:`serial` counts within a context: (context, serial) is unique, serial alone is not.
+
+    Columns are read-only views of mapped files: nothing is loaded before it is touched. With several contexts a
+    property copies its column together; :meth:`column`, iterators and selections within one context still look at
+    nothing but their piece, and :attr:`parts` gives the contexts one by one. A context manager; :meth:`close` ends
+    it, views that are still held stay good.
     """
 
-    def __init__(self, store: TraceStore | str | os.PathLike[str], context: str | int | None = None) -> None:
+    def __init__(
+        self,
+        store: TraceStore | str | os.PathLike[str],
+        context: str | int | None = None,
+        model: str | None = None,
+    ) -> None:
         self.store = store = store if isinstance(store, TraceStore) else TraceStore(store)
         self._trace = self
         self._rows = slice(None)
         self._layer_index = slice(None)
-        self.name = self._find_context(context)
-        self.store_context: ContextStore = store.context(self.name)
+        self._asked = context, model
+        self._whole: Trace | None = None  # what this is one of the parts of
+        self._show(choose(store, context, model))
 
-    def _find_context(self, context: str | int | None) -> str:
-        names = self.store.context_names
-        if not names:
-            raise TraceError(
-                f"{self.store.path} holds nothing",
-                why="the host ended before it made a llama context",
-                fix="look at what the host printed, and capture again",
-            )
-        if context is None:
-            main = [n for n in names if self.store.context(n).facts.get("role") == "main"]
-            context = (main or names)[0]
-        if isinstance(context, int) and -len(names) <= context < len(names):
-            context = names[context]
-        if context not in names:
-            raise UsageError(
-                f"{self.store.path} has no context {context}", fix=f"choose among: {', '.join(names)}"
-            )
-        return str(context)
+    def _show(self, contexts: list[ContextStore]) -> None:
+        self._stores = tuple(contexts)
+        self.chain = Chain([context.rows for context in contexts])
 
     # -- facts ---------------------------------------------------------------------------------------
 
@@ -101,21 +107,73 @@ class Trace(Rows):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """This context's layout and facts: context.json (docs/format.md)."""
-        return self.store_context.facts
+        """Layout and facts of the first context shown: context.json (docs/format.md).
+
+        The model's facts and the layout are those of all contexts shown; what else there is (pid, status, counters)
+        each of :attr:`parts` has for itself.
+        """
+        return self._stores[0].facts
 
     @property
     def layout(self) -> Layout:
         """The meaning of the columns."""
-        return self.store_context.layout
+        return self._stores[0].layout
 
     @property
     def contexts(self) -> tuple[str, ...]:
         """Names of all llama contexts in the trace."""
         return tuple(self.store.context_names)
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Names of the contexts that are shown."""
+        return tuple(context.name for context in self._stores)
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called: its name, its server's alias, its file, its architecture, as far as known."""
+        return naming.title(self.facts)
+
+    @property
+    def shown_as(self) -> str:
+        """Which contexts are shown, in words: ``ctx0, ctx2 of 3, taken together``."""
+        of = f" of {len(self.contexts)}" if len(self.contexts) > 1 else ""
+        return f"{', '.join(self.shown)}{of}{', taken together' if len(self.shown) > 1 else ''}"
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """A sentence for each context of the trace that is not shown: what it is, and how to see it."""
+        return tuple(self._not_shown(name) for name in self.contexts if name not in self.shown)
+
+    def _not_shown(self, name: str) -> str:
+        try:
+            context = self.store.context(name)
+        except TraceError as e:
+            return f"{name} cannot be read and is not shown: {e.why or e.what}"
+        what = f"{naming.role(context.facts)}, {naming.title(context.facts)}, {context.rows.n_rows:,} rows"
+        return f"{name} ({what}) is not shown: --context {name}"
+
+    @property
+    def parts(self) -> tuple[Trace, ...]:
+        """The contexts shown, each as a trace of its own, whose columns are views; of one, this trace itself."""
+        return (self,) if len(self._stores) == 1 else self._parts
+
+    @cached_property
+    def _parts(self) -> tuple[Trace, ...]:
+        parts = tuple(self.in_context(name) for name in self.shown)
+        for part in parts:
+            part._whole = self
+        return parts
+
+    @property
+    def store_context(self) -> ContextStore:
+        """The tables of the context shown. Raises UsageError if several are: ask :attr:`parts`."""
+        if len(self._stores) > 1:
+            raise UsageError(f"{self.path} is open with several contexts", fix="ask each of Trace.parts")
+        return self._stores[0]
+
     def in_context(self, context: str | int) -> Trace:
-        """Give the same trace with another context shown."""
+        """Give the same trace with one context shown: this one."""
         return Trace(self.store, context)
 
     @property
@@ -127,7 +185,7 @@ class Trace(Rows):
     def channels(self) -> list[str]:
         """What was captured, as ``--capture`` names it."""
         names = [field.name for field in self.layout.fields if field.name != "state"]
-        names += ["attention"] * (self.store_context.path / "attention").is_dir()
+        names += ["attention"] * (self._stores[0].path / "attention").is_dir()
         return [f"tensor:{name[7:]}" if name.startswith("tensor.") else name for name in names]
 
     @property
@@ -144,22 +202,25 @@ class Trace(Rows):
 
     @property
     def epoch_ns(self) -> int:
-        """Add to :attr:`time_ns` to get nanoseconds since the epoch."""
+        """Add to :attr:`time_ns` to get nanoseconds since the epoch; as the first context shown measured it."""
         return int(self.facts.get("epoch_ns", 0))
 
     # -- tables --------------------------------------------------------------------------------------
 
     @cached_property
     def requests(self) -> pd.DataFrame:
-        """One row per request of this context; the index is its number.
+        """One row per request of the contexts shown; the index is its number, which is unique in the trace.
 
         Columns: ``id``, ``label`` and ``prompt`` as the client gave them (None where it did not), ``slot``,
+        ``context``,
         ``n_prompt`` (cached and computed; NA where either is not known), ``n_generated`` (as the client counted;
         NA where it did not: the last token is never decoded), ``n_cached``, ``n_prefill``,
         ``n_decode``, ``n_lost``, ``n_rejected``, ``n_recomputed``, ``n_undecided``, ``n_shifts``,
         ``n_unrecorded``, ``n_events_lost``, ``first_serial``, ``last_serial``,
-        ``start_ns``, ``end_ns`` and ``running``; then whatever else the client said. docs/format.md explains
-        them. What is not certain because events were lost, or not recorded, is NA. A new frame, not a view.
+        ``start_ns``, ``end_ns``, ``running`` and ``label_unsure`` (a client's label may be this request's, but also
+        another's, so that neither has it); then whatever else the client's prompt file said, a key that is one of
+        these as ``extra.KEY``. docs/format.md explains them. What is not certain because events were lost, or not
+        recorded, is NA. A new frame, not a view.
         """
         import pandas as pd
 
@@ -167,8 +228,8 @@ class Trace(Rows):
         order = np.argsort(columns["request"], kind="stable")
         frame = pd.DataFrame({name: column[order] for name, column in columns.items()})
         frame = frame.drop_duplicates("request").set_index("request")
-        labels = self._labels
-        said = [labels.get(number, {}) for number in frame.index.tolist()]
+        labels = self.labelling
+        said = [labels.said.get(number, {}) for number in frame.index.tolist()]
         for name in (*UNCERTAIN, "n_events_lost"):
             unknown = (frame[name] < 0) | ((frame["n_events_lost"] > 0) & (name != "n_events_lost"))
             frame[name] = frame[name].astype("Int64").mask(unknown)
@@ -176,6 +237,7 @@ class Trace(Rows):
         for name in ("id", "label", "prompt"):
             result[name] = pd.Series([s.get(name) for s in said], index=frame.index, dtype=object)
         result["slot"] = frame["sequence"]
+        result["context"] = np.array(self.contexts, object)[frame["context"].to_numpy()]
         computed = frame["n_prefill"].mask((frame["n_lost"] > 0) | (frame["n_unrecorded"].fillna(0) > 0))
         result["n_prompt"] = (frame["n_cached"] + computed).astype("Int64")
         generated = [n if type(n := s.get("n_generated")) is int else None for s in said]
@@ -183,13 +245,24 @@ class Trace(Rows):
         counts = [name for name in REQUEST_TABLE if name.startswith("n_")]
         for name in [*counts, "first_serial", "last_serial", "start_ns", "end_ns", "running"]:
             result[name] = frame[name]
-        for name in sorted({key for s in said for key in s} - set(result.columns)):
-            result[name] = pd.Series([s.get(name) for s in said], index=frame.index, dtype=object)
+        result["label_unsure"] = frame.index.isin(labels.unsure)
+        own = [labels.extra.get(number, {}) for number in frame.index.tolist()]
+        others = sorted({key for keys in own for key in keys})
+        ours = {"request", *result.columns}
+        for key in others:
+            name = key
+            while name in ours or (name != key and name in others):
+                name = f"extra.{name}"
+            ours.add(name)
+            result[name] = pd.Series([keys.get(key) for keys in own], index=frame.index, dtype=object)
         return result
 
     def _request_columns(self) -> Columns:
-        """Give this context's requests: the ended ones from their table, the running ones from rows."""
-        number = self.store.context_names.index(self.name)
+        """Give the requests shown: the ended ones from their table, the running ones from rows."""
+        if len(self.parts) > 1:
+            each = [part._request_columns() for part in self.parts]
+            return {name: np.concatenate([columns[name] for columns in each]) for name in each[0]}
+        number = self.store.context_names.index(self.store_context.name)
         table = self.store.requests
         mine = np.flatnonzero(table["context"] == number)
         columns = {
@@ -214,12 +287,30 @@ class Trace(Rows):
         return columns
 
     @cached_property
-    def _labels(self) -> dict[int, dict[str, Any]]:
-        return resolve_labels(read_labels(self.path)[0], self._request_columns())
+    def labelling(self) -> Labelling:
+        """What clients said of requests, of all contexts; and how much of it did not find its request."""
+        if self._whole is not None:
+            return self._whole.labelling
+        lines = read_labels(self.path)[0]
+        if all(line.request is not None for line in lines):
+            return resolve_labels(lines, [])
+        return resolve_labels(lines, [self.in_context(name)._recorded() for name in self.contexts])
+
+    def _recorded(self) -> Recorded:
+        facts = self.facts
+        return Recorded(
+            self._request_columns(),
+            self.store_context.rows,
+            self.store_context.events,
+            main=naming.role(facts) not in ("draft", "mtp"),
+            host=facts.get("pid"),
+            called=lambda name: naming.may_be_called(facts, name),
+        )
 
     def label_codes(self, request: NDArray[np.int64]) -> tuple[NDArray[np.int32], list[str]]:
         """Give the label of each of these request numbers: codes (n,), int32, -1 for none; and the labels."""
-        said = {n: str(keys["label"]) for n, keys in self._labels.items() if keys.get("label") is not None}
+        told = self.labelling.said.items()
+        said = {n: str(keys["label"]) for n, keys in told if keys.get("label") is not None}
         labels = sorted(set(said.values()))
         code_of = {label: code for code, label in enumerate(labels)}
         numbers = np.array(sorted(said), np.int64)
@@ -231,16 +322,18 @@ class Trace(Rows):
 
     @property
     def events(self) -> pd.DataFrame:
-        """What happened to sequences between rows: serial, time_ns, event, sequence, p0, p1, arg."""
+        """What happened to sequences between rows: serial, time_ns, event, sequence, p0, p1, arg, context."""
         import pandas as pd
 
+        if len(self.parts) > 1:
+            return pd.concat([part.events for part in self.parts], ignore_index=True)
         table = self.store_context.events
         names = {code.value: code.name.lower() for code in EventCode}
         frame = pd.DataFrame({name: np.asarray(table[name]) for name in table})
         frame.insert(
             2, "event", [names.get(code, f"unknown ({code})") for code in frame.pop("code").tolist()]
         )
-        return frame
+        return frame.assign(context=self.store_context.name)
 
     @property
     def interventions(self) -> pd.DataFrame:
@@ -248,11 +341,13 @@ class Trace(Rows):
 
         Columns: ``number``, ``rules`` (as they were given; missing if their file is gone), ``first_serial`` and
         ``end_serial`` (of the rows computed meanwhile; the end excluded), ``from_ns`` and ``to_ns`` (nanoseconds
-        since the epoch). ``end_serial`` and ``to_ns`` are -1 where it was in force to the end. Which of these rows
-        it concerned says :attr:`intervened`.
+        since the epoch), and ``context``. ``end_serial`` and ``to_ns`` are -1 where it was in force to the end. Which
+        of these rows it concerned says :attr:`intervened`.
         """
         import pandas as pd
 
+        if len(self.parts) > 1:
+            return pd.concat([part.interventions for part in self.parts], ignore_index=True)
         events = self.events
         events = events[events["event"] == EventCode.INTERVENE.name.lower()]
         serial, number = events["serial"].tolist(), events["arg"].tolist()
@@ -268,21 +363,30 @@ class Trace(Rows):
                 if n > 0
             ],
             columns=columns,
-        )
+        ).assign(context=self.store_context.name)
 
     @cached_property
     def loss(self) -> Loss:
-        """What became of everything that the model computed in this context."""
+        """What became of everything that the model computed in the contexts shown."""
+        if len(self.parts) > 1:
+            return sum((part.loss for part in self.parts[1:]), self.parts[0].loss)
         return count_loss(self.store_context, self.counters, int(self.requests["n_cached"].sum()))
 
     @property
     def total_loss(self) -> Loss:
-        """The sum of :attr:`loss` over all contexts."""
+        """The sum of :attr:`loss` over all contexts of the trace, shown or not."""
         return sum((self.in_context(name).loss for name in self.contexts[1:]), self.in_context(0).loss)
 
     @property
     def counters(self) -> dict[str, int]:
-        """The host's counters by name, from context.json or the live ring; empty if neither is there."""
+        """The host's counters by name, from context.json or the live ring; empty if neither is there.
+
+        Of several contexts their sums; empty if one has none.
+        """
+        if len(self.parts) > 1:
+            each = [part.counters for part in self.parts]
+            names = [name for name in each[0] if all(name in counters for counters in each)]
+            return {name: sum(counters[name] for counters in each) for name in names}
         stored = self.facts.get("counters")
         if isinstance(stored, dict) and stored:
             return {str(name): value for name, value in stored.items() if type(value) is int}
@@ -295,31 +399,29 @@ class Trace(Rows):
     def attention(self) -> Attention:
         """The attention rows, by (serial, layer); an index is built in memory, the values stay mapped.
 
+        Of several contexts each has its own serials: see :meth:`Attention.of`.
+
         Raises
         ------
         ChannelMissingError
             If attention was not captured.
         """
+        if len(self.parts) > 1:
+            return Attention.together({part.shown[0]: part.attention for part in self.parts})
         folder = self.store_context.path
         if not (folder / "attention").is_dir():
             raise self._no_channel("attention")
         index, values = Table(folder / "attention"), Table(folder / "attention_values")
-        return Attention({name: np.asarray(index[name]) for name in index}, values["value"])
+        columns = {name: np.asarray(index[name]) for name in index}
+        return Attention(columns, values["value"], self.store_context.name)
 
     # -- text ----------------------------------------------------------------------------------------
 
     @cached_property
     def vocabulary(self) -> list[bytes] | None:
         """The text of each token id, as bytes; None if neither the trace nor a model file tells."""
-        stored = read_vocabulary(self.path)
-        model = self.meta.get("model_path")
-        if stored is None and isinstance(model, str) and Path(model).is_file():
-            from moetrace.model.file import ModelFile
-            from moetrace.model.identity import differences
-
-            with ModelFile(model) as file:
-                return None if differences(file, self.facts) else file.vocabulary
-        return stored
+        told = (vocabulary_of(self.store, context) for context in self._stores)
+        return next((vocabulary for vocabulary in told if vocabulary is not None), None)
 
     @cached_property
     def _texts(self) -> NDArray[np.object_] | None:
@@ -337,18 +439,23 @@ class Trace(Rows):
     # -- life ----------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Look again: rows sealed meanwhile appear. Views given out keep their length."""
-        self.store = TraceStore(self.path)
-        self.store_context = self.store.context(self.name)
-        for name in ("requests", "loss", "attention", "_labels", "vocabulary", "_texts"):
+        """Look again: rows sealed meanwhile appear, and new contexts that are like those shown.
+
+        Views given out keep their length. Contexts of another model stay out (:attr:`left_out`).
+        """
+        first, shown, (context, model) = self._stores[0], self.shown, self._asked
+        self.store, self._whole = TraceStore(self.path), None
+        asked = self.store.contexts if model is None else of_model(self.store.contexts, model)
+        like = [] if context is not None else [c.name for c in asked if is_alike(first, c)]
+        self._show(
+            [c for c in self.store.contexts if c.name in shown or (c.name in like and not misfits(first, c))]
+        )
+        for name in ("_parts", "requests", "loss", "attention", "labelling", "vocabulary", "_texts"):
             self.__dict__.pop(name, None)
 
     def close(self) -> None:
         """Let go of the files. Views that are still held keep their own maps."""
-        for context in self.store.contexts:
-            context.rows.close()
-            context.events.close()
-        self.store.requests.close()
+        self.store.close()
 
     def __enter__(self) -> Trace:
         return self
@@ -360,8 +467,6 @@ class Trace(Rows):
 
     def summary(self) -> list[tuple[str, str]]:
         """Give the trace in a few lines: (name, sentence) pairs, for `info` and notebooks."""
-        told = self.facts.get("model")
-        model = told if isinstance(told, dict) else {}
         used = sorted(set(self.n_expert_used.tolist()))
         experts = sorted(set(self.n_expert.tolist()))
         layers = self.layers.tolist()
@@ -371,23 +476,18 @@ class Trace(Rows):
             lost = f"{loss.rows_lost:,} rows and {loss.events_lost:,} events lost"
         if loss.rows_waiting:
             lost += f", {loss.rows_waiting:,} not sealed yet"
+        decoded = sum(int(np.count_nonzero(part.phase == Phase.DECODE)) for part in self.parts)
         return [
             ("trace", f"{self.path} ({self.meta.get('state')})"),
-            (
-                "model",
-                " · ".join(str(model[key]) for key in ("name", "architecture") if model.get(key))
-                or "unknown",
-            ),
-            ("context", f"{self.name} of {len(self.contexts)}" if len(self.contexts) > 1 else self.name),
-            (
-                "tokens",
-                f"{len(self):,} ({int(np.count_nonzero(self.phase == Phase.DECODE)):,} of them decoded)",
-            ),
+            ("model", self.model_name),
+            ("context", self.shown_as),
+            *([("not shown", "; ".join(self.left_out))] if self.left_out else []),
+            ("tokens", f"{len(self):,} ({decoded:,} of them decoded)"),
             ("layers", f"{len(layers)} ({layers[0]} to {layers[-1]})"),
             ("experts", f"top-{'/'.join(map(str, used))} of {'/'.join(map(str, experts))}"),
             ("channels", ", ".join(self.channels)),
             ("requests", f"{len(self.requests):,}"),
-            ("completeness", lost),
+            ("completeness", f"{lost} of what is shown" if self.left_out else lost),
         ]
 
     def __repr__(self) -> str:

@@ -14,14 +14,17 @@ from numpy.typing import NDArray
 from moetrace.errors import MoetraceError, TraceError
 from moetrace.trace.choice import ChoiceCheck
 from moetrace.trace.columns import Damage, Table
+from moetrace.trace.contexts import holds_nothing
 from moetrace.trace.intervention import FOLDER, Rule, stored_rules
-from moetrace.trace.labels import read_labels
+from moetrace.trace.labels import LABELS_NAME, read_labels
 from moetrace.trace.loss import LOST_COUNTERS, LOST_EVENT_COUNTERS
+from moetrace.trace.naming import same_model
 from moetrace.trace.record import EventCode, RowFlag, State
+from moetrace.trace.remarks import remarks
 from moetrace.trace.requests import Phase
 from moetrace.trace.ring import peek_counters, peek_reader, process_alive
 from moetrace.trace.rows import LAYER_COLUMNS, Layout
-from moetrace.trace.store import ContextStore, TraceStore, read_vocabulary
+from moetrace.trace.store import VOCABULARY_NAME, ContextStore, TraceStore, read_vocabulary
 
 _CHUNK = 1 << 14  # rows looked at together
 
@@ -42,21 +45,28 @@ class Verification:
         True if the trace is being recorded right now: what is not sealed yet is no fault.
     rows
         Rows that were looked at, all contexts together.
-    notes
-        What is no fault of the trace, and makes some of it uncertain: events that were lost, and counted.
+    contexts, models
+        How many llama contexts there are, and of how many models.
+    empty
+        Why the trace holds nothing, a sentence; empty if it has a context.
+    remarks
+        What is no fault and yet must be known: see :mod:`moetrace.trace.remarks`.
     """
 
     path: Path
     findings: tuple[Damage, ...]
     live: bool
     rows: int
-    notes: tuple[str, ...] = ()
+    contexts: int = 1
+    models: int = 1
+    empty: str = ""
+    remarks: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
-        """0 fine, 3 if `moetrace recover` can mend all that is wrong, 4 corrupt."""
+        """0 fine, 1 if it holds nothing, 3 if `moetrace recover` can mend all that is wrong, 4 corrupt."""
         if not self.findings:
-            return 0
+            return 1 if self.empty else 0
         return 3 if all(finding.recoverable for finding in self.findings) else 4
 
 
@@ -140,29 +150,38 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
         ]
     if "requests" in tables:
         findings += [Damage("requests", what, recoverable=False) for what in _requests(store, contexts)]
-    findings += [Damage("labels.jsonl", what, recoverable=False) for what in read_labels(store.path)[1]]
+    findings += [Damage(LABELS_NAME, what, recoverable=False) for what in read_labels(store.path)[1]]
+    told = [c.facts.get("vocabulary") for c in contexts]
+    named = [file for file in told if isinstance(file, str)]
+    for file in dict.fromkeys([VOCABULARY_NAME, *named]):
+        try:
+            if read_vocabulary(store.path, file) is None and file in named:
+                findings.append(Damage(file, "context.json names it, but it is not there", recoverable=False))
+        except TraceError as e:
+            findings.append(Damage(file, e.why or e.what, recoverable=False))
+    models: list[ContextStore] = []
+    for context in contexts:
+        if not any(same_model(context.facts, other.facts) for other in models):
+            models.append(context)
     try:
-        read_vocabulary(store.path)
-    except TraceError as e:
-        findings.append(Damage("vocabulary.json", e.why or e.what, recoverable=False))
-    notes = [note for context in contexts for note in _notes(context)]
-    return Verification(store.path, tuple(findings), live, rows, tuple(notes))
+        said = tuple(remarks(store))
+    except MoetraceError:  # what cannot be opened was found above
+        said = ()
+    return Verification(
+        store.path,
+        tuple(findings),
+        live,
+        rows,
+        len(store.context_names),
+        len(models),
+        "" if store.context_names else holds_nothing(store).why,
+        said,
+    )
 
 
 def _counters(context: ContextStore) -> dict[str, Any]:
     stored = context.facts.get("counters")
     return stored if isinstance(stored, dict) else {}
-
-
-def _notes(context: ContextStore) -> Iterator[str]:
-    counters = _counters(context)
-    n = sum(counters[name] for name in LOST_EVENT_COUNTERS if type(counters.get(name)) is int)
-    if n > 0:
-        numbered = context.layout.numbered
-        yield (
-            f"{context.name}: {n:,} event{'s' if n > 1 else ''} of slots and their memory lost, by the counters; "
-            + ("what is not certain of requests is marked" if numbered else "requests may be mixed up")
-        )
 
 
 def _closing(store: TraceStore, tables: dict[str, Table]) -> Iterator[Damage]:

@@ -179,9 +179,11 @@ class ContextWriter:
             write_json(self.path / CONTEXT_NAME, self.meta, fsync=self._trace.fsync)
         self.detach()
 
-    def set_model_path(self, model_path: str | None) -> None:
-        """Record which file this context's model was read from; None: not known."""
+    def set_model(self, model_path: str | None, vocabulary: str | None) -> None:
+        """Record which file this context's model was read from, None if not known, and which has its tokens' text."""
         self.meta["model_path"] = model_path
+        if vocabulary is not None:
+            self.meta["vocabulary"] = vocabulary
         write_json(self.path / CONTEXT_NAME, self.meta, fsync=self._trace.fsync)
 
     def detach(self) -> None:

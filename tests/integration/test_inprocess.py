@@ -140,3 +140,47 @@ def test_chat_messages_and_token_ids(runtime, model_file, tmp_path):
     assert text["chat"] == "<|im_start|>user\nIs it raining?<|im_end|>\n<|im_start|>assistant\n"
     (number,) = trace.requests.index[trace.requests["id"] == "ids"]
     assert list(trace.sel(request=int(number)).tokens["token_id"]) == [70, 71, 72, 73]
+
+
+def test_sizes_for_which_llama_cpp_ends_the_process_are_refused(runtime, model_file, tmp_path):
+    code = """
+        import sys, json, moetrace
+        def capture(**sizes):
+            try:
+                trace = moetrace.capture(sys.argv[1], ["One prompt here."] * 6, sys.argv[2], force=True,
+                                         n_threads=1, **{"n_predict": 4, **sizes})
+                return sorted(trace.requests["id"])
+            except moetrace.MoetraceError as e:
+                return [e.exit_code, str(e)]
+        print(json.dumps([capture(**sizes) for sizes in json.loads(sys.argv[3])]))
+    """
+    refused = [
+        {"n_parallel": 6, "n_batch": 4}, {"n_parallel": 3, "n_batch": 2}, {"n_parallel": 6, "n_ctx": 5},
+        {"n_batch": -1}, {"n_batch": 1 << 40}, {"n_ubatch": 0}, {"n_ctx": -7},
+        {"n_predict": 10**20}, {"n_predict": -3}, {"seed": -1},
+    ]  # fmt: skip
+    fine = [{"n_parallel": 6, "n_batch": 6}, {"n_parallel": 2, "n_batch": 2}, {"n_ctx": 9, "n_predict": 2}]
+    result = python(code, model_file("qwen3moe"), tmp_path / "t.moet", json.dumps(refused + fine))
+    assert result.returncode == 0, result.stderr[-3000:]
+    answers = json.loads(result.stdout)
+    for sizes, (code, text) in zip(refused, answers[: len(refused)], strict=True):
+        assert code == 2, (sizes, text)
+        assert "fix:" in text
+    assert answers[len(refused) :] == [list("012345")] * len(fine)
+
+
+def test_a_prompts_own_keys_do_not_lead_labels_astray(runtime, model_file, tmp_path):
+    path = tmp_path / "t.moet"
+    own = [{"request": 1}, {"request": 0, "slot": "s"}, {"sequence": 5, "from_ns": 0, "to_ns": 1, "crc": 3}]
+    prompts = [{"prompt": "The same prompt.", "label": "abc"[i], "n_predict": 3, **own[i]} for i in range(3)]
+    capture(model_file("qwen3moe"), path, prompts, "-np", "2")
+    trace = moetrace.open(path)
+    requests = trace.requests.sort_values("id")
+    assert list(requests["id"]) == ["0", "1", "2"]
+    assert list(requests["label"]) == ["a", "b", "c"]
+    assert list(requests["extra.request"])[:2] == [1, 0]
+    assert list(requests["extra.slot"])[1] == "s"
+    assert list(requests["sequence"])[2] == 5
+    assert not requests["label_unsure"].any()
+    # in the order in which they were begun
+    assert list(requests.index) == sorted(requests.index)

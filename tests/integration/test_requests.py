@@ -109,7 +109,7 @@ def test_a_request_that_began_while_the_recorder_stood_still(policy, runtime, mo
     assert "events lost" in path.with_suffix(".err").read_text()
     result = verify(path)
     assert result.findings == ()
-    assert "lost" in result.notes[0]
+    assert "lost" in result.remarks[0]
 
 
 def test_resuming_after_events_were_lost(runtime, model_file, tmp_path):

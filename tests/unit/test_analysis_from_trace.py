@@ -211,7 +211,7 @@ def test_captures_of_one_text_are_compared_token_by_token() -> None:
 def test_traces_of_different_models_are_refused() -> None:
     other = FakeTrace()
     other.layers = np.array([0, 1, 2])
-    with pytest.raises(UsageError, match="different models"):
+    with pytest.raises(UsageError, match="cannot be taken together"):
         from_trace(FakeTrace(), other)
     with pytest.raises(UsageError, match="no trace"):
         from_trace()

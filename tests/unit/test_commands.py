@@ -168,7 +168,7 @@ def test_export_npz_holds_the_columns(tmp_path: Path) -> None:
     assert main(["export", GOLDEN, "-o", str(output), "--request", "0,2"]) == 0
     part = moetrace.open(GOLDEN).sel(request=[0, 2])
     with np.load(output) as got:
-        assert {"layers", "n_expert", "n_expert_used", *part.column_names} == set(got.files)
+        assert {"layers", "n_expert", "n_expert_used", "contexts", *part.column_names} == set(got.files)
         for name in part.column_names:
             np.testing.assert_array_equal(got[name], part.column(name))
 

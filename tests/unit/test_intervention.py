@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rings import make_layout, random_records
+from rings import Producer, make_layout, random_records
 from traces import Context, event, write_trace
 
 import moetrace
+from moetrace.__main__ import main
 from moetrace.errors import UsageError
-from moetrace.host.intervene import rules_of
+from moetrace.host.intervene import in_force, restore, rules_of, switch
 from moetrace.trace.intervention import (
     Intervention,
     Kind,
@@ -31,6 +32,7 @@ from moetrace.trace.intervention import (
     store,
 )
 from moetrace.trace.record import EventCode, RowFlag
+from moetrace.trace.ring import Ring, ring_paths
 
 native: Any = importlib.import_module("moetrace._native")
 needs_native = pytest.mark.skipif(
@@ -45,6 +47,10 @@ def encoded(*texts: str) -> bytes:
     return encode([rule for text in texts for rule in rules_of(Intervention.parse(text))])
 
 
+def test_a_range_is_its_experts():
+    assert encoded("ablate:1:0-7") == encoded("ablate:1:0,1,2,3,4,5,6,7")
+
+
 def refusal(*texts: str, routers: list[Router] = ROUTERS) -> str:
     with pytest.raises(UsageError) as e:
         check(encoded(*texts), routers)
@@ -55,6 +61,8 @@ def refusal(*texts: str, routers: list[Router] = ROUTERS) -> str:
     ("text", "expected"),
     [
         ("ablate:7:3,12", Intervention(Kind.ABLATE, ((7, 7),), (3, 12))),
+        ("ablate:1:0-7", Intervention(Kind.ABLATE, ((1, 1),), tuple(range(8)))),
+        ("bias:0-3:9,0-2,5=+2@slot=1", Intervention(Kind.BIAS, ((0, 3),), (9, 0, 1, 2, 5), 2.0, slot=1)),
         ("force:*:5", Intervention(Kind.FORCE, (), (5,))),
         ("bias:7:3=+1.5", Intervention(Kind.BIAS, ((7, 7),), (3,), 1.5)),
         ("bias:0-3,9:3,4=-0.25", Intervention(Kind.BIAS, ((0, 3), (9, 9)), (3, 4), -0.25)),
@@ -71,6 +79,7 @@ def refusal(*texts: str, routers: list[Router] = ROUTERS) -> str:
 def test_text_is_read_and_written_back(text, expected):
     assert Intervention.parse(text) == expected
     assert Intervention.parse(str(expected)) == expected
+    assert str(expected) == text
 
 
 ranges = st.tuples(st.integers(0, 99), st.integers(0, 9)).map(lambda r: (r[0], r[0] + r[1]))
@@ -96,7 +105,9 @@ def test_every_intervention_survives_as_text(kind, layers, experts, value, slot)
         "", "ablate", "ablate:", "ablate:7", "ablate:7:", "ablate:7:x", "ablate:x:3", "ablate:7:3,3", "ablate:7:-3",
         "ablate:7:65535", "ablate:9-7:3", "ablate:7:3=1", "bias:7:3", "bias:7:3=", "bias:7:3=0", "bias:7:3=nan",
         "bias:7:3=inf", "burn:7:3", "replay:", "replay", "ablate:7:3@slot=-1", "ablate:7:3@slot=", "ablate:7:3@who=1",
-        "ablate:99999999999:3",
+        "ablate:99999999999:3", "ablate:7:7-3", "ablate:7:0-7,5", "ablate:7:0-", "ablate:7:-7", "ablate:7:0-65535",
+        "ablate:7:0-9999999999", "ablate:7:0-7-9", "ablate:7:*", "ablate:7:3,", "force:7:0-x",
+        "ablate:" + "9" * 5000 + ":3", "ablate:7:" + "9" * 5000, "ablate:7:3@slot=" + "9" * 5000,
     ],
 )  # fmt: skip
 def test_what_is_none_is_refused(text):
@@ -112,6 +123,9 @@ def test_what_is_none_is_refused(text):
     [
         (["ablate:2:1"], "layer 2 has no experts"),
         (["ablate:1:16"], "layer 1 has no expert 16"),
+        (["ablate:1:8-16"], "layer 1 has no expert 16"),
+        (["ablate:2:0-3"], "layer 2 has no experts"),
+        (["ablate:1:0-12"], "layer 1: leaves 3 experts, 4 are used"),
         (["force:*:1,2,3,4,5"], "layer 0: 5 forced, 4 are used"),
         (["force:1:1,2,3", "force:1:4,5@slot=2"], "layer 1: 5 forced, 4 are used"),
         (["ablate:1:" + ",".join(map(str, range(13)))], "layer 1: leaves 3 experts, 4 are used"),
@@ -225,3 +239,82 @@ def test_a_trace_tells_which_was_in_force_when(tmp_path: Path) -> None:
     assert table["rules"].isna()[1]
     assert (table["from_ns"] - trace.epoch_ns).tolist() == [1003, 1008]
     assert table["to_ns"].tolist() == [1006 + trace.epoch_ns, -1]
+
+
+# -- several models in one recording -----------------------------------------------------------------
+
+
+@pytest.fixture
+def two_models(tmp_path):
+    """Live rings of two models; one of them has two contexts and a draft model's."""
+    layout = make_layout()
+    routers = [[layer, 8, 2, 0, 0, 1] for layer in layout.layers]
+    model = {"architecture": "olmoe", "n_layer": 3, "n_embd": 4}
+    contexts = [
+        {"model": {**model, "name": "A"}, "alias": "a"},
+        {"model": {**model, "name": "B"}, "alias": "b"},
+        {"model": {**model, "name": "A"}, "alias": "a"},
+        {"model": {**model, "name": "D"}, "role": "draft", "alias": "a"},
+    ]
+    for i, facts in enumerate(contexts):
+        folder = tmp_path / "t.moet" / f"ctx{i}"
+        folder.mkdir(parents=True)
+        Producer(layout, 8, routers=routers, **{"name": f"ctx{i}", "role": "main", **facts}).save(
+            folder / "ring"
+        )
+    return tmp_path / "t.moet"
+
+
+def asked(trace: Path) -> list[int]:
+    out = []
+    for path in ring_paths(trace):
+        with Ring(path) as ring:
+            out.append(ring.intervention)
+    return out
+
+
+@needs_native
+def test_of_several_models_one_has_to_be_named(two_models):
+    with pytest.raises(UsageError, match="records several models") as e:
+        switch(two_models, "ablate:1:0-3")
+    assert all(f"ctx{i}: {name}" in e.value.why for i, name in enumerate("ABA"))
+    assert asked(two_models) == [0, 0, 0, 0]
+    assert switch(two_models, "ablate:1:0-3", model="a") == 1
+    assert asked(two_models) == [1, 0, 1, 0]
+    before = in_force(two_models)
+    assert switch(two_models, "ablate:1:3", context="ctx1") == 2
+    assert asked(two_models) == [1, 2, 1, 0]
+    restore(before)
+    assert asked(two_models) == [1, 0, 1, 0]
+    assert switch(two_models, None) == 0
+    assert asked(two_models) == [0, 0, 0, 0]
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "which", [{"model": "c"}, {"context": "ctx9"}, {"context": "ctx1", "model": "a"}, {"context": "ctx3"}]
+)
+def test_what_is_not_recorded_is_refused(two_models, which):
+    with pytest.raises(UsageError) as e:
+        switch(two_models, "ablate:1:0", **which)
+    assert e.value.fix
+    assert asked(two_models) == [0, 0, 0, 0]
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("options", "paused"),
+    [([], [1, 1, 1, 1]), (["--model", "b"], [0, 1, 0, 0]), (["--context", "ctx2"], [0, 0, 1, 0])],
+)
+def test_start_and_stop_are_for_all_or_for_those_that_are_named(two_models, options, paused, capsys):
+    assert main(["stop", str(two_models), *options]) == 0
+    assert capsys.readouterr().out.count("paused") == sum(paused)
+    states = []
+    for path in ring_paths(two_models):
+        with Ring(path) as ring:
+            states.append(ring.paused)
+    assert states == [bool(p) for p in paused]
+    assert main(["start", str(two_models)]) == 0
+    assert capsys.readouterr().out.count("recording") == 4
+    assert main(["stop", str(two_models), "--model", "c"]) == 2
+    assert "A, a (main)" in capsys.readouterr().err

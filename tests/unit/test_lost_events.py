@@ -63,7 +63,7 @@ def test_without_numbers_they_are_mixed_up_and_it_is_said(tmp_path: Path) -> Non
     trace = moetrace.open(path)
     assert len(trace.requests) == 2
     assert not trace.loss.complete
-    assert "mixed up" in verify(path).notes[0]
+    assert "mixed up" in verify(path).remarks[0]
     assert "counted to another" in question("overview")().answer(Subject([trace])).caveats[1]
 
 
@@ -91,7 +91,7 @@ def test_every_place_that_speaks_of_loss_says_so(tmp_path: Path, capsys: pytest.
 def test_a_whole_one_says_nothing_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_trace(tmp_path / "t", [told()])
     assert moetrace.open(path).loss.complete
-    assert verify(path).notes == ()
+    assert verify(path).remarks == ()
     main(["verify", str(path)])
     assert "event" not in capsys.readouterr().out
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from moetrace import data
-from moetrace.errors import UsageError
+from moetrace.errors import InputError, UsageError
+from moetrace.host.prompts import read_prompts
 
 DOMAINS = ("code", "math", "creative", "factual", "mixed")
 
@@ -38,6 +39,83 @@ def test_twelve_of_each_of_four_kinds(name, keys):
 def test_all_ids_and_prompts_differ():
     prompts = [p for name in data.PROMPT_SETS for p in load(name)]
     assert len({p["id"] for p in prompts}) == len({p["prompt"] for p in prompts}) == len(prompts)
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "why"),
+    [
+        (r'{"prompt": "a\ud800"}', "prompt", r"\ud800"),
+        (r'{"prompt": "a", "id": "\udfff"}', "id", r"\udfff"),
+        (r'{"prompt": "a", "label": "\ud83d"}', "label", "surrogate"),
+        (r'{"messages": [{"role": "user", "content": "\ude00\ud83d"}]}', "messages", "surrogate"),
+        (r'{"prompt": "a", "note": {"x": ["\ud800"]}}', "note", "surrogate"),
+        (r'{"prompt": "a", "\ud800": 1}', r"\ud800", "surrogate"),
+        ('{"prompt": "a", "n_predict": 100000000000000000000}', "n_predict", "2147483647"),
+        ('{"prompt": "a", "n_predict": 2147483648}', "n_predict", "2147483647"),
+        ('{"prompt": "a", "n_predict": -1}', "n_predict", "whole number"),
+        ('{"prompt": "a", "n_predict": 1.5}', "n_predict", "whole number"),
+        ('{"prompt": "a", "n_predict": true}', "n_predict", "whole number"),
+        ('{"tokens": [1, 100000000000000000000]}', "tokens", "no token id"),
+        ('{"tokens": [2147483648]}', "tokens", "no token id"),
+        ('{"tokens": [-1]}', "tokens", "no token id"),
+        ('{"tokens": [1.0]}', "tokens", "no token id"),
+        ('{"tokens": [false]}', "tokens", "no token id"),
+        ('{"tokens": ["1"]}', "tokens", "no token id"),
+        ('{"tokens": []}', "tokens", "list"),
+        ('{"prompt": "a", "id": ["x"]}', "id", "neither"),
+        ('{"prompt": "a", "id": 1.5}', "id", "neither"),
+        ('{"prompt": "a", "weight": 1e999}', "weight", "no JSON"),
+        ('{"prompt": "a", "weight": NaN}', "weight", "no JSON"),
+        ('{"prompt": "a", "tree": ' + "[" * 150 + "]" * 150 + "}", "tree", "nested"),
+    ],
+)
+def test_odd_values_are_refused_with_line_and_key(line, key, why, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "fine"}\n\n' + line + "\n")
+    with pytest.raises(InputError) as e:
+        read_prompts(path)
+    assert str(path) in e.value.what
+    assert "line 3" in e.value.what
+    assert f"`{key}`" in e.value.why
+    assert why in e.value.why
+    assert e.value.fix
+    with pytest.raises(InputError, match="prompt 1"):
+        read_prompts([{"prompt": "fine"}, json.loads(line)])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f'{{"prompt": "a", "tree": {DEEP}}}'.encode(),
+        b'{"prompt": ' + b"9" * 5000 + b"}",
+        b'{"prompt": "\xed\xa0\x80"}',
+    ],
+)
+def test_what_cannot_be_parsed_is_refused_with_its_line(line, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"prompt": "fine"}\n' + line + b"\n")
+    with pytest.raises(InputError) as e:
+        read_prompts(path)
+    assert "line 2" in e.value.what
+    assert len(str(e.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "item", [{"prompt": "a", "x": {1, 2}}, {"prompt": "a", 3: 4}, {"prompt": "a", "x": np.int64(3)}]
+)
+def test_what_no_label_line_can_keep_is_refused(item):
+    with pytest.raises(InputError, match="prompt 0"):
+        read_prompts([item])
+
+
+def test_good_ones_are_taken_as_they_are():
+    names = [p.id for p in read_prompts(["a", {"prompt": "b", "id": None}, {"prompt": "c", "id": 7}])]
+    assert names == ["0", "1", "7"]
+    (one,) = read_prompts([{"prompt": "\U0001f600", "request": 3, "extra": {"a": [None]}, "n_predict": 0}])
+    assert (one.text, one.extra, one.n_predict) == ("\U0001f600", {"request": 3, "extra": {"a": [None]}}, 0)
 
 
 def test_unknown_set():

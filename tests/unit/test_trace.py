@@ -129,7 +129,7 @@ def test_requests_join_labels(golden: moetrace.Trace) -> None:
 
 def test_tokens(golden: moetrace.Trace) -> None:
     tokens = golden.tokens
-    assert list(tokens) == ["token_id", "position", "sequence", "request", "step", "phase", "text"]
+    assert list(tokens) == ["token_id", "position", "sequence", "request", "step", "phase", "text", "context"]
     assert len(tokens) == 28
     assert np.shares_memory(tokens["token_id"].to_numpy(), golden.token_ids)
     known = tokens[tokens["token_id"] >= 5]
@@ -229,7 +229,8 @@ def test_selecting_rows(golden: moetrace.Trace) -> None:
     np.testing.assert_array_equal(both.experts, golden.experts[mask])
     again = golden.sel(request=[0, 2]).sel(phase="decode", layer=3)
     np.testing.assert_array_equal(again.experts, golden.experts[mask][:, [2]])
-    assert len(golden.sel(request=99)) == 0
+    with pytest.raises(UsageError, match="no request 99"):
+        golden.sel(request=99)
     assert golden.sel(sequence=1).sel(output=True).output.all()
 
 

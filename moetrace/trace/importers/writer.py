@@ -103,7 +103,9 @@ def detect(source: Path) -> str:
     )
 
 
-def open_source(path: str | PathLike[str], context: str | int | None = None) -> Trace | CountTable:
+def open_source(
+    path: str | PathLike[str], context: str | int | None = None, model: str | None = None
+) -> Trace | CountTable:
     """Open a trace, or read a foreign recording as one.
 
     A recording is imported into a temporary trace that goes when the object does; ``moetrace import`` keeps
@@ -113,8 +115,8 @@ def open_source(path: str | PathLike[str], context: str | int | None = None) -> 
     ----------
     path
         A trace's folder, or anything that :func:`detect` knows.
-    context
-        Which llama context of a trace to show; see :func:`moetrace.trace.trace.open_trace`.
+    context, model
+        Which llama contexts of a trace to show; see :func:`moetrace.trace.trace.open_trace`.
 
     Returns
     -------
@@ -130,13 +132,15 @@ def open_source(path: str | PathLike[str], context: str | int | None = None) -> 
     """
     source = Path(path)
     if (source / META_NAME).exists():
-        return open_trace(source, context)
+        return open_trace(source, context, model)
     kind = detect(source)
     if kind == "counts":
         return read_counts(source)
     folder = Path(tempfile.mkdtemp(prefix="moetrace-"))
     try:
-        trace = open_trace(import_trace(source, folder / f"{source.stem}.moet", format=kind).path)
+        trace = open_trace(
+            import_trace(source, folder / f"{source.stem}.moet", format=kind).path, context, model
+        )
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -1,0 +1,133 @@
+"""A router serves two models from one command: each has its own contexts, and unloading one does not end its story."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_synthetic_models import TEXT
+
+import moetrace
+from moetrace.__main__ import main
+from moetrace.host.client import ServerClient
+from moetrace.host.server import free_port
+from moetrace.model.file import ModelFile
+from moetrace.trace.trace import Trace
+from moetrace.trace.verify import verify
+
+pytestmark = pytest.mark.runtime
+
+
+@dataclass
+class Recorded:
+    """A recording of a router, and what an HTTP client sent and got: tokens of each request, by model."""
+
+    path: Path
+    files: dict[str, Path]
+    sent: dict[str, list[list[int]]] = field(default_factory=lambda: {"one": [], "two": []})
+
+
+def ask(client: ServerClient, recorded: Recorded, model: str, text: str) -> None:
+    tokens = client.call("/tokenize", {"model": model, "content": text, "add_special": True})["tokens"]
+    body = {"model": model, "prompt": tokens, "n_predict": 6, "temperature": 0, "return_tokens": True}
+    answer = client.call("/completion", {**body, "cache_prompt": False, "ignore_eos": True})
+    recorded.sent[model].append([*tokens, *answer["tokens"][:-1]])  # the last one is never decoded
+
+
+@pytest.fixture(scope="module")
+def recorded(runtime, model_file, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    folder = tmp_path_factory.mktemp("router")
+    (folder / "models").mkdir()
+    files = {name: folder / "models" / f"{name}.gguf" for name in ("one", "two")}
+    shutil.copy(model_file("olmoe"), files["one"])
+    shutil.copy(model_file("qwen3moe"), files["two"])
+    recorded = Recorded(folder / "t.moet", files)
+    port = free_port()
+    server = [runtime.tool("llama-server"), "--models-dir", folder / "models", "--host", "127.0.0.1"]
+    arguments = ["--port", port, "-np", 2, "-c", 1024, "-t", 1]
+    command = [sys.executable, "-m", "moetrace", "run", "-o", recorded.path, "--", *server, *arguments]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=log)
+    try:
+        client = ServerClient(f"http://127.0.0.1:{port}", timeout=120)
+        deadline = time.monotonic() + 120
+        while not client.is_ready():
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        for model, start in (("one", 0), ("two", 90), ("one", 200), ("two", 300)):
+            ask(client, recorded, model, TEXT[start : start + 60])
+        client.call("/models/unload", {"model": "one"})
+        deadline = time.monotonic() + 60
+        while any(m["status"]["value"] != "unloaded" for m in listed(client) if m["id"] == "one"):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        for model, start in (("one", 400), ("two", 500)):
+            ask(client, recorded, model, TEXT[start : start + 60])
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    return recorded
+
+
+def listed(client: ServerClient) -> list[dict[str, Any]]:
+    models: list[dict[str, Any]] = client.call("/models")["data"]
+    return models
+
+
+def check(trace: Trace, sent: list[list[int]]) -> None:
+    """The requests of the trace, in order, are exactly what was sent and answered."""
+    requests = trace.requests
+    assert len(requests) == len(sent)
+    request, token = trace.request, trace.token_ids
+    for number, tokens in zip(requests.sort_values("start_ns").index, sent, strict=True):
+        np.testing.assert_array_equal(token[request == number], tokens)
+    assert trace.loss.complete
+
+
+def test_a_model_must_be_chosen(recorded: Recorded, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(recorded.path)
+    assert verify(path).exit_code == 0
+    assert main(["verify", path]) == 0
+    assert "in 3 contexts of 2 models" in capsys.readouterr().out
+    for command in (["stats"], ["dump"], ["report"]):
+        assert main([*command, path]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert all(word in said.err for word in ("ctx0", "ctx1", "ctx2", "olmoe", "qwen3moe", "--model"))
+    chosen = ["--model", str(recorded.files["two"])]
+    assert main(["stats", path, *chosen, "--only", "overview", "--phase", "all"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Nothing of this was lost" in out
+    assert "is not shown: --context ctx0" in out
+
+
+def test_unloading_a_model_leaves_one_story(recorded: Recorded, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = (moetrace.open(recorded.path, model=name) for name in ("one", "two"))
+    assert (len(one.shown), len(two.shown)) == (2, 1)
+    assert len({part.facts["pid"] for part in one.parts}) == 2
+    check(one, recorded.sent["one"])
+    check(two, recorded.sent["two"])
+    assert one.requests["context"].nunique() == 2
+    assert len(one.left_out) == 1
+    assert (
+        main(["stats", str(recorded.path), "--model", str(recorded.files["one"]), "--only", "overview"]) == 0
+    )
+    assert "2 contexts of t.moet are taken together" in " ".join(capsys.readouterr().out.split())
+
+
+def test_each_model_has_its_name_and_its_words(recorded: Recorded) -> None:
+    for name in ("one", "two"):
+        trace = moetrace.open(recorded.path, model=name)
+        assert trace.shown == moetrace.open(recorded.path, model=str(recorded.files[name])).shown
+        assert trace.facts["model_path"] == str(recorded.files[name])
+        with ModelFile(recorded.files[name]) as file:
+            assert trace.vocabulary == file.vocabulary
