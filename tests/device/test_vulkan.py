@@ -6,24 +6,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 from devices import LAVAPIPE, Ran, build_vulkan, run_host
-from test_interventions_on_device import check_choice, interventions_of
-from test_routing_on_device import (
-    DEFAULT,
-    MOE,
-    WIDE,
-    Problems,
-    check_numbers,
-    check_rows,
-    check_same_columns,
-    prompts_of,
-    runs_of,
-    same_logits,
-)
-
-from moetrace.synthetic import ARCHITECTURES
+from real import check_architecture
+from test_routing_on_device import MOE
 
 pytestmark = [pytest.mark.runtime, pytest.mark.slow]
 
@@ -57,33 +43,4 @@ def run(model: Path, folder: Path, *arguments: Any, **options: Any) -> dict[str,
 def test_what_is_recorded_is_right_and_nothing_is_changed(
     name: str, vulkan: dict[str, str], model_file: Any, tmp_path: Path
 ) -> None:
-    arch, model, prompts = ARCHITECTURES[name], model_file(name), prompts_of(name)
-    placements = ("all", "some-experts")
-    plain = run(
-        model,
-        tmp_path / "plain",
-        prompts,
-        runs_of(name, placements, {"": {}}),
-        traced=False,
-        environment=vulkan,
-    )
-    kinds = {**DEFAULT, **WIDE, **({} if arch.encoder else {"changed": interventions_of(arch)["changed"]})}
-    ran = run(
-        model, tmp_path / "traced", prompts, runs_of(name, placements, kinds), traced=True, environment=vulkan
-    )
-    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(model).tensors}
-    problems = Problems()
-    for placement in placements:
-        traces = {}
-        for kind in kinds:
-            of = f"{placement}_{kind}"
-            traces[kind] = trace = problems(of, check_rows, ran[of])
-            if kind in DEFAULT and ran[of].error is None:
-                problems(of, same_logits, ran[of], plain[f"{placement}_"])
-            if trace is not None and kind in DEFAULT and traces["auto"] is not None:
-                problems(of, check_same_columns, trace, traces["auto"])
-            if trace is not None and kind.endswith("router"):
-                problems(of, check_numbers, trace, name, model)
-            if trace is not None and kind == "changed":
-                problems(of, check_choice, trace, arch, stored)
-    problems.none()
+    check_architecture(name, model_file(name), tmp_path, vulkan, run)
