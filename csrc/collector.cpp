@@ -259,8 +259,14 @@ std::vector<ggml_tensor *> ids_asks_find(ggml_abi & abi, ggml_backend_sched * sc
     return asks;
 }
 
-void graph_sources::make(ggml_abi & abi, ggml_backend_sched * sched, ggml_cgraph * graph, const moe_graph & moe, const row_layout & layout, const config & cfg) {
+void graph_sources::make(ggml_abi & abi, ggml_backend_sched * sched, ggml_cgraph * graph, const moe_graph & moe, const row_layout & layout, const config & cfg,
+        const std::vector<slab_use> & placed) {
     *this = {};
+    slabs = placed;
+    for (slab_use & use : slabs) {
+        use.scratch = scratch_bytes;
+        scratch_bytes += (use.bytes + 63) & ~(size_t) 63;
+    }
     const std::vector<ggml_tensor *> ids_asks = ids_asks_find(abi, sched, graph, moe);
     const uint32_t K = (uint32_t) layout.k_max;
     const uint32_t E = (uint32_t) layout.e_max;
@@ -342,8 +348,12 @@ void graph_sources::make(ggml_abi & abi, ggml_backend_sched * sched, ggml_cgraph
         if (abi.is_host(e.tensor.t)) {
             e.row.base = (const char *) abi.data(e.tensor.t);
         } else {
-            e.tensor.scratch = scratch_bytes;
-            scratch_bytes += (abi.span(e.tensor.t) + 63) & ~(size_t) 63;
+            const auto in = std::find_if(slabs.begin(), slabs.end(), [&](const slab_use & use) {
+                return use.slab->buffer == abi.buffer(abi.root(e.tensor.t));
+            });
+            e.tensor.in_slab = in != slabs.end();
+            e.tensor.scratch = e.tensor.in_slab ? in->scratch + (size_t) ((char *) abi.data(e.tensor.t) - in->slab->base) : scratch_bytes;
+            scratch_bytes += e.tensor.in_slab ? 0 : (abi.span(e.tensor.t) + 63) & ~(size_t) 63;
         }
         whole    = whole && e.row.n_rows == moe.n_tokens;
         n_values += e.row.width;

@@ -282,6 +282,7 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
             if (strcmp(tensor, "ffn_gate_inp.weight") == 0) {
                 if (moe_layer * layer = layer_find(out.layers, number)) {
                     layer->gate_input = abi.src(node, 1);
+                    layer->router     = abi.src(node, 0);
                     layer->logits     = node;
                 }
             }

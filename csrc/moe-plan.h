@@ -30,6 +30,7 @@ struct moe_layer {
     ggml_tensor * weights    = nullptr; // [1, k, n_rows] or [k, n_rows], as multiplied with the experts
     ggml_tensor * logits     = nullptr; // [n_expert, n_rows], the router's linear output with its bias and LoRA
     ggml_tensor * gate_input = nullptr; // [n_embd, n_rows], what the router read
+    ggml_tensor * router     = nullptr; // the router's weight
     selection     choice;             // of the experts; its scores are [n_expert, n_rows]
     selection     group_choice;       // of the groups of experts that they are chosen from, if there are groups
     int           n_group      = 0;
