@@ -61,9 +61,9 @@ test-cpp: $(STAMP)-package ## the C++ tests
 
 sanitize: $(STAMP)-package ## the C++ tests under AddressSanitizer, UBSan and ThreadSanitizer
 	for s in address,undefined thread; do \
-	    $(BIN)/cmake -S . -B build/$$s -DMOETRACE_TESTS=ON -DMOETRACE_SANITIZE=$$s -DCMAKE_BUILD_TYPE=RelWithDebInfo && \
-	    $(BIN)/cmake --build build/$$s --parallel 2 && \
-	    $(BIN)/ctest --test-dir build/$$s --output-on-failure || exit 1; \
+	    $(BIN)/cmake -S . -B build/$${s%%,*} -DMOETRACE_TESTS=ON -DMOETRACE_SANITIZE=$$s -DCMAKE_BUILD_TYPE=RelWithDebInfo && \
+	    $(BIN)/cmake --build build/$${s%%,*} --parallel 2 && \
+	    $(BIN)/ctest --test-dir build/$${s%%,*} --output-on-failure || exit 1; \
 	done
 
 stress: setup ## kill, damage, fuzz, race and starve it: an hour on four cores; writes docs/reliability.md

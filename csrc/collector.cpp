@@ -363,6 +363,44 @@ int graph_sources::find(const ggml_tensor * node) const {
 }
 
 //
+// readback_buffer
+//
+
+readback_buffer::~readback_buffer() {
+    release();
+}
+
+void readback_buffer::release() {
+    if (buffer) {
+        free(buffer);
+    }
+    buffer = nullptr;
+    base   = nullptr;
+    size   = 0;
+}
+
+void readback_buffer::reserve(const ggml_abi & abi, ggml_backend_sched * sched, size_t wanted) {
+    if (wanted <= size) {
+        return;
+    }
+    release();
+    const bool known = abi.backend_get_device && abi.dev_host_buffer_type && abi.buft_alloc_buffer && abi.buffer_get_base && abi.buffer_free;
+    for (int i = 0; known && !buffer && i < abi.sched_get_n_backends(sched); i++) {
+        void * device = abi.backend_get_device(abi.sched_get_backend(sched, i));
+        void * type   = device ? abi.dev_host_buffer_type(device) : nullptr;
+        buffer = type ? abi.buft_alloc_buffer(type, wanted) : nullptr;
+        free   = abi.buffer_free;
+    }
+    if (buffer) {
+        base = (char *) abi.buffer_get_base(buffer);
+    } else {
+        plain.resize(wanted);
+        base = plain.data();
+    }
+    size = wanted;
+}
+
+//
 // rows
 //
 

@@ -89,6 +89,28 @@ struct source_tensor {
     size_t        scratch = 0;       // offset in the readback buffer, if not in host memory
 };
 
+// Where tensors of devices are copied to: memory that a device copies into without making anybody wait, if there is a
+// device that gives such.
+class readback_buffer {
+  public:
+    readback_buffer() = default;
+    ~readback_buffer();
+    readback_buffer(const readback_buffer &) = delete;
+    readback_buffer & operator=(const readback_buffer &) = delete;
+
+    void   reserve(const ggml_abi & abi, ggml_backend_sched * sched, size_t size);
+    char * data() { return base; }
+
+  private:
+    void release();
+
+    char *            base = nullptr;
+    size_t            size = 0;
+    std::vector<char> plain;
+    ggml_backend_buffer * buffer = nullptr;
+    void           (* free)(ggml_backend_buffer *) = nullptr;
+};
+
 // Everything to read from one graph.
 struct graph_sources {
     std::vector<row_source>    rows;    // of one ask node: neighbours

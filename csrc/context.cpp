@@ -85,7 +85,8 @@ static std::string context_facts(const tracer_env & env, const sched_trace & s, 
         "rows_produced", "rows_committed", "rows_lost_full", "rows_lost_error", "rows_overwritten",
         "events_committed", "events_lost", "events_overwritten", "rows_warmup", "rows_paused", "rows_unrouted",
         "rows_unidentified", "graphs", "batches", "wait_ns", "hook_ns", "sync_ns", "attention_lost",
-        "rows_intervened", "graphs_unread", "contexts", "contexts_freed",
+        "rows_intervened", "graphs_unread", "contexts", "contexts_freed", "syncs", "copies",
+        "copied_bytes",
     };
     static_assert(sizeof(COUNTERS)/sizeof(COUNTERS[0]) == COUNT_N, "a counter has no name");
 

@@ -176,7 +176,7 @@ struct context_trace {
 
     std::unique_ptr<recording> rec; // once it is recording
     row_block           block;
-    std::vector<uint8_t> readback;
+    readback_buffer     readback;
     std::vector<context_event> early; // before there was a ring
     uint32_t            n_early_lost = 0;
     uint64_t            counts_early[COUNT_N] = {};
@@ -208,6 +208,10 @@ struct context_trace {
     graph_trace *       running = nullptr; // if it is recorded
     graph_trace *       patched = nullptr; // if its routing is changed
     uint64_t            hook_ns = 0;
+
+    // the graph that devices are computing: its rows are read when they have finished
+    graph_trace *       pending = nullptr;
+    sched_trace *       pending_on = nullptr;
 
     void count(ring_counter c, uint64_t n = 1) {
         if (rec && rec->ring.is_open()) {

@@ -106,6 +106,11 @@ bool ggml_abi::functions_find(std::string & error) {
         error = std::string("ggml has no function ") + missing;
         return false;
     }
+    function_find(backend_get_device,   "ggml_backend_get_device");
+    function_find(dev_host_buffer_type, "ggml_backend_dev_host_buffer_type");
+    function_find(buft_alloc_buffer,    "ggml_backend_buft_alloc_buffer");
+    function_find(buffer_get_base,      "ggml_backend_buffer_get_base");
+    function_find(buffer_free,          "ggml_backend_buffer_free");
     function_find(init,                 "ggml_init");
     function_find(free,                 "ggml_free");
     function_find(tensor_overhead,      "ggml_tensor_overhead");

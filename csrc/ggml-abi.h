@@ -95,6 +95,13 @@ struct ggml_abi {
     const char *  (*backend_name)(ggml_backend *) = nullptr;
     const char *  (*op_name)(int32_t) = nullptr;
 
+    // --- memory that devices copy into by themselves; any of them may be missing
+    void *        (*backend_get_device)(ggml_backend *) = nullptr;
+    void *        (*dev_host_buffer_type)(void * device) = nullptr;
+    ggml_backend_buffer * (*buft_alloc_buffer)(void * type, size_t) = nullptr;
+    void *        (*buffer_get_base)(ggml_backend_buffer *) = nullptr;
+    void          (*buffer_free)(ggml_backend_buffer *) = nullptr;
+
     // --- functions that add nodes to a graph; can_build() says whether they are there
     ggml_context * (*init)(ggml_init_params_view) = nullptr;
     void           (*free)(ggml_context *) = nullptr;

@@ -130,6 +130,35 @@ static void users_find(ggml_abi & abi, ggml_cgraph * graph, int n_nodes, std::ve
     }
 }
 
+// What a LoRA adapter adds to the router's output: b (a x), scaled, of the same x.
+static bool is_lora_delta(ggml_abi & abi, ggml_tensor * t, const ggml_tensor * x) {
+    if (t && abi.op(t) == OP_SCALE) {
+        t = abi.src(t, 0);
+    }
+    ggml_tensor * low = t && abi.op(t) == OP_MUL_MAT ? abi.src(t, 1) : nullptr;
+    return low && abi.op(low) == OP_MUL_MAT && abi.src(low, 1) == x;
+}
+
+// Follows the router's output through a sum: its bias, and any number of LoRA adapters. Not the selection bias, which
+// belongs to the scores.
+static void logits_follow(ggml_abi & abi, ggml_tensor * sum, moe_layer & layer) {
+    for (int s = 0; s < 2; s++) {
+        ggml_tensor * other = abi.src(sum, 1 - s);
+        if (!layer.logits || !other || abi.src(sum, s) != layer.logits) {
+            continue;
+        }
+        int number;
+        const char * tensor;
+        const bool is_bias = layer_name_parse(abi.name(other), number, &tensor) && number == layer.layer &&
+            strcmp(tensor, "ffn_gate_inp.bias") == 0;
+        if ((is_bias || is_lora_delta(abi, other, layer.gate_input)) &&
+                std::equal(abi.ne(sum), abi.ne(sum) + 4, abi.ne(layer.logits))) {
+            layer.logits = sum;
+            return;
+        }
+    }
+}
+
 // numbers that the host sets before the graph runs
 static bool is_number_input(ggml_abi & abi, ggml_tensor * t) {
     return t && abi.op(t) == OP_NONE && abi.type(t) == TYPE_I32;
@@ -256,12 +285,9 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
                     layer->logits     = node;
                 }
             }
-        } else if (op == OP_ADD && abi.src(node, 1) && layer_name_parse(abi.name(abi.src(node, 1)), number, &tensor)) {
-            if (strcmp(tensor, "ffn_gate_inp.bias") == 0) {
-                moe_layer * layer = layer_find(out.layers, number);
-                if (layer && abi.src(node, 0) == layer->logits) {
-                    layer->logits = node;
-                }
+        } else if (op == OP_ADD) {
+            for (auto & layer : out.layers) {
+                logits_follow(abi, node, layer);
             }
         } else if (op == OP_MUL) {
             for (auto & layer : out.layers) {

@@ -28,7 +28,7 @@ struct moe_layer {
     int           layer      = -1;
     ggml_tensor * ids        = nullptr; // [k, n_rows] i32, often a strided view of an argsort
     ggml_tensor * weights    = nullptr; // [1, k, n_rows] or [k, n_rows], as multiplied with the experts
-    ggml_tensor * logits     = nullptr; // [n_expert, n_rows], the router's linear output with its bias
+    ggml_tensor * logits     = nullptr; // [n_expert, n_rows], the router's linear output with its bias and LoRA
     ggml_tensor * gate_input = nullptr; // [n_embd, n_rows], what the router read
     selection     choice;             // of the experts; its scores are [n_expert, n_rows]
     selection     group_choice;       // of the groups of experts that they are chosen from, if there are groups

@@ -52,6 +52,11 @@ MOETRACE_HOOK(int, ggml_backend_sched_graph_compute_async, (ggml_backend_sched *
         real_ggml_backend_sched_set_eval_callback());
 }
 
+MOETRACE_HOOK(void, ggml_backend_sched_synchronize, (ggml_backend_sched * sched)) {
+    real_ggml_backend_sched_synchronize()(sched);
+    sched_on_synchronized(sched);
+}
+
 MOETRACE_HOOK(void, ggml_backend_sched_free, (ggml_backend_sched * sched)) {
     sched_on_free(sched);
     real_ggml_backend_sched_free()(sched);

@@ -133,6 +133,9 @@ enum ring_counter : uint32_t {
     COUNT_GRAPHS_UNREAD,      // graphs that route, and were not announced: their rows are lost by error
     COUNT_CONTEXTS,           // llama contexts that wrote here, one after the other
     COUNT_CONTEXTS_FREED,     // of these, freed: as many as there were, and nobody computes (a server that sleeps)
+    COUNT_SYNCS,              // how often the tracer itself made the devices finish
+    COUNT_COPIES,             // tensors that were copied from devices
+    COUNT_COPIED_BYTES,
     COUNT_N,
 };
 

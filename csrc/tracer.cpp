@@ -232,6 +232,16 @@ bool callback_trampoline(ggml_tensor * t, bool ask, void * user_data) {
     return true;
 }
 
+// before what a scheduler computed goes
+void pending_finish(const sched_trace & s, bool finished) {
+    if (const context_ptr c = s.context) {
+        std::lock_guard<std::mutex> lock(c->mutex);
+        if (c->pending_on == &s) {
+            ubatch_finish(tracer(), *c, finished);
+        }
+    }
+}
+
 // a graph is about to be allocated (or measured): read it, learn its shape, keep its tensors alive
 void graph_prepare(sched_t sched, ggml_cgraph * graph, bool computed) {
     tracer_state & T = tracer();
@@ -243,6 +253,7 @@ void graph_prepare(sched_t sched, ggml_cgraph * graph, bool computed) {
         }
         s = &sched_get(T, sched);
     }
+    pending_finish(*s, false);
     const uint64_t start = clock_ns();
     moe_graph moe = moe_graph_read(T.abi, graph);
     graph_keep(T, *s, moe, graph);
@@ -280,7 +291,8 @@ void tracing_end(tracer_state & T) {
         std::lock_guard<std::mutex> lock(c->mutex);
         c->ended = true;
         c->state = context_state::failed;
-        if (c->rec) {
+        if (c->rec && c->rec->ring.is_open()) {
+            ubatch_forget(*c);
             c->rec->ring.close("");
         }
     }
@@ -363,9 +375,11 @@ void model_on_open(const char * path) {
         return;
     }
     guarded([&] {
-        char * whole = realpath(path, nullptr);
-        const std::string name = whole ? whole : path;
-        free(whole);
+        std::string name = path; // links are not followed: what a cache calls its files says nothing
+        if (*path != '/') {
+            char folder[4096];
+            name = getcwd(folder, sizeof(folder)) ? folder + ("/" + name) : name;
+        }
         tracer_state & T = tracer();
         std::lock_guard<std::mutex> lock(T.mutex);
         auto & files = T.model_files;
@@ -398,6 +412,14 @@ void sched_on_alloc(sched_t sched, ggml_cgraph * graph) {
     }
 }
 
+void sched_on_synchronized(sched_t sched) {
+    const sched_trace * s = nullptr;
+    when_active([&](tracer_state & T) { s = &sched_get(T, sched); });
+    if (s) {
+        guarded([&] { pending_finish(*s, true); });
+    }
+}
+
 void sched_on_free(sched_t sched) {
     guarded([&] {
         tracer_state & T = tracer();
@@ -416,6 +438,9 @@ void sched_on_free(sched_t sched) {
                 own = gone->context;
                 T.contexts.erase(std::remove(T.contexts.begin(), T.contexts.end(), own), T.contexts.end());
             }
+        }
+        if (gone) {
+            pending_finish(*gone, false);
         }
         if (own) {
             context_end(T, *own);
@@ -454,6 +479,7 @@ int sched_on_compute(sched_t sched, ggml_cgraph * graph, compute_fn compute, set
         }
         context_trace & c = *held;
         std::lock_guard<std::mutex> lock(c.mutex);
+        ubatch_finish(T, c, false);
         c.patched = nullptr;
         c.running = nullptr;
         c.hook_ns = 0;
@@ -501,15 +527,12 @@ int sched_on_compute(sched_t sched, ggml_cgraph * graph, compute_fn compute, set
         std::lock_guard<std::mutex> lock(c.mutex);
         recorded = recorded && c.running && c.rec && c.rec->ring.is_open();
         const uint64_t waited = recorded ? c.rec->ring.waited() : 0;
-        if (recorded && status == 0) {
-            if (!by_callback) {
-                ubatch_read(T, *s, *g);
-            }
-            if (s->user_aborted) {
-                ubatch_drop(c, true);
-            } else {
-                ubatch_commit(c);
-            }
+        if (recorded && s->user_aborted) {
+            ubatch_drop(c, true);
+        } else if (recorded && status == 0 && by_callback) {
+            ubatch_commit(c);
+        } else if (recorded && status == 0) {
+            ubatch_read(T, *s, *g);
         } else if (recorded) {
             ubatch_drop(c, false);
         }
@@ -555,6 +578,7 @@ batch_scope::batch_scope(llama_context * ctx, const batch_view & batch, bool enc
             e.output      = batch.logits ? batch.logits[i] != 0 : i == batch.n_tokens - 1;
             e.used        = false;
         }
+        ubatch_finish(tracer(), c, false);
         context_batch_begin(tracer(), c, true, encode);
     });
 }
@@ -570,6 +594,7 @@ batch_scope::batch_scope(llama_context * ctx, const void * batch_ext, bool encod
         }
     });
     with_context(ctx, true, [&](context_trace & c) {
+        ubatch_finish(tracer(), c, false);
         c.matcher.entries().swap(entries);
         context_batch_begin(tracer(), c, known, encode);
     });
@@ -593,6 +618,10 @@ void context_on_free(llama_context * ctx) {
             T.contexts.erase(std::remove(T.contexts.begin(), T.contexts.end(), c), T.contexts.end());
         }
         if (c) {
+            {
+                std::lock_guard<std::mutex> lock(c->mutex);
+                ubatch_finish(T, *c, false);
+            }
             context_end(T, *c);
         }
     });
@@ -612,6 +641,7 @@ void context_on_logits(llama_context * ctx) {
 
 void context_on_event(llama_context * ctx, event_code code, int32_t sequence, int32_t p0, int32_t p1, int32_t arg) {
     with_context(ctx, true, [&](context_trace & c) {
+        ubatch_finish(tracer(), c, false);
         context_inbox_take(c);
         context_event_push(c, { code, sequence, p0, p1, arg });
     });
@@ -639,6 +669,7 @@ void context_on_launch(llama_context * ctx, int32_t sequence) {
         }
     });
     with_context(ctx, false, [&](context_trace & c) {
+        ubatch_finish(tracer(), c, false);
         context_inbox_take(c);
         context_event_push(c, launch);
     });
@@ -658,6 +689,7 @@ void memory_on_event(void * memory, event_code code, int32_t sequence, int32_t p
     if (found) {
         guarded([&] {
             std::lock_guard<std::mutex> lock(found->mutex);
+            ubatch_finish(tracer(), *found, false);
             context_inbox_take(*found);
             context_event_push(*found, { code, sequence, p0, p1, arg });
         });

@@ -31,6 +31,7 @@ void sched_on_callback(sched_t sched, eval_callback callback, void * user_data);
 void sched_on_reserve(sched_t sched, ggml_cgraph * graph);
 void sched_on_alloc(sched_t sched, ggml_cgraph * graph);
 void sched_on_free(sched_t sched);
+void sched_on_synchronized(sched_t sched); // what it computed is there
 
 using set_callback_fn = void (*)(sched_t, eval_callback, void *);
 using compute_fn      = int (*)(sched_t, ggml_cgraph *);

@@ -96,9 +96,7 @@ static void graph_bind(tracer_env & env, sched_trace & s, graph_trace & g) {
     g.out_ids   = input_find(env.abi, g.moe.out_ids,    1);
     s.is_async  = env.abi.sched_get_n_backends(s.sched) > 1;
     g.attention = env.cfg.channels & CHANNEL_ATTENTION ? attention_find(env.abi, g.graph, env.cfg) : std::vector<attention_source>();
-    if (c.readback.size() < g.sources.scratch_bytes) {
-        c.readback.resize(g.sources.scratch_bytes);
-    }
+    c.readback.reserve(env.abi, s.sched, g.sources.scratch_bytes);
 }
 
 // which cells of the KV cache the ubatch's keys are written to
@@ -343,10 +341,9 @@ static void source_read(tracer_env & env, context_trace & c, const row_source & 
     rows_copy(env.abi, source, tensor, base, c.rec->layout, c.outputs, c.block);
 }
 
-// starts reading everything that is not in host memory, and waits for it
+// starts copying everything that is not in host memory
 static void sources_fetch(tracer_env & env, sched_trace & s, const graph_sources & sources) {
     context_trace & c = *s.context;
-    const uint64_t start = clock_ns();
     for (size_t i = 0; i < sources.rows.size(); i++) {
         const source_tensor & tensor = sources.tensors[i];
         const size_t bytes = sources.rows[i].base ? 0 : env.abi.span(tensor.t);
@@ -358,29 +355,61 @@ static void sources_fetch(tracer_env & env, sched_trace & s, const graph_sources
         } else {
             env.abi.tensor_get(tensor.t, c.readback.data() + tensor.scratch, 0, bytes);
         }
+        c.count(COUNT_COPIES);
+        c.count(COUNT_COPIED_BYTES, bytes);
     }
-    env.abi.sched_synchronize(s.sched);
-    c.count(COUNT_SYNC_NS, clock_ns() - start);
 }
 
-void ubatch_read(tracer_env & env, sched_trace & s, const graph_trace & g) {
-    context_trace & c = *s.context;
-    const graph_sources & sources = g.sources;
-    if (sources.scratch_bytes) {
-        sources_fetch(env, s, sources);
-    } else {
-        if (s.is_async) {
-            env.abi.sched_synchronize(s.sched);
-        }
-        // every layer's result lies somewhere else and was written long ago: fetch them all at once
-        for (const auto & source : sources.rows) {
-            __builtin_prefetch(source.base);
-        }
+static void sources_take(const tracer_env & env, context_trace & c, const graph_sources & sources) {
+    // every layer's result lies somewhere else and was written long ago: fetch them all at once
+    for (const auto & source : sources.rows) {
+        __builtin_prefetch(source.base);
     }
     for (size_t i = 0; i < sources.rows.size(); i++) {
         const row_source & source = sources.rows[i];
         const char * base = source.base ? source.base : (const char *) c.readback.data() + sources.tensors[i].scratch;
         rows_copy(env.abi, source, sources.tensors[i], base, c.rec->layout, c.outputs, c.block);
+    }
+}
+
+void ubatch_read(tracer_env & env, sched_trace & s, graph_trace & g) {
+    context_trace & c = *s.context;
+    if (s.is_async) {
+        sources_fetch(env, s, g.sources);
+        c.pending    = &g;
+        c.pending_on = &s;
+    } else {
+        sources_take(env, c, g.sources);
+        ubatch_commit(c);
+    }
+}
+
+void ubatch_finish(const tracer_env & env, context_trace & c, bool finished) {
+    if (!c.pending) {
+        return;
+    }
+    if (!c.rec || !c.rec->ring.is_open()) {
+        c.pending = nullptr;
+        return;
+    }
+    const uint64_t start  = clock_ns();
+    const uint64_t waited = c.rec->ring.waited();
+    if (!finished) {
+        env.abi.sched_synchronize(c.pending_on->sched);
+        c.count(COUNT_SYNCS);
+        c.count(COUNT_SYNC_NS, clock_ns() - start);
+    }
+    const graph_trace & g = *c.pending;
+    c.pending = nullptr;
+    sources_take(env, c, g.sources);
+    ubatch_commit(c);
+    c.count(COUNT_HOOK_NS, clock_ns() - start - (c.rec->ring.waited() - waited));
+}
+
+void ubatch_forget(context_trace & c) {
+    if (c.pending) {
+        c.pending = nullptr;
+        rows_lose(c, c.block.n_rows);
     }
 }
 

@@ -22,8 +22,16 @@ bool ubatch_begin(tracer_env & env, sched_trace & s, graph_trace & g);
 // After a node was computed (callback collector); `first` is its first source, or -1.
 void ubatch_read_node(tracer_env & env, context_trace & c, const ggml_tensor * node, int first, const attention_source * attention);
 
-// After the graph ran: reads everything that was kept (tap collector).
-void ubatch_read(tracer_env & env, sched_trace & s, const graph_trace & g);
+// After the graph ran (tap collector): reads everything that was kept and writes the rows, at once on the CPU alone. Of
+// devices it starts the copies, and the rest is left to ubatch_finish: the host itself will wait for its logits.
+void ubatch_read(tracer_env & env, sched_trace & s, graph_trace & g);
+
+// Writes the rows that are pending, if any. `finished`: the devices have. Call it before anything else happens in the
+// context, and before its graph or scheduler goes.
+void ubatch_finish(const tracer_env & env, context_trace & c, bool finished);
+
+// Rows that are pending will not be read.
+void ubatch_forget(context_trace & c);
 
 // Writes the rows into the ring.
 void ubatch_commit(context_trace & c);

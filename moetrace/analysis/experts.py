@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moetrace.errors import UsageError
-from moetrace.trace.experts import Activation, Expert
+from moetrace.model.experts import Activation, Expert
 
 Matrix = npt.NDArray[np.float32]
 

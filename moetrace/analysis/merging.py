@@ -22,7 +22,8 @@ from moetrace.analysis import nulls
 from moetrace.analysis.experts import blocks_of_pairs
 from moetrace.analysis.routed import membership
 from moetrace.errors import UsageError
-from moetrace.trace.experts import Activation, Expert
+from moetrace.model.experts import Activation, Expert
+from moetrace.model.grouping import Grouping
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -162,7 +163,7 @@ def weight_similarity(
     Parameters
     ----------
     experts
-        A list, or anything that gives one expert at a time (:class:`moetrace.trace.experts.LayerExperts`).
+        A list, or anything that gives one expert at a time (:class:`moetrace.model.experts.LayerExperts`).
     pairs
         (n, 2) pairs to compare; default: all E(E − 1)/2.
     n_null
@@ -404,37 +405,6 @@ def merge_candidates(
 
 
 # -- grouping ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Grouping:
-    """Which experts of a layer become one.
-
-    Attributes
-    ----------
-    group
-        (E,) the new number of each expert; −1: it is left out.
-    use
-        (E,) how often each is used: the weights of the average.
-    """
-
-    group: Ints
-    use: Floats
-
-    @property
-    def n_expert(self) -> int:
-        """Experts that are left."""
-        return int(self.group.max()) + 1
-
-    def members(self, new: int) -> Ints:
-        """The experts that become expert ``new``; the most used one first, to which the others are matched."""
-        mine = np.flatnonzero(self.group == new)
-        return np.asarray(mine[np.argsort(-self.use[mine], kind="stable")], np.int64)
-
-    def shares(self, new: int) -> Floats:
-        """Weights of :meth:`members` in the average: by use, or alike where none of them is used."""
-        use = self.use[self.members(new)]
-        return np.asarray(use / use.sum() if use.sum() > 0 else np.full(len(use), 1 / len(use)))
 
 
 def group_experts(

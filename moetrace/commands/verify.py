@@ -12,7 +12,8 @@ from moetrace.trace.verify import verify
 class Verify:
     """Check that a trace holds what it promises.
 
-    Every checksum, every sentinel and every count. Exit code 0: fine; 3: something is wrong that
+    Every checksum, every sentinel and every count; that the experts are those with the highest scores, and that
+    the scores follow from the router's logits, where these were captured. Exit code 0: fine; 3: something is wrong that
     `moetrace recover` can mend; 4: corrupt.
     """
 

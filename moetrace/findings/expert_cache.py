@@ -14,7 +14,7 @@ from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import span
 from moetrace.host.options import human_size
-from moetrace.trace.model import ModelFile
+from moetrace.model.file import ModelFile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,8 +18,8 @@ from moetrace.findings.held_out import CHOSEN_NOTE, TEXT_HELP, compared_with
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import of_layers, span
 from moetrace.host.llama import Llama
-from moetrace.trace.experts import LayerExperts
-from moetrace.trace.model import ModelFile
+from moetrace.model.experts import LayerExperts
+from moetrace.model.file import ModelFile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

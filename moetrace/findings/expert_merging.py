@@ -20,9 +20,9 @@ from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.held_out import CHOSEN_NOTE, TEXT_HELP, compared_with
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import layer_list, span
-from moetrace.host.merged import write_merged
-from moetrace.trace.experts import LayerExperts
-from moetrace.trace.model import ModelFile
+from moetrace.model.experts import LayerExperts
+from moetrace.model.file import ModelFile
+from moetrace.model.merged import write_merged
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -244,7 +244,13 @@ class ExpertMerging(Question):
                         seed=subject.seed,
                     )
                     for in_place in (False, True) if self.in_place and criterion != "prune" else (False,):
-                        file = write_merged(path, Path(folder) / "merged.gguf", groups, keep_count=in_place)
+                        file = write_merged(
+                            path,
+                            Path(folder) / "merged.gguf",
+                            groups,
+                            merge=merging.merge,
+                            keep_count=in_place,
+                        )
                         found, apart = comparison.other(f"{count} experts, merged by {criterion}", file.path)
                         change = likelihood_change(
                             comparison.base.nll, found.nll, found.text, kl=apart.kl, same_top=apart.same_top

@@ -19,7 +19,7 @@ from moetrace.findings.held_out import CHOSEN_NOTE
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import span
 from moetrace.host.probe import RoutingProbe
-from moetrace.trace.model import ModelFile
+from moetrace.model.file import ModelFile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,6 +12,8 @@ import numpy as np
 from moetrace.analysis.from_counts import TableAnalysis
 from moetrace.analysis.from_trace import Analysis, Phase, from_trace
 from moetrace.errors import UsageError
+from moetrace.model.file import ModelFile
+from moetrace.model.identity import refuse_other_model
 from moetrace.trace.importers.counts import CountTable
 from moetrace.trace.trace import Trace
 
@@ -35,7 +37,7 @@ class Subject:
         Which rows to look at; None: decode where there are such rows, else prefill, else those of unknown
         phase. :attr:`phase` says which it is, :attr:`phase_note` why.
     model
-        GGUF file, for questions that need it.
+        GGUF file (any part of a model in parts), for questions that need it.
     model_options
         Keyword arguments of :class:`moetrace.host.llama.Llama`, for questions that run the model.
     seed
@@ -45,7 +47,7 @@ class Subject:
     progress
         Told what is being done, while traces are counted, or the model is run many times.
 
-    Raises UsageError for a count table that is not alone.
+    Raises UsageError for a count table that is not alone, and InputError for a file that is not the traces' model.
     """
 
     def __init__(
@@ -67,6 +69,11 @@ class Subject:
         self.traces = tuple(given for given in traces if not isinstance(given, CountTable))
         self.layers = None if layers is None else list(layers)
         self.model = model
+        if model is not None:
+            with ModelFile(model) as file:
+                for trace in self.traces:
+                    refuse_other_model(file, trace.facts, trace.path)
+                self.model = file.parts[0]  # the part that llama.cpp loads a model by
         self.model_options = dict(model_options or {})
         self.seed = seed
         self.progress = progress

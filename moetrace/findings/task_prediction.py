@@ -11,7 +11,7 @@ from moetrace.errors import MoetraceError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, of_layers, p_value, span
-from moetrace.trace.model import ModelFile, Router
+from moetrace.model.file import ModelFile, Router
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -24,11 +24,11 @@ from moetrace.errors import InputError, MoetraceError, UsageError
 from moetrace.host import llama
 from moetrace.host.inprocess import prompt_tokens, tracing
 from moetrace.host.intervene import Given, Interventions
-from moetrace.host.model import store_vocabulary
+from moetrace.host.model import store_model_paths, store_vocabulary
 from moetrace.host.options import CaptureOptions
 from moetrace.host.prompts import Prompt, read_prompts
+from moetrace.model.file import ModelFile
 from moetrace.trace.labels import append_labels
-from moetrace.trace.model import ModelFile
 from moetrace.trace.trace import Trace, open_trace
 from moetrace.trace.writer import TraceWriter
 
@@ -285,6 +285,7 @@ class Evaluator:
                 self._folder = writer.path
                 self._stack.callback(writer.close)
                 self._stack.callback(store_vocabulary, writer.path, self._model_path)
+                self._stack.callback(store_model_paths, writer, self._model_path)
                 self._stack.enter_context(tracing(writer, chosen))
                 self._control = writer.path
             else:

@@ -18,7 +18,7 @@ from moetrace.errors import MoetraceError
 from moetrace.host import llama
 from moetrace.host.drain import Drain
 from moetrace.host.intervene import Given, Interventions
-from moetrace.host.model import store_vocabulary
+from moetrace.host.model import store_model_paths, store_vocabulary
 from moetrace.host.options import CaptureOptions
 from moetrace.host.prompts import Prompt, read_prompts
 from moetrace.trace.labels import append_labels
@@ -315,6 +315,7 @@ def capture(
                 why="it is a dense model, or the tracer does not understand this llama.cpp",
                 fix="use a Mixture-of-Experts model; `moetrace doctor` checks llama.cpp",
             )
+        store_model_paths(trace, str(model))
         store_vocabulary(folder, str(model))
     finally:
         trace.close()

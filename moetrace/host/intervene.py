@@ -11,6 +11,7 @@ import numpy as np
 
 from moetrace.errors import InputError, MoetraceError, TraceError, UsageError
 from moetrace.host import llama
+from moetrace.model.file import ModelFile
 from moetrace.trace.intervention import (
     NO_EXPERT,
     Intervention,
@@ -23,7 +24,6 @@ from moetrace.trace.intervention import (
     routers_of,
     store,
 )
-from moetrace.trace.model import ModelFile
 from moetrace.trace.record import State
 from moetrace.trace.ring import Ring, live_rings, ring_is_ready, ring_paths
 from moetrace.trace.trace import Trace, open_trace

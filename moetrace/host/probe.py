@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from moetrace.errors import MoetraceError
 from moetrace.host import llama
 from moetrace.host.options import CaptureOptions
-from moetrace.trace.model import ModelFile
+from moetrace.model.file import ModelFile
 from moetrace.trace.record import RecordKind, State
 from moetrace.trace.ring import Ring, ring_is_ready, ring_paths
 from moetrace.trace.rows import Layout, rows_from_records

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from moetrace.errors import MoetraceError, TraceError
 from moetrace.host.drain import Drain
-from moetrace.host.model import store_vocabulary
+from moetrace.host.model import store_model_paths, store_vocabulary
 from moetrace.trace.ring import peek_host, peek_reader, process_alive, ring_paths
 from moetrace.trace.store import TraceStore
 from moetrace.trace.writer import TraceWriter
@@ -79,6 +79,7 @@ class ResumedRecording:
         """
         try:
             self.drain.stop()
+            store_model_paths(self.trace, self._model_path)
             store_vocabulary(self.trace.path, self._model_path)
         except MoetraceError:
             self.trace.detach()

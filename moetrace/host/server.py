@@ -19,7 +19,7 @@ from moetrace.errors import MoetraceError, RuntimeMissingError
 from moetrace.host.client import ServerClient
 from moetrace.host.drain import Drain
 from moetrace.host.intervene import Given, begin, check_model, in_force, refuse_if_refused, restore, switch
-from moetrace.host.model import store_vocabulary
+from moetrace.host.model import store_model_paths, store_vocabulary
 from moetrace.host.options import CaptureOptions
 from moetrace.host.runtime import find_tool, loaded_libraries, preload_environment
 from moetrace.trace.intervention import Intervention, parse_interventions
@@ -114,6 +114,7 @@ class TracedProcess:
             refused = e
         try:
             self.drain.stop()
+            store_model_paths(self.trace, self._model_path)
             store_vocabulary(self.trace.path, self._model_path)
         except MoetraceError:
             with contextlib.suppress(MoetraceError):

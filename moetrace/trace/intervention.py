@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetrace.errors import RuntimeMissingError, UsageError
+from moetrace.errors import RuntimeMissingError, TraceError, UsageError
 from moetrace.trace.jsonfile import read_json, write_json
 from moetrace.trace.storage import disk_error
 
@@ -72,6 +72,10 @@ class Rule:
     last_layer: int = -1
     value: float = 0.0
     position: int = 0
+
+    def has_layer(self, layer: int) -> bool:
+        """Whether it is about this layer, by llama.cpp's number."""
+        return self.first_layer < 0 or self.first_layer <= layer <= self.last_layer
 
 
 @dataclass(frozen=True)
@@ -220,6 +224,30 @@ def encode(rules: Sequence[Rule]) -> bytes:
     return _HEADER.pack(_MAGIC, _VERSION, len(rules), offset, zlib.crc32(body), 0) + body
 
 
+def decode(data: bytes) -> list[Rule]:
+    """Give the rules of a file that :func:`encode` made.
+
+    Raises
+    ------
+    TraceError
+        If it is damaged, or something else.
+    """
+    try:
+        magic, version, n_rules, size, crc, _ = _HEADER.unpack_from(data)
+        if (magic, version, size) != (_MAGIC, _VERSION, len(data)) or crc != zlib.crc32(data[_HEADER.size :]):
+            raise ValueError("its header or checksum does not fit")
+        rules = []
+        for i in range(n_rules):
+            kind, sequence, first, last, value, position, n_rows, n_ids, offset, _ = _RULE.unpack_from(
+                data, _HEADER.size + i * _RULE.size
+            )
+            ids = np.frombuffer(data, "<u2", n_rows * n_ids, offset).reshape(n_rows, n_ids)
+            rules.append(Rule(Kind(kind), ids, sequence, first, last, value, position))
+    except (struct.error, ValueError, OverflowError) as e:
+        raise TraceError("an intervention's file is damaged", why=str(e), fix="restore it from a copy") from e
+    return rules
+
+
 def check(data: bytes, routers: Sequence[Router]) -> None:
     """Refuse what routers of these shapes cannot do, with the host's own words.
 
@@ -282,6 +310,27 @@ def store(trace: Path, interventions: Sequence[Intervention], data: bytes) -> in
         {"number": number, "rules": [str(i) for i in interventions], "time_ns": time.time_ns()},
     )
     return number
+
+
+def stored_rules(trace: Path) -> list[Rule] | None:
+    """Give the rules of all interventions that a trace keeps, of whichever number; None if it keeps none.
+
+    Raises
+    ------
+    TraceError
+        If the file of one is missing or damaged.
+    """
+    rules: list[Rule] = []
+    numbers = [path.stem for path in (trace / FOLDER).glob("*.json") if path.stem.isdecimal()]
+    for number in numbers:
+        path = trace / FOLDER / f"{number}.bin"
+        if not path.is_file():
+            raise TraceError(f"{path} is missing", why="the trace lists this intervention")
+        try:
+            rules += decode(path.read_bytes())
+        except OSError as e:
+            raise TraceError(f"{path} cannot be read", why=e.strerror or str(e)) from e
+    return rules if numbers else None
 
 
 def described(trace: Path) -> dict[int, str]:

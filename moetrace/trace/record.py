@@ -101,6 +101,9 @@ class Counter(IntEnum):
     GRAPHS_UNREAD = 19
     CONTEXTS = 20
     CONTEXTS_FREED = 21
+    SYNCS = 22
+    COPIES = 23
+    COPIED_BYTES = 24
 
 
 N_COUNTERS = 32  # room in the header; the Counter names so many of them

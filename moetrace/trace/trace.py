@@ -311,10 +311,11 @@ class Trace(Rows):
         stored = read_vocabulary(self.path)
         model = self.meta.get("model_path")
         if stored is None and isinstance(model, str) and Path(model).is_file():
-            from moetrace.trace.model import ModelFile
+            from moetrace.model.file import ModelFile
+            from moetrace.model.identity import differences
 
             with ModelFile(model) as file:
-                return file.vocabulary
+                return None if differences(file, self.facts) else file.vocabulary
         return stored
 
     @cached_property

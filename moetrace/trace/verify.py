@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrace.errors import MoetraceError, TraceError
+from moetrace.trace.choice import ChoiceCheck
 from moetrace.trace.columns import Damage, Table
+from moetrace.trace.intervention import FOLDER, Rule, stored_rules
 from moetrace.trace.labels import read_labels
 from moetrace.trace.loss import LOST_COUNTERS
 from moetrace.trace.record import RowFlag, State
@@ -60,7 +62,8 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
 
     Checked are: the checksums of every block, ledger row, JSON file and label; the spelling and length of
     headers; that experts are in range, distinct and as many as the layer uses, and sentinels exactly where
-    none are; that serials ascend and miss as many rows as the counters say are lost; that
+    none are; that experts are those with the highest scores, and scores follow from logits, where these were
+    captured; that serials ascend and miss as many rows as the counters say are lost; that
     each request's counts are those of its rows; that the completeness sum is exact.
 
     Parameters
@@ -117,11 +120,16 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
             found = [damage for damage in found if not damage.recoverable]
         findings += [Damage(f"{name}: {damage.where}", damage.what, damage.recoverable) for damage in found]
     findings += _closing(store, tables)
+    rules: list[Rule] | None = None
+    try:
+        rules = stored_rules(store.path)
+    except TraceError as e:
+        findings.append(Damage(FOLDER, f"{e.what}: {e.why}", recoverable=False))
     for context in contexts:
         if progress:
             progress(f"{context.name}: contents")
         rows += context.rows.n_rows
-        for where, what in _contents(context):
+        for where, what in _contents(context, rules):
             findings.append(Damage(f"{context.name}/{where}", what, recoverable=False))
         findings += [
             Damage(context.name, what, live_only) for what, live_only in _completeness(context, store.live)
@@ -160,14 +168,15 @@ def _closing(store: TraceStore, tables: dict[str, Table]) -> Iterator[Damage]:
             )
 
 
-def _contents(context: ContextStore) -> Iterator[tuple[str, str]]:
+def _contents(context: ContextStore, rules: Sequence[Rule] | None) -> Iterator[tuple[str, str]]:
     """Go through the rows: (column, what is wrong) with the first row it is wrong in."""
     rows, layout = context.rows, context.layout
+    choice = ChoiceCheck(layout, rules)
     told: set[tuple[str, str]] = set()
     last = -1
     for start in range(0, rows.n_rows, _CHUNK):
         piece = {name: rows[name][start : start + _CHUNK] for name in rows}
-        checks = list(_piece(piece, layout))
+        checks = [*_piece(piece, layout), *choice.feed(start, piece)]
         if context.facts.get("collector") != "import":  # which need not know sequences and phases
             checks += _assigned(piece)
         serial = piece["serial"]
@@ -180,6 +189,8 @@ def _contents(context: ContextStore) -> Iterator[tuple[str, str]]:
             if wrong.any() and (column, what) not in told:
                 told.add((column, what))
                 yield f"rows/{column}", f"{what} (first in row {start + int(np.flatnonzero(wrong)[0])})"
+    for column, what in choice.finish():
+        yield f"rows/{column}", what
 
 
 def _piece(piece: dict[str, NDArray[Any]], layout: Layout) -> Iterator[tuple[str, str, NDArray[Any]]]:

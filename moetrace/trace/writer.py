@@ -179,6 +179,11 @@ class ContextWriter:
             write_json(self.path / CONTEXT_NAME, self.meta, fsync=self._trace.fsync)
         self.detach()
 
+    def set_model_path(self, model_path: str | None) -> None:
+        """Record which file this context's model was read from; None: not known."""
+        self.meta["model_path"] = model_path
+        write_json(self.path / CONTEXT_NAME, self.meta, fsync=self._trace.fsync)
+
     def detach(self) -> None:
         """Let go of the files; what was not sealed is lost from them, and still in the ring."""
         for table in self.tables.values():

@@ -1,61 +1,32 @@
 // Graphs as releases of different times build them: inputs with and without names, weights before and after the
-// experts, and another graph at the address of the last one.
+// experts, another graph at the address of the last one, and routers with a bias and LoRA adapters.
 
 #include "check.h"
-#include "fuzz/fake-ggml.h"
 #include "collector.h"
+#include "fake-graph.h"
 #include "moe-plan.h"
 
 #include <algorithm>
-#include <cstring>
-#include <memory>
 
 using namespace moetrace;
 
 static constexpr int64_t N_TOKENS = 5, N_OUTPUTS = 2, N_EMBD = 8, N_EXPERT = 4, K = 2;
 
-// tensors of a fake graph; those with an operation are its nodes
-struct fake_graph {
-    std::vector<std::unique_ptr<char[]>> memory;
-
-    ggml_tensor * leaf(const char * name, int32_t type, int64_t a, int64_t b, int64_t c = 1) {
-        const int64_t ne[4] = { a, b, c, 1 };
-        memory.push_back(std::make_unique<char[]>(fake().size));
-        void * t = memory.back().get();
-        fake().fill(t, type, ne);
-        strcpy((char *) t + fake().name, name);
-        return (ggml_tensor *) t;
-    }
-
-    ggml_tensor * node(const char * op, int32_t type, int64_t a, int64_t b, int64_t c, std::initializer_list<ggml_tensor *> sources) {
-        ggml_tensor * t = leaf("", type, a, b, c);
-        for (int i = 0; i < FAKE_N_OPS; i++) {
-            if (strcmp(FAKE_OPS[i], op) == 0) {
-                fake().at<int32_t>(t, fake().op) = fake().first_op + i;
-            }
-        }
-        size_t i = 0;
-        for (ggml_tensor * source : sources) {
-            fake().at<void *>(t, fake().src + 8*i++) = source;
-        }
-        fake().nodes.push_back(t);
-        return t;
-    }
-
-    ggml_tensor * view(const char * op, int64_t a, int64_t b, int64_t c, ggml_tensor * of) {
-        ggml_tensor * t = node(op, fake().at<int32_t>(of, fake().type), a, b, c, { of });
-        void * root = fake().at<void *>(of, fake().view_src);
-        fake().at<void *>(t, fake().view_src) = root ? root : of;
-        return t;
-    }
+struct built {
+    ggml_tensor *tokens, *positions, *out_ids, *ids, *gathered, *weights, *gate_input, *logits;
 };
 
-struct built {
-    ggml_tensor *tokens, *positions, *out_ids, *ids, *gathered, *weights;
+// what stands between the router's matrix and its experts' choice
+struct router_form {
+    int  n_adapters     = 0;
+    bool is_scaled      = true; // the adapters
+    bool bias           = false;
+    bool softmax        = true; // or chosen by logits
+    bool selection_bias = false;
 };
 
 // one layer with attention, and its experts on the output rows only
-static built build(fake_graph & g, bool names, bool weights_first) {
+static built build(fake_graph & g, bool names, bool weights_first, const router_form & form = {}) {
     built b;
     fake().nodes.clear();
     b.tokens    = g.leaf(names ? "inp_tokens" : "leaf_1", TYPE_I32, N_TOKENS, 1);
@@ -74,8 +45,23 @@ static built build(fake_graph & g, bool names, bool weights_first) {
     x = g.node("GET_ROWS", TYPE_F32, N_EMBD, N_OUTPUTS, 1, { x, b.out_ids });
 
     ggml_tensor * logits = g.node("MUL_MAT", TYPE_F32, N_EXPERT, N_OUTPUTS, 1, { g.leaf("blk.0.ffn_gate_inp.weight", TYPE_F32, N_EMBD, N_EXPERT), x });
-    ggml_tensor * probs  = g.node("SOFT_MAX", TYPE_F32, N_EXPERT, N_OUTPUTS, 1, { logits });
-    ggml_tensor * sorted = g.node("ARGSORT", TYPE_I32, N_EXPERT, N_OUTPUTS, 1, { probs });
+    for (int i = 0; i < form.n_adapters; i++) {
+        ggml_tensor * low   = g.node("MUL_MAT", TYPE_F32, 3, N_OUTPUTS, 1, { g.leaf("blk.0.ffn_gate_inp.weight.lora_a", TYPE_F32, N_EMBD, 3), x });
+        ggml_tensor * delta = g.node("MUL_MAT", TYPE_F32, N_EXPERT, N_OUTPUTS, 1, { g.leaf("blk.0.ffn_gate_inp.weight.lora_b", TYPE_F32, 3, N_EXPERT), low });
+        if (form.is_scaled) {
+            delta = g.node("SCALE", TYPE_F32, N_EXPERT, N_OUTPUTS, 1, { delta });
+        }
+        logits = g.node("ADD", TYPE_F32, N_EXPERT, N_OUTPUTS, 1, { logits, delta });
+    }
+    if (form.bias) {
+        logits = g.node("ADD", TYPE_F32, N_EXPERT, N_OUTPUTS, 1, { logits, g.leaf("blk.0.ffn_gate_inp.bias", TYPE_F32, N_EXPERT, 1) });
+    }
+    b.gate_input = x;
+    b.logits     = logits;
+    ggml_tensor * probs  = form.softmax ? g.node("SOFT_MAX", TYPE_F32, N_EXPERT, N_OUTPUTS, 1, { logits }) : logits;
+    ggml_tensor * scores = !form.selection_bias ? probs :
+        g.node("ADD", TYPE_F32, N_EXPERT, N_OUTPUTS, 1, { probs, g.leaf("blk.0.exp_probs_b.bias", TYPE_F32, N_EXPERT, 1) });
+    ggml_tensor * sorted = g.node("ARGSORT", TYPE_I32, N_EXPERT, N_OUTPUTS, 1, { scores });
     b.ids = g.view("VIEW", K, N_OUTPUTS, 1, sorted);
     const auto weigh = [&] {
         ggml_tensor * table = g.view("RESHAPE", 1, N_EXPERT, N_OUTPUTS, probs);
@@ -137,6 +123,28 @@ int main() {
             fake().nodes.assign((size_t) moe.n_nodes, more);
             CHECK(!moe_graph_is_same(abi, graph, moe));
         }
+    }
+
+    // the router's output is what is computed last before the gating function; the selection bias is no part of it
+    for (int bits = 0; bits < 4*16; bits++) {
+        const router_form form { bits >> 4, !(bits & 1), (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0 };
+        fake_graph g;
+        const built b = build(g, true, true, form);
+        const moe_graph moe = moe_graph_read(abi, graph);
+        CHECK(moe.layers.size() == 1);
+        CHECK(moe.layers[0].logits == b.logits);
+        CHECK(moe.layers[0].gate_input == b.gate_input);
+    }
+
+    // a product of something else than what the router read is no adapter, and another layer's bias not this one's
+    for (const bool bias : { false, true }) {
+        fake_graph g;
+        const built b = build(g, true, true);
+        ggml_tensor * low = g.node("MUL_MAT", TYPE_F32, 3, N_OUTPUTS, 1, { g.leaf("a", TYPE_F32, N_EMBD, 3), b.out_ids });
+        ggml_tensor * other = bias ? g.leaf("blk.1.ffn_gate_inp.bias", TYPE_F32, N_EXPERT, 1)
+            : g.node("MUL_MAT", TYPE_F32, N_EXPERT, N_OUTPUTS, 1, { g.leaf("b", TYPE_F32, 3, N_EXPERT), low });
+        g.node("ADD", TYPE_F32, N_EXPERT, N_OUTPUTS, 1, { b.logits, other });
+        CHECK(moe_graph_read(abi, graph).layers[0].logits == b.logits);
     }
     printf("ok\n");
     return 0;

@@ -88,11 +88,12 @@ def test_ids_are_the_top_k_of_scores_and_scores_follow_from_the_gate_input(name,
 
 
 @pytest.mark.parametrize("name", MOE)
-def test_every_entry_is_accounted_for(name, router_traces):
+def test_every_entry_is_accounted_for(name, router_traces, model_file):
     for path in router_traces(name):
         result = verify(path)
         assert result.exit_code == 0, result
         trace = moetrace.open(path)
+        assert trace.facts["model_path"] == str(model_file(name))
         loss = trace.loss
         assert loss.rows_lost == loss.lost == 0
         assert loss.produced == len(trace) * len(trace.layers) == loss.present + loss.not_computed

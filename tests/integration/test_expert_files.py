@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ from test_inprocess import python
 
 import moetrace
 from moetrace.analysis import chosen_outputs, from_trace, linearity, merge_candidates, weight_similarity
-from moetrace.analysis.merging import Grouping, drop_experts
+from moetrace.analysis.merging import drop_experts, merge
 from moetrace.data import demo_model, prompts
-from moetrace.host.merged import write_merged
+from moetrace.model import merged as model_merged
+from moetrace.model.experts import LayerExperts
+from moetrace.model.file import ModelFile
+from moetrace.model.grouping import Grouping
 from moetrace.synthetic import digit_tokens, distinct_tokens, write_planted
-from moetrace.trace.experts import LayerExperts
-from moetrace.trace.model import ModelFile
 
 pytestmark = pytest.mark.runtime
+
+write_merged = partial(model_merged.write_merged, merge=merge)
 
 TEXTS = [
     "The old man looked at the sea and said nothing for a long while.",

@@ -12,8 +12,8 @@ from test_capture import capture
 
 import moetrace
 from moetrace.errors import UsageError
+from moetrace.model.file import ModelFile
 from moetrace.synthetic import Planted, digit_tokens, distinct_tokens, write_planted
-from moetrace.trace.model import ModelFile
 from moetrace.trace.trace import Trace
 
 pytestmark = pytest.mark.runtime

@@ -25,7 +25,7 @@ import moetrace.analysis as m  # noqa: E402
 from moetrace.analysis import nulls  # noqa: E402
 from moetrace.analysis.experts import chosen_outputs  # noqa: E402
 from moetrace.analysis.manipulation import sign_flips  # noqa: E402
-from moetrace.trace.experts import Expert  # noqa: E402
+from moetrace.model.experts import Expert  # noqa: E402
 
 #: name of a test -> what it is
 TESTS = {

@@ -197,6 +197,11 @@ def random_records(layout: Layout, n: int, rng: np.random.Generator, first_seria
         if name not in ("experts", "state") and name in [f.name for f in layout.fields]:
             values = rng.random(records[name].shape).astype(np.float32)
             records[name] = values / values.sum(axis=-1, keepdims=True) if name == "weights" else values
+    if "scores" in names:  # a router of sigmoids
+        if "logits" in names:
+            records["scores"] = 1 / (1 + np.exp(-records["logits"]))
+        for i, (n_expert, k) in enumerate(zip(layout.n_expert, layout.n_expert_used, strict=True)):
+            records["experts"][:, i, :k] = np.argsort(-records["scores"][:, i, :n_expert], axis=1)[:, :k]
     return records
 
 

@@ -10,7 +10,7 @@ import moetrace.analysis as m
 from moetrace.analysis import interference
 from moetrace.analysis.experts import chosen_outputs, expert_output
 from moetrace.errors import UsageError
-from moetrace.trace.experts import Expert
+from moetrace.model.experts import Expert
 
 
 @pytest.fixture

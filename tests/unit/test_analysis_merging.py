@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import combinations, permutations
 from pathlib import Path
 
@@ -15,12 +16,14 @@ import moetrace.analysis as m
 from moetrace.analysis import merging
 from moetrace.analysis.experts import blocks_of_pairs, expert_output
 from moetrace.errors import MoetraceError, UsageError
-from moetrace.host.merged import write_merged
+from moetrace.model import merged
+from moetrace.model.experts import Expert, LayerExperts
+from moetrace.model.file import ModelFile
+from moetrace.model.grouping import Grouping
 from moetrace.synthetic import write_model
-from moetrace.trace.experts import Expert, LayerExperts
-from moetrace.trace.model import ModelFile
 
 N_EMBD, N_FF = 12, 7
+write_merged = partial(merged.write_merged, merge=merging.merge)
 
 
 def expert(rng: np.random.Generator, *, gate: bool = True, bias: bool = False) -> Expert:
@@ -350,10 +353,9 @@ def layers_of(path: Path) -> list[int]:
         return model.moe_layers
 
 
-def grouped(path: Path, group: list[int], use: list[float]) -> dict[int, merging.Grouping]:
+def grouped(path: Path, group: list[int], use: list[float]) -> dict[int, Grouping]:
     return {
-        layer: merging.Grouping(np.array(group, np.int64), np.array(use, np.float64))
-        for layer in layers_of(path)
+        layer: Grouping(np.array(group, np.int64), np.array(use, np.float64)) for layer in layers_of(path)
     }
 
 
@@ -446,7 +448,7 @@ def test_groupings_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UsageError, match="uses 2"):
         write_merged(source, out, grouped(source, [0, 0, 0, 0], USE))
     with pytest.raises(UsageError, match="same number"):
-        write_merged(source, out, {**groups, 1: merging.Grouping(np.arange(4), np.ones(4))})
+        write_merged(source, out, {**groups, 1: Grouping(np.arange(4), np.ones(4))})
     with pytest.raises(UsageError, match="each layer"):
         write_merged(source, out, {0: groups[0]})
     with pytest.raises(UsageError, match="no place"):

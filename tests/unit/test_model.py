@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import ast
+import shutil
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+from parts import in_parts
 
+import moetrace.model
+from moetrace.analysis.merging import drop_experts, merge
 from moetrace.errors import InputError
-from moetrace.trace.model import ModelFile
+from moetrace.host.intervene import model_routers
+from moetrace.model.experts import LayerExperts
+from moetrace.model.file import ModelFile
+from moetrace.model.merged import write_merged
+from moetrace.synthetic import write_model
 from moetrace.trace.store import read_vocabulary, write_vocabulary
 
 
@@ -84,3 +93,93 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     for path in (tmp_path / "m.gguf", tmp_path / "nowhere"):
         with pytest.raises(InputError):
             ModelFile(path)
+
+
+def test_the_room_stands_below_all_others() -> None:
+    for path in Path(moetrace.model.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                ours = name.startswith("moetrace")
+                assert not ours or name.startswith(("moetrace.model", "moetrace.errors")), f"{path}: {name}"
+
+
+# -- models in parts
+
+
+@pytest.fixture(scope="module")
+def whole_and_parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """A quantised model, and the same in parts that cut its layers' experts apart."""
+    folder = tmp_path_factory.mktemp("split")
+    sizes = {"n_layer": 2, "n_embd": 64, "n_ff_expert": 64, "n_expert": 8, "n_expert_used": 2}
+    whole = write_model(folder / "m.gguf", "gpt-oss", quantization="Q8_0", **sizes)
+    parts = in_parts(whole, folder / "parts", 7)
+    assert len(parts) > 4
+    return whole, parts
+
+
+def test_any_part_stands_for_the_model(whole_and_parts: tuple[Path, list[Path]]) -> None:
+    whole, parts = whole_and_parts
+    with ModelFile(whole) as expected:
+        for part in parts:
+            with ModelFile(part) as file:
+                assert file.parts == tuple(parts)
+                assert (file.architecture, file.name) == (expected.architecture, expected.name)
+                assert file.vocabulary == expected.vocabulary
+                assert file.moe_layers == expected.moe_layers == [0, 1]
+                assert file.tensor_names == expected.tensor_names
+                assert [f.name for f in file.fields[3:]] == [f.name for f in expected.fields[3:]]
+                for name in file.tensor_names:
+                    assert file.stored(name)[1] == expected.stored(name)[1]
+                    np.testing.assert_array_equal(file.stored(name)[0], expected.stored(name)[0])
+                assert file.expert_bytes(1) == expected.expert_bytes(1) > 0
+                np.testing.assert_array_equal(
+                    LayerExperts(file, 1)[3].down, LayerExperts(expected, 1)[3].down
+                )
+                assert file.n_bytes == sum(p.stat().st_size for p in parts)
+            assert model_routers(str(part)) == model_routers(str(whole))
+
+
+def test_files_with_fewer_experts_are_written_from_parts(
+    whole_and_parts: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    whole, parts = whole_and_parts
+    groups = {layer: drop_experts(np.arange(8), 6) for layer in (0, 1)}
+    write_merged(whole, tmp_path / "a.gguf", groups, merge=merge)
+    made = write_merged(parts[2], tmp_path / "b.gguf", groups, merge=merge)
+    assert made.n_bytes_before == sum(p.stat().st_size for p in parts)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_parts_that_are_missing_or_of_another_model(
+    whole_and_parts: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    parts = [Path(shutil.copy(part, tmp_path)) for part in whole_and_parts[1]]
+    third = parts[2].read_bytes()
+    parts[2].unlink()
+    with pytest.raises(InputError, match=f"{parts[2].name} is missing") as error:
+        ModelFile(parts[0])
+    assert "part 3 of" in error.value.why
+    parts[2].write_bytes(b"GGUFnonsense")
+    with pytest.raises(InputError, match=parts[2].name):
+        ModelFile(parts[0])
+    shutil.copy(parts[1], parts[2])
+    with pytest.raises(InputError, match=f"{parts[2].name} is not part 3"):
+        ModelFile(parts[0])
+    parts[2].write_bytes(third)
+    with ModelFile(parts[-1]) as file:
+        assert len(file.parts) == len(parts)
+    lone = tmp_path / "renamed.gguf"
+    shutil.copy(parts[0], lone)
+    with pytest.raises(InputError, match="name does not say where the others are"):
+        ModelFile(lone)
+
+
+def test_parts_of_two_models_are_not_mixed(whole_and_parts: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    parts = [Path(shutil.copy(part, tmp_path)) for part in whole_and_parts[1]]
+    smaller = in_parts(write_model(tmp_path / "m.gguf", "olmoe", n_layer=3), tmp_path / "o", 7)
+    assert len(smaller) == len(parts)
+    shutil.copy(smaller[-1], parts[-1])
+    with pytest.raises(InputError, match=r"do not belong together|another part"):
+        ModelFile(parts[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from moetrace.__main__ import main
 from moetrace.analysis import from_trace
 from moetrace.errors import ChannelMissingError, UsageError
 from moetrace.findings import Finding, Subject, question
+from moetrace.model.file import ModelFile
 from moetrace.report.text import render
 from moetrace.trace.attention import ATTENTION_TABLE, VALUES_TABLE
 from moetrace.trace.columns import TableWriter
-from moetrace.trace.model import ModelFile
 from moetrace.trace.record import RecordKind
 
 HEADS = 2
@@ -194,12 +195,13 @@ def test_the_cache_question_in_experts_and_in_bytes(attending: Path, tmp_path: P
     assert "memory_bytes" not in finding.tables["cache"]
     assert any("-m model.gguf" in caveat for caveat in finding.caveats)
     assert "hot set" in " ".join(finding.sentences)
-    model = model_file("olmoe")
+    model = model_file("olmoe", n_layer=3, n_expert=8, n_expert_used=2)
     with ModelFile(model) as file:
         names = [n for n in file.tensor_names if n.startswith("blk.0.") and "exps" in n]
         size = sum(file.stored(n)[0].nbytes for n in names) // file.n_expert
         assert file.expert_bytes(0) == size
-    told = answer("expert-cache", attending, {"model": model}, slots="2", policies="lru")
+    theirs = traces.say_model(Path(shutil.copytree(attending, tmp_path / "t.moet")), model)
+    told = answer("expert-cache", theirs, {"model": model}, slots="2", policies="lru")
     curve = told.tables["cache"].set_index("cache")
     assert curve.loc["layer", "memory_bytes"] == 2 * 3 * size
     assert curve.loc["layer", "fetched_bytes"] == pytest.approx(curve.loc["layer", "fetched"] * size)

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+import struct
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from plain_reader import read_trace
-from rings import make_layout, put, reseal
+from rings import make_layout, put, random_records, reseal
 from traces import Context, server_records, small_trace, write_trace
 
 import moetrace
 from moetrace.errors import MoetraceError, TraceError
+from moetrace.host.intervene import rules_of
 from moetrace.trace.columns import TableWriter
+from moetrace.trace.intervention import Intervention, Kind, Rule, decode, encode, store
 from moetrace.trace.jsonfile import read_json, write_json
+from moetrace.trace.record import RowFlag
 from moetrace.trace.recover import recover
+from moetrace.trace.rows import Layout
 from moetrace.trace.store import TraceStore
 from moetrace.trace.verify import verify
 
@@ -259,3 +270,193 @@ def test_labels_count_only_if_whole(tmp_path: Path) -> None:
         f.write(json.dumps({"request": 2, "label": "by hand"}) + "\n")
     assert moetrace.open(path).requests["label"].tolist() == ["code", "math", "by hand"]
     assert len(verify(path).findings) == 4  # the last counts, but cannot be checked
+
+
+# -- ids, scores and logits
+
+
+def routed(
+    gate: str = "sigmoid",
+    *,
+    bias: bool = False,
+    groups: bool = False,
+    rules: Sequence[str] = (),
+    n: int = 300,
+    seed: int = 0,
+) -> tuple[Layout, np.ndarray]:
+    """Give rows that were routed as llama.cpp does it, in float32; with rules every third row is intervened on."""
+    layout = make_layout(n_expert=16, k=4, channels=("experts", "weights", "logits", "scores"))
+    rng = np.random.default_rng(seed)
+    records = random_records(layout, n, rng)
+    logits = rng.normal(0, 3, (n, 3, 16)).astype(np.float32)
+    if gate == "softmax":
+        raised = np.exp(logits - logits.max(axis=2, keepdims=True))
+        scores = raised / raised.sum(axis=2, keepdims=True)
+    elif gate == "sqrt-softplus":
+        scores = np.sqrt(np.log(1 + np.exp(logits)))
+    else:
+        scores = 1 / (1 + np.exp(-logits)) if gate == "sigmoid" else logits.copy()
+    if bias:
+        scores = scores + rng.normal(0, 0.3, (3, 16)).astype(np.float32)
+    intervened = np.arange(n) % 3 == 1 if rules else np.zeros(n, bool)
+    for rule in map(Intervention.parse, rules):
+        rows = np.flatnonzero(intervened & ((rule.slot is None) | (records["sequence"] == rule.slot)))
+        for layer in range(3):
+            if not rule.layers or any(a <= layer <= b for a, b in rule.layers):
+                if rule.kind is Kind.BIAS:
+                    scores[np.ix_(rows, [layer], rule.experts)] += np.float32(rule.value)
+                else:
+                    value = -np.inf if rule.kind is Kind.ABLATE else np.float32(2.0**100)
+                    scores[np.ix_(rows, [layer], rule.experts)] = value
+    if groups:  # the better half of four groups of four
+        best = np.sort(scores.reshape(n, 3, 4, 4), axis=3)[..., -2:].sum(axis=3)
+        out = np.argsort(best, axis=2)[..., :2]
+        mask = np.zeros((n, 3, 4), bool)
+        np.put_along_axis(mask, out, True, axis=2)
+        scores[np.repeat(mask, 4, axis=2)] = -np.inf
+    records["logits"], records["scores"] = logits, scores
+    records["experts"] = np.argsort(-scores, axis=2, kind="stable")[..., :4]
+    records["flags"][intervened] |= np.uint32(RowFlag.INTERVENED)
+    return layout, records
+
+
+def found(path: Path, layout: Layout, records: np.ndarray, rules: Sequence[str] = ()) -> list[str]:
+    write_trace(path, [Context(layout, records)])
+    if rules:
+        interventions = [Intervention.parse(rule) for rule in rules]
+        store(path, interventions, encode([r for i in interventions for r in rules_of(i)]))
+    return [f"{finding.where}: {finding.what}" for finding in verify(path).findings]
+
+
+GATES = [
+    {"gate": "softmax"},
+    {"gate": "sigmoid"},
+    {"gate": "identity"},
+    {"gate": "sqrt-softplus"},
+    {"gate": "sigmoid", "bias": True},
+    {"gate": "softmax", "bias": True},
+    {"gate": "sigmoid", "bias": True, "groups": True},
+]
+
+
+@pytest.mark.parametrize("form", GATES, ids=str)
+def test_every_way_to_choose_is_known(tmp_path: Path, form: dict[str, Any]) -> None:
+    assert found(tmp_path / "t", *routed(**form)) == []
+
+
+@pytest.mark.parametrize("form", GATES, ids=str)
+@pytest.mark.parametrize("row", [0, 1, 123, 299])
+def test_one_wrong_id_is_found(tmp_path: Path, form: dict[str, Any], row: int) -> None:
+    """GIVEN a trace in which one token's last expert is the next best one WHEN verified THEN its row is named."""
+    layout, records = routed(**form)
+    fifth = np.argsort(-records["scores"][row, 1], kind="stable")[4]
+    records["experts"][row, 1, 3] = fifth
+    (one,) = found(tmp_path / "t", layout, records)
+    assert one.startswith("ctx0/rows/experts: layer 1: they are not those with the highest scores")
+    assert f"(first in row {row})" in one
+
+
+@pytest.mark.parametrize("form", GATES, ids=str)
+@pytest.mark.parametrize("row", [0, 1, 123, 299])
+def test_logits_of_another_row_are_found(tmp_path: Path, form: dict[str, Any], row: int) -> None:
+    layout, records = routed(**form)
+    records["logits"][row, 2] = records["logits"][row - 1, 2]
+    (one,) = found(tmp_path / "t", layout, records)
+    assert one.startswith("ctx0/rows/scores: layer 2: they do not follow from the logits")
+    assert f"(first in row {row})" in one
+
+
+def test_experts_in_the_wrong_order_are_found(tmp_path: Path) -> None:
+    layout, records = routed()
+    records["experts"][7, 0] = records["experts"][7, 0, ::-1]
+    (one,) = found(tmp_path / "t", layout, records)
+    assert "layer 0" in one
+    assert "row 7" in one
+
+
+def test_experts_of_equal_scores_stand_in_any_order(tmp_path: Path) -> None:
+    layout, records = routed("identity")
+    ids = records["experts"][5, 0].astype(int)
+    records["logits"][5, 0, ids[1:3]] = records["scores"][5, 0, ids[1:3]] = records["scores"][5, 0, ids[1]]
+    records["experts"][5, 0, 1:3] = ids[2], ids[1]
+    assert found(tmp_path / "t", layout, records) == []
+
+
+def test_logits_without_what_an_adapter_adds_are_found(tmp_path: Path) -> None:
+    for i, form in enumerate(GATES):
+        layout, records = routed(**form)
+        rng = np.random.default_rng(1)
+        delta = rng.normal(0, 0.3, (300, 1)) * rng.normal(0, 0.3, (1, 16))
+        records["logits"][:, 1] -= delta.astype(np.float32)
+        (one,) = found(tmp_path / str(i), layout, records)
+        assert "layer 1" in one
+
+
+def test_a_gate_that_is_not_known_is_said(tmp_path: Path) -> None:
+    layout, records = routed()
+    records["scores"] = np.tanh(records["logits"])
+    records["experts"] = np.argsort(-records["scores"], axis=2)[..., :4]
+    assert len(found(tmp_path / "t", layout, records)) == 3
+
+
+def test_a_layer_without_scores_and_a_model_that_broke_say_nothing(tmp_path: Path) -> None:
+    layout, records = routed()
+    records["scores"][:, 0] = np.nan
+    records["logits"][:, 1] = np.nan
+    records["scores"][9, 2], records["logits"][9, 2] = np.nan, np.nan
+    records["logits"][:, 2, 3] = -np.inf  # a router's bias that excludes an expert
+    records["scores"][:, 2, 3] = np.where(np.arange(300) == 9, np.nan, 0)
+    scores = np.nan_to_num(records["scores"][:, 2], nan=0)
+    records["experts"][:, 2] = np.argsort(-scores, axis=1, kind="stable")[:, :4]
+    assert found(tmp_path / "t", layout, records) == []
+
+
+RULES = ["ablate:1:3,12", "force:*:5", "bias:0-1:2,7=+1.5"]
+
+
+@pytest.mark.parametrize("form", GATES[:6], ids=str)
+def test_interventions_excuse_what_they_change_and_no_more(tmp_path: Path, form: dict[str, Any]) -> None:
+    layout, records = routed(**form, rules=RULES)
+    assert found(tmp_path / "fine", layout, records, RULES) == []
+    assert found(tmp_path / "unknown", layout, records) == []  # which rules is not known
+    for number, (row, expert) in enumerate([(4, 9), (4, 0), (3, 2)]):
+        wrong = records.copy()  # not named by a rule, twice; named, in a row that was not intervened on
+        wrong["logits"][row, 0, expert] += 2
+        (one,) = found(tmp_path / str(number), layout, wrong, RULES)
+        assert f"(first in row {row})" in one
+    wrong = records.copy()  # the choice follows from the scores in every row
+    wrong["experts"][4, 0, 3] = np.argsort(-records["scores"][4, 0])[4]
+    (one,) = found(tmp_path / "id", layout, wrong, RULES)
+    assert "highest scores" in one
+
+
+def test_a_damaged_intervention_is_said(tmp_path: Path) -> None:
+    layout, records = routed(rules=RULES)
+    found(tmp_path / "t", layout, records, RULES)
+    flip(tmp_path / "t" / "interventions" / "1.bin", 8 * 50)
+    (finding,) = verify(tmp_path / "t").findings
+    assert (finding.where, finding.recoverable) == ("interventions", False)
+    (tmp_path / "t" / "interventions" / "1.bin").unlink()
+    assert len(verify(tmp_path / "t").findings) == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_hostile_intervention_is_an_error(data: st.DataObject) -> None:
+    """Whatever the bytes say, with a checksum that fits: rules, or the error that verify tells."""
+    body = bytearray(encode([r for text in RULES for r in rules_of(Intervention.parse(text))])[32:])
+    for _ in range(data.draw(st.integers(1, 8))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    n_rules = data.draw(st.sampled_from([0, 3, 4, 1 << 31]))
+    head = struct.pack("<8sIIQII", b"MOETINTV", 1, n_rules, 32 + len(body), zlib.crc32(bytes(body)), 0)
+    with contextlib.suppress(TraceError):
+        assert len(decode(head + bytes(body))) == n_rules
+
+
+def test_rules_are_read_back_as_they_were_written() -> None:
+    rules = [r for text in RULES for r in rules_of(Intervention.parse(text))]
+    rules.append(Rule(Kind.REPLAY, np.arange(12, dtype=np.uint16).reshape(3, 4), 2, 1, 1, 0.0, 7))
+    back = decode(encode(rules))
+    for old, new in zip(rules, back, strict=True):
+        assert (old.ids == new.ids).all()
+        assert dataclasses.replace(old, ids=new.ids) == new

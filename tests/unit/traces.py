@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from rings import Producer, context_of, make_layout, number_records, random_records
 
+from moetrace.model.file import ModelFile
 from moetrace.trace.columns import TableWriter
-from moetrace.trace.jsonfile import write_json
+from moetrace.trace.jsonfile import read_json, write_json
 from moetrace.trace.labels import append_labels
 from moetrace.trace.record import Counter, EventCode, OnFull, RecordKind
 from moetrace.trace.requests import REQUEST_TABLE, RequestAssigner
@@ -283,3 +284,27 @@ def labelled_trace(
     layout = layout or make_layout()
     records, owner = labelled_records(layout, np.random.default_rng(seed), n_domains=len(domains), **world)
     return write_labelled(path, layout, records, owner, domains=domains, labels=labels, lose=lose)
+
+
+def model_facts(model: Path) -> dict[str, Any]:
+    """Give what a host says of a model that it loaded: the keys of context.json that tell models apart."""
+    with ModelFile(model) as file:
+        return {
+            "model": {
+                "name": file.name,
+                "architecture": file.architecture,
+                "n_layer": file.n_layer,
+                "n_embd": file.n_embd,
+            },
+            "layers": file.moe_layers,
+            "n_expert": [file.n_expert] * len(file.moe_layers),
+        }
+
+
+def say_model(trace: Path, model: Path, model_path: Path | None = None) -> Path:
+    """Have a trace's context say that it is of ``model``, and the trace that it was read from ``model_path``."""
+    facts = read_json(trace / "ctx0" / "context.json")
+    write_json(trace / "ctx0" / "context.json", {**facts, "model": model_facts(model)["model"]})
+    meta = read_json(trace / "meta.json")
+    write_json(trace / "meta.json", {**meta, "model_path": model_path and str(model_path)})
+    return trace

@@ -42,7 +42,7 @@ struct context { // lives in the caller's memory, as ggml's objects do
     int    left;
 };
 
-context current;
+thread_local context current; // threads build graphs at once
 
 struct init_params {
     size_t mem_size;
@@ -175,6 +175,8 @@ API int    ggml_backend_sched_get_n_backends(void *) { return 1; }
 API void * ggml_backend_sched_get_backend(void *, int) { return nullptr; }
 API const char * ggml_backend_name(void *) { return "CPU"; }
 API const char * ggml_version() { return "fake"; }
+
+API void * llama_get_memory(const void *) { return fake().memory; }
 
 API int    ggml_graph_n_nodes(void *) { return (int) fake().nodes.size(); }
 API void * ggml_graph_node(void *, int i) { return fake().nodes[(size_t) i]; }

@@ -42,6 +42,8 @@ struct __attribute__((visibility("default"))) fake_ggml {
     int      n_tensors = 64; // LIE_NEW_TENSOR: so many, then none
     int      first_op = 1;   // operations are numbered from here
 
+    void *   memory = nullptr; // of every llama context
+
     // the graph that the graph functions tell of
     std::vector<void *> nodes;
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetrace.analysis.merging import Grouping, merge
 from moetrace.errors import MoetraceError, UsageError
-from moetrace.trace.experts import Expert, LayerExperts
-from moetrace.trace.model import ModelFile
+from moetrace.model.experts import Activation, Expert, LayerExperts
+from moetrace.model.file import ModelFile
+from moetrace.model.grouping import Grouping
+
+#: one expert from several, by their shares: :func:`moetrace.analysis.merging.merge`
+Merge = Callable[[Sequence[Expert], NDArray[np.float64], Activation], Expert]
 
 # what has one entry per expert on its outermost axis
 _PER_EXPERT = re.compile(
@@ -55,19 +58,23 @@ def write_merged(
     path: str | os.PathLike[str],
     groups: Mapping[int, Grouping],
     *,
+    merge: Merge,
     keep_count: bool = False,
 ) -> MergedFile:
     """Copy a model with the experts of each layer grouped.
 
-    The experts of a group become one: neurons matched to its most used member's, averaged by use. Its router row
-    (bias, selection bias) is the average of theirs by use. Experts that are alone in their group keep their bytes;
-    merged ones are quantised to the type that they had, or, where gguf-py cannot, the whole tensor becomes F16.
-    Memory: about twice the largest tensor.
+    The experts of a group become one, as ``merge`` makes it of its members (the most used one first) and their
+    shares in its use. Its router row (bias, selection bias) is the average of theirs by use. Experts that are alone
+    in their group keep their bytes; merged ones are quantised to the type that they had, or, where gguf-py cannot,
+    the whole tensor becomes F16.
+    A model in parts becomes one file. Memory: about twice the largest tensor.
 
     Parameters
     ----------
     groups
         llama.cpp's layer number -> grouping, for every layer with experts and with the same number of experts each.
+    merge
+        Makes one expert of several: :func:`moetrace.analysis.merging.merge`.
     keep_count
         Write each group's expert in the place of all its members instead, and leave the routers as they are: the
         file stays as large, and shows what merging costs if tokens go on to be routed as before.
@@ -84,7 +91,8 @@ def write_merged(
     path = Path(path)
     with ModelFile(source) as model:
         n_expert = _check(model, groups, keep_count)
-        plan = _Plan(model, groups, keep_count)
+        n_bytes_before = model.n_bytes
+        plan = _Plan(model, groups, merge, keep_count)
         partial = path.with_name(path.name + ".partial")
         writer: Any = gguf.GGUFWriter(partial, model.architecture)
         try:
@@ -103,7 +111,7 @@ def write_merged(
         finally:
             writer.close()
             partial.unlink(missing_ok=True)
-    return MergedFile(path, n_expert, path.stat().st_size, Path(source).stat().st_size, plan.changed)
+    return MergedFile(path, n_expert, path.stat().st_size, n_bytes_before, plan.changed)
 
 
 def _check(model: ModelFile, groups: Mapping[int, Grouping], keep_count: bool) -> int:
@@ -111,10 +119,6 @@ def _check(model: ModelFile, groups: Mapping[int, Grouping], keep_count: bool) -
     if not isinstance(model.field("{arch}.expert_count", 0), int) or not model.n_expert:
         raise MoetraceError(
             f"{model.path} has no single number of experts", why="it is dense, or its layers differ"
-        )
-    if int(model.field("split.count", 1) or 1) > 1:
-        raise MoetraceError(
-            f"{model.path} is a part of a model", fix="join the parts: llama-gguf-split --merge"
         )
     odd = [name for name in model.tensor_names if _UNKNOWN.fullmatch(name)]
     if odd:
@@ -171,9 +175,12 @@ def _copy_fields(writer: Any, model: ModelFile, n_expert: int) -> None:
 class _Plan:
     """What each tensor of the new file is."""
 
-    def __init__(self, model: ModelFile, groups: Mapping[int, Grouping], keep_count: bool) -> None:
+    def __init__(
+        self, model: ModelFile, groups: Mapping[int, Grouping], merge: Merge, keep_count: bool
+    ) -> None:
         self._model = model
         self._groups = groups
+        self._merge = merge
         self._keep_count = keep_count
         self._merged_of: tuple[int, dict[int, Expert]] = (-1, {})
         self.changed: dict[str, tuple[str, str]] = {}
@@ -241,7 +248,7 @@ class _Plan:
         if group not in kept:
             experts, grouping = LayerExperts(self._model, layer), self._groups[layer]
             members = [experts[int(e)] for e in grouping.members(group)]
-            kept[group] = merge(members, grouping.shares(group), experts.activation)
+            kept[group] = self._merge(members, grouping.shares(group), experts.activation)
         return kept[group]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrace.errors import InputError
-from moetrace.trace.model import ModelFile
+from moetrace.model.file import ModelFile
 
 Activation = Literal["silu", "gelu", "relu", "relu_sqr", "swiglu_oai"]
 

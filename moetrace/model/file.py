@@ -1,4 +1,4 @@
-"""Facts from the model's GGUF file: sizes, vocabulary, router weights."""
+"""A model's GGUF file, in one part or several: sizes, vocabulary, router weights."""
 
 from __future__ import annotations
 
@@ -40,23 +40,42 @@ class Router:
 
 
 class ModelFile:
-    """A GGUF file, mapped; tensors are read when asked for.
+    """A model's GGUF file, mapped; tensors are read when asked for.
+
+    Of a model in several parts (``NAME-00001-of-00003.gguf``, as large ones are published) any part stands for all:
+    metadata is the first one's, tensors are those of all.
+
+    Attributes
+    ----------
+    path
+        As it was given.
+    parts
+        All files of the model, in order; one, if it is not split.
 
     Raises
     ------
     InputError
-        If it is missing or no GGUF.
+        If it is missing or no GGUF, or a part of the model is.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        from gguf import GGUFReader  # costs a tenth of a second: only who needs it pays
-
         self.path = Path(path)
-        try:
-            self._reader: Any = GGUFReader(self.path)
-        except Exception as e:  # gguf lets errors of all kinds out of a damaged file
-            raise InputError(f"{self.path} is no GGUF model that can be read", why=str(e)[:200]) from e
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        readers = _open_parts(self.path)
+        self.parts = tuple(readers)
+        self._reader = readers[self.parts[0]]
+        self._tensors: dict[str, Any] = {}
+        for part, reader in readers.items():
+            for tensor in reader.tensors:
+                if tensor.name in self._tensors:
+                    raise InputError(f"{part} has {tensor.name}, which another part of the model has too")
+                self._tensors[tensor.name] = tensor
+        said = _number(self._reader, "split.tensors.count", len(self._tensors))
+        if len(self.parts) > 1 and said != len(self._tensors):
+            raise InputError(
+                f"the parts of {self.parts[0]} do not belong together",
+                why=f"it says that the model has {said} tensors, and they have {len(self._tensors)}",
+                fix="get all parts of the model anew",
+            )
 
     def __enter__(self) -> ModelFile:
         return self
@@ -67,7 +86,7 @@ class ModelFile:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the files."""
         self._tensors = {}
         self._reader = None
 
@@ -85,6 +104,11 @@ class ModelFile:
     def name(self) -> str:
         """What the file calls itself; empty if it does not."""
         return str(self.field("general.name", ""))
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the file; of all parts, if it is split."""
+        return sum(part.stat().st_size for part in self.parts)
 
     @property
     def n_layer(self) -> int:
@@ -106,6 +130,22 @@ class ModelFile:
         """Experts chosen per token and layer; 0 for a dense model."""
         return int(self.field("{arch}.expert_used_count", 0))
 
+    @property
+    def n_vocab(self) -> int:
+        """Tokens in the vocabulary; 0 if the file has none."""
+        tokens = self._reader.get_field("tokenizer.ggml.tokens")
+        return 0 if tokens is None else len(tokens.data)
+
+    @property
+    def n_params(self) -> int:
+        """Numbers in all tensors."""
+        return sum(int(tensor.n_elements) for tensor in self._tensors.values())
+
+    def experts_of(self, layer: int) -> int:
+        """Experts of a layer, as its tensors have them; 0 if it has none."""
+        names = (f"blk.{layer}.{name}.weight" for name in ("ffn_gate_inp", "ffn_up_exps", "ffn_gate_up_exps"))
+        return next((self.shape(name)[0] for name in names if self.has_tensor(name)), 0)
+
     @cached_property
     def moe_layers(self) -> list[int]:
         """The layers that have a router, ascending."""
@@ -115,12 +155,12 @@ class ModelFile:
 
     @property
     def fields(self) -> list[Any]:
-        """The file's metadata, as gguf.ReaderField, in its order."""
-        return list(self._reader.fields.values())
+        """The model's metadata, as gguf.ReaderField, in the file's order; not how it is split."""
+        return [field for name, field in self._reader.fields.items() if not name.startswith("split.")]
 
     @property
     def tensor_names(self) -> list[str]:
-        """The file's tensors, in its order."""
+        """The model's tensors, in the file's order."""
         return list(self._tensors)
 
     def stored(self, name: str) -> tuple[NDArray[Any], Any]:
@@ -208,6 +248,57 @@ class ModelFile:
             table = _byte_table()
             return [_literal(t) if code in _LITERAL_TOKENS else _bytes_of(t, table) for t, code in pairs]
         return [_sentencepiece(t, code) for t, code in pairs]
+
+
+def _open_parts(path: Path) -> dict[Path, Any]:
+    """Give the parts of a model, in order, each with its gguf.GGUFReader; one, if it is not split."""
+    reader = _open(path)
+    count, number = _number(reader, "split.count", 1), _number(reader, "split.no", 0)
+    if count <= 1:
+        return {path: reader}
+    prefix = path.name.removesuffix(_part_ending(number, count))
+    if prefix in ("", path.name) or number >= count:
+        raise InputError(
+            f"{path} is part {number + 1} of {count} of a model, and its name does not say where the others are",
+            why=f"llama.cpp names it NAME{_part_ending(number, count)}",
+            fix="give all parts the names that they were published with",
+        )
+    out: dict[Path, Any] = {}
+    for i in range(count):
+        part = path.with_name(prefix + _part_ending(i, count))
+        if not part.is_file():
+            raise InputError(
+                f"{part} is missing",
+                why=f"it is part {i + 1} of {count} of the model, and {path.name} is part {number + 1}",
+                fix="put all parts into one folder",
+            )
+        out[part] = reader if i == number else _open(part)
+        if (_number(out[part], "split.no", -1), _number(out[part], "split.count", -1)) != (i, count):
+            raise InputError(
+                f"{part} is not part {i + 1} of {count} of a model",
+                why="it says so itself",
+                fix="give all parts the names that they were published with",
+            )
+    return out
+
+
+def _open(path: Path) -> Any:
+    from gguf import GGUFReader  # costs a tenth of a second: only who needs it pays
+
+    try:
+        return GGUFReader(path)
+    except Exception as e:  # gguf lets errors of all kinds out of a damaged file
+        raise InputError(f"{path} is no GGUF model that can be read", why=str(e)[:200]) from e
+
+
+def _part_ending(number: int, count: int) -> str:
+    return f"-{number + 1:05d}-of-{count:05d}.gguf"  # llama_split_path
+
+
+def _number(reader: Any, key: str, default: int) -> int:
+    field = reader.get_field(key)
+    value = default if field is None else field.contents()
+    return value if isinstance(value, int) else default
 
 
 def _literal(token: str) -> bytes:
