@@ -35,6 +35,7 @@ def vulkan(runtime: Any) -> dict[str, str]:
     """The environment in which llama.cpp has lavapipe as its device."""
     return {
         "GGML_BACKEND_PATH": str(build_vulkan(runtime)),
+        "GGML_VK_VISIBLE_DEVICES": "0",  # one that computes on the CPU is taken only where it is named
         "VK_ICD_FILENAMES": LAVAPIPE,
         "VK_DRIVER_FILES": LAVAPIPE,
     }
@@ -66,10 +67,17 @@ def test_what_is_recorded_is_right_and_nothing_is_changed(
         runs_of(name, placements, {"": {}}),
         traced=False,
         environment=vulkan,
+        device="Vulkan0",
     )
     kinds = {**DEFAULT, **WIDE, **({} if arch.encoder else {"changed": interventions_of(arch)["changed"]})}
     ran = run(
-        model, tmp_path / "traced", prompts, runs_of(name, placements, kinds), traced=True, environment=vulkan
+        model,
+        tmp_path / "traced",
+        prompts,
+        runs_of(name, placements, kinds),
+        traced=True,
+        environment=vulkan,
+        device="Vulkan0",
     )
     stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(model).tensors}
     problems = Problems()

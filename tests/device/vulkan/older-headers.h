@@ -4,7 +4,7 @@
 #pragma once
 
 #include <vector>
-#include <vulkan/vulkan.hpp>
+#include <vulkan/vulkan_core.h>
 
 #if VK_HEADER_VERSION < 272
 namespace vk {
