@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
-from devices import LAVAPIPE, Ran, build_vulkan, run_host
+from devices import LAVAPIPE, Ran, Runs, build_vulkan, run_host
 from test_interventions_on_device import check_choice, interventions_of
 from test_routing_on_device import (
     DEFAULT,
-    MOE,
     WIDE,
     Problems,
-    check_numbers,
     check_rows,
     check_same_columns,
     prompts_of,
@@ -23,11 +22,17 @@ from test_routing_on_device import (
     same_logits,
 )
 
-from moetrace.synthetic import ARCHITECTURES
+import moetrace
+from moetrace.synthetic import ARCHITECTURES, Architecture
+from moetrace.trace.record import State
 
 pytestmark = [pytest.mark.runtime, pytest.mark.slow]
 
-N_TRIES = 4
+N_TRIES = 8
+#: where Vulkan moves the experts of a model, and one of each way of scoring
+NAMES = ("qwen2moe", "llama4", "deepseek2-v3", "smallthinker", "olmoe", "gpt-oss")
+#: a run takes twenty seconds
+KINDS = {**DEFAULT, "tap-router": WIDE["tap-router"], "callback-router": WIDE["callback-router"]}
 
 
 @pytest.fixture(scope="session")
@@ -35,31 +40,49 @@ def vulkan(runtime: Any) -> dict[str, str]:
     """The environment in which llama.cpp has lavapipe as its device."""
     return {
         "GGML_BACKEND_PATH": str(build_vulkan(runtime)),
+        "GGML_VK_DISABLE_ASYNC": "1",  # or lavapipe of Mesa 22 crashes nearly always
         "GGML_VK_VISIBLE_DEVICES": "0",  # one that computes on the CPU is taken only where it is named
         "VK_ICD_FILENAMES": LAVAPIPE,
         "VK_DRIVER_FILES": LAVAPIPE,
     }
 
 
-def run(model: Path, folder: Path, *arguments: Any, **options: Any) -> dict[str, Ran]:
-    """Run host.py; lavapipe before Mesa 23 crashes by itself at times, and then it is run again, and said."""
-    for attempt in range(N_TRIES):
-        try:
-            return run_host(model, folder / str(attempt), *arguments, **options)
-        except AssertionError as e:
-            if attempt + 1 == N_TRIES or "code -" not in str(e):
-                raise
-            warnings.warn(f"lavapipe crashed, tried again: {str(e)[:80]}", pytest.PytestWarning, stacklevel=1)
-    raise AssertionError
+def check_top_k(trace: moetrace.Trace, arch: Architecture) -> None:
+    """The ids are the top-k of the scores; how these follow from the gate input, in half precision, is not asked."""
+    for i in range(len(trace.layers)):
+        present = np.asarray(trace.state)[:, i] == State.PRESENT
+        ids, scores = np.asarray(trace.experts)[present, i].astype(int), np.asarray(trace.scores)[present, i]
+        best = -np.sort(-scores, axis=1)[:, : arch.n_expert_used]
+        np.testing.assert_array_equal(np.take_along_axis(scores, ids, axis=1), best)
+
+
+def run(model: Path, folder: Path, prompts: Any, runs: Runs, **options: Any) -> dict[str, Ran]:
+    """Run host.py for each; lavapipe before Mesa 23 crashes by itself at times: then it is run again, and said."""
+    ran: dict[str, Ran] = {}
+    for name, one in runs.items():
+        for attempt in range(N_TRIES):
+            try:
+                ran |= run_host(model, folder / f"{name}-{attempt}", prompts, {name: one}, **options)
+                break
+            except AssertionError as e:
+                if "exit code -" not in str(e):
+                    raise
+                what = "traced" if options["traced"] else "untraced"
+                if attempt + 1 == N_TRIES:
+                    if options["traced"]:
+                        raise
+                    pytest.skip(f"lavapipe crashes untraced, {N_TRIES} times of {N_TRIES}")
+                warnings.warn(f"lavapipe crashed, {what}: tried again", pytest.PytestWarning, stacklevel=1)
+    return ran
 
 
 @pytest.mark.filterwarnings("default::pytest.PytestWarning")
-@pytest.mark.parametrize("name", MOE)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_recorded_is_right_and_nothing_is_changed(
     name: str, vulkan: dict[str, str], model_file: Any, tmp_path: Path
 ) -> None:
     arch, model, prompts = ARCHITECTURES[name], model_file(name), prompts_of(name)
-    placements = ("all", "some-experts")
+    placements = ("all",)
     plain = run(
         model,
         tmp_path / "plain",
@@ -69,7 +92,7 @@ def test_what_is_recorded_is_right_and_nothing_is_changed(
         environment=vulkan,
         device="Vulkan0",
     )
-    kinds = {**DEFAULT, **WIDE, **({} if arch.encoder else {"changed": interventions_of(arch)["changed"]})}
+    kinds = {**KINDS, "changed": interventions_of(arch)["changed"]}
     ran = run(
         model,
         tmp_path / "traced",
@@ -91,7 +114,7 @@ def test_what_is_recorded_is_right_and_nothing_is_changed(
             if trace is not None and kind in DEFAULT and traces["auto"] is not None:
                 problems(of, check_same_columns, trace, traces["auto"])
             if trace is not None and kind.endswith("router"):
-                problems(of, check_numbers, trace, name, model)
+                problems(of, check_top_k, trace, arch)
             if trace is not None and kind == "changed":
                 problems(of, check_choice, trace, arch, stored)
     problems.none()
