@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,6 +36,7 @@ from moetrace.host import llama
 from moetrace.host.inprocess import tracing
 from moetrace.host.options import CaptureOptions
 from moetrace.synthetic import write_model, writer
+from moetrace.synthetic.architectures import Kind
 from moetrace.trace.writer import TraceWriter
 
 SHAPE = {"n_layer": 48, "n_embd": 2048, "n_head": 32, "n_head_kv": 4, "n_expert": 128, "n_expert_used": 8}
@@ -53,24 +55,25 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
 
 
 def make(path: Path) -> None:
-    """Write the large model; tensors of one shape have the same numbers, since drawing them takes minutes."""
+    """Write the large model. Experts of a layer and layers are alike, since drawing them all takes many minutes."""
     drawn: dict[Any, Any] = {}
-    packed: dict[Any, Any] = {}
     values, pack = writer._values, writer.pack
 
-    def once(tensor: Any, *rest: Any) -> Any:
+    def few(tensor: Any, *rest: Any) -> Any:
         key = (tensor.shape, tensor.kind)
         if key not in drawn:
-            drawn[key] = values(tensor, *rest)
-        return drawn[key]
+            one = tensor.kind is Kind.EXPERT
+            drawn[key] = values(replace(tensor, shape=(1, *tensor.shape[1:])) if one else tensor, *rest)
+        return (key, drawn[key])
 
-    def packed_once(array: Any, qtype: Any) -> Any:
-        key = (id(array), qtype)
-        if key not in packed:
-            packed[key] = pack(array, qtype)
-        return packed[key]
+    def packed(given: Any, qtype: Any) -> Any:
+        (shape, kind), array = given
+        if ("packed", shape, kind) not in drawn:
+            done = pack(array, qtype)
+            drawn["packed", shape, kind] = np.repeat(done, shape[0], axis=0) if kind is Kind.EXPERT else done
+        return drawn["packed", shape, kind]
 
-    with mock.patch.object(writer, "_values", once), mock.patch.object(writer, "pack", packed_once):
+    with mock.patch.object(writer, "_values", few), mock.patch.object(writer, "pack", packed):
         write_model(path, "qwen3moe", n_ff_expert=768, quantization="Q4_K", **SHAPE)
 
 
@@ -164,6 +167,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--placement", default="all,cpu-moe,half")
+    parser.add_argument(
+        "--variants", default=",,".join(VARIANTS), help="of VARIANTS, with two commas between them"
+    )
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--decode", type=int, default=128, help="tokens one by one")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md")
@@ -179,10 +185,10 @@ def main() -> None:
         parser.error("--model, or --make to write one")
     measured: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for placement in args.placement.split(","):
-        measured[placement] = {name: [] for name in VARIANTS}
+        measured[placement] = {name: [] for name in args.variants.split(",,")}
         for repeat in range(args.repeats):
             print(f"{placement}: repeat {repeat + 1} of {args.repeats}", file=sys.stderr)
-            for name in random.sample(list(VARIANTS), len(VARIANTS)):
+            for name in random.sample(list(measured[placement]), len(measured[placement])):
                 job = {"model": str(args.model), "variant": name, "placement": placement}
                 job |= {"threads": args.threads, "prefill": args.prefill, "decode": args.decode}
                 measured[placement][name].append(run(job))

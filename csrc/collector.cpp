@@ -230,10 +230,7 @@ std::vector<ggml_tensor *> ids_asks_find(ggml_abi & abi, ggml_backend_sched * sc
         const auto it = entry_of(t);
         return it == places.end() ? -1 : it->second;
     };
-    const auto is_view = [&](int i) { // they compute nothing and belong to no split
-        const op_kind op = abi.op(abi.graph_node(graph, i));
-        return op == OP_VIEW || op == OP_RESHAPE || op == OP_PERMUTE || op == OP_TRANSPOSE;
-    };
+    const auto is_view_at = [&](int i) { return is_view(abi.op(abi.graph_node(graph, i))); }; // it belongs to no split
 
     std::vector<ggml_tensor *> asks;
     for (const auto & layer : moe.layers) {
@@ -242,14 +239,14 @@ std::vector<ggml_tensor *> ids_asks_find(ggml_abi & abi, ggml_backend_sched * sc
             int at = place_of(user);
             if (at >= 0 && !same_memory(abi, abi.src(user, abi.op(user) == OP_GET_ROWS ? 1 : 2), layer.ids)) {
                 const ggml_backend * backend = abi.sched_get_tensor_backend(sched, user);
-                while (at > 0 && (is_view(at - 1) || abi.sched_get_tensor_backend(sched, abi.graph_node(graph, at - 1)) == backend)) {
+                while (at > 0 && (is_view_at(at - 1) || abi.sched_get_tensor_backend(sched, abi.graph_node(graph, at - 1)) == backend)) {
                     at--;
                 }
                 at--; // the last node before the copy
             }
             last = std::max(last, at);
         }
-        while (last >= 0 && last + 1 < n_nodes && is_view(last + 1)) {
+        while (last >= 0 && last + 1 < n_nodes && is_view_at(last + 1)) {
             last++;
         }
         const int weights = layer.weights ? place_of(layer.weights) : -1;

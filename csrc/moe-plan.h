@@ -20,7 +20,7 @@ enum expert_matrix : uint8_t { // which expert matrices consumed a layer's ids
 struct selection {
     ggml_tensor * scores   = nullptr; // [n_expert, n_rows], or [n_expert per group, groups, n_rows]
     ggml_tensor * selector = nullptr; // the argsort or top-k
-    bool          reread   = false;   // the mixing weights are taken from the scores too
+    std::vector<ggml_tensor *> readers; // other nodes that compute from the scores
 };
 
 // The router of one layer, as the graph spells it. Tensors that an architecture lacks are nullptr.
@@ -65,6 +65,9 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph);
 
 // Whether this still is the graph that was read; allocation may have put its nodes into another order.
 bool moe_graph_is_same(ggml_abi & abi, ggml_cgraph * graph, moe_graph & moe);
+
+// Whether it computes nothing: another look at the same memory.
+bool is_view(op_kind op);
 
 // Whether two tensors begin at the same place.
 bool same_memory(const ggml_abi & abi, ggml_tensor * a, ggml_tensor * b);

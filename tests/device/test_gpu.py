@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from devices import run_host
 from real import check_architecture
-from test_routing_on_device import MOE, PLACEMENTS
+from test_capture import MOE
+from test_routing_on_device import DEFAULT, PLACEMENTS, WIDE
 
 pytestmark = [
     pytest.mark.runtime,
@@ -22,4 +23,6 @@ pytestmark = [
 def test_what_is_recorded_is_right_and_nothing_is_changed(
     name: str, runtime: Any, model_file: Any, tmp_path: Path
 ) -> None:
-    check_architecture(name, model_file(name), tmp_path, {}, run_host, tuple(PLACEMENTS))
+    check_architecture(
+        name, model_file(name), tmp_path, run_host, kinds={**DEFAULT, **WIDE}, placements=tuple(PLACEMENTS)
+    )
