@@ -256,7 +256,8 @@ void graph_prepare(sched_t sched, ggml_cgraph * graph, bool computed) {
     pending_finish(*s, false);
     const uint64_t start = clock_ns();
     moe_graph moe = moe_graph_read(T.abi, graph);
-    graph_keep(T, *s, moe, graph);
+    std::vector<ggml_tensor *> to_place;
+    graph_keep(T, *s, moe, graph, to_place);
     const bool known = s->shape.learn(T.abi, graph, moe, T.cfg);
     if (!computed) {
         return; // measured once, before anything is served
@@ -272,6 +273,8 @@ void graph_prepare(sched_t sched, ggml_cgraph * graph, bool computed) {
         moe.trouble = "a layer uses another number of experts than before";
     }
     g->moe      = std::move(moe);
+    g->to_place = std::move(to_place);
+    g->placed.clear();
     g->bound_to = 0;
     s->prepare_ns += clock_ns() - start;
 }
@@ -412,6 +415,19 @@ void sched_on_alloc(sched_t sched, ggml_cgraph * graph) {
     }
 }
 
+void sched_on_allocated(sched_t sched, ggml_cgraph * graph) {
+    sched_trace * s = nullptr;
+    when_active([&](tracer_state & T) { s = &sched_get(T, sched); });
+    if (s) {
+        guarded([&] {
+            graph_trace * g = s->find(graph);
+            if (g && !g->to_place.empty()) {
+                graph_place(tracer(), *s, *g);
+            }
+        });
+    }
+}
+
 void sched_on_synchronized(sched_t sched) {
     const sched_trace * s = nullptr;
     when_active([&](tracer_state & T) { s = &sched_get(T, sched); });
@@ -441,6 +457,7 @@ void sched_on_free(sched_t sched) {
         }
         if (gone) {
             pending_finish(*gone, false);
+            slabs_free(T, *gone);
         }
         if (own) {
             context_end(T, *own);

@@ -92,9 +92,9 @@ static bool is_kept(ggml_abi & abi, const graph_trace & g) {
 // which tensors of the graph go where in the context's records
 static void graph_bind(tracer_env & env, sched_trace & s, graph_trace & g) {
     context_trace & c = *s.context;
-    g.sources.make(env.abi, s.sched, g.graph, g.moe, c.rec->layout, env.cfg);
+    g.sources.make(env.abi, s.sched, g.graph, g.moe, c.rec->layout, env.cfg, g.placed);
     g.bound_to = c.number;
-    g.by_callback = collector_choose(env.cfg) == COLLECTOR_CALLBACK || !is_kept(env.abi, g);
+    g.by_callback = collector_choose(env.cfg) == COLLECTOR_CALLBACK || !g.to_place.empty() || !is_kept(env.abi, g);
     g.has_patches = false;
     g.tokens    = input_find(env.abi, g.moe.inp_tokens, g.moe.n_tokens);
     g.positions = input_find(env.abi, g.moe.inp_pos,    g.moe.n_tokens);
@@ -349,9 +349,14 @@ static void source_read(tracer_env & env, context_trace & c, const row_source & 
 // starts copying everything that is not in host memory
 static void sources_fetch(tracer_env & env, sched_trace & s, const graph_sources & sources) {
     context_trace & c = *s.context;
+    for (const slab_use & use : sources.slabs) {
+        env.abi.tensor_get_async(use.slab->backend, use.slab->whole, c.readback.data() + use.scratch, 0, use.bytes);
+        c.count(COUNT_COPIES);
+        c.count(COUNT_COPIED_BYTES, use.bytes);
+    }
     for (size_t i = 0; i < sources.rows.size(); i++) {
         const source_tensor & tensor = sources.tensors[i];
-        const size_t bytes = sources.rows[i].base ? 0 : env.abi.span(tensor.t);
+        const size_t bytes = sources.rows[i].base || tensor.in_slab ? 0 : env.abi.span(tensor.t);
         if (bytes == 0) {
             continue;
         }
@@ -487,7 +492,7 @@ static bool nodes_keep(const ggml_abi & abi, sched_trace & s, moe_graph & moe, g
     return true;
 }
 
-void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph * graph) {
+void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph * graph, std::vector<ggml_tensor *> & to_place) {
     if (collector_choose(env.cfg) != COLLECTOR_TAP || moe.layers.empty()) {
         return;
     }
@@ -501,16 +506,16 @@ void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph 
         if (!env.cfg.has_layer(layer.layer)) {
             continue;
         }
-        const auto keep = [&](ggml_tensor * t, uint32_t channel) {
+        const auto keep = [&](ggml_tensor * t, uint32_t channel, bool may_move) {
             if (t && (env.cfg.channels & channel)) {
-                kept.push_back(t);
+                (may_move && env.abi.can_place() ? to_place : kept).push_back(t);
             }
         };
-        keep(layer.ids,        CHANNEL_EXPERTS);
-        keep(layer.weights,    CHANNEL_WEIGHTS);
-        keep(layer.logits,     CHANNEL_LOGITS);
-        keep(layer.gate_input, CHANNEL_GATE_INPUT);
-        keep(layer.choice.scores, CHANNEL_SCORES);
+        keep(layer.ids,        CHANNEL_EXPERTS,    true);
+        keep(layer.weights,    CHANNEL_WEIGHTS,    true);
+        keep(layer.logits,     CHANNEL_LOGITS,     true);
+        keep(layer.gate_input, CHANNEL_GATE_INPUT, false); // too wide
+        keep(layer.choice.scores, CHANNEL_SCORES,  false); // a fused top-k leaves them out, unless they have a user
     }
     if (!nodes_keep(env.abi, s, moe, graph, kept)) {
         for (ggml_tensor * t : kept) {
@@ -520,6 +525,136 @@ void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph 
     if (!env.cfg.tensors.empty()) {
         tensors_for_each(env.abi, graph, env.cfg, mark);
     }
+}
+
+static constexpr size_t MAX_SLAB = 64u << 20; // of one device; what is larger is left where it is
+
+static result_slab * slab_reserve(const ggml_abi & abi, sched_trace & s, ggml_backend * backend, void * type, size_t size) {
+    result_slab * slab = nullptr;
+    for (const auto & known : s.slabs) {
+        if (known->backend == backend && known->type == type) {
+            slab = known.get();
+        }
+    }
+    if (slab && slab->size >= size) {
+        return slab;
+    }
+    if (!slab) {
+        s.slabs.push_back(std::make_unique<result_slab>());
+        slab = s.slabs.back().get();
+        slab->backend = backend;
+        slab->type    = type;
+    }
+    if (slab->buffer) {
+        abi.sched_synchronize(s.sched); // a graph may still write there
+        abi.buffer_free(slab->buffer);
+    }
+    slab->size   = 0;
+    slab->buffer = abi.buft_alloc_buffer(type, size);
+    if (!slab->buffer) {
+        return nullptr;
+    }
+    abi.buffer_clear(slab->buffer, 0xFF); // no ids and no numbers: what is never written shows
+    slab->base = (char *) abi.buffer_get_base(slab->buffer);
+    slab->arena.assign((abi.tensor_overhead() + 64)/8 + 1, 0);
+    ggml_context * ctx = abi.init({ slab->arena.size()*8, slab->arena.data(), true });
+    slab->whole = ctx ? abi.new_tensor_4d(ctx, TYPE_I32, (int64_t) (size/4), 1, 1, 1) : nullptr;
+    const bool ok = slab->whole && abi.tensor_alloc(slab->buffer, slab->whole, slab->base) == 0;
+    if (ctx) {
+        abi.free(ctx); // the tensor lies in the arena
+    }
+    slab->size = ok ? size : 0;
+    return ok ? slab : nullptr;
+}
+
+// Whether a layer's results lie where its logits do: backends then do not fuse its top-k, and moved they would. Of few
+// rows they do, since the kernel has read all before it writes.
+static bool is_unfused_by_place(const ggml_abi & abi, const moe_graph & moe, ggml_tensor * root) {
+    static constexpr int64_t FEW_ROWS = 8;
+    for (const moe_layer & layer : moe.layers) {
+        const bool is_result = (layer.ids && abi.root(layer.ids) == root) || (layer.weights && abi.root(layer.weights) == root);
+        if (!is_result || layer.n_rows <= FEW_ROWS || !layer.choice.selector) {
+            continue;
+        }
+        // the logits as the top-k's device has them: what the scores are computed from, or the scores themselves
+        ggml_tensor * scores = abi.src(layer.choice.selector, 0);
+        for (ggml_tensor * t : { scores, abi.src(abi.root(scores), 0) }) {
+            const char * a = (const char *) abi.data(root);
+            const char * b = t ? (const char *) abi.data(t) : nullptr;
+            if (a && b && abi.buffer(t) == abi.buffer(root) && a < b + abi.span(t) && b < a + abi.span(root)) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+void graph_place(tracer_env & env, sched_trace & s, graph_trace & g) {
+    const ggml_abi & abi = env.abi;
+    struct group { ggml_backend * backend; void * type; size_t size; std::vector<std::pair<ggml_tensor *, size_t>> roots; };
+    std::vector<group> groups;
+    std::vector<ggml_tensor *> rest;
+    for (ggml_tensor * t : g.to_place) {
+        ggml_tensor * root = abi.root(t);
+        ggml_backend * backend = abi.sched_get_tensor_backend(s.sched, root);
+        if (!backend || !abi.buffer(root) || abi.op_number(root) == 0 ||
+                (!abi.buffer_is_host(abi.buffer(root)) && is_unfused_by_place(abi, g.moe, root))) {
+            rest.push_back(t);
+            continue;
+        }
+        void * type = abi.buffer_get_type(abi.buffer(root));
+        auto of = std::find_if(groups.begin(), groups.end(), [&](const group & known) {
+            return known.backend == backend && known.type == type;
+        });
+        if (of == groups.end()) {
+            of = groups.insert(of, { backend, type, 0, {} });
+        }
+        if (std::none_of(of->roots.begin(), of->roots.end(), [&](const auto & known) { return known.first == root; })) {
+            const size_t alignment = abi.buft_get_alignment(type);
+            of->roots.emplace_back(root, of->size);
+            of->size += (abi.buft_get_alloc_size(type, root) + alignment - 1)/alignment*alignment;
+        }
+    }
+    for (const group & of : groups) {
+        if (of.size == 0) {
+            continue; // a ubatch without outputs: nothing is read
+        }
+        const result_slab * slab = of.size <= MAX_SLAB ? slab_reserve(abi, s, of.backend, of.type, of.size) : nullptr;
+        for (const auto & [root, offset] : of.roots) {
+            if (slab) {
+                abi.unplace(root);
+                abi.tensor_alloc(slab->buffer, root, slab->base + offset);
+            } else {
+                rest.push_back(root);
+            }
+        }
+        if (slab) {
+            g.placed.push_back({ slab, of.size, 0 });
+        }
+    }
+    // whoever looks at them moves with them
+    const int n_nodes = g.placed.empty() ? 0 : abi.graph_n_nodes(g.graph);
+    for (int i = 0; i < n_nodes; i++) {
+        ggml_tensor * node = abi.graph_node(g.graph, i);
+        ggml_tensor * root = abi.root(node);
+        const bool moved = node != root && std::any_of(g.placed.begin(), g.placed.end(), [&](const slab_use & use) {
+            return abi.buffer(root) == use.slab->buffer;
+        });
+        if (moved) {
+            abi.unplace(node);
+            abi.view_init(node);
+        }
+    }
+    g.to_place = std::move(rest);
+}
+
+void slabs_free(const tracer_env & env, sched_trace & s) {
+    for (const auto & slab : s.slabs) {
+        if (slab->buffer) {
+            env.abi.buffer_free(slab->buffer);
+        }
+    }
+    s.slabs.clear();
 }
 
 bool graph_is_warmup(const moe_graph & moe) {

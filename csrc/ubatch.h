@@ -6,9 +6,17 @@
 
 namespace moetrace {
 
-// Before the scheduler allocates a graph: lets the tensors that the tap will read live to its end. Nodes are added to
-// the graph that compute nothing and have the tensors as sources; `moe` knows of them then.
-void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph * graph);
+// Before the scheduler allocates a graph: lets the tensors that the tap will read live to its end. What can be moved when
+// the graph is allocated is given in `to_place`, and nothing else is done. For the rest nodes are added to the graph that
+// compute nothing and have the tensors as sources; `moe` knows of them then.
+void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph * graph, std::vector<ggml_tensor *> & to_place);
+
+// When the scheduler has allocated a graph: moves what is in `to_place` into memory of our own. What cannot
+// be moved, or not without letting a backend fuse what it would not, stays in `to_place`: it must be read by callback.
+void graph_place(tracer_env & env, sched_trace & s, graph_trace & g);
+
+// The scheduler goes, and with it what was placed for its graphs.
+void slabs_free(const tracer_env & env, sched_trace & s);
 
 // A graph that routes is computed, and was never announced: its rows are lost, and counted.
 void ubatch_unread(context_trace & c, const moe_graph & moe);
