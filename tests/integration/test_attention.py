@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_capture import capture
-from test_synthetic_models import TEXT
+from running import TEXT, capture
 
 import moetrace
 from moetrace.host.client import drive

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_synthetic_models import TEXT
+from running import TEXT
 
 import moetrace
 from moetrace.__main__ import main
