@@ -69,15 +69,18 @@ def test_a_sliding_window_and_sinks(runtime, model_file, tmp_path):
     capture(model_file("gpt-oss"), path, [{"prompt": TEXT}], "--capture", "attention", "-ub", "64")
     trace = moetrace.open(path)
     window = 128
-    seen = set()
+    seen, sums = set(), []
     for layer in range(4):
         for _, position, weights, first in rows_of(trace, layer):
             n_keys = weights.shape[1]
             assert first == position + 1 - n_keys
             assert n_keys in (position + 1, min(position + 1, window))
             seen.add((n_keys == position + 1, position >= window))
-            assert (weights.sum(axis=1) < 1).all()  # the rest is the sink's
+            sums.append(weights.sum(axis=1, dtype=np.float64))
     assert seen == {(True, False), (True, True), (False, True)}  # both kinds of layers
+    total = np.concatenate(sums)
+    assert (total < 1 + 1e-6).all()
+    assert np.mean(total < 1 - 1e-5) > 0.9  # the rest is the sink's, which some heads hardly look at
 
 
 @pytest.mark.parametrize("cache", ["-kvu", "-no-kvu"])
