@@ -6,8 +6,8 @@ STAMP  := $(VENV)/.moetrace
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-# one test process for each core: llama.cpp is run with one thread
-PARALLEL := --numprocesses auto --maxprocesses 8
+# one test process for each core: llama.cpp is run with one thread; neighbours stay together, as they share fixtures
+PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # which of tests/stress `make stress` runs: T=test_kill.py; all by default
 T ?=

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 from router_math import check_routing, mixing_weights
-from running import MOE, REFERENCE, ROUTER, TEXT, capture
+from running import MOE, REFERENCE, ROUTER, TEXT, capture, python
 
 import moetrace
 from moetrace.synthetic import ARCHITECTURES
@@ -18,6 +20,15 @@ from moetrace.trace.record import State
 from moetrace.trace.verify import verify
 
 pytestmark = pytest.mark.runtime
+
+
+BOTH = """
+    import sys, json, moetrace
+    model, tap, callback, channels, prompts, options = sys.argv[1:]
+    for collector, path in (("tap", tap), ("callback", callback)):
+        moetrace.capture(model, json.loads(prompts), path, collector=collector, channels=channels, n_threads=1,
+                         **json.loads(options))
+"""
 
 
 @pytest.fixture(scope="session")
@@ -31,17 +42,13 @@ def router_traces(runtime, model_file, tmp_path_factory):
 
     def make(name: str) -> tuple[Path, Path]:
         if name not in made:
-            for collector in ("tap", "callback"):
-                if ARCHITECTURES[name].encoder:  # an encoder takes a sequence at once and generates nothing
-                    options = ["-np", "1"]
-                    items = [{**prompt, "n_predict": 0} for prompt in prompts]
-                else:
-                    options, items = ["-np", "3", "-ub", "64"], prompts
-                path = folder / f"{name}-{collector}.moet"
-                capture(
-                    model_file(name), path, items, "--collector", collector, "--capture", ROUTER, *options
-                )
+            options: dict[str, Any] = {"n_parallel": 3, "n_ubatch": 64}
+            items = prompts
+            if ARCHITECTURES[name].encoder:  # an encoder takes a sequence at once and generates nothing
+                options, items = {"n_parallel": 1}, [{**prompt, "n_predict": 0} for prompt in prompts]
             made[name] = (folder / f"{name}-tap.moet", folder / f"{name}-callback.moet")
+            ran = python(BOTH, model_file(name), *made[name], ROUTER, json.dumps(items), json.dumps(options))
+            assert ran.returncode == 0, ran.stderr
         return made[name]
 
     return make

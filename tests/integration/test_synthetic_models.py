@@ -38,10 +38,23 @@ def run(model: Path, folder: Path, text: str = TEXT, n_generate: int = 24) -> di
         return dict(saved)
 
 
+@pytest.fixture(scope="module")
+def seen_of(runtime, model_file, tmp_path_factory):
+    """``seen_of(architecture)``: what the independent recorder saw of it, run once."""
+    made: dict[str, dict[str, np.ndarray]] = {}
+
+    def make(name: str) -> dict[str, np.ndarray]:
+        if name not in made:
+            made[name] = run(model_file(name), tmp_path_factory.mktemp("seen"))
+        return made[name]
+
+    return make
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_model_routes_and_generates(name, runtime, model_file, tmp_path):
+def test_model_routes_and_generates(name, seen_of, model_file, tmp_path):
     arch = ARCHITECTURES[name]
-    seen = run(model_file(name), tmp_path)
+    seen = seen_of(name)
     n_tokens = len(seen["tokens"])
     assert 200 < n_tokens < 600
     assert seen["text"].tobytes().decode() == "<|bos|>" * arch.add_bos + TEXT
@@ -74,9 +87,9 @@ def test_model_routes_and_generates(name, runtime, model_file, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name, arch in ARCHITECTURES.items() if arch.n_expert])
-def test_experts_are_selected_and_mixed_as_the_architecture_says(name, runtime, model_file, tmp_path):
+def test_experts_are_selected_and_mixed_as_the_architecture_says(name, seen_of, model_file):
     arch, path = ARCHITECTURES[name], model_file(name)
-    seen = run(path, tmp_path, n_generate=0)
+    seen = seen_of(name)
     stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
     plain, differ = replace(arch, n_expert_groups=0), 0
     for layer in arch.moe_layers:

@@ -28,7 +28,7 @@ CHANNELS = ["experts", "weights", "gate_input", "attention", "tensor:ffn_moe_out
 
 
 def main(folder: Path) -> None:
-    model = write_model(folder / "m.gguf", "qwen3moe", n_expert=8, n_expert_used=3)
+    model = write_model(folder / "m.gguf", "qwen3moe", n_layer=3, n_expert=8, n_expert_used=3)
     prompts = [
         {
             "id": f"p{i}",
