@@ -11,6 +11,8 @@ from typing import IO
 from moetrace.commands.options import Collect, add_option, red
 from moetrace.errors import UsageError
 from moetrace.host.options import CHANNELS, COLLECTORS, ON_FULL, CaptureOptions, human_size, parse_size
+from moetrace.printable import printable
+from moetrace.trace.remarks import remarks
 from moetrace.trace.trace import Trace, open_trace
 
 
@@ -92,6 +94,8 @@ def report_trace(
             loss = context.loss
             lost = f"{loss.rows_lost:,} rows lost"
             print(f"  {red(lost, stream) if loss.rows_lost else lost}; {_own_time(context)}", file=stream)
+        for text in remarks(trace.store):
+            print(f"  {red(printable(text), stream)}", file=stream)
     for i, command in enumerate(following):
         print(f"{'     ' if i else 'Next:'} moetrace {command} {path}", file=stream)
 

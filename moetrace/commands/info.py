@@ -7,13 +7,15 @@ import dataclasses
 import json
 
 from moetrace.commands.options import add_option, red
+from moetrace.printable import printable
+from moetrace.trace.remarks import remarks
 from moetrace.trace.trace import Trace, open_trace
 
 
 class Info:
     """Show what a trace holds, and what it lacks.
 
-    Loss is shown in red. With --json, everything as one JSON object.
+    Loss, and what else one must know of it, is shown in red. With --json, everything as one JSON object.
     """
 
     passthrough = False
@@ -35,7 +37,8 @@ class Info:
                     print()
                 for name, value in context.summary():
                     bad = name == "completeness" and not value.startswith("nothing lost")
-                    print(f"{name:<13} {red(value) if bad else value}")
+                    shown = printable(value)
+                    print(f"{name:<13} {red(shown) if bad else shown}")
                 loss = context.loss
                 print(
                     f"{'entries':<13} {loss.produced:,} = {loss.present:,} present"
@@ -45,9 +48,11 @@ class Info:
                 print(f"{'cached':<13} {loss.cached:,} positions served from the prompt cache")
                 if n := int(context.intervened.sum()):
                     rules = context.interventions["rules"].dropna().unique()
-                    print(f"{'intervened':<13} {n:,} rows: {'; '.join(rules)}")
+                    print(f"{'intervened':<13} {n:,} rows: {printable('; '.join(rules))}")
                 if status := context.facts.get("status"):
-                    print(f"{'tracer':<13} {red(str(status))}")
+                    print(f"{'tracer':<13} {red(printable(str(status)))}")
+            for text in remarks(trace.store):
+                print(f"{'note':<13} {red(printable(text))}")
         return 0
 
 
@@ -55,6 +60,7 @@ def _facts(trace: Trace, contexts: list[Trace]) -> dict[str, object]:
     return {
         "path": str(trace.path),
         "meta": trace.meta,
+        "remarks": remarks(trace.store),
         "contexts": [
             {
                 **context.facts,

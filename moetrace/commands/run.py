@@ -15,6 +15,7 @@ from moetrace.commands.capturing import (
 from moetrace.commands.options import add_option, red
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.host.server import TracedProcess
+from moetrace.printable import printable
 
 
 class Run:
@@ -53,7 +54,13 @@ class Run:
             warn(error)
 
         traced = TracedProcess(
-            args.rest, path, options, force=args.force, intervene=args.intervene, on_error=on_error
+            args.rest,
+            path,
+            options,
+            force=args.force,
+            intervene=args.intervene,
+            on_error=on_error,
+            on_note=note,
         )
         code = traced.wait()
         trouble: MoetraceError | None = None
@@ -67,10 +74,16 @@ class Run:
                 warn(trouble)
             return code or trouble.exit_code
         if not args.quiet:
-            report_trace(path)
+            report_trace(traced.trace.path)
         return code
 
 
 def warn(trouble: MoetraceError) -> None:
     """Say at once what went wrong; the program goes on."""
-    print(f"{red('moetrace:', sys.stderr)} {trouble}", file=sys.stderr, flush=True)
+    said = printable(str(trouble), keep="\n")
+    print(f"{red('moetrace:', sys.stderr)} {said}", file=sys.stderr, flush=True)
+
+
+def note(text: str) -> None:
+    """Say at once what becomes of the recording."""
+    print(f"moetrace: {printable(text)}", file=sys.stderr, flush=True)

@@ -205,6 +205,21 @@ class TableWriter:
             raise disk_error(self.path, e) from e
         return n
 
+    def tampering(self) -> str:
+        """Say what somebody else did to its files since they were opened; empty if nothing."""
+        sizes = {name: COLUMN_HEADER + self.sealed * n for name, n in self._row_bytes.items()}
+        sizes[LEDGER_NAME] = self._ledger_header + self._n_blocks * self._dtype.itemsize
+        for name, fd in self._fds.items():
+            path, ours = column_path(self.path, name), os.fstat(fd)
+            try:
+                if not os.path.samestat(path.lstat(), ours):
+                    return f"{path} was replaced"
+            except OSError:
+                return f"{path} was deleted or moved"
+            if ours.st_size < sizes[name]:
+                return f"{path} was cut short"
+        return ""
+
     def close(self) -> None:
         """Close the files. Rows that were not sealed are lost."""
         for fd in self._fds.values():

@@ -16,6 +16,7 @@ from moetrace.trace.columns import Damage, Table
 from moetrace.trace.labels import read_labels
 from moetrace.trace.loss import LOST_COUNTERS
 from moetrace.trace.record import RowFlag, State
+from moetrace.trace.remarks import remarks
 from moetrace.trace.requests import Phase
 from moetrace.trace.ring import peek_counters, peek_reader, process_alive
 from moetrace.trace.rows import LAYER_COLUMNS, Layout
@@ -36,6 +37,8 @@ class Verification:
         The trace.
     findings
         What is wrong, in the order in which it was found; empty if nothing is.
+    remarks
+        What is no fault and yet must be known: see :mod:`moetrace.trace.remarks`.
     live
         True if the trace is being recorded right now: what is not sealed yet is no fault.
     rows
@@ -46,6 +49,7 @@ class Verification:
     findings: tuple[Damage, ...]
     live: bool
     rows: int
+    remarks: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -133,7 +137,11 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
         read_vocabulary(store.path)
     except TraceError as e:
         findings.append(Damage("vocabulary.json", e.why or e.what, recoverable=False))
-    return Verification(store.path, tuple(findings), live, rows)
+    try:
+        said = tuple(remarks(store))
+    except MoetraceError:  # a context that cannot be opened was found above
+        said = ()
+    return Verification(store.path, tuple(findings), live, rows, said)
 
 
 def _closing(store: TraceStore, tables: dict[str, Table]) -> Iterator[Damage]:

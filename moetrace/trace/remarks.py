@@ -1,0 +1,44 @@
+"""What one must know of a trace that is whole and yet not what one may take it for."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moetrace.trace.record import RowFlag
+from moetrace.trace.store import ContextStore, TraceStore
+
+
+def remarks(store: TraceStore) -> list[str]:
+    """Give a sentence for each such thing: prompts that were not captured, rows that nobody can be told to own."""
+    said = [_prompts(store), *(_unidentified(context) for context in store.contexts)]
+    return [text for text in said if text]
+
+
+def _prompts(store: TraceStore) -> str:
+    asked = store.meta.get("asked")
+    if not isinstance(asked, dict) or type(asked.get("prompts")) is not int:
+        return ""
+    prompts, done = asked["prompts"], asked.get("done")
+    if type(done) is not int:
+        if store.live:
+            return f"{prompts:,} prompts are to be captured; how many are done, it says when it is closed"
+        return f"interrupted: of {prompts:,} prompts asked for only those listed were captured, its recorder died"
+    if done < prompts:
+        return f"interrupted: {done:,} of {prompts:,} prompts were captured"
+    return ""
+
+
+def _unidentified(context: ContextStore) -> str:
+    flags = context.rows["flags"]
+    n = int(np.count_nonzero(flags & np.uint32(RowFlag.UNIDENTIFIED)))
+    if not n:
+        return ""
+    if n < len(flags):
+        return (
+            f"{n:,} of {len(flags):,} rows of {context.name} have no sequence and no request: the tracer could not "
+            "tell which tokens of the batch they are"
+        )
+    return (
+        f"none of the {n:,} rows of {context.name} has a sequence or a request: llama.cpp was called past the tracer, "
+        "as llama-cpp-python does (ctypes looks functions up by itself). Use moetrace.capture or llama-server"
+    )
