@@ -72,8 +72,8 @@ class Run:
         if trouble is not None:
             if trouble not in told:
                 warn(trouble)
-            return code or trouble.exit_code
-        if not args.quiet:
+            code = code or trouble.exit_code
+        if not args.quiet and traced.recorded:
             report_trace(traced.trace.path)
         return code
 

@@ -59,6 +59,11 @@ class ContextDrain:
         self._sealed_at = time.monotonic()
 
     @property
+    def name(self) -> str:
+        """The context's folder within the trace."""
+        return self.ring.path.parent.name
+
+    @property
     def rows(self) -> int:
         """Rows taken so far."""
         return len(self.writer.rows) - self._began
@@ -178,6 +183,7 @@ class Drain:
         self._place = trace.path
         self._unreadable: dict[str, float] = {}  # ring -> since when
         self._left_alone: dict[str, MoetraceError] = {}
+        self._said_of: dict[str, MoetraceError] = {}
         self._next_attach = self._next_look = self._next_try = 0.0
         self._lost_before = 0
         self._stop = threading.Event()
@@ -235,7 +241,8 @@ class Drain:
             self._take_up_again()
         self.attach()
         self._close(self._open)
-        for name in list(self._left_alone):  # there may be room for these now
+        taken_on = {context.name for context in self.contexts}
+        for name in self._left_alone.keys() - taken_on:  # there may be room for these now
             del self._left_alone[name]
         self.attach()
         self._close(self._open)
@@ -339,7 +346,7 @@ class Drain:
         self.trace.stay()
         if self.trace.path != self._place:
             for context in self._open:
-                context.ring.path = self.trace.path / context.ring.path.parent.name / context.ring.path.name
+                context.ring.path = self.trace.path / context.name / context.ring.path.name
             self._on_note(
                 f"{self._place} was moved to {self.trace.path}: recording goes on there, without llama contexts "
                 "that are made from now on"
@@ -405,7 +412,7 @@ class Drain:
         """Go back to what is sealed and take the rest out of the rings again, as after a reader's death."""
         self.trace.reopen()
         for context in self._open:
-            writer = self.trace.context(context.ring.path.parent.name)
+            writer = self.trace.context(context.name)
             if writer is None:  # it could not be listed
                 context.ring.close()
                 self.contexts.remove(context)
@@ -418,12 +425,12 @@ class Drain:
         return sum(context.ring.counters[name] for context in self._open for name in names)
 
     def _give_up(self, error: MoetraceError) -> None:
-        self.error = error
         for context in self._open:
             if isinstance(error, GoneError):
                 context.ring.paused = True  # nobody will ever read it: the host need not wait
             context.ring.close()
         self.trace.detach()
+        self.error = error
         self._on_error(error)
 
     # -- rings -----------------------------------------------------------------------------------------
@@ -434,7 +441,7 @@ class Drain:
         if now < self._next_attach and not self._stop.is_set():
             return
         self._next_attach = now + ATTACH_SECONDS
-        known = {context.ring.path.parent.name for context in self.contexts} | self._left_alone.keys()
+        known = {context.name for context in self.contexts} | self._left_alone.keys()
         for path in ring_paths(self.trace.path):
             if path.parent.name not in known and ring_is_ready(path):
                 try:
@@ -474,5 +481,7 @@ class Drain:
             why=error.why,
             fix=error.fix,
         )
-        self._left_alone[path.parent.name] = said
-        self._on_error(said)
+        name = path.parent.name
+        self._left_alone[name] = self._said_of.setdefault(name, said)
+        if self._said_of[name] is said:
+            self._on_error(said)

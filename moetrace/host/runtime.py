@@ -16,7 +16,7 @@ from pathlib import Path
 
 from moetrace.errors import RuntimeMissingError
 
-PRELOAD = "DYLD_INSERT_LIBRARIES" if sys.platform == "darwin" else "LDPRELOAD"
+PRELOAD = "DYLD_INSERT_LIBRARIES" if sys.platform == "darwin" else "LD_PRELOAD"
 #: what the tracer reads from its environment (csrc/config.cpp)
 _VARIABLES = tuple(
     f"MOETRACE_{key}"

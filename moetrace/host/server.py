@@ -118,6 +118,7 @@ class TracedProcess:
         self._untraced: MoetraceError | None = None
         self._next_watch = 0.0
         self._exit_code: int | None = None
+        self._closed = False
         interventions = parse_interventions(intervene)
         check_model(interventions, None if "--override-kv" in command else self._model_path)
         self.trace = TraceWriter(output, command=redacted(command), model_path=self._model_path, force=force)
@@ -163,7 +164,7 @@ class TracedProcess:
         ------
         MoetraceError
             If draining failed: what was sealed is in the trace, the rest stays in the rings. Or if the host
-            refused what it was to change about the routing.
+            refused what it was to change about the routing, or a ring could not be read; the trace is closed then.
         """
         self._exit_code = exit_code
         try:
@@ -173,12 +174,20 @@ class TracedProcess:
             self.trace.stay()
             store_vocabulary(self.trace.path, self._model_path)
             self.trace.close(exit_code=exit_code)
+            self._closed = bool(self.drain.contexts)
         finally:
             self.trace.detach()
         for context in self.drain.contexts:
             number, why = context.refused
             if number and number == self.intervention:
                 raise refusal(number, why)
+        if self.drain.left_alone:
+            raise self.drain.left_alone[0]
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the trace is closed and holds something."""
+        return self._closed
 
     def nothing_seen(self) -> MoetraceError | None:
         """Give the reason why no context was recorded, as far as it is known; None if one was."""
