@@ -18,7 +18,7 @@ from moetrace.trace.loss import LOST_COUNTERS
 from moetrace.trace.record import RowFlag, State
 from moetrace.trace.remarks import remarks
 from moetrace.trace.requests import Phase
-from moetrace.trace.ring import peek_counters, peek_reader, process_alive
+from moetrace.trace.ring import peek_counters, peek_reader, process_alive, ring_is_ready, ring_paths
 from moetrace.trace.rows import LAYER_COLUMNS, Layout
 from moetrace.trace.store import ContextStore, TraceStore, read_vocabulary
 
@@ -149,6 +149,9 @@ def _closing(store: TraceStore, tables: dict[str, Table]) -> Iterator[Damage]:
     said = store.meta.get("tables")
     if store.live:
         return
+    for ring in ring_paths(store.path):
+        what = "a ring was left behind: what it holds may not be in the trace"
+        yield Damage(f"{ring.parent.name}/{ring.name}", what, recoverable=ring_is_ready(ring))
     if not isinstance(said, dict):
         yield Damage("meta.json", "it does not say how long the tables are", recoverable=False)
         return
