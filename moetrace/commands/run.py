@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 
 from moetrace.commands.capturing import (
@@ -74,7 +75,8 @@ class Run:
                 warn(trouble)
             code = code or trouble.exit_code
         if not args.quiet and traced.recorded:
-            report_trace(traced.trace.path)
+            with contextlib.suppress(OSError):  # standard error may be a file on a full disk
+                report_trace(traced.trace.path)
         return code
 
 

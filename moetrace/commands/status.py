@@ -11,7 +11,7 @@ from moetrace.commands.options import add_option, red
 from moetrace.printable import printable
 from moetrace.trace.loss import LOST_COUNTERS
 from moetrace.trace.ring import Ring, open_rings, process_alive, stalled
-from moetrace.trace.storage import free_space
+from moetrace.trace.storage import free_space, is_locked
 
 #: a recorder that lives takes records at least every half second, and shows that it lives as often
 STALLED_SECONDS = 1.5
@@ -59,6 +59,8 @@ def _state(ring: Ring, trace: Path, waits: bool) -> tuple[str, str]:
     """Give what becomes of a context's rows, in a word, and why."""
     if ring.closed:
         return "ended", ""
+    if not process_alive(ring.reader_pid) and is_locked(trace):
+        return "not read", "its recorder runs, and has not taken it on"
     if not process_alive(ring.reader_pid):
         return "not read", f"its recorder died; go on with: moetrace resume {trace}"
     if waits and ring.reader_silent_s > SILENT_SECONDS:

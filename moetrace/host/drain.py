@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from moetrace.errors import DiskError, GoneError, MoetraceError, TraceError
 from moetrace.host.hosts import maps_file
@@ -140,6 +141,18 @@ def tell(said: MoetraceError | str) -> None:
     print(f"moetrace: {printable(str(said), keep=chr(10))}", file=sys.stderr, flush=True)
 
 
+def _unfailing(say: Callable[[Any], None]) -> Callable[[Any], None]:
+    """What is said may go to a file on the very disk that is full: that must not end the drain."""
+
+    def said(what: Any) -> None:
+        with contextlib.suppress(
+            OSError
+        ):  # it stays in the stream's buffer, and is written with what is said next
+            say(what)
+
+    return said
+
+
 class Drain:
     """Drains every ring that appears in a trace folder, in a thread of its own.
 
@@ -178,14 +191,16 @@ class Drain:
         self.error: MoetraceError | None = None
         self.waiting: DiskError | None = None
         self.contexts: list[ContextDrain] = []
-        self._on_error = on_error
-        self._on_note = on_note
+        self._on_error = _unfailing(on_error)
+        self._on_note = _unfailing(on_note)
         self._place = trace.path
         self._unreadable: dict[str, float] = {}  # ring -> since when
         self._left_alone: dict[str, MoetraceError] = {}
         self._said_of: dict[str, MoetraceError] = {}
+        self._claimed: dict[str, Ring] = {}  # rings whose context the disk did not take yet
         self._next_attach = self._next_look = self._next_try = 0.0
         self._lost_before = 0
+        self._waiting_told = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="moetrace-drain", daemon=True)
 
@@ -198,6 +213,10 @@ class Drain:
     def left_alone(self) -> list[MoetraceError]:
         """What was said of rings that could not be read."""
         return list(self._left_alone.values())
+
+    @property
+    def _rings(self) -> list[Ring]:
+        return [*(context.ring for context in self._open), *self._claimed.values()]
 
     @property
     def _open(self) -> list[ContextDrain]:
@@ -290,11 +309,10 @@ class Drain:
         self._finish()
         if self.error is not None:
             raise self.error
-        for context in self._open:
-            if self.waiting is None:
-                context.detach()
-            else:
-                context.ring.close()
+        for context in self._open if self.waiting is None else ():
+            context.detach()
+        for ring in self._rings:
+            ring.close()
         self.trace.detach()
 
     def flush(self) -> None:
@@ -343,15 +361,7 @@ class Drain:
         if now < self._next_look:
             return
         self._next_look = now + LOOK_SECONDS
-        self.trace.stay()
-        if self.trace.path != self._place:
-            for context in self._open:
-                context.ring.path = self.trace.path / context.name / context.ring.path.name
-            self._on_note(
-                f"{self._place} was moved to {self.trace.path}: recording goes on there, without llama contexts "
-                "that are made from now on"
-            )
-            self._place = self.trace.path
+        self._follow()
         if self.waiting is None:
             looked_at = [self.trace.tampering(), *(context.writer.tampering() for context in self._open)]
             for what in looked_at:
@@ -362,33 +372,53 @@ class Drain:
                     )
             self._close([context for context in self._open if context.host_has_ended])
 
+    def _follow(self) -> bool:
+        """Go where the trace was moved to; gives whether it was."""
+        self.trace.stay()
+        if self.trace.path == self._place:
+            return False
+        for ring in self._rings:
+            ring.path = self.trace.path / ring.path.parent.name / ring.path.name
+        self._on_note(
+            f"{self._place} was moved to {self.trace.path}: recording goes on there, without llama contexts "
+            "that are made from now on"
+        )
+        self._place = self.trace.path
+        return True
+
     # -- a disk that fails -----------------------------------------------------------------------------
 
     def _begin_to_wait(self, error: DiskError) -> None:
         try:
-            self.trace.stay()
+            moved = self._follow()
         except GoneError as e:  # that is why
             self._give_up(e)
             self._stop.set()
             return
-        if self.waiting is None:
-            self._lost_before = self._lost()
-            self._on_error(
-                DiskError(
-                    f"recording waits for the disk: {error.what}",
-                    why=error.why,
-                    fix=f"{error.fix}. Recording goes on by itself; until then rows wait in memory, and those that "
-                    "find no room there are lost, and counted",
-                )
-            )
         self.waiting = error
-        self._next_try = time.monotonic() + RETRY_SECONDS
+        self._lost_before = self._lost()
+        if moved:  # that is why: there is nothing to wait for
+            self._next_try = 0.0
+        else:
+            self._say_that_it_waits(error)
+            self._next_try = time.monotonic() + RETRY_SECONDS
+
+    def _say_that_it_waits(self, error: DiskError) -> None:
+        self._waiting_told = True
+        self._on_error(
+            DiskError(
+                f"recording waits for the disk: {error.what}",
+                why=error.why,
+                fix=f"{error.fix}. Recording goes on by itself; until then rows wait in memory, and those that "
+                "find no room there are lost, and counted",
+            )
+        )
 
     def _wait_for_disk(self) -> None:
         began = time.monotonic()
         if began < self._next_try:
-            for context in self._open:
-                context.ring.beat()
+            for ring in self._rings:
+                ring.beat()
             self._stop.wait(BEAT_SECONDS)
             return
         try:
@@ -398,10 +428,15 @@ class Drain:
             return
         try:
             self._take_up_again()
-        except DiskError:
+        except DiskError as e:
+            if not self._waiting_told:
+                self._say_that_it_waits(e)
             took = time.monotonic() - began
             self._next_try = began + min(max(10 * took, RETRY_SECONDS), RETRY_SECONDS_MAX)
             return
+        if not self._waiting_told:
+            return
+        self._waiting_told = False
         lost = self._lost() - self._lost_before
         self._on_note(
             "the disk can be written again: recording goes on, "
@@ -414,7 +449,7 @@ class Drain:
         for context in self._open:
             writer = self.trace.context(context.name)
             if writer is None:  # it could not be listed
-                context.ring.close()
+                self._claimed[context.name] = context.ring
                 self.contexts.remove(context)
             else:
                 context.catch_up(writer)
@@ -422,13 +457,13 @@ class Drain:
 
     def _lost(self) -> int:
         names = ("rows_lost_full", "rows_overwritten")
-        return sum(context.ring.counters[name] for context in self._open for name in names)
+        return sum(ring.counters[name] for ring in self._rings for name in names)
 
     def _give_up(self, error: MoetraceError) -> None:
-        for context in self._open:
+        for ring in self._rings:
             if isinstance(error, GoneError):
-                context.ring.paused = True  # nobody will ever read it: the host need not wait
-            context.ring.close()
+                ring.paused = True  # nobody will ever read it: the host need not wait
+            ring.close()
         self.trace.detach()
         self.error = error
         self._on_error(error)
@@ -457,7 +492,7 @@ class Drain:
                     self._leave_alone(path, e)
 
     def _take_on(self, path: Path) -> None:
-        ring = Ring(path, claim=True)
+        ring = self._claimed.pop(path.parent.name, None) or Ring(path, claim=True)
         try:
             writer = self.trace.context(path.parent.name)
             if writer is None:
@@ -467,6 +502,9 @@ class Drain:
             else:  # another drain had it, and died
                 context = ContextDrain(ring, writer)
                 context.catch_up()
+        except DiskError:
+            self._claimed[path.parent.name] = ring  # its host may know that somebody will read it
+            raise
         except BaseException:
             ring.close()
             raise

@@ -20,9 +20,10 @@ _WORDS = {
     "auth",
     "credentials",
 }
-_NAME = re.compile(r"-{0,2}[A-Za-z][A-Za-z0-9_.-]*")
+#: an option, or a variable
+_NAME = re.compile(r"-{1,2}[A-Za-z][\w.-]*|[A-Za-z_]\w*")
 #: within a shell's command line: an option or variable, with what parts it from its value; and a value
-_NAMED = re.compile(r"(?<![\w-])(-{0,2}[A-Za-z][\w.-]*)(=|\s+)")
+_NAMED = re.compile(r"(?<![\w.-])(-{1,2}[A-Za-z][\w.-]*|[A-Za-z_]\w*)(=|\s+)")
 _VALUE = re.compile(r"""("[^"]*"|'[^']*'|[^\s;&|"'])+""")
 _BEARER = re.compile(r"(?i)\b(bearer|basic)(\s+)([^\s\"']+)")
 _LOGIN = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
@@ -40,16 +41,18 @@ def redacted(command: Sequence[str]) -> list[str]:
     """Give a command line with :data:`HIDDEN` in place of every secret in it."""
     shown: list[str] = []
     hide = False
+    last = ""  # what comes after -c is a shell's command line
     for argument in command:
         name, assigns, _ = argument.partition("=")
         if hide:
             shown.append(HIDDEN)
             hide = False
-        elif assigns and _NAME.fullmatch(name) and is_secret(name):
+        elif assigns and _NAME.fullmatch(name) and is_secret(name) and last != "-c":
             shown.append(f"{name}={HIDDEN}")
         else:
             shown.append(_within(argument))
             hide = argument.startswith("-") and _NAME.fullmatch(argument) is not None and is_secret(argument)
+        last = argument
     return shown
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 from moetrace.analysis import nulls, overview
 from moetrace.findings import Subject
 from moetrace.trace.loss import Loss
+from moetrace.trace.remarks import remarks
 from moetrace.trace.trace import Trace
 
 Weight = Literal["bad", "warn", "good", "note"]
@@ -167,6 +168,7 @@ def _completeness(traces: Sequence[Trace], loss: Loss) -> tuple[Remark, ...]:
     if live and not loss.waiting:
         said.append(Remark("warn", f"Not closed: {', '.join(live)}. This is what it held when it was read."))
     for trace in traces:
+        said += [Remark("warn", f"{trace.path.name}: {text}.") for text in remarks(trace.store)]
         if status := trace.facts.get("status"):
             said.append(Remark("bad", f"The tracer stopped early: {status}"))
         others = [name for name in trace.contexts if name != trace.name and trace.in_context(name).loss.lost]
