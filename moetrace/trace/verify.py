@@ -20,9 +20,11 @@ from moetrace.trace.remarks import remarks
 from moetrace.trace.requests import Phase
 from moetrace.trace.ring import peek_counters, peek_reader, process_alive, ring_is_ready, ring_paths
 from moetrace.trace.rows import LAYER_COLUMNS, Layout
-from moetrace.trace.store import ContextStore, TraceStore, read_vocabulary
+from moetrace.trace.storage import is_locked
+from moetrace.trace.store import META_NAME, ContextStore, TraceStore, read_vocabulary
 
 _CHUNK = 1 << 14  # rows looked at together
+_TRIES = 5  # looks at a trace whose contexts come and go
 
 Progress = Callable[[str], None]
 
@@ -79,10 +81,29 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
     TraceError
         If there is no trace at ``path``, or it is newer than this moetrace. Damage is no exception.
     """
+    for _ in range(_TRIES):
+        before = _life(Path(path))
+        result = _verify(path, progress)
+        if not result.findings or _life(Path(path)) == before:
+            break  # else a context or the trace was closed meanwhile, and what was read does not fit together
+    return result
+
+
+def _life(path: Path) -> tuple[object, ...]:
+    """What changes in a trace when a context appears or is closed, or the trace is."""
+    rings = [ring.parent.name for ring in ring_paths(path)]
+    try:
+        stat = (path / META_NAME).stat()
+    except OSError:
+        return (rings,)
+    return rings, stat.st_ino, stat.st_mtime_ns, is_locked(path)
+
+
+def _verify(path: str | os.PathLike[str], progress: Progress | None) -> Verification:
     findings: list[Damage] = []
     rows = 0
-    live = False
     store = TraceStore(path, check=False)
+    live = store.live and is_locked(store.path)
     try:
         TraceStore(path)
     except TraceError as e:

@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -364,6 +365,38 @@ def test_contexts_that_end_are_closed_at_once(tmp_path: Path, told: Told) -> Non
     trace.close()
     assert verify(trace.path).findings == ()
     assert [len(moetrace.open(trace.path, i)) for i in range(30)] == [20] * 30
+
+
+@needs_native
+def test_a_trace_is_fine_while_contexts_end(tmp_path: Path, told: Told) -> None:
+    """GIVEN contexts that come and go, and a trace that is closed WHEN verified meanwhile THEN it is fine."""
+    trace = TraceWriter(tmp_path / "t")
+    drain = told.drain(trace)
+    records = server_records(LAYOUT, np.random.default_rng(1), n_requests=2)
+    found: list[Any] = []
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            found.append(verify(trace.path))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    for i in range(12):
+        host = Host(trace.path, f"ctx{i}", capacity=128)
+        host.push(records)
+        time.sleep(0.03)
+        host.writer.close("")
+        until(lambda n=i: len(drain.contexts) > n and drain.contexts[n].ended)  # type: ignore[misc]
+        time.sleep(0.03)
+    drain.stop()
+    trace.close()
+    ended.set()
+    looking.join()
+    assert len(found) > 5
+    assert [result.findings for result in found if result.findings] == []
+    assert found[0].live
+    assert not verify(trace.path).live
 
 
 def test_no_room_for_files(tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
