@@ -18,7 +18,7 @@ from moetrace.errors import RuntimeMissingError
 
 PRELOAD = "DYLD_INSERT_LIBRARIES" if sys.platform == "darwin" else "LD_PRELOAD"
 #: what the tracer reads from its environment (csrc/config.cpp)
-_VARIABLES = tuple(
+VARIABLES = tuple(
     f"MOETRACE_{key}"
     for key in (
         *("TRACE", "CAPTURE", "LAYERS", "COLLECTOR", "ON_FULL", "RING_SIZE", "BLOCK_MS", "PAUSED"),
@@ -81,7 +81,7 @@ def find_tool(name: str) -> Path:
 def preload_environment(base: Mapping[str, str]) -> dict[str, str]:
     """Give ``base`` with the tracer's library added to the preload list, and without variables that steer it."""
     libraries = [str(preload_path()), base.get(PRELOAD, "")]
-    kept = {name: value for name, value in base.items() if name not in _VARIABLES}
+    kept = {name: value for name, value in base.items() if name not in VARIABLES}
     return {**kept, PRELOAD: ":".join(filter(None, libraries))}
 
 
@@ -92,7 +92,7 @@ def is_preloaded() -> bool:
 
 def load_tracer(mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:
     """Load the tracer's library into this process; what its environment says is not for it."""
-    with _hidden(() if is_preloaded() else _VARIABLES):
+    with _hidden(() if is_preloaded() else VARIABLES):
         return ctypes.CDLL(str(preload_path()), mode=mode)
 
 

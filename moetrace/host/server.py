@@ -6,7 +6,6 @@ import contextlib
 import errno
 import itertools
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -39,7 +38,7 @@ from moetrace.trace.intervention import Intervention, parse_interventions
 from moetrace.trace.labels import append_labels
 from moetrace.trace.model import ModelFile
 from moetrace.trace.ring import process_alive
-from moetrace.trace.storage import disk_error
+from moetrace.trace.storage import disk_error, more_files
 from moetrace.trace.trace import Trace, open_trace
 from moetrace.trace.writer import TraceWriter
 
@@ -139,7 +138,7 @@ class TracedProcess:
             undo.pop_all()
             if stream is not None:
                 stream.close()
-        _raise_file_limit()
+        more_files()  # the program runs already, and keeps its own limit
         self.drain = Drain(self.trace, on_error, on_note)
         self.drain.start()
 
@@ -303,13 +302,6 @@ def _open_log(path: Path) -> IO[bytes]:
         raise disk_error(path, e) from e
     stream.seek(0, os.SEEK_END)
     return stream
-
-
-def _raise_file_limit() -> None:
-    """Let this process open as many files as it may; the program, which runs already, keeps its own limit."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _shares_group(pid: int) -> bool:

@@ -31,6 +31,7 @@ def _prompts(store: TraceStore) -> str:
 def _unidentified(context: ContextStore) -> str:
     flags = context.rows["flags"]
     n = int(np.count_nonzero(flags & np.uint32(RowFlag.UNIDENTIFIED)))
+    context.rows.close()  # a map holds a file, and there may be a thousand contexts
     if not n:
         return ""
     if n < len(flags):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 from pathlib import Path
 
 from moetrace.errors import DiskError, MoetraceError, TraceError
@@ -48,9 +49,21 @@ def files_error(path: Path, error: OSError) -> MoetraceError:
     """Say that this process may open no more files."""
     return MoetraceError(
         f"cannot open {path}",
-        why=f"{error.strerror}: each llama context that is being recorded needs some 25",
-        fix="raise the limit before you start it: ulimit -n 4096",
+        why=f"{error.strerror}: each column of each llama context takes one",
+        fix="raise the limit before you start it: ulimit -n 65536",
     )
+
+
+def more_files() -> bool:
+    """Let this process open as many files as it may at all; gives whether these are more than before."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return False
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def try_disk(folder: Path) -> None:

@@ -151,6 +151,7 @@ def _verify(path: str | os.PathLike[str], progress: Progress | None) -> Verifica
         findings += [
             Damage(context.name, what, live_only) for what, live_only in _completeness(context, store.live)
         ]
+        context.rows.close()  # a map holds a file, and there may be a thousand contexts
     if "requests" in tables:
         findings += [Damage("requests", what, recoverable=False) for what in _requests(store, contexts)]
     findings += [Damage("labels.jsonl", what, recoverable=False) for what in read_labels(store.path)[1]]
@@ -301,6 +302,7 @@ def _requests(store: TraceStore, contexts: list[ContextStore]) -> Iterator[str]:
             pairs, n = np.unique(np.stack([request, phase]), axis=1, return_counts=True)
             for r, p, m in zip(*pairs.tolist(), n.tolist(), strict=True):
                 counts[r, p] = counts.get((r, p), 0) + m
+        context.rows.close()
         mine = order[np.asarray(table["context"])[order] == index]
         listed = set(numbers[mine].tolist())
         if not store.live:
