@@ -318,9 +318,15 @@ class Drain:
     def flush(self) -> None:
         """Wait until everything committed before this call is sealed (or draining has failed, or waits)."""
         deadline = time.monotonic() + 4 * SEAL_SECONDS + 10
+
+        def may_wait() -> bool:
+            return self._thread.is_alive() and self.waiting is None and time.monotonic() < deadline
+
         with contextlib.suppress(MoetraceError):  # a ring that was closed meanwhile has been read to its end
+            while may_wait() and self._new_rings():
+                time.sleep(IDLE_SECONDS)
             targets = [(context, context.ring.head) for context in self._open]
-            while self._thread.is_alive() and self.waiting is None and time.monotonic() < deadline:
+            while may_wait():
                 if all(context.ended or context.ring.tail >= head for context, head in targets):
                     return
                 time.sleep(IDLE_SECONDS)
@@ -476,20 +482,24 @@ class Drain:
         if now < self._next_attach and not self._stop.is_set():
             return
         self._next_attach = now + ATTACH_SECONDS
-        known = {context.name for context in self.contexts} | self._left_alone.keys()
-        for path in ring_paths(self.trace.path):
-            if path.parent.name not in known and ring_is_ready(path):
-                try:
-                    self._take_on(path)
-                    self._unreadable.pop(path.parent.name, None)
-                except (DiskError, GoneError):
-                    raise
-                except TraceError as e:
-                    since = self._unreadable.setdefault(path.parent.name, now)
-                    if self._stop.is_set() or now - since > PATIENCE_SECONDS:
-                        self._leave_alone(path, e)
-                except MoetraceError as e:
+        for path in self._new_rings():
+            try:
+                self._take_on(path)
+                self._unreadable.pop(path.parent.name, None)
+            except (DiskError, GoneError):
+                raise
+            except TraceError as e:
+                since = self._unreadable.setdefault(path.parent.name, now)
+                if self._stop.is_set() or now - since > PATIENCE_SECONDS:
                     self._leave_alone(path, e)
+            except MoetraceError as e:
+                self._leave_alone(path, e)
+
+    def _new_rings(self) -> list[Path]:
+        """Give the rings that are finished and not taken on."""
+        known = {context.name for context in self.contexts} | self._left_alone.keys()
+        found = [path for path in ring_paths(self.trace.path) if path.parent.name not in known]
+        return [path for path in found if ring_is_ready(path)]
 
     def _take_on(self, path: Path) -> None:
         ring = self._claimed.pop(path.parent.name, None) or Ring(path, claim=True)

@@ -192,8 +192,8 @@ def _not_recorded(trace: Path) -> TraceError:
 
 
 def stalled(rings: Sequence[Ring], seconds: float) -> list[Ring]:
-    """Give those rings whose records nobody takes for so many seconds; returns at once if all are taken."""
-    left = [(ring, ring.tail) for ring in rings if ring.head > ring.tail]
+    """Give those rings whose records nobody takes for so many seconds; returns at once if none is as old."""
+    left = [(ring, ring.tail) for ring in rings if ring.oldest_s > seconds]
     deadline = time.monotonic() + seconds
     while left and time.monotonic() < deadline:
         time.sleep(min(0.02, seconds))
@@ -400,6 +400,15 @@ class Ring:
         """Why the tracer gave up; empty if it did not."""
         start = _offset("status")
         return self._buffer[start : start + 112].split(b"\0")[0].decode("utf-8", "replace")
+
+    @property
+    def oldest_s(self) -> float:
+        """Seconds since the ubatch of the oldest record that was not released began; 0 if there is none."""
+        head, tail = self.head, self.tail
+        if self._records is None or tail >= head:
+            return 0.0
+        began = int(self._records["time_ns"][max(tail, head - self.capacity) % self.capacity])
+        return max(0, time.monotonic_ns() - began) / 1e9
 
     @property
     def reader_silent_s(self) -> float:
