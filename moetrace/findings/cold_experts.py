@@ -12,15 +12,15 @@ import numpy as np
 import pandas as pd
 
 from moetrace import data
-from moetrace.analysis.cold_experts import (
-    as_published_cold_experts,
+from moetrace.analysis.placement.cold_experts import (
     candidate_tokens,
     cold_experts,
     trigger_tokens,
     wake_rates,
 )
-from moetrace.analysis.likelihood import likelihood_change
-from moetrace.analysis.routed import RoutedText
+from moetrace.analysis.published.dynamics import as_published_cold_experts
+from moetrace.analysis.statistics.likelihood import likelihood_change
+from moetrace.analysis.text.routed import RoutedText
 from moetrace.errors import MoetraceError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.recorded import recorded

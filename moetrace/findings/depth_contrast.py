@@ -7,7 +7,9 @@ from typing import ClassVar
 
 import pandas as pd
 
-from moetrace.analysis import Analysis, layers, published
+from moetrace.analysis import Analysis
+from moetrace.analysis.domains import layers
+from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject

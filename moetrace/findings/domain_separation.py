@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import pandas as pd
 
-from moetrace.analysis import published
-from moetrace.analysis.domain import DomainTest
+from moetrace.analysis.domains.domain import DomainTest
+from moetrace.analysis.published import notebook as published
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, of_layers, span

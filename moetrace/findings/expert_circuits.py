@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import pandas as pd
 
-from moetrace.analysis.expert_circuits import PublishedCircuits, as_published_circuits, expert_circuits
-from moetrace.analysis.routed import RoutedText
+from moetrace.analysis.circuits import expert_circuits
+from moetrace.analysis.published.dynamics import PublishedCircuits, as_published_circuits
+from moetrace.analysis.text.routed import RoutedText
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, number

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from moetrace.analysis import interference, nulls
-from moetrace.analysis.experts import chosen_outputs
+from moetrace.analysis.experts import interference
+from moetrace.analysis.experts.outputs import chosen_outputs
+from moetrace.analysis.published import experts as published
+from moetrace.analysis.statistics import nulls
 from moetrace.errors import ChannelMissingError, UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.held_out import CHOSEN_NOTE, TEXT_HELP, compared_with
@@ -90,7 +92,7 @@ class ExpertInterference(Question):
             if lengths is None:
                 caveats.append("The published comparison needs prompts, and k = 1 among the k tried.")
             else:
-                tables["as_published_lengths"] = interference.as_published_interference(lengths, default)
+                tables["as_published_lengths"] = published.as_published_interference(lengths, default)
         sentences = [*_k_sentences(table, default), *_layer_sentences(layers, pairs)]
         caveats = [
             subject.phase_note,

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from moetrace.analysis import merging
-from moetrace.analysis.experts import expert_outputs
-from moetrace.analysis.likelihood import likelihood_change
+from moetrace.analysis.experts import merging
+from moetrace.analysis.experts.outputs import expert_outputs
+from moetrace.analysis.published.experts import as_published_similarity
+from moetrace.analysis.statistics.likelihood import likelihood_change
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.held_out import CHOSEN_NOTE, TEXT_HELP, compared_with
@@ -182,8 +183,8 @@ class ExpertMerging(Question):
             )
             table.insert(0, "layer", layer)
             parts.append(table)
-            old = merging.as_published_similarity(experts, self.threshold)
-            batched = merging.as_published_similarity(experts, self.threshold, batched=True)
+            old = as_published_similarity(experts, self.threshold)
+            batched = as_published_similarity(experts, self.threshold, batched=True)
             published.append(
                 {
                     "layer": layer,

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from moetrace.analysis import generation_dynamics as dynamics
-from moetrace.analysis.domain import domain_test
+from moetrace.analysis.domains.domain import domain_test
+from moetrace.analysis.dynamics import generation as dynamics
+from moetrace.analysis.published import dynamics as published
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
@@ -75,18 +76,18 @@ class GenerationDynamics(Question):
         tables |= self._phases_of_work(subject, said, caveats)
         tables |= self._answers(subject, said, caveats)
         for primary in ("router", "arbitrary"):
-            published = dynamics.as_published_dynamics(text, primary=primary, seed=subject.seed)
+            old_one = published.as_published_dynamics(text, primary=primary, seed=subject.seed)
             row = pd.DataFrame(
                 {
                     "primary": [primary],
-                    "consistency": [published.consistency],
-                    "handoffs_per_token": [published.handoffs_per_token],
-                    "phase_boundaries_per_step": [published.boundary_rate],
+                    "consistency": [old_one.consistency],
+                    "handoffs_per_token": [old_one.handoffs_per_token],
+                    "phase_boundaries_per_step": [old_one.boundary_rate],
                 }
             )
             old = tables.get("as_published_summary")
             tables["as_published_summary"] = row if old is None else pd.concat([old, row], ignore_index=True)
-            tables[f"as_published_stability_{primary}"] = published.layers
+            tables[f"as_published_stability_{primary}"] = old_one.layers
         caveats.append(
             "As published, a phase boundary compares k experts with up to 3k of the window before, so that it fires"
             " almost always; the published primary expert is an arbitrary one of the chosen (row `arbitrary`)."

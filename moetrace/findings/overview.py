@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import pandas as pd
 
-from moetrace.analysis import overview, published
+from moetrace.analysis.counts import overview
+from moetrace.analysis.published import notebook as published
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Finding, Question
 from moetrace.findings.subject import Subject

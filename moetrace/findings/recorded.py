@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetrace.analysis.from_trace import Analysis, from_trace
+from moetrace.analysis.access.from_trace import Analysis, from_trace
 
 if TYPE_CHECKING:
     from moetrace.findings.subject import Subject

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from moetrace.analysis import manipulation
-from moetrace.analysis.manipulation import Edit, Path
+from moetrace.analysis.experts import manipulation
+from moetrace.analysis.experts.manipulation import Edit, Path
+from moetrace.analysis.published import experts as published
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.held_out import CHOSEN_NOTE
@@ -110,7 +111,7 @@ class RoutingManipulation(Question):
             robust = manipulation.expert_robustness(
                 edits, n_expert, layers=layout.layers, min_tokens=self.min_tokens
             )
-            changed, stability = manipulation.as_published_robustness(edits, n_expert)
+            changed, stability = published.as_published_robustness(edits, n_expert)
             tables |= {"edits": effect, "robustness": robust, "as_published_robustness": stability}
             sentences += _edit_sentences(effect, robust, changed, stability)
         else:
@@ -217,12 +218,12 @@ class RoutingManipulation(Question):
         chosen = np.zeros((len(routed), max(probe.layout.n_expert)), bool)
         for i, one in enumerate(routed):
             chosen[i, np.unique(one.experts[:, layer, : probe.layout.n_expert_used[layer]])] = True
-        triggers = manipulation.as_published_triggers(chosen.reshape(len(pool), n, -1))
+        triggers = published.as_published_triggers(chosen.reshape(len(pool), n, -1))
         best = triggers.sort_values(["score", "specificity"], ascending=False).drop_duplicates("expert")
         control = []
         for token, expert in best[["token", "expert"]].to_numpy().tolist():
             hits = [
-                manipulation.as_published_control(one.experts[:, layer], one.weights[:, layer], expert)
+                published.as_published_control(one.experts[:, layer], one.weights[:, layer], expert)
                 for one in routed[token * n : (token + 1) * n]
             ]
             control.append({"expert": expert, "trigger": pool[token], "success": float(np.mean(hits))})

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import pandas as pd
 
-from moetrace.analysis import domain, published
+from moetrace.analysis.domains import domain
+from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject

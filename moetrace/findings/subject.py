@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moetrace.analysis.from_counts import TableAnalysis
-from moetrace.analysis.from_trace import Analysis, Phase, from_trace
+from moetrace.analysis.access.from_counts import TableAnalysis
+from moetrace.analysis.access.from_trace import Analysis, Phase, from_trace
 from moetrace.errors import UsageError
 from moetrace.model.file import ModelFile
 from moetrace.model.identity import refuse_other_model

@@ -10,9 +10,11 @@ import numpy as np
 import pandas as pd
 
 from moetrace import data
-from moetrace.analysis import token_patterns as patterns
-from moetrace.analysis.from_trace import Analysis
-from moetrace.analysis.routed import RoutedText
+from moetrace.analysis.access.from_trace import Analysis
+from moetrace.analysis.published import patterns as published
+from moetrace.analysis.text import lexicon
+from moetrace.analysis.text import token_patterns as patterns
+from moetrace.analysis.text.routed import RoutedText
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.recorded import recorded
@@ -87,7 +89,7 @@ class TokenPatterns(Question):
 
     def _summary(self, analysis: Analysis, text: RoutedText, seed: int, say: list[str]) -> _Tables:
         pieces = analysis.pieces(text)
-        typed = patterns.type_words(patterns.join_words(pieces, text.starts))
+        typed = lexicon.type_words(lexicon.join_words(pieces, text.starts))
         found = patterns.pattern_summary(
             text,
             typed,
@@ -134,10 +136,10 @@ class TokenPatterns(Question):
             "trigrams": found.trigrams,
             "vocabulary_specialisation": vocabulary,
             "coactivation": patterns.coactivation(text, min_activity=self.min_activity),
-            "as_published_specialists": patterns.as_published_pattern_summary(
+            "as_published_specialists": published.as_published_pattern_summary(
                 text, texts, min_activity=self.min_activity
             ),
-            "as_published_coactivation": patterns.as_published_coactivation(text),
+            "as_published_coactivation": published.as_published_coactivation(text),
         }
 
     def _sequence(self, text: RoutedText, seed: int, say: list[str]) -> _Tables:
@@ -181,8 +183,8 @@ class TokenPatterns(Question):
         self, text: RoutedText, pieces_of: Callable[[RoutedText], list[bytes]], seed: int, say: list[str]
     ) -> _Tables:
         pieces = pieces_of(text)
-        joined = patterns.join_words(pieces, text.starts)
-        typed = patterns.type_words(joined, patterns.semantic_type, patterns.SEMANTIC_TYPES)
+        joined = lexicon.join_words(pieces, text.starts)
+        typed = lexicon.type_words(joined, lexicon.semantic_type, lexicon.SEMANTIC_TYPES)
         found = patterns.semantic_patterns(
             text,
             typed,
@@ -205,7 +207,7 @@ class TokenPatterns(Question):
             "semantic_relations": found.relations,
             "semantic_experts": found.experts,
             "semantic_words": found.words,
-            "as_published_semantic": patterns.as_published_semantic_patterns(text, texts),
+            "as_published_semantic": published.as_published_semantic_patterns(text, texts),
         }
 
     def _combined(self, tables: _Tables) -> pd.DataFrame:
@@ -233,7 +235,7 @@ class TokenPatterns(Question):
         def draw(ax: Axes) -> Axes:
             rows = special[special["of"] == "type"]
             below = np.zeros(len(layers))
-            for name in [t for t in patterns.TYPES if (rows["pattern"] == t).any()]:
+            for name in [t for t in lexicon.TYPES if (rows["pattern"] == t).any()]:
                 count = np.array([((rows["layer"] == n) & (rows["pattern"] == name)).sum() for n in layers])
                 ax.bar(layers, count, bottom=below, label=name)
                 below += count

@@ -8,7 +8,8 @@ from typing import Literal
 
 import pandas as pd
 
-from moetrace.analysis import nulls, overview
+from moetrace.analysis.counts import overview
+from moetrace.analysis.statistics import nulls
 from moetrace.findings import Subject
 from moetrace.findings.wording import events_lost
 from moetrace.trace.loss import Loss
@@ -40,7 +41,7 @@ class Captured:
     completeness
         What became of everything that the model computed; the first remark says whether all of it is here.
     domains
-        One row per domain, as :func:`moetrace.analysis.overview.domains`; no rows for a count table.
+        One row per domain, as :func:`moetrace.analysis.counts.overview.domains`; no rows for a count table.
     gaps
         One row per layer of which an entry is missing: ``layer``, ``present``, ``not_computed``, ``lost``.
     limits

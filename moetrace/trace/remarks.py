@@ -65,7 +65,8 @@ def _events_lost(context: ContextStore) -> str:
     certain = (
         "what is not certain of requests is marked" if context.layout.numbered else "requests may be mixed up"
     )
-    return f"{context.name}: {n:,} event{'s' if n > 1 else ''} of slots and their memory lost, by the counters; {certain}"
+    plural = "s" if n > 1 else ""
+    return f"{context.name}: {n:,} event{plural} of slots and their memory lost, by the counters; {certain}"
 
 
 def _labels(store: TraceStore) -> str:

@@ -15,7 +15,7 @@ from test_inprocess import python
 
 import moetrace
 from moetrace.analysis import chosen_outputs, from_trace, linearity, merge_candidates, weight_similarity
-from moetrace.analysis.merging import drop_experts, merge
+from moetrace.analysis.experts.merging import drop_experts, merge
 from moetrace.data import demo_model, prompts
 from moetrace.model import merged as model_merged
 from moetrace.model.experts import LayerExperts
@@ -253,7 +253,7 @@ def test_the_probe_gives_what_a_capture_gives(architecture, runtime, model_file,
 
 SEARCH = """
     import sys, json, numpy as np
-    from moetrace.analysis.manipulation import path_margin, search_input
+    from moetrace.analysis.experts.manipulation import path_margin, search_input
     from moetrace.host.probe import RoutingProbe
     model, paths, n_vocab = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
     out = []

@@ -10,7 +10,7 @@ from test_capture import capture
 
 import moetrace
 from moetrace.analysis import from_trace
-from moetrace.analysis.from_tokens import Predictions
+from moetrace.analysis.access.from_tokens import Predictions
 from moetrace.synthetic import distinct_tokens, write_planted
 
 pytestmark = pytest.mark.runtime

@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 from simulate import Routing, World  # noqa: E402
 
 import moetrace.analysis as m  # noqa: E402
-from moetrace.analysis import information as info  # noqa: E402
+from moetrace.analysis.statistics import information as info  # noqa: E402
 
 ALPHA = 0.05
 PValues = dict[str, list[float]]

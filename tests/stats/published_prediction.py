@@ -18,9 +18,8 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 from attending import Attending, Drawn  # noqa: E402
 
-from moetrace.analysis import published_prediction as published  # noqa: E402
-from moetrace.analysis.context_attention_routing import context_attention_routing  # noqa: E402
-from moetrace.analysis.predict import (  # noqa: E402
+from moetrace.analysis.prediction.context_attention_routing import context_attention_routing  # noqa: E402
+from moetrace.analysis.prediction.predict import (  # noqa: E402
     Problem,
     gain,
     gain_test,
@@ -29,7 +28,8 @@ from moetrace.analysis.predict import (  # noqa: E402
     ridge,
     score_table,
 )
-from moetrace.analysis.routed import membership  # noqa: E402
+from moetrace.analysis.published import prediction as published  # noqa: E402
+from moetrace.analysis.text.routed import membership  # noqa: E402
 
 E, K = 32, 4
 

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moetrace.analysis import count_routing, domain_test, from_trace, persistence, published
+from moetrace.analysis import count_routing, domain_test, from_trace, persistence
+from moetrace.analysis.published import notebook as published
 from moetrace.errors import ChannelMissingError, UsageError
 
 N_REQUESTS = 8

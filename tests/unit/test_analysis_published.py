@@ -13,7 +13,8 @@ import pytest
 from routing import shared_data
 
 import moetrace
-from moetrace.analysis import from_trace, published
+from moetrace.analysis import from_trace
+from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
 from moetrace.trace.importers import import_trace
 

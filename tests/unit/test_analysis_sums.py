@@ -10,15 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrace.analysis import (
-    MetricSums,
-    TableAnalysis,
-    domain_lift,
-    expert_usage,
-    overview,
-    published,
-    usage_difference,
-)
+from moetrace.analysis import MetricSums, TableAnalysis, domain_lift, expert_usage, usage_difference
+from moetrace.analysis.counts import overview
+from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
 
 

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 import moetrace
 from moetrace import analysis, plot
-from moetrace.analysis.from_trace import Analysis
+from moetrace.analysis.access.from_trace import Analysis
 from moetrace.findings import Finding, Subject, question
 
 mpl.use("agg")

@@ -318,7 +318,7 @@ def test_published_frequency_is_the_script_s_counter(tmp_path: Path) -> None:
 
 
 def test_published_gate_distances_are_the_script_s(planted: Path) -> None:
-    from moetrace.analysis import published
+    from moetrace.analysis.published import notebook as published
 
     with moetrace.open(planted) as trace:
         found = ask("gate-distances", Subject([trace])).tables
@@ -529,7 +529,7 @@ def test_captures_of_other_models_or_texts_are_refused(
 
 
 def test_a_comparison_reads_in_pieces(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["moetrace.analysis.from_trace"]
+    module = sys.modules["moetrace.analysis.access.from_trace"]
     tables = []
     for chunk in (1 << 13, 7):
         monkeypatch.setattr(module, "_CHUNK", chunk)

@@ -17,7 +17,7 @@ import traces
 
 import moetrace
 from moetrace.__main__ import main
-from moetrace.analysis.counts import RoutingCounts
+from moetrace.analysis.counts.counting import RoutingCounts
 from moetrace.errors import InputError
 from moetrace.findings import QUESTIONS, Finding, Subject, question
 from moetrace.report.captured import captured

@@ -1,0 +1,1 @@
+"""Counting: what most analyses follow from, what there is, and whether two captures agree."""
