@@ -6,14 +6,15 @@ formulas, faults included, and :func:`from_trace` chooses a trace's rows for the
 
 from __future__ import annotations
 
-from moetrace.analysis.access.from_counts import TableAnalysis
-from moetrace.analysis.access.from_trace import Agreement, Analysis, RoutedRows, from_trace
 from moetrace.analysis.circuits import Circuits, expert_circuits, path_test
+from moetrace.analysis.counts.attention import AttentionRows, attention_features, attention_windows
 from moetrace.analysis.counts.compare import (
+    Agreement,
     agreement,
     agreement_by_depth,
     agreement_summary,
     align,
+    compare_captures,
     usage_difference,
 )
 from moetrace.analysis.counts.counting import (
@@ -24,6 +25,8 @@ from moetrace.analysis.counts.counting import (
     frequent_tokens,
     reading_order,
 )
+from moetrace.analysis.counts.from_trace import Chosen, RoutedRows, Routing, from_trace
+from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.domains.domain import (
     DomainSeparation,
     DomainTest,
@@ -76,7 +79,6 @@ from moetrace.analysis.experts.merging import (
 from moetrace.analysis.experts.outputs import chosen_outputs, expert_outputs
 from moetrace.analysis.placement.cache import CacheSimulation, expert_cache, lru_distances, stack_distances
 from moetrace.analysis.placement.cold_experts import clopper_pearson, cold_experts, trigger_tokens, wake_rates
-from moetrace.analysis.prediction.attention import AttentionRows, attention_features, attention_windows
 from moetrace.analysis.prediction.attention_prediction import attention_prediction
 from moetrace.analysis.prediction.context_attention_routing import ContextTest, context_attention_routing
 from moetrace.analysis.prediction.predict import GainTest, Prediction, Problem, gain_test
@@ -106,7 +108,6 @@ from moetrace.analysis.published.prediction import (
 from moetrace.analysis.statistics.chance import Chance, chance
 from moetrace.analysis.statistics.sums import MetricSums
 from moetrace.analysis.text.lexicon import join_words, token_type, type_words
-from moetrace.analysis.text.routed import RoutedText
 from moetrace.analysis.text.token_patterns import (
     TokenPatterns,
     coactivation,

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from moetrace.analysis.counts.routed import RoutedText, rotation, standardised
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.information import entropy_bits, shares
 from moetrace.analysis.statistics.nulls import Floats, Ints
-from moetrace.analysis.text.routed import RoutedText, rotation, standardised
 from moetrace.errors import UsageError
 
 _LN2 = float(np.log(2.0))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from moetrace.analysis.prediction.by_layer import attention_by_layer
+from moetrace.analysis.published import prediction as published
 from moetrace.errors import MoetraceError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
@@ -39,9 +41,9 @@ class AttentionPrediction(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Predict every layer."""
-        predictions = subject.analysis.predictions
-        recall, gains = predictions.attention_prediction(
-            max_tokens=self.max_tokens, n_permutations=self.permutations, seed=subject.seed
+        columns = subject.routing.columns
+        recall, gains = attention_by_layer(
+            columns, max_tokens=self.max_tokens, n_permutations=self.permutations, seed=subject.seed
         )
         tables = {"recall": recall, "gains": gains}
         k = recall.groupby("layer")["m"].transform("min")
@@ -91,10 +93,10 @@ class AttentionPrediction(Question):
             caveats.append(
                 "What the router's input tells is not known: capture with --capture attention,gate_input."
             )
-        if len(wide) < len(predictions.text.layers):
+        if len(wide) < len(columns.text.layers):
             caveats.append("Layers without routing or attention of these tokens are left out.")
         try:
-            evaluation, correlations = predictions.as_published_attention_prediction()
+            evaluation, correlations = published.attention_by_layer(columns)
             tables |= {"as_published_evaluation": evaluation, "as_published_correlations": correlations}
         except MoetraceError as e:
             caveats.append(f"The published figures cannot be given: {e.what}.")

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from moetrace import data
+from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.placement.cold_experts import (
     candidate_tokens,
     cold_experts,
@@ -20,7 +21,6 @@ from moetrace.analysis.placement.cold_experts import (
 )
 from moetrace.analysis.published.dynamics import as_published_cold_experts
 from moetrace.analysis.statistics.likelihood import likelihood_change
-from moetrace.analysis.text.routed import RoutedText
 from moetrace.errors import MoetraceError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.recorded import recorded
@@ -56,8 +56,7 @@ class ColdExperts(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Answer it."""
-        analysis = subject.analysis
-        counts = analysis.counts
+        counts = subject.routing.counts
         table = cold_experts(
             counts.included,
             counts.tokens,
@@ -65,7 +64,7 @@ class ColdExperts(Question):
             layers=counts.layers,
             cold_below=self.cold_below,
         )
-        text = analysis.text
+        text = subject.routing.text
         chosen = table[table["verdict"] == "cold"]
         chosen = pd.concat([chosen, table[table["verdict"] != "cold"]]).head(
             max(self.experts, self.wake, self.ablate)
@@ -76,7 +75,7 @@ class ColdExperts(Question):
             for layer, expert in chosen[["layer", "expert"]].itertuples(index=False, name=None)
         ]
         try:
-            vocabulary: list[bytes] | None = analysis.vocabulary
+            vocabulary: list[bytes] | None = subject.routing.vocabulary
         except MoetraceError:
             vocabulary = None
         said = self._rates(table)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from moetrace.analysis import compare_captures
+from moetrace.analysis.published.notebook import gate_experts_of_rows
 from moetrace.findings.finding import Figure, Finding, Question
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, number, span
@@ -29,7 +31,8 @@ class Compare(Question):
     def answer(self, subject: Subject) -> Finding:
         """Compare them token by token."""
         one, two = subject.pair
-        found = one.agreement(two)
+        sides = one.whole("a comparison"), two.whole("a comparison")
+        found = compare_captures(*sides)
         summary, usage, depth = found.by_layer(), found.usage(), found.by_depth()
         texts = found.texts
         a, b = (trace.path.name for trace in subject.traces)
@@ -86,8 +89,9 @@ class Compare(Question):
             "usage": usage,
             "texts": texts,
         }
-        if found.published is not None:
-            tables["as_published_aggregate"] = found.published
+        published = gate_experts_of_rows(*sides, *found.rows)
+        if published is not None:
+            tables["as_published_aggregate"] = published
         else:
             caveats.append(
                 "coverage_k and the published comparison need router logits: capture with --capture"

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import pandas as pd
 
+from moetrace.analysis.prediction.by_layer import contexts_by_layer
+from moetrace.analysis.published import prediction as published
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
@@ -39,8 +41,9 @@ class ContextAttentionRouting(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Compare contexts in every layer."""
-        predictions = subject.analysis.predictions
-        table = predictions.context_attention_routing(
+        columns = subject.routing.columns
+        table = contexts_by_layer(
+            columns,
             self._ids(subject),
             n_tokens=self.tokens,
             length=self.length,
@@ -81,8 +84,8 @@ class ContextAttentionRouting(Question):
         ]
         tables = {"contexts": table}
         try:
-            published = [predictions.as_published_context_attention_routing(token) for token in ids]
-            tables["as_published"] = pd.concat(published, ignore_index=True)
+            old = [published.contexts_by_layer(columns, token) for token in ids]
+            tables["as_published"] = pd.concat(old, ignore_index=True)
         except (MoetraceError, ValueError) as e:
             caveats.append(f"The published figures cannot be given: {e}.")
         return self.finding(sentences, tables, caveats)

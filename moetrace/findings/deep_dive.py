@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
+from moetrace.analysis import deep_dive
 from moetrace.analysis.published import notebook as published
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
@@ -31,8 +32,15 @@ class DeepDive(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Lay out one layer."""
-        analysis = subject.analysis
-        found = analysis.deep_dive(None if self.layer < 0 else self.layer)
+        counts = subject.labelled
+        found = deep_dive(
+            counts.included,
+            counts.labels,
+            layers=counts.layers,
+            layer=None if self.layer < 0 else self.layer,
+            n_expert=subject.n_expert,
+            consumers=() if subject.table is not None else subject.routing.consumers,
+        )
         domains, experts = found.percent.shape
         table = pd.DataFrame(
             {
@@ -44,7 +52,7 @@ class DeepDive(Question):
         )
         table.insert(0, "layer", found.layer)
         table["components"] = ", ".join(found.consumers)
-        old = published.deep_dive(analysis.published(), None if self.layer < 0 else self.layer)
+        old = published.deep_dive(subject.activations, None if self.layer < 0 else self.layer)
         parts = []
         for component, frame in old.items():
             long = frame.reset_index().melt("domain", var_name="expert_id", value_name="percent")

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import pandas as pd
 
-from moetrace.analysis import Analysis
 from moetrace.analysis.domains import layers
 from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
@@ -33,8 +32,14 @@ class DepthContrast(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Compare the two groups."""
-        analysis = subject.analysis
-        found = analysis.depth_contrast(_layers(self.early, "--early"), _layers(self.late, "--late"))
+        counts = subject.labelled
+        found = layers.depth_contrast(
+            counts.included,
+            counts.labels,
+            layers=counts.layers,
+            early=_layers(self.early, "--early"),
+            late=_layers(self.late, "--late"),
+        )
         table = pd.DataFrame(
             {
                 "early_layers": [layer_list(found.early_layers)],
@@ -50,7 +55,7 @@ class DepthContrast(Question):
         early = f"early ones ({layer_list(found.early_layers)})"
         if pd.isna(found.low):
             sentence = (
-                f"Whether {what} separate domains more than {early} cannot be said: {self._why(analysis)}."
+                f"Whether {what} separate domains more than {early} cannot be said: {self._why(subject)}."
             )
         else:
             verdict = "more" if found.low > 0 else "less" if found.high < 0 else None
@@ -65,7 +70,7 @@ class DepthContrast(Question):
                 else f"Whether domains lie further apart in {what} than in {early} remains open: {numbers}."
             )
         old = published.early_late(
-            analysis.published(), analysis.published().components[-1], found.early_layers, found.late_layers
+            subject.activations, subject.activations.components[-1], found.early_layers, found.late_layers
         )
         caveats = [
             subject.phase_note,
@@ -93,8 +98,8 @@ class DepthContrast(Question):
             )
         }
 
-    def _why(self, analysis: Analysis) -> str:
-        test = analysis.domain_test(n_permutations=1)
+    def _why(self, subject: Subject) -> str:
+        test = subject.domain_test(n_permutations=1)
         if test.n_domains < 2:
             return "there is only one domain"
         if not test.testable:

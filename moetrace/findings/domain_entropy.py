@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pandas as pd
 
+from moetrace.analysis import domain_entropy
 from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
@@ -32,9 +33,11 @@ class DomainEntropy(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Measure every domain in every layer."""
-        analysis = subject.analysis
-        table = analysis.domain_entropy()
-        test = analysis.domain_test(statistic="entropy", n_permutations=self.permutations, seed=subject.seed)
+        counts = subject.labelled
+        table = domain_entropy(
+            counts.included, counts.labels, layers=counts.layers, n_expert=subject.n_expert
+        )
+        test = subject.domain_test(statistic="entropy", n_permutations=self.permutations)
         tested = test.table[["layer", "p_value", "q_value", "p_family"]]
         sentences = []
         if not test.testable:
@@ -67,7 +70,7 @@ class DomainEntropy(Question):
         tables = {
             "domain_entropy": table,
             "test": tested,
-            "as_published_entropy": _published(analysis.published()),
+            "as_published_entropy": _published(subject.activations),
         }
         return self.finding(sentences, tables, caveats)
 

@@ -35,12 +35,8 @@ class DomainSeparation(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Test every layer."""
-        analysis = subject.analysis
-        found = analysis.domain_test(
-            statistic=self.statistic, n_permutations=self.permutations, seed=subject.seed
-        )
-        old = analysis.published()
-        layers, chi, top = published_separation(old)
+        found = subject.domain_test(statistic=self.statistic, n_permutations=self.permutations)
+        layers, chi, top = published_separation(subject.activations)
         caveats = [subject.phase_note]
         if found.testable:
             caveats.append(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from moetrace.analysis.placement.cache import POLICIES
+from moetrace.analysis.placement.cache import POLICIES, expert_cache
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
@@ -46,15 +46,15 @@ class ExpertCache(Question):
             raise UsageError(
                 f"--slots {self.slots}: no numbers", fix="give numbers, as --slots 4,8,16"
             ) from None
-        predictions = subject.analysis.predictions
+        text = subject.routing.text
         sizes = None
         if subject.model is not None:
             with ModelFile(subject.model) as model:
-                sizes = [model.expert_bytes(layer) for layer in predictions.text.layers.tolist()]
-        found = predictions.expert_cache(
+                sizes = [model.expert_bytes(layer) for layer in text.layers.tolist()]
+        found = expert_cache(
+            text if self.max_tokens == 0 else text.some(self.max_tokens, (subject.seed, 7)),
             slots,
             policies=[name.strip() for name in self.policies.split(",")],
-            max_tokens=self.max_tokens,
             expert_bytes=sizes,
             seed=subject.seed,
         )
@@ -88,11 +88,7 @@ class ExpertCache(Question):
         caveats = [
             subject.phase_note,
             f"Hits are counted on {used:,} tokens of held-out prompts, after the others warmed the caches up"
-            + (
-                f"; of {len(predictions.text):,} tokens"
-                if len(predictions.text) > 2 * used + self.max_tokens
-                else ""
-            )
+            + (f"; of {len(text):,} tokens" if len(text) > 2 * used + self.max_tokens else "")
             + ".",
             "Tokens are computed one at a time, prompt after prompt; those computed together share what is fetched.",
             "A miss is counted, not timed: what it costs depends on the link, and fetching ahead can hide it"

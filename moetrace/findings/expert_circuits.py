@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from moetrace.analysis.circuits import expert_circuits
+from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.published.dynamics import PublishedCircuits, as_published_circuits
-from moetrace.analysis.text.routed import RoutedText
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, number
@@ -42,7 +42,7 @@ class ExpertCircuits(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Answer it."""
-        text = subject.analysis.text
+        text = subject.routing.text
         found = expert_circuits(
             text,
             max_gap=self.max_gap,

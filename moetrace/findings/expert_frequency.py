@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pandas as pd
 
+from moetrace.analysis import expert_frequency, expert_usage
 from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
@@ -33,8 +34,8 @@ class ExpertFrequency(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Count."""
-        analysis = subject.analysis
-        usage = analysis.expert_usage()
+        counts = subject.counts
+        usage = expert_usage(counts.included, counts.tokens, layers=counts.layers, n_expert=subject.n_expert)
         size = usage.groupby("layer")["rank"].transform("max")
         tables: dict[str, pd.DataFrame] = {
             "usage": usage,
@@ -70,14 +71,19 @@ class ExpertFrequency(Question):
         )
         caveats = [subject.phase_note, "Intervals are over prompts: they hold for prompts like these."]
         try:
-            frequency = analysis.expert_frequency()
+            own = subject.labelled
         except UsageError as e:
             caveats.append(f"Not by domain: {e.what}.")
         else:
+            frequency = expert_frequency(own.included, own.tokens, own.labels, own.layers, subject.n_expert)
             tables["expert_frequency"] = frequency
             sentences += _by_domain(frequency)
-            tables |= _notebook(analysis.published())
-        tables |= _script(analysis.published_frequency())
+            tables |= _notebook(subject.activations)
+        tables |= _script(
+            published.frequency_of_rows(subject.routing)
+            if subject.table is None
+            else published.frequency_of_table(counts)
+        )
         caveats.append(
             "As published: percentages leave unused experts out, and as_published_world adds up unrelated experts of"
             " different layers that share a number; 'global' ranks (layer, expert) instead."

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from moetrace.analysis.experts import interference
-from moetrace.analysis.experts.outputs import chosen_outputs
+from moetrace.analysis.experts.outputs import chosen_outputs, layer_rows
 from moetrace.analysis.published import experts as published
 from moetrace.analysis.statistics import nulls
 from moetrace.errors import ChannelMissingError, UsageError
@@ -121,7 +121,7 @@ class ExpertInterference(Question):
         self, subject: Subject, model: ModelFile
     ) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
         trace, rows, pairs, caveats = subject.trace, [], [], []
-        numbers = [int(number) for number in subject.analysis.counts.layers]
+        numbers = [int(number) for number in subject.routing.counts.layers]
         if not LayerExperts(model, numbers[0]).reads_gate_input:
             trace.gate_input  # noqa: B018  # raises ChannelMissingError
             names = [
@@ -146,7 +146,7 @@ class ExpertInterference(Question):
         checked = True
         for index, layer in enumerate(numbers):
             subject.progress(f"what the experts of layer {layer} contribute")
-            experts, chosen = LayerExperts(model, layer), subject.analysis.layer_rows(index, self.tokens)
+            experts, chosen = LayerExperts(model, layer), layer_rows(subject.routing, index, self.tokens)
             parts = chosen_outputs(
                 experts,
                 chosen.gate_input,

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from moetrace.analysis.experts import merging
-from moetrace.analysis.experts.outputs import expert_outputs
+from moetrace.analysis.experts.outputs import expert_outputs, layer_rows
 from moetrace.analysis.published.experts import as_published_similarity
 from moetrace.analysis.statistics.likelihood import likelihood_change
 from moetrace.errors import UsageError
@@ -146,9 +146,9 @@ class ExpertMerging(Question):
         self, subject: Subject, model: ModelFile
     ) -> tuple[pd.DataFrame, pd.DataFrame, dict[int, np.ndarray[Any, Any]], list[str]]:
         """All pairs of all layers; the published comparison; how often each expert was used."""
-        analysis = subject.analysis
-        numbers = [int(number) for number in analysis.counts.layers]
-        included = analysis.counts.included.sum(axis=0)
+        routing = subject.routing
+        numbers = [int(number) for number in routing.counts.layers]
+        included = routing.counts.included.sum(axis=0)
         parts, published, use, caveats = [], [], {}, []
         unseen = sorted(set(model.moe_layers) - set(numbers))
         if unseen:
@@ -160,14 +160,14 @@ class ExpertMerging(Question):
             experts = LayerExperts(model, layer)
             chosen = self._chosen_pairs(model, layer)
             use[layer] = np.ones(len(experts))
-            routing = outputs = None
+            routed = outputs = None
             if layer in numbers:
                 index = numbers.index(layer)
                 use[layer] = np.asarray(included[index, : len(experts)], np.float64)
-                rows = analysis.layer_rows(index, _ROUTING_TOKENS)
+                rows = layer_rows(routing, index, _ROUTING_TOKENS)
                 router = model.router(layer)
                 logits = rows.gate_input @ router.weight.T + (0 if router.bias is None else router.bias)
-                routing = (rows.experts, logits)
+                routed = (rows.experts, logits)
                 if experts.reads_gate_input:
                     at = self._spread(len(rows.rows), len(experts) * rows.gate_input.shape[1])
                     made = expert_outputs(experts, rows.gate_input[at], experts.activation)
@@ -178,7 +178,7 @@ class ExpertMerging(Question):
                 pairs=chosen,
                 n_null=self.null,
                 seed=subject.seed,
-                routing=routing,
+                routing=routed,
                 outputs=outputs,
             )
             table.insert(0, "layer", layer)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from moetrace.analysis.experts import gate
+from moetrace.analysis.published.notebook import gate_steps
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, span
@@ -28,8 +30,8 @@ class GateDistances(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Measure every pair of consecutive layers."""
-        analysis = subject.analysis
-        summary = analysis.gate_summary()
+        chosen = subject.routing.chosen
+        summary = gate.summary_by_prompt(chosen)
         wide = summary.pivot(index=["layer", "next_layer"], columns="metric", values="mean").reset_index()
         cosine = summary[summary["metric"] == "cosine_similarity"]
         sentences = []
@@ -50,11 +52,11 @@ class GateDistances(Question):
             if ends["low"]["cosine_similarity"].notna().any()
             else "With a single prompt there are no intervals."
         )
-        each = analysis.gate_distances(self.tokens).drop(columns="row")
+        each = gate.distances_by_prompt(chosen, self.tokens).drop(columns="row")
         token = each.groupby(["prompt", "layer"], sort=False).cumcount()
         each.insert(0, "token", token)
         each.insert(0, "prompt", each.pop("prompt"))
-        steps, aggregate = analysis.published_gate(self.tokens)
+        steps, aggregate = gate_steps(subject.routing, self.tokens)
         tables = {
             "summary": summary,
             "per_token": each,

@@ -10,6 +10,7 @@ import pandas as pd
 
 from moetrace.analysis.domains.domain import domain_test
 from moetrace.analysis.dynamics import generation as dynamics
+from moetrace.analysis.dynamics import temporal
 from moetrace.analysis.published import dynamics as published
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
@@ -45,11 +46,11 @@ class GenerationDynamics(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Answer it."""
-        analysis = subject.analysis
-        text = analysis.text
-        persistence = analysis.persistence()
+        routing = subject.routing
+        text = routing.text
+        persistence = temporal.persistence(routing.counts)
         persistence = persistence[persistence["lag"] <= self.max_lag].reset_index(drop=True)
-        changes = dynamics.handoffs(analysis.counts)
+        changes = dynamics.handoffs(routing.counts)
         phases = dynamics.generation_phases(
             text,
             min_steps=self.min_steps,
@@ -67,11 +68,17 @@ class GenerationDynamics(Question):
         said = _of_handoffs(changes) + _of_phases(phases, self.alpha)
         caveats = [subject.phase_note]
         if len(subject.traces) == 1:
-            tables["order_test"] = analysis.shuffle_test(
+            tables["order_test"] = temporal.shuffle_chosen(
+                routing.whole("a shuffle test"),
                 max_lag=min(self.max_lag, 8),
                 n_permutations=self.permutations,
                 max_rows=self.max_tokens,
                 seed=subject.seed,
+            )
+        else:
+            caveats.append(
+                "Whether the order of tokens matters was not tested (order_test): that takes one trace; ask about them"
+                " one by one."
             )
         tables |= self._phases_of_work(subject, said, caveats)
         tables |= self._answers(subject, said, caveats)
@@ -117,7 +124,7 @@ class GenerationDynamics(Question):
         return {"prefill_decode": table}
 
     def _answers(self, subject: Subject, said: list[str], caveats: list[str]) -> _Tables:
-        answers = {} if subject.table is not None else subject.analysis.request_column("answer")
+        answers = subject.routing.request_column("answer")
         if not answers:
             caveats.append(
                 "Right and wrong outputs were not compared: no prompt has an `answer` (a key of its line in the prompts"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from moetrace.analysis import load_balance
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question
 from moetrace.findings.subject import Subject
@@ -24,7 +25,9 @@ class LoadBalance(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Answer it, for each layer."""
-        table = subject.analysis.load_balance()
+        counts = subject.counts
+        tokens = counts.tokens if subject.table is None else None
+        table = load_balance(counts.included, tokens, layers=counts.layers, n_expert=subject.n_expert)
         peak, uneven = best(table, "peak"), best(table, "jain", least=True)
         if peak is None or uneven is None:
             raise UsageError("no layer has any routing", fix="choose rows that have some: --phase, --layers")

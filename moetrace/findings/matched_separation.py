@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from moetrace.analysis import matched_separation
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, of_layers
@@ -29,7 +30,9 @@ class MatchedSeparation(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Test every layer."""
-        found = subject.analysis.matched_separation(n_permutations=self.permutations, seed=subject.seed)
+        found = matched_separation(
+            subject.routing.token_counts, n_permutations=self.permutations, seed=subject.seed
+        )
         table = found.table
         tested = table[table["p_value"].notna()]
         sentences = []

@@ -35,7 +35,7 @@ class Overview(Question):
             return self._of_table(subject)
         if not subject.traces:
             raise UsageError("there is no trace to look at", fix="give at least one")
-        analysis = subject.analysis
+        subject.routing  # noqa: B018  # raises by itself
         loss = sum((trace.loss for trace in subject.traces[1:]), subject.traces[0].loss)
         completeness = pd.DataFrame(
             [
@@ -116,13 +116,13 @@ class Overview(Question):
             )
         tables = {"completeness": completeness, "phases": phases, "domains": domains, "layers": layers}
         try:
-            tables |= published_overview(analysis.published())
+            tables |= published_overview(subject.activations)
         except MoetraceError as e:
             caveats.append(f"The published overview cannot be given: {e.what}.")
         return self.finding(sentences, tables, caveats)
 
     def _of_table(self, subject: Subject) -> Finding:
-        counts = subject.analysis.counts
+        counts = subject.counts
         picks = counts.included.sum(axis=2)
         domains = pd.DataFrame({"domain": counts.prompts, "picks": picks.sum(axis=1)})
         layers = pd.DataFrame(
@@ -139,7 +139,7 @@ class Overview(Question):
             "The number of experts is the highest id in the table + 1.",
         ]
         tables = {"domains": domains, "layers": layers}
-        return self.finding([sentence], tables | published_overview(subject.analysis.published()), caveats)
+        return self.finding([sentence], tables | published_overview(subject.activations), caveats)
 
 
 def sum_up(parts: list[pd.DataFrame], keys: list[str]) -> pd.DataFrame:

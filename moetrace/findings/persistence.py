@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pandas as pd
 
+from moetrace.analysis.dynamics import temporal
 from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
@@ -32,8 +33,7 @@ class Persistence(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Measure every layer and lag."""
-        analysis = subject.analysis
-        table = analysis.persistence()
+        table = temporal.persistence(subject.routing.counts)
         tables = {"persistence": table}
         sentences = []
         first = table[(table["lag"] == 1) & (table["pairs"] > 0)]
@@ -71,11 +71,11 @@ class Persistence(Question):
             " pairs (column pairs, prompts).",
         ]
         if self.permutations:
-            tables["shuffle_test"] = analysis.shuffle_test(
-                n_permutations=self.permutations, seed=subject.seed
+            tables["shuffle_test"] = temporal.shuffle_chosen(
+                subject.routing.whole("a shuffle test"), n_permutations=self.permutations, seed=subject.seed
             )
         try:
-            tables["as_published_lag1"] = published_lag1(analysis.published(), int(max(analysis.n_expert)))
+            tables["as_published_lag1"] = published_lag1(subject.activations, int(max(subject.n_expert)))
         except UsageError as e:
             caveats.append(f"The published lag 1 needs domains: {e.what}.")
         return self.finding(sentences, tables, caveats)

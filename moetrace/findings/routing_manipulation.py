@@ -25,8 +25,6 @@ from moetrace.model.file import ModelFile
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from moetrace.trace.trace import Trace
-
 _NORMAL_TOKEN = 1  # llama.cpp's LLAMA_TOKEN_TYPE_NORMAL
 _PUBLISHED_POOL, _PUBLISHED_TEMPLATES = 49, ("{}", "The {}", "{} is", "What is {}?")
 
@@ -61,14 +59,14 @@ class RoutingManipulation(Question):
     def answer(self, subject: Subject) -> Finding:
         """Answer it."""
         path = subject.need_model("routing manipulation")
-        trace = subject.trace
         rng = np.random.default_rng(subject.seed)
         with ModelFile(path) as model:
             kinds = np.asarray(
                 model.field("tokenizer.ggml.token_type", [_NORMAL_TOKEN] * len(model.vocabulary))
             )
         words = np.flatnonzero(kinds == _NORMAL_TOKEN)
-        texts = [(str(r.id), r.prompt) for r in trace.requests.itertuples() if isinstance(r.prompt, str)]
+        said = subject.routing.request_column("prompt").items()
+        texts = [(name, prompt) for name, prompt in said if isinstance(prompt, str)]
         texts = (
             [texts[i] for i in np.unique(np.linspace(0, len(texts) - 1, self.prompts).astype(int))]
             if texts
@@ -82,8 +80,10 @@ class RoutingManipulation(Question):
             edits = _edits(probe, texts, words, rng)
             n_expert = max(layout.n_expert)
             first = targets[0][0]
-            triggers, control = self._published_triggers(probe, trace, words, first[0])
-        counts = subject.analysis.counts
+            triggers, control = self._published_triggers(
+                probe, subject.in_phase("all").text.tokens, words, first[0]
+            )
+        counts = subject.routing.counts
         rates = counts.included.sum(axis=0) / np.maximum(counts.tokens.sum(axis=0), 1)[:, None]
         seen = {int(layer): rates[i] for i, layer in enumerate(counts.layers)}
         inputs["rarest_rate"] = [
@@ -203,10 +203,10 @@ class RoutingManipulation(Question):
         return manipulation.routing_manipulation(table, budget=self.budget), table, pd.DataFrame(best)
 
     def _published_triggers(
-        self, probe: RoutingProbe, trace: Trace, words: npt.NDArray[Any], layer: int
+        self, probe: RoutingProbe, tokens: npt.NDArray[Any], words: npt.NDArray[Any], layer: int
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
         """The published trigger scores of one layer, with the most frequent tokens of the trace as the pool."""
-        ids, count = np.unique(np.asarray(trace.token_ids), return_counts=True)
+        ids, count = np.unique(tokens, return_counts=True)
         ids = ids[np.argsort(-count, kind="stable")]
         ids = ids[np.isin(ids, words)]
         pieces = [probe.model.piece(int(t)).decode("utf-8", "replace").strip() for t in ids]

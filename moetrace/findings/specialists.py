@@ -40,12 +40,18 @@ class Specialists(Question):
             raise UsageError(
                 f"a margin of {self.margin:g} leaves no room", fix="give more than 1, such as 1.5"
             )
-        analysis = subject.analysis
-        lift = analysis.domain_lift(
-            n_boot=self.resamples, n_permutations=self.permutations, seed=subject.seed
+        counts = subject.labelled
+        lift = domain.domain_lift(
+            counts.included,
+            counts.labels,
+            layers=counts.layers,
+            n_expert=subject.n_expert,
+            n_boot=self.resamples,
+            n_permutations=self.permutations,
+            seed=subject.seed,
         )
         kinds = domain.specialists(lift, alpha=self.alpha, margin=self.margin)
-        classes, preferred = _published(analysis.published())
+        classes, preferred = _published(subject.activations)
         tables = {
             "specialists": kinds,
             "domain_lift": lift,
@@ -57,7 +63,7 @@ class Specialists(Question):
             .value_counts()
             .reindex(["specialist", "generalist", "undecided", "unused"], fill_value=0)
         )
-        test = analysis.domain_test(n_permutations=1, seed=subject.seed)
+        test = subject.domain_test(n_permutations=1)
         if not test.testable:
             out = [
                 f"Which experts are specialists {test.verdict}.",

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pandas as pd
 
+from moetrace.analysis.prediction.by_layer import task_by_layer
+from moetrace.analysis.published import prediction as published
 from moetrace.errors import MoetraceError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
@@ -42,12 +44,13 @@ class TaskPrediction(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Predict every later layer."""
-        predictions = subject.analysis.predictions
-        have = predictions.text.layers.tolist()[:-1]
+        columns = subject.routing.columns
+        have = columns.text.layers.tolist()[:-1]
         early = max((layer for layer in have if layer <= self.early_layer), default=have[0] if have else 0)
-        recall, gains = predictions.task_prediction(
+        recall, gains = task_by_layer(
+            columns,
             early,
-            routers=_routers(subject, predictions.text.layers.tolist()),
+            routers=_routers(subject, columns.text.layers.tolist()),
             max_tokens=self.max_tokens,
             n_permutations=self.permutations,
             seed=subject.seed,
@@ -116,7 +119,7 @@ class TaskPrediction(Question):
         elif "gate" not in wide:
             caveats.append("The later router on the early input needs the model: -m model.gguf.")
         try:
-            tables["as_published"] = predictions.as_published_task_prediction(early, seed=subject.seed)
+            tables["as_published"] = published.task_by_layer(columns, early, seed=subject.seed)
         except MoetraceError as e:
             caveats.append(f"The published figures cannot be given: {e.what}. {e.fix}")
         return self.finding(sentences, tables, caveats)

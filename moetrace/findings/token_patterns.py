@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 
 from moetrace import data
-from moetrace.analysis.access.from_trace import Analysis
+from moetrace.analysis.counts.from_trace import Routing
+from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.published import patterns as published
 from moetrace.analysis.text import lexicon
 from moetrace.analysis.text import token_patterns as patterns
-from moetrace.analysis.text.routed import RoutedText
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.recorded import recorded
@@ -62,8 +62,8 @@ class TokenPatterns(Question):
         for name in wanted:
             if name not in ANALYSES:
                 raise UsageError(f"there is no analysis {name!r}", fix=f"choose among: {', '.join(ANALYSES)}")
-        analysis = subject.analysis
-        whole = analysis.text
+        routing = subject.routing
+        whole = routing.text
         text = whole if whole.n_requests <= self.num_prompts else whole.of(np.arange(self.num_prompts))
         sentences: list[str] = []
         caveats = [
@@ -78,7 +78,7 @@ class TokenPatterns(Question):
         tables: _Tables = {}
         every = "combined_analysis" in wanted
         if "pattern_summary" in wanted or every:
-            tables |= self._summary(analysis, text, subject.seed, sentences)
+            tables |= self._summary(routing, text, subject.seed, sentences)
         if "sequence_patterns" in wanted or every:
             tables |= self._sequence(text, subject.seed, sentences)
         if "semantic_patterns" in wanted or every:
@@ -87,8 +87,8 @@ class TokenPatterns(Question):
             tables["combined_analysis"] = self._combined(tables)
         return self.finding(sentences, tables, caveats)
 
-    def _summary(self, analysis: Analysis, text: RoutedText, seed: int, say: list[str]) -> _Tables:
-        pieces = analysis.pieces(text)
+    def _summary(self, routing: Routing, text: RoutedText, seed: int, say: list[str]) -> _Tables:
+        pieces = routing.pieces(text)
         typed = lexicon.type_words(lexicon.join_words(pieces, text.starts))
         found = patterns.pattern_summary(
             text,
@@ -163,9 +163,8 @@ class TokenPatterns(Question):
     def _semantic(self, subject: Subject, text: RoutedText, say: list[str], caveats: list[str]) -> _Tables:
         labels = np.array(list(text.labels or ()), dtype=object)
         mine = np.flatnonzero(np.isin(labels, RELATIONS))
-        analysis = subject.analysis
         if len(set(labels[mine])) >= 2:
-            return self._relations(text.of(mine), analysis.pieces, subject.seed, say)
+            return self._relations(text.of(mine), subject.routing.pieces, subject.seed, say)
         if subject.model is None:
             caveats.append(
                 "Synonyms, antonyms, analogies and arithmetic were not looked at: the trace has no such prompts. Give"

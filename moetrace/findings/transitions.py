@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
+from moetrace.analysis import transitions
 from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
@@ -33,10 +34,10 @@ class Transitions(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Count transitions in every layer."""
-        analysis = subject.analysis
+        counts = subject.routing.counts
         parts, stay = [], []
-        for layer in analysis.counts.layers.tolist():
-            found = analysis.transitions(layer)
+        for layer in counts.layers.tolist():
+            found = transitions(counts, layer)
             matrix = found.counts.to_numpy()
             a, b = np.nonzero((matrix > 0) | (found.expected.to_numpy() >= 1))
             parts.append(
@@ -80,8 +81,9 @@ class Transitions(Question):
             " large by chance too; no test is made of single pairs.",
         ]
         try:
-            old = analysis.published()
-            tables["as_published_transitions"] = _published(old, self.layer, int(max(analysis.n_expert)))
+            tables["as_published_transitions"] = _published(
+                subject.activations, self.layer, int(max(subject.n_expert))
+            )
         except UsageError as e:
             caveats.append(f"The published matrices need domains: {e.what}.")
         return self.finding(sentences, tables, caveats)

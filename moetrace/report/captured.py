@@ -73,7 +73,7 @@ def captured(subject: Subject, names: Sequence[str] = ()) -> Captured:
             (f"{sum(len(t) for t in traces):,}", "tokens"),
             (f"{domains['prompts'].sum():,}", "prompt" if domains["prompts"].sum() == 1 else "prompts"),
             (f"{named}", "domain" if named == 1 else "domains"),
-            (f"{subject.analysis.layers.size}", "MoE layers"),
+            (f"{subject.counts.layers.size}", "MoE layers"),
             (dict(facts)["experts"].removeprefix("top-"), "experts per token"),
             (f"{loss.lost:,}", "entries lost"),
         ),
@@ -85,7 +85,7 @@ def captured(subject: Subject, names: Sequence[str] = ()) -> Captured:
 
 
 def _of_table(subject: Subject, names: tuple[str, ...]) -> Captured:
-    counts = subject.analysis.counts
+    counts = subject.counts
     picks = int(counts.included.sum())
     layers, n_expert = counts.layers.size, counts.n_expert
     return Captured(
@@ -226,7 +226,7 @@ def _gaps(traces: Sequence[Trace]) -> pd.DataFrame:
 
 def _limits(subject: Subject, loss: Loss) -> tuple[str, ...]:
     said = []
-    counts = subject.analysis.counts
+    counts = subject.counts
     labelled = counts.labelled()
     if not labelled.prompts.size:
         said.append("Nothing can be said about domains: no request has a label (moetrace drive --label-key).")

@@ -41,7 +41,7 @@ def explorer(
     lags) f4; ``separation`` (6, L) f4; ``steps``, (L, T, T) u4, ``steps_lift`` (L, T, T) f2 and
     ``steps_expert`` (L, T) u2, first experts of neighbours.
     """
-    counts = subject.analysis.counts
+    counts = subject.counts
     domains = sorted({str(label) for label in counts.labels.tolist()} - {""})
     labels = np.asarray(counts.labels).astype(str)
     groups = [np.ones(labels.size, bool), *(labels == name for name in domains)]
@@ -57,7 +57,7 @@ def explorer(
         "domains": domains,
         "layers": counts.layers.tolist(),
         "start": 0,
-        "n_expert": np.asarray(subject.analysis.n_expert).tolist(),
+        "n_expert": np.asarray(subject.n_expert).tolist(),
         "k": k.tolist(),
         "unit": "tokens" if k is counts.n_expert_used else "picks",
     }

@@ -16,6 +16,7 @@ from test_inprocess import python
 import moetrace
 from moetrace.analysis import chosen_outputs, from_trace, linearity, merge_candidates, weight_similarity
 from moetrace.analysis.experts.merging import drop_experts, merge
+from moetrace.analysis.experts.outputs import layer_rows
 from moetrace.data import demo_model, prompts
 from moetrace.model import merged as model_merged
 from moetrace.model.experts import LayerExperts
@@ -91,9 +92,9 @@ def test_numpy_computes_what_llama_cpp_computes(architecture, options, runtime, 
     tolerance = {"Q8_0": 0.02, "MXFP4": 0.02, "Q4_K": 0.02}.get(options.get("quantization"), 2e-3)
     phase = "all" if architecture == "nomic-bert-moe" else "prefill"
     with moetrace.open(tmp_path / "t.moet") as trace, ModelFile(model) as file:
-        analysis = from_trace(trace, phase=phase)
+        routing = from_trace(trace, phase=phase)
         for index, layer in enumerate(trace.layers.tolist()):
-            rows = analysis.layer_rows(index)
+            rows = layer_rows(routing, index)
             assert len(rows.rows) > 40
             experts = LayerExperts(file, layer)
             assert experts.reads_gate_input

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.signal import lfilter
 
-from moetrace.analysis.prediction.attention import AttentionRows, attention_features, attention_windows
+from moetrace.analysis.counts.attention import AttentionRows, attention_features, attention_windows
 from moetrace.analysis.prediction.context_attention_routing import attention_similarity, routing_similarity
 from moetrace.analysis.prediction.predict import Problem
 

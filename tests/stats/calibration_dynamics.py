@@ -28,11 +28,11 @@ from simulate import Routing, World  # noqa: E402
 
 import moetrace.analysis as m  # noqa: E402
 from moetrace.analysis.circuits import path_test  # noqa: E402
+from moetrace.analysis.counts.routed import exchange  # noqa: E402
 from moetrace.analysis.dynamics import generation as dynamics  # noqa: E402
 from moetrace.analysis.placement.cold_experts import cold_experts, tokens_needed  # noqa: E402
 from moetrace.analysis.text.association import associate, indicator  # noqa: E402
 from moetrace.analysis.text.lexicon import type_words  # noqa: E402
-from moetrace.analysis.text.routed import exchange  # noqa: E402
 from moetrace.analysis.text.token_patterns import (  # noqa: E402
     counts_of,
     types_beyond_words,

@@ -18,6 +18,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 from attending import Attending, Drawn  # noqa: E402
 
+from moetrace.analysis.counts.routed import membership  # noqa: E402
 from moetrace.analysis.prediction.context_attention_routing import context_attention_routing  # noqa: E402
 from moetrace.analysis.prediction.predict import (  # noqa: E402
     Problem,
@@ -29,7 +30,6 @@ from moetrace.analysis.prediction.predict import (  # noqa: E402
     score_table,
 )
 from moetrace.analysis.published import prediction as published  # noqa: E402
-from moetrace.analysis.text.routed import membership  # noqa: E402
 
 E, K = 32, 4
 

@@ -9,10 +9,10 @@ import pytest
 
 import moetrace.analysis as m
 from moetrace.analysis.circuits import path_test
+from moetrace.analysis.counts.routed import exchange, rotation
 from moetrace.analysis.dynamics.generation import answers_match
 from moetrace.analysis.placement.cold_experts import candidate_tokens, tokens_needed
 from moetrace.analysis.text.lexicon import SEMANTIC_TYPES, semantic_type
-from moetrace.analysis.text.routed import exchange, rotation
 from moetrace.analysis.text.token_patterns import repeated
 from moetrace.errors import UsageError
 

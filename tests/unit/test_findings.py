@@ -12,6 +12,7 @@ import traces
 
 import moetrace
 from moetrace.__main__ import main
+from moetrace.analysis import load_balance
 from moetrace.errors import InputError, UsageError
 from moetrace.findings import QUESTIONS, Finding, Subject, question
 from moetrace.report.files import write_finding
@@ -92,7 +93,8 @@ def test_analyze_prints_every_format_and_writes_files(
         )
         out[form] = capsys.readouterr().out
     with moetrace.open(path) as trace:
-        expected = Subject([trace]).analysis.load_balance()
+        counts = Subject([trace]).counts
+        expected = load_balance(counts.included, counts.tokens)
     assert "Load balance" in out["table"]
     assert "## Load balance" in out["md"]
     assert len(pd.read_csv(io.StringIO(out["csv"]))) == len(expected)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from moetrace.analysis import attention_prediction, task_prediction
+from moetrace.analysis.counts.routed import membership
 from moetrace.analysis.prediction import predict
 from moetrace.analysis.prediction.predict import Problem
-from moetrace.analysis.text.routed import membership
 from moetrace.errors import UsageError
 
 

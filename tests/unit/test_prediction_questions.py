@@ -14,6 +14,8 @@ from rings import make_layout
 import moetrace
 from moetrace.__main__ import main
 from moetrace.analysis import from_trace
+from moetrace.analysis.prediction.by_layer import attention_by_layer, task_by_layer
+from moetrace.analysis.published import prediction as published
 from moetrace.errors import ChannelMissingError, UsageError
 from moetrace.findings import Finding, Subject, question
 from moetrace.model.file import ModelFile
@@ -147,7 +149,7 @@ def test_what_is_missing_is_said_with_the_option_that_adds_it(tmp_path: Path) ->
     assert "as_published" not in finding.tables
     assert sum("--capture" in caveat for caveat in finding.caveats) == 2
     with moetrace.open(bare) as trace, pytest.raises(ChannelMissingError):
-        from_trace(trace, phase="all").predictions.as_published_task_prediction(1)
+        published.task_by_layer(from_trace(trace, phase="all").columns, 1)
     half = write_attending(tmp_path / "half.moet", gate_input=False)
     assert any("--capture attention,gate_input" in c for c in answer("attention-prediction", half).caveats)
 
@@ -180,13 +182,13 @@ def test_selected_layers_and_several_traces(attending: Path, tmp_path: Path) -> 
     assert finding.tables["recall"]["layer"].unique().tolist() == [1, 2]
     other = write_attending(tmp_path / "u.moet", seed=1)
     with moetrace.open(attending) as one, moetrace.open(other) as two:
-        both = from_trace(one, two, phase="all").predictions
+        both = from_trace(one, two, phase="all").columns
         assert np.unique(both.text.sources).size == 1  # requests of one id are one prompt
-        assert len(both.text) == len(from_trace(one, phase="all").predictions.text)
+        assert len(both.text) == len(from_trace(one, phase="all").text)
         with pytest.raises(UsageError, match="no MoE layer 9"):
-            both.attention_prediction([9])
+            attention_by_layer(both, [9])
         with pytest.raises(UsageError, match="no MoE layer with others after it"):
-            both.task_prediction(2)
+            task_by_layer(both, 2)
 
 
 def test_the_cache_question_in_experts_and_in_bytes(attending: Path, tmp_path: Path, model_file: Any) -> None:

@@ -108,7 +108,7 @@ def test_traces_of_one_name_keep_their_prompts_apart(tmp_path: Path) -> None:
         bare = [{k: v for k, v in line.items() if k != "id"} for line in lines]
         (path / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bare))
     with moetrace.open(paths[0]) as a, moetrace.open(paths[1]) as b:
-        assert Subject([a, b], names=["t", "t"]).analysis.counts.prompts.size == 12
+        assert Subject([a, b], names=["t", "t"]).counts.prompts.size == 12
 
 
 # -- what they say ---------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_chosen_layers_are_a_family_of_their_own(planted: Path) -> None:
         assert finding.tables["domain_test"]["layer"].tolist() == [0, 2]
         assert "in all 2 layers" in finding.sentences[0]
         with pytest.raises(UsageError, match="no layer 9"):
-            _ = Subject([trace], layers=[9]).analysis
+            _ = Subject([trace], layers=[9]).counts
 
 
 # -- as published ----------------------------------------------------------------------------------------
@@ -529,10 +529,10 @@ def test_captures_of_other_models_or_texts_are_refused(
 
 
 def test_a_comparison_reads_in_pieces(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["moetrace.analysis.access.from_trace"]
+    module = sys.modules["moetrace.analysis.counts.compare"]
     tables = []
     for chunk in (1 << 13, 7):
-        monkeypatch.setattr(module, "_CHUNK", chunk)
+        monkeypatch.setattr(module, "CHUNK", chunk)
         with moetrace.open(planted) as one, moetrace.open(planted) as two:
             tables.append(ask("compare", Subject([one, two])).tables)
     for name, table in tables[0].items():

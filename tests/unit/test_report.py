@@ -77,7 +77,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         subject = Subject([trace], names=["t"])
         findings = [question(name)().ask(subject) for name in ASKED]
         report = write_report(subject, findings, folder / "out")
-        counts = subject.analysis.counts
+        counts = subject.counts
     text = report.page.read_text(encoding="utf-8")
     return SimpleNamespace(folder=folder / "out", report=report, text=text, page=Page(text), counts=counts)
 
@@ -288,7 +288,7 @@ def test_the_page_stays_below_5_mb_at_92_layers_of_160_experts(tmp_path: Path) -
         subject = Subject([trace])
         about = captured(subject)
         stand_in = SimpleNamespace(
-            analysis=SimpleNamespace(counts=counts, n_expert=np.full(92, 160)),
+            counts=counts, n_expert=np.full(92, 160),
             phase_note="decode", seed=0, traces=(), table=None,
         )  # fmt: skip
         text = render_page(stand_in, findings, about)  # type: ignore[arg-type]

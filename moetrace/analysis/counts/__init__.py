@@ -1,1 +1,1 @@
-"""Counting: what most analyses follow from, what there is, and whether two captures agree."""
+"""What was chosen of a recording: its rows, counts and texts; and whether two recordings agree."""

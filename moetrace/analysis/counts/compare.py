@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import comb
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from moetrace.analysis.counts.counting import Ints
+from moetrace.analysis.counts.from_trace import CHUNK, PHASES, Chosen, present
 from moetrace.analysis.statistics import information as info
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.chance import chance
@@ -259,3 +262,141 @@ def _kendall(same: Bools) -> Floats:
             score += np.where(both, np.sign(rank_b[:, :, j] - rank_b[:, :, i]), 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(score / pairs)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two captures A and B of the same text agree.
+
+    Attributes
+    ----------
+    sums
+        :func:`agreement` summed per prompt.
+    phases
+        The same by phase of A's token: prefill, decode, unknown, those that there are.
+    included
+        (2, P, L, E) int64: tokens that used the expert, in A and in B, over the compared cells; prompts as in
+        ``sums``.
+    texts
+        :func:`align`'s table: which texts were compared how far.
+    rows
+        (n,) and (n,): row numbers in A and in B of the tokens compared.
+    only_in
+        Prompts that only A has, and only B.
+    layers, n_expert, n_expert_used
+        (L,) of the model.
+    """
+
+    sums: MetricSums
+    phases: dict[str, MetricSums]
+    included: npt.NDArray[np.int64]
+    texts: pd.DataFrame
+    rows: tuple[Ints, Ints]
+    only_in: tuple[int, int]
+    layers: npt.NDArray[np.int64]
+    n_expert: npt.NDArray[np.int64]
+    n_expert_used: npt.NDArray[np.int64]
+
+    def by_layer(self) -> pd.DataFrame:
+        """:func:`agreement_summary`."""
+        return agreement_summary(
+            self.sums, n_expert=self.n_expert, n_expert_used=self.n_expert_used, layers=self.layers
+        )
+
+    def by_phase(self) -> pd.DataFrame:
+        """All layers together, by phase: ``phase``, then as :meth:`by_depth`."""
+        parts = []
+        for phase, sums in self.phases.items():
+            table = agreement_by_depth(
+                sums, n_expert=self.n_expert, n_expert_used=self.n_expert_used, layers=self.layers
+            )
+            table = table[table["depth"] == "all"].drop(columns=["depth", "layers"])
+            parts.append(table.assign(phase=phase)[["phase", *table.columns]])
+        return pd.concat(parts, ignore_index=True)
+
+    def by_depth(self) -> pd.DataFrame:
+        """:func:`agreement_by_depth`."""
+        return agreement_by_depth(
+            self.sums, n_expert=self.n_expert, n_expert_used=self.n_expert_used, layers=self.layers
+        )
+
+    def usage(self) -> pd.DataFrame:
+        """:func:`usage_difference`."""
+        return usage_difference(*self.included, layers=self.layers, n_expert=self.n_expert)
+
+
+def compare_captures(one: Chosen, two: Chosen) -> Agreement:
+    """Hold two captures of the same text against each other, token by token.
+
+    ``coverage_k`` needs the other capture's ``scores`` or ``logits``. Raises UsageError if the captures
+    differ in layers or experts, or have no prompt in common.
+    """
+    mine, theirs = one.trace, two.trace
+    for name in ("layers", "n_expert", "n_expert_used"):
+        a, b = getattr(mine, name), getattr(theirs, name)
+        if not np.array_equal(a, b):
+            raise UsageError(
+                f"these captures cannot be compared: {name} differ ({a.tolist()} and {b.tolist()})",
+                fix="compare captures of models of the same shape",
+            )
+    every = np.unique(np.array([*one.prompts, *two.prompts], dtype=np.str_))
+    rows, keys = [], []
+    for side in (one, two):
+        r = side.order.rows
+        rows.append(r)
+        key = {
+            "prompt": np.searchsorted(every, np.array(side.prompts, dtype=np.str_))[side.trace.request[r]],
+            "position": side.trace.positions[r],
+            "token": side.trace.token_ids[r],
+        }
+        keys.append(pd.DataFrame(key))
+    a, b, texts = align(keys[0], keys[1])
+    texts["prompt"] = every[texts["prompt"].to_numpy()]
+    scores = two.channel("scores")
+    scores = two.channel("logits") if scores is None else scores
+    who = every[keys[0]["prompt"].to_numpy()[a]]
+    a, b = rows[0][a], rows[1][b]
+    prompts = np.unique(who)
+    e, n_layers = int(max(mine.n_expert)), len(mine.layers)
+    included = np.zeros((2, prompts.size, n_layers, e), dtype=np.int64)
+    total: MetricSums | None = None
+    by_phase: dict[str, MetricSums] = {}
+    phase = np.asarray(mine.phase)[a]
+    # asked for once: of a trace with several contexts they are copied together
+    columns = [(trace.experts, trace.state) for trace in (mine, theirs)]
+    for start in range(0, a.size, CHUNK):
+        piece = slice(start, start + CHUNK)
+        ids = [present(*columns[0], a[piece]), present(*columns[1], b[piece])]
+        metrics = agreement(
+            ids[0],
+            ids[1],
+            n_expert=e,
+            scores_b=None if scores is None else np.asarray(scores[b[piece]]),
+            n_expert_used=mine.n_expert_used,
+        )
+        part = MetricSums.of(who[piece], metrics)
+        total = part if total is None else total + part
+        for name, code in PHASES.items():
+            here = phase[piece] == code
+            if here.any():
+                some = MetricSums.of(who[piece][here], {m: v[here] for m, v in metrics.items()})
+                by_phase[name] = by_phase[name] + some if name in by_phase else some
+        both = ~np.isnan(metrics["overlap"])
+        at = np.searchsorted(prompts, who[piece])
+        for side_counts, x in zip(included, ids, strict=True):
+            token, layer, rank = np.nonzero((x < e) & both[:, :, None])
+            np.add.at(side_counts, (at[token], layer, x[token, layer, rank]), 1)
+    if total is None:
+        raise UsageError("the captures have no token in common", fix="capture the same prompts with both")
+    with_rows = [set(keys_of["prompt"].unique()) for keys_of in keys]
+    return Agreement(
+        total,
+        by_phase,
+        included,
+        texts,
+        (a, b),
+        (len(with_rows[0] - with_rows[1]), len(with_rows[1] - with_rows[0])),
+        mine.layers,
+        mine.n_expert,
+        mine.n_expert_used,
+    )

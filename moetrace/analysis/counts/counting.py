@@ -198,6 +198,28 @@ class RoutingCounts:
     lag_shared: Ints
     lag_top1: Ints
 
+    @classmethod
+    def of_table(
+        cls, counts: npt.ArrayLike, domains: Sequence[str], layers: npt.ArrayLike | None = None
+    ) -> RoutingCounts:
+        """A table of counts (D, L, E): each domain as one prompt, no tokens (0), no neighbours."""
+        table, names = np.asarray(counts, dtype=np.int64), np.array([str(name) for name in domains])
+        order = np.argsort(names)
+        empty = np.zeros((*table.shape[:2], 0), dtype=np.int64)
+        return cls(
+            prompts=names[order],
+            labels=names[order],
+            layers=layer_numbers(layers, table.shape[1]),
+            n_expert_used=np.zeros(table.shape[1], dtype=np.int64),
+            tokens=np.zeros(table.shape[:2], dtype=np.int64),
+            included=table[order],
+            top1=np.zeros_like(table),
+            transitions=np.zeros((table.shape[1], 0, 0), dtype=np.int64),
+            lag_pairs=empty,
+            lag_shared=empty,
+            lag_top1=empty,
+        )
+
     @property
     def n_expert(self) -> int:
         """E, the number of experts of a layer."""

@@ -191,7 +191,7 @@ def domain_entropy(
 
 def load_balance(
     counts: npt.ArrayLike,
-    tokens: npt.ArrayLike,
+    tokens: npt.ArrayLike | None,
     *,
     layers: npt.ArrayLike | None = None,
     n_expert: npt.ArrayLike | None = None,
@@ -202,7 +202,8 @@ def load_balance(
     Parameters
     ----------
     counts, tokens
-        (P, L, E) tokens that used the expert and (P, L) tokens.
+        (P, L, E) tokens that used the expert and (P, L) tokens; None if only counts are known, not whose they are:
+        then there are neither rates nor intervals.
     n_expert
         (L,) experts that each layer has, where layers differ; E if not given.
 
@@ -212,7 +213,8 @@ def load_balance(
     (jackknife over prompts); ``unused`` experts, and ``unused_rate_bound``: the rate that an expert unseen in
     so many tokens may still have, 3/tokens (rule of three, 95 %, independent tokens; prompts make it larger).
     """
-    c, n = np.asarray(counts, dtype=np.float64), np.asarray(tokens, dtype=np.float64).sum(axis=0)
+    c = np.asarray(counts, dtype=np.float64)
+    n = np.zeros(c.shape[1]) if tokens is None else np.asarray(tokens, dtype=np.float64).sum(axis=0)
     total = c.sum(axis=0)
     own = per_layer(n_expert, c.shape[1], c.shape[2])
     mean = total.sum(axis=1) / own
@@ -225,7 +227,7 @@ def load_balance(
     hottest: Ints = total.argmax(axis=1)
     spread = np.sqrt(np.maximum((total**2).sum(axis=1) / own - mean**2, 0.0))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return pd.DataFrame(
+        table = pd.DataFrame(
             {
                 "layer": layer_numbers(layers, c.shape[1]),
                 "tokens": n.astype(np.int64),
@@ -240,3 +242,4 @@ def load_balance(
                 "unused_rate_bound": np.where(n > 0, np.minimum(3.0 / n, 1.0), np.nan),
             }
         )
+    return table if tokens is not None else table.assign(tokens=np.nan, jain_low=np.nan, jain_high=np.nan)

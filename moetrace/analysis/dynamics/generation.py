@@ -14,10 +14,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from moetrace.analysis.counts.counting import RoutingCounts
+from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.information import entropy_bits, jsd_bits, shares
 from moetrace.analysis.statistics.nulls import Floats, Ints
-from moetrace.analysis.text.routed import RoutedText
 from moetrace.errors import UsageError
 
 

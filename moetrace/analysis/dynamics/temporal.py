@@ -8,6 +8,7 @@ order; beating it means that order matters. Prefill and decode are never mixed: 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from moetrace.analysis.counts.counting import (
     member_words,
     reading_order,
 )
+from moetrace.analysis.counts.from_trace import Chosen
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.nulls import Floats
 from moetrace.analysis.statistics.shapes import layer_numbers, rows_of, some_requests
@@ -138,6 +140,12 @@ def shuffle_test(
     table = pd.DataFrame(out)
     table.attrs.update(rows=int(m), requests=int(np.unique(owner).size), n_permutations=n_permutations)
     return table
+
+
+def shuffle_chosen(chosen: Chosen, **options: Any) -> pd.DataFrame:
+    """:func:`shuffle_test` of a trace's chosen rows, with its options."""
+    trace = chosen.trace
+    return shuffle_test(trace.experts, trace.request, trace.positions, **chosen.columns, **options)
 
 
 @dataclass(frozen=True)

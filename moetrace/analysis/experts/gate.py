@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import add
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from moetrace.analysis.counts.counting import Ints
+from moetrace.analysis.counts.from_trace import Chosen, by_prompt
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.shapes import layer_numbers
 from moetrace.analysis.statistics.sums import MetricSums
@@ -144,6 +148,49 @@ def gate_summary(sums: MetricSums, layers: npt.ArrayLike | None = None, level: f
     table.insert(0, "layer", numbers[place])
     table.insert(1, "next_layer", numbers[place + 1])
     return table
+
+
+def gate_rows(chosen: Sequence[Chosen]) -> Iterator[tuple[Chosen, str, Ints, Ints]]:
+    """Rows, prompt and partners of every request, prompts in order of their names.
+
+    Each token's partner (for ``cosine_unpaired``) is the next one of its request, the first one for the last.
+    Raises ChannelMissingError if a trace has no gate inputs, UsageError if it has one layer.
+    """
+    for each in chosen:
+        if each.need("gate_input").shape[1] < 2:
+            raise UsageError(
+                "there is one MoE layer: no next one to compare it with", fix="capture two layers or more"
+            )
+    for each, prompt, rows in by_prompt(chosen):
+        yield each, prompt, rows, np.roll(rows, -1) if rows.size > 1 else np.full(1, -1)
+
+
+def distances_by_prompt(chosen: Sequence[Chosen], at_most: int) -> pd.DataFrame:
+    """:func:`gate_distances` of the first ``at_most`` chosen rows, prompt by prompt, and each one's ``prompt``.
+
+    ``row`` counts within each trace. Raises as :func:`gate_rows`.
+    """
+    parts: list[pd.DataFrame] = []
+    for each, prompt, rows, partners in gate_rows(chosen):
+        rows, partners = rows[:at_most], partners[:at_most]
+        at_most -= rows.size
+        values, trace = each.need("gate_input"), each.trace
+        found = gate_distances(values, rows, partners=partners, state=trace.state, layers=trace.layers)
+        parts.append(found.assign(prompt=prompt))
+        if at_most <= 0:
+            break
+    return pd.concat(parts, ignore_index=True)
+
+
+def summary_by_prompt(chosen: Sequence[Chosen]) -> pd.DataFrame:
+    """:func:`gate_summary` over prompts, in memory that does not grow with rows. Raises as :func:`gate_rows`."""
+    parts = (
+        gate_sums(
+            each.need("gate_input"), rows, [prompt] * rows.size, partners=partners, state=each.trace.state
+        )
+        for each, prompt, rows, partners in gate_rows(chosen)
+    )
+    return gate_summary(reduce(add, parts), chosen[0].trace.layers)
 
 
 def _distances(

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
+from moetrace.analysis.counts.routed import membership
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.shapes import layer_numbers
-from moetrace.analysis.text.routed import membership
 from moetrace.errors import UsageError
 
 Floats = npt.NDArray[np.float64]

@@ -18,9 +18,9 @@ from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import squareform
 
+from moetrace.analysis.counts.routed import membership
 from moetrace.analysis.experts.outputs import blocks_of_pairs
 from moetrace.analysis.statistics import nulls
-from moetrace.analysis.text.routed import membership
 from moetrace.errors import UsageError
 from moetrace.model.experts import Activation, Expert
 from moetrace.model.grouping import Grouping

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from moetrace.analysis.counts.from_trace import Routing
 from moetrace.errors import UsageError
 from moetrace.model.experts import Activation, Expert
 
@@ -118,3 +120,58 @@ _ACTIVATIONS: dict[str, Callable[[Matrix], Matrix]] = {
     "relu": lambda x: np.maximum(x, 0),
     "relu_sqr": lambda x: np.maximum(x, 0) ** 2,
 }
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """Tokens of one layer, for analyses of what experts compute.
+
+    Attributes
+    ----------
+    rows
+        (n,) row numbers in the trace.
+    gate_input, experts, weights
+        (n, D), (n, k), (n, k).
+    prompts
+        (n,) the prompt of each.
+    """
+
+    rows: npt.NDArray[np.int64]
+    gate_input: npt.NDArray[np.float32]
+    experts: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32]
+    prompts: npt.NDArray[np.str_]
+
+
+def layer_rows(routing: Routing, index: int, at_most: int | None = None) -> LayerRows:
+    """Tokens of the layer at ``index`` of the layer axis, evenly spread over the chosen rows; one trace only.
+
+    Rows in which the layer was not computed are left out. Raises ChannelMissingError if the trace has no gate
+    inputs or weights.
+    """
+    routing.whole("what experts compute")
+    parts = [(each, each.need("gate_input"), each.need("weights")) for each in routing.chosen]
+    starts = np.concatenate(([0], np.cumsum([each.keep.size for each in routing.chosen])))
+    rows = np.concatenate(
+        [
+            start + np.flatnonzero(each.keep & (np.asarray(each.trace.state[:, index]) == 1))
+            for start, each in zip(starts.tolist(), routing.chosen, strict=False)
+        ]
+    )
+    if at_most is not None and rows.size > at_most:
+        rows = rows[np.linspace(0, rows.size - 1, at_most).astype(np.int64)]
+    found = []
+    for i, (each, gate_input, weights) in enumerate(parts):
+        trace = each.trace
+        k = int(trace.n_expert_used[index])
+        mine = rows[(rows >= starts[i]) & (rows < starts[i + 1])] - starts[i]
+        names = np.array([*each.prompts, ""], dtype=np.str_)
+        found.append(
+            (
+                np.asarray(gate_input[mine, index], np.float32),
+                np.asarray(trace.experts[mine, index, :k], np.int64),
+                np.asarray(weights[mine, index, :k], np.float32),
+                names[np.asarray(trace.request)[mine]],
+            )
+        )
+    return LayerRows(rows, *(np.concatenate(columns) for columns in zip(*found, strict=True)))

@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.statistics import nulls
-from moetrace.analysis.text.routed import RoutedText
 from moetrace.errors import UsageError
 
 Ints = npt.NDArray[np.int64]

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
+from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.statistics.nulls import Floats, Ints
 from moetrace.analysis.statistics.shapes import layer_numbers
-from moetrace.analysis.text.routed import RoutedText
 from moetrace.errors import UsageError
 
 

@@ -40,7 +40,7 @@ def attention_prediction(
     Parameters
     ----------
     attention
-        (n, heads, features) f4, all finite: :func:`moetrace.analysis.prediction.attention.attention_features`.
+        (n, heads, features) f4, all finite: :func:`moetrace.analysis.attention_features`.
     hidden
         (n, D) f4: the router's input. The router is linear in it, so what a linear predictor does not reach from
         it is the predictor's limit, not the router's secret.

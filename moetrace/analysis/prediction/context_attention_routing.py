@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moetrace.analysis.counts.routed import membership
 from moetrace.analysis.statistics import nulls
-from moetrace.analysis.text.routed import membership
 from moetrace.errors import UsageError
 
 Floats = npt.NDArray[np.float64]

@@ -22,8 +22,8 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import linalg, sparse
 
+from moetrace.analysis.counts.routed import membership
 from moetrace.analysis.statistics import nulls
-from moetrace.analysis.text.routed import membership
 from moetrace.errors import UsageError
 
 Floats = npt.NDArray[np.float64]

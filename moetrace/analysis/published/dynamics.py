@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.statistics.shapes import layer_numbers
-from moetrace.analysis.text.routed import RoutedText
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from moetrace.analysis.counts.routed import membership
 from moetrace.analysis.experts.manipulation import Edit
 from moetrace.analysis.experts.merging import cosine_of
-from moetrace.analysis.text.routed import membership
 from moetrace.model.experts import Expert
 
 

@@ -9,9 +9,10 @@ the other modules. What is wrong with each is said in its docstring.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 from itertools import pairwise
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,13 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.special import chdtrc
 
+from moetrace.analysis.counts.counting import RoutingCounts
+from moetrace.analysis.counts.from_trace import CHUNK, Chosen, Routing, by_prompt, present
+from moetrace.analysis.experts import gate
 from moetrace.analysis.experts.gate import pair_distances
 from moetrace.analysis.statistics.information import entropy_bits, shares
 from moetrace.analysis.statistics.shapes import layer_numbers
+from moetrace.analysis.statistics.sums import MetricSums
 from moetrace.errors import UsageError
 
 Ints = npt.NDArray[np.int64]
@@ -740,3 +745,151 @@ def _known(a: Activations, domain: str, layer: int, component: str) -> None:
             raise UsageError(
                 f"{what} {value!r} has no activations", fix=f"choose one of {', '.join(map(str, among))}"
             )
+
+
+# -- of a trace's chosen rows ------------------------------------------------------------------------------
+
+
+def activations(routing: Routing, top: int | None = None) -> Activations:
+    """The chosen, labelled rows as the notebook's table.
+
+    ``token_id`` numbers a domain's tokens, prompts in order of their names, each in reading order. One entry
+    per consumer of the ids (gate, up, down). Raises UsageError if no request has a label.
+    """
+    chosen = routing.labelled
+    prompts, domains = (
+        [np.array(names, dtype=np.str_)[each.order.requests] for each, names in pairs]
+        for pairs in ([(c, c.prompts) for c in chosen], [(c, c.labels) for c in chosen])
+    )
+    # where each request's tokens begin among those of its domain
+    sizes = np.concatenate([np.diff(each.order.request_starts) for each in chosen])
+    sort = np.lexsort((np.concatenate(prompts), np.concatenate(domains)))
+    begin = np.empty(sizes.size, dtype=np.int64)
+    begin[sort] = np.cumsum(sizes[sort]) - sizes[sort]
+    parts, done = [], 0
+    for each, labels in zip(chosen, domains, strict=True):
+        order, trace = each.order, each.trace
+        n = np.diff(order.request_starts)
+        offset = begin[done : done + n.size] - order.request_starts[:-1]
+        done += n.size
+        if not n.size:
+            continue
+        kinds, code = np.unique(labels, return_inverse=True)
+        parts.append(
+            Activations.from_rows(
+                trace.experts,
+                pd.Categorical.from_codes(np.repeat(code, n), pd.Index([str(k) for k in kinds])),
+                np.repeat(offset, n) + np.arange(order.rows.size),
+                n_expert=max(trace.n_expert),
+                layers=trace.layers,
+                components=routing.consumers or COMPONENTS,
+                top=top,
+                rows=order.rows,
+            )
+        )
+    return reduce(add, parts)
+
+
+def frequency_of_rows(routing: Routing) -> ExpertFrequency:
+    """:func:`expert_frequency` of the chosen rows, prompts in order of their names; unlabelled ones count too."""
+    n_layers, e = len(routing.layers), int(max(routing.n_expert))
+    counts = np.zeros((n_layers, e), dtype=np.int64)
+    best: dict[tuple[int, int], tuple[Any, ...]] = {}
+    for number, each in enumerate(routing.chosen):
+        trace, names, request = each.trace, each.prompts, np.asarray(each.trace.request)
+        rows = np.concatenate([np.empty(0, dtype=np.int64), *(rows for *_, rows in by_prompt([each]))])
+        new = np.zeros((n_layers, e), dtype=bool)
+        for start in range(0, rows.size, CHUNK):
+            mine = rows[start : start + CHUNK]
+            ids = present(trace.experts, trace.state, mine).transpose(1, 0, 2).astype(np.int64)  # (L, m, k)
+            key = np.minimum(ids, e) + np.arange(n_layers)[:, None, None] * (e + 1)
+            found = np.bincount(key.reshape(-1), minlength=n_layers * (e + 1)).reshape(n_layers, e + 1)
+            fresh = (found[:, :e] > 0) & ~new
+            counts += found[:, :e]
+            if not fresh.any():
+                continue
+            new |= fresh
+            at = dict(zip(*np.unique(key.reshape(-1), return_index=True), strict=True))
+            for layer, expert in zip(*np.nonzero(fresh), strict=True):
+                place = int(at[layer * (e + 1) + expert]) % (ids.shape[1] * ids.shape[2])
+                i, rank = divmod(place, ids.shape[2])
+                row = int(mine[i])
+                where = (names[request[row]], number, int(trace.step[row]), int(layer), start + i, rank)
+                cell = (int(layer), int(expert))
+                best[cell] = min(best.get(cell, where), where)
+    # the log goes ubatch by ubatch, in it layer by layer, in it row by row
+    ascending = {where: i for i, where in enumerate(sorted(best.values()))}
+    place_of = np.full((n_layers, e), len(ascending))
+    for cell, where in best.items():
+        place_of[cell] = ascending[where]
+    return frequency_of_counts(counts, routing.layers, place_of, place_of.min(axis=0))
+
+
+def frequency_of_table(counts: RoutingCounts) -> ExpertFrequency:
+    """:func:`expert_frequency` of a table, ties in order of expert ids: the order of the log is not known."""
+    total = counts.included.sum(axis=0)
+    ids = np.arange(total.shape[1])
+    return frequency_of_counts(total, counts.layers, np.broadcast_to(ids, total.shape), ids)
+
+
+def gate_steps(routing: Routing, at_most: int = 200) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """:func:`gate_input_analysis` of these traces, all layers: its steps (the first ``at_most``), its aggregate.
+
+    The script takes row 0 of every ubatch, of whatever phase; prompts come in order of their names.
+    """
+    total: MetricSums | None = None
+    steps: list[pd.DataFrame] = []
+    n = 0
+    for each, _, rows, _ in gate.gate_rows([replace(chosen, phase="all") for chosen in routing.chosen]):
+        trace, values = each.trace, each.need("gate_input")
+        mine = rows[np.asarray(trace.row)[rows] == 0]
+        if not mine.size:
+            continue
+        whole = (np.asarray(trace.state[mine]) == 1).all(axis=1)
+        part = gate.gate_sums(values, mine, np.zeros(mine.size, dtype=np.int64), state=trace.state)
+        total = part if total is None else total + part
+        shown = mine[whole][: max(at_most - n, 0)]
+        if shown.size:
+            found = gate.gate_distances(values, shown, state=trace.state, layers=trace.layers)
+            step = np.repeat(n + np.arange(shown.size) + 1, len(routing.layers) - 1)
+            found.insert(0, "step", step)
+            steps.append(found[["step", "layer", "next_layer", *SHOWN]])
+        n += mine.size
+    if total is None or not steps:
+        raise UsageError("no ubatch has its row 0 in the trace", fix="choose another phase")
+    aggregate = gate.gate_summary(total, routing.layers)
+    aggregate = aggregate[aggregate["metric"].isin(AGGREGATED) & (aggregate["tokens"] > 0) & (n > 1)]
+    return (
+        pd.concat(steps, ignore_index=True),
+        aggregate[["layer", "next_layer", "metric", "mean", "std"]].reset_index(drop=True),
+    )
+
+
+def gate_experts_of_rows(one: Chosen, two: Chosen, a: Ints, b: Ints) -> pd.DataFrame | None:
+    """``compare_gate_experts.py`` of rows a of one and b of two: layer_id, metric, mean, std (ddof 0).
+
+    None without the logits of both.
+    """
+    logits = (one.channel("logits"), two.channel("logits"))
+    if logits[0] is None or logits[1] is None:
+        return None
+    total: MetricSums | None = None
+    for start in range(0, a.size, CHUNK):
+        x = np.asarray(logits[0][a[start : start + CHUNK]])
+        y = np.asarray(logits[1][b[start : start + CHUNK]])
+        known = np.isfinite(x).all(axis=2) & np.isfinite(y).all(axis=2)
+        columns: dict[str, npt.NDArray[np.float64]] = {}
+        for layer, k in enumerate(one.trace.n_expert_used):
+            e = int(one.trace.n_expert[layer])
+            here = known[:, layer]
+            found = compare_gate_experts(x[here, layer, :e], y[here, layer, :e], int(k)).samples
+            for metric in found:
+                column = columns.setdefault(str(metric), np.full(known.shape, np.nan))
+                column[here, layer] = found[metric]
+        part = MetricSums.of(np.zeros(x.shape[0], dtype=np.int64), columns)
+        total = part if total is None else total + part
+    if total is None:
+        return None
+    table = total.table()
+    table.insert(0, "layer_id", np.asarray(one.trace.layers)[table.pop("place").to_numpy()])
+    return table[["layer_id", "metric", "tokens", "mean", "std"]]

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.text.association import indicator
 from moetrace.analysis.text.lexicon import semantic_type, token_type
-from moetrace.analysis.text.routed import RoutedText
 
 #: patterns that the published analysis looked for, and the name it gave each
 PATTERNS_OF_INTEREST = {

@@ -19,6 +19,8 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.special import gammaln
 
+from moetrace.analysis.counts.columns import TokenColumns
+from moetrace.analysis.prediction.by_layer import Frames, early_index
 from moetrace.errors import UsageError
 
 Floats = npt.NDArray[np.float64]
@@ -257,3 +259,77 @@ def _log_choose(n: npt.NDArray[Any], k: int) -> Floats:
     m = np.maximum(n, k)
     value = gammaln(m + 1) - gammaln(k + 1) - gammaln(m - k + 1)
     return np.where(n >= k, value, -np.inf)
+
+
+# -- of a trace's tokens -----------------------------------------------------------------------------------
+
+
+def attention_by_layer(columns: TokenColumns) -> Frames:
+    """:func:`moetrace.analysis.prediction.as_published_attention_prediction` of these tokens.
+
+    Of the first, middle and last layer that have routing of them. Raises ChannelMissingError without attention
+    or weights.
+    """
+    known = [n for n in columns.text.layers.tolist() if columns.text.known(columns.index(n)).any()]
+    chosen = (
+        [columns.index(n) for n in sorted({known[0], known[len(known) // 2], known[-1]})] if known else []
+    )
+    if not chosen:
+        raise UsageError("these tokens have no routing", fix="choose another phase")
+    attention = columns.attention(columns.text, int(columns.text.layers[-1]))
+    there = np.logical_and.reduce([attention.known, *(columns.text.known(i) for i in chosen)])
+    features = np.stack([head_mean_features(attention.row(int(i))) for i in np.flatnonzero(there)])
+    part = columns.text.take(there)
+    routing = [
+        LayerRouting(int(part.layers[i]), part.experts[:, i], columns.need("weights", part, i))
+        for i in chosen
+    ]
+    return as_published_attention_prediction(features, routing, part.owner, part.n_expert)
+
+
+def contexts_by_layer(columns: TokenColumns, token: int) -> pd.DataFrame:
+    """:func:`moetrace.analysis.prediction.as_published_context_attention_routing`, layer by layer.
+
+    Of the first, middle and last layer, in every prompt that has the token: where it stands first.
+    """
+    text, layers = columns.text, columns.text.layers.tolist()
+    first = np.flatnonzero(text.tokens == token)
+    first = first[np.unique(text.owner[first], return_index=True)[1]]
+    last = np.zeros(text.n_requests, dtype=np.int64)
+    np.maximum.at(last, text.owner, text.positions)
+    part = text.take(first)
+    attention = columns.attention(part, layers[-1])
+    out = []
+    for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]}):
+        index = columns.index(layer)
+        contexts = []
+        for i in np.flatnonzero(part.known(index) & attention.known):
+            row, start = attention.row(int(i)).mean(axis=0), int(attention.first_position[i])
+            whole = np.zeros(max(int(last[part.owner[i]]) + 1, start + row.size))
+            whole[start : start + row.size] = row
+            ids = part.experts[i, index]
+            contexts.append(Context(whole, tuple(ids[ids < part.n_expert].tolist())))
+        if len(contexts) >= 2:
+            found = as_published_context_attention_routing(contexts)
+            out.append({"token": token, "layer": layer, **found})
+    return pd.DataFrame(out)
+
+
+def task_by_layer(columns: TokenColumns, early_layer: int = 4, *, seed: int = 0) -> pd.DataFrame:
+    """:func:`moetrace.analysis.prediction.as_published_task_prediction` of these tokens.
+
+    From the mean of the early layer's gate inputs (the original: of the layer's input, before attention), to
+    the second half of the layers. Raises ChannelMissingError without gate inputs.
+    """
+    early = early_index(columns, early_layer)
+    targets = list(range(columns.text.layers.size // 2, columns.text.layers.size))
+    text = columns.text
+    targets = [i for i in targets if text.known(i).any()]
+    part = text.take(np.logical_and.reduce([text.known(early), *(text.known(i) for i in targets)]))
+    hidden = columns.need("gate_input", part, early)
+    edges = np.flatnonzero(np.diff(part.owner)) + 1
+    features = np.stack([probe_features(h) for h in np.split(hidden, edges)])
+    experts = {int(text.layers[i]): np.split(part.experts[:, i], edges) for i in targets}
+    if len(features) < 2 or not experts:
+        raise UsageError("there are fewer than two prompts with routing", fix="capture more prompts")
+    return as_published_task_prediction(features, experts, part.n_expert, seed=seed)

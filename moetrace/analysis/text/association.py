@@ -10,9 +10,9 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import sparse
 
+from moetrace.analysis.counts.routed import RoutedText, standardised
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.nulls import Floats, Ints
-from moetrace.analysis.text.routed import RoutedText, standardised
 
 
 def indicator(code: Ints, n: int) -> sparse.csr_array:
