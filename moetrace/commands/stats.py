@@ -52,7 +52,7 @@ class Stats:
                     findings.append(each().ask(subject))
                     update(i + 1, len(asked))
             show(findings, args)
-        return 0 if any(finding.missing is None for finding in findings) else 1
+        return 0 if any(finding.not_answered is None for finding in findings) else 1
 
 
 def wanted(only: str | None) -> list[str]:

@@ -85,7 +85,6 @@ class AttentionPrediction(Question):
                 f" {wide['hidden'].max():.1%}: the router is linear in it, so the rest is the limit of the regression."
             )
         caveats = [
-            subject.phase_note,
             "Telling is not causing: attention, routing and the token's id all follow from the same hidden state.",
             "gain is measured on all tokens; p_value and null_gain on prompts cut to the length of similar ones.",
         ]
@@ -100,7 +99,7 @@ class AttentionPrediction(Question):
             tables |= {"as_published_evaluation": evaluation, "as_published_correlations": correlations}
         except MoetraceError as e:
             caveats.append(f"The published figures cannot be given: {e.what}.")
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Recall by layer and predictor; the gains."""

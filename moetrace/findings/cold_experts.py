@@ -80,7 +80,6 @@ class ColdExperts(Question):
             vocabulary = None
         said = self._rates(table)
         caveats = [
-            subject.phase_note,
             "Cold in these texts: other texts may need an expert that these do not.",
         ]
         tables = {
@@ -101,7 +100,7 @@ class ColdExperts(Question):
             tables["wake"] = self._wake(subject, text, coldest[: self.wake], vocabulary, table, said)
         if self.ablate:
             tables["ablation"] = self._ablate(subject, text, coldest[: self.ablate], said)
-        return self.finding(said, tables, caveats)
+        return self.finding(subject, said, tables, caveats)
 
     def _rates(self, table: pd.DataFrame) -> list[str]:
         verdict = table["verdict"].value_counts()

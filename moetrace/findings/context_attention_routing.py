@@ -78,7 +78,6 @@ class ContextAttentionRouting(Question):
                 f"For {_name(mine.iloc[0].to_dict())}, in most prompts: {of_layers(hits['layer'], len(mine))}."
             )
         caveats = [
-            subject.phase_note,
             "Contexts that are alike in topic are alike in attention and in routing: a correlation does not say that"
             " attention decides. One token is looked at at a time, so that its identity explains nothing.",
         ]
@@ -88,7 +87,7 @@ class ContextAttentionRouting(Question):
             tables["as_published"] = pd.concat(old, ignore_index=True)
         except (MoetraceError, ValueError) as e:
             caveats.append(f"The published figures cannot be given: {e}.")
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def _ids(self, subject: Subject) -> list[int]:
         if not self.token:

@@ -68,7 +68,6 @@ class DeepDive(Question):
                 f" picks, {row['lift']:.1f} times the mean of domains."
             )
         caveats = [
-            subject.phase_note,
             "Picked because it is the largest, it looks larger than it is: specialists has intervals and tests.",
         ]
         if len(found.consumers) > 1:
@@ -76,7 +75,7 @@ class DeepDive(Question):
                 f"{', '.join(found.consumers)} share one decision: the published heatmaps of them are one and the same."
             )
         tables = {"deep_dive": table, "as_published_components": pd.concat(parts, ignore_index=True)}
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Domain by expert, for each matrix that the ids went to, and the lift."""

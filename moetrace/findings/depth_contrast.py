@@ -53,12 +53,12 @@ class DepthContrast(Question):
         )
         what = f"late layers ({layer_list(found.late_layers)})"
         early = f"early ones ({layer_list(found.early_layers)})"
+        verdict = "more" if found.low > 0 else "less" if found.high < 0 else None
         if pd.isna(found.low):
             sentence = (
                 f"Whether {what} separate domains more than {early} cannot be said: {self._why(subject)}."
             )
         else:
-            verdict = "more" if found.low > 0 else "less" if found.high < 0 else None
             numbers = (
                 f"{found.early:.3f} bits early, {found.late:.3f} late, difference"
                 f" {span(found.difference, found.low, found.high)}"
@@ -73,11 +73,11 @@ class DepthContrast(Question):
             subject.activations, subject.activations.components[-1], found.early_layers, found.late_layers
         )
         caveats = [
-            subject.phase_note,
             "Layers may differ in how many tokens they were computed for (overview); published chi-squares grow with"
             " that number.",
         ]
-        return self.finding([sentence], {"contrast": table, "as_published_early_late": old}, caveats)
+        tables = {"contrast": table, "as_published_early_late": old}
+        return self.finding(subject, [sentence], tables, caveats, concludes=verdict is not None)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Early, late, and their difference."""

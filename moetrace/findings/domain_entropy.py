@@ -63,7 +63,6 @@ class DomainEntropy(Question):
                     f" {row['max_bits']:.2f} bits, as {row['perplexity']:.1f} experts used alike."
                 )
         caveats = [
-            subject.phase_note,
             "Picks of one prompt follow each other, so Miller-Madow corrects too little; the interval is the"
             " jackknife's, which also removes what prompts add.",
         ]
@@ -72,7 +71,7 @@ class DomainEntropy(Question):
             "test": tested,
             "as_published_entropy": _published(subject.activations),
         }
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats, concludes=test.testable)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Entropy by layer, a line per domain."""

@@ -9,7 +9,7 @@ import pandas as pd
 
 from moetrace.analysis.domains.domain import DomainTest
 from moetrace.analysis.published import notebook as published
-from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, Widget, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, of_layers, span
 
@@ -28,6 +28,7 @@ class DomainSeparation(Question):
 
     name: ClassVar[str] = "domain-separation"
     title: ClassVar[str] = "Separation of domains"
+    widgets: ClassVar = (Widget("separation", "domain_test", replaces=("by_layer",)),)
 
     statistic: str = parameter("jsd", "what is tested", choices=["jsd", "pseudo_f", "entropy"])
     permutations: int = parameter(999, "arrangements of prompts to draw")
@@ -37,7 +38,7 @@ class DomainSeparation(Question):
         """Test every layer."""
         found = subject.domain_test(statistic=self.statistic, n_permutations=self.permutations)
         layers, chi, top = published_separation(subject.activations)
-        caveats = [subject.phase_note]
+        caveats = []
         if found.testable:
             caveats.append(
                 f"Tested with {found.n_prompts} prompts of {found.n_domains} domains; prompts are taken to be"
@@ -58,7 +59,13 @@ class DomainSeparation(Question):
             "as_published_chi_square": chi,
             "as_published_most_specific": top,
         }
-        return self.finding(sentences(found, self.alpha) + old_sentence(layers), tables, caveats)
+        return self.finding(
+            subject,
+            sentences(found, self.alpha) + old_sentence(layers),
+            tables,
+            caveats,
+            concludes=found.testable,
+        )
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Separation by depth."""

@@ -86,7 +86,6 @@ class ExpertCache(Question):
             )
         used = int(layer["tokens"].iloc[0])
         caveats = [
-            subject.phase_note,
             f"Hits are counted on {used:,} tokens of held-out prompts, after the others warmed the caches up"
             + (f"; of {len(text):,} tokens" if len(text) > 2 * used + self.max_tokens else "")
             + ".",
@@ -97,7 +96,7 @@ class ExpertCache(Question):
         if sizes is None:
             caveats.append("In experts; give the model for bytes: -m model.gguf.")
         tables = {"cache": found.curve, "by_layer": found.layers, "hot_set": found.hot}
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Hit rate against memory, for both kinds of cache."""

@@ -86,7 +86,6 @@ class ExpertCircuits(Question):
                 f" {len(held)} of {len(found.paths)} tested ones hold in the other half."
             )
         caveats = [
-            subject.phase_note,
             "Experts that follow each other need not pass anything on: both may answer to the same word. given_token"
             " is 1 where the word explains it; whether one causes the other shows when it is ablated.",
         ]
@@ -107,7 +106,7 @@ class ExpertCircuits(Question):
                 ),
             }
             caveats.append(note)
-        return self.finding(said, tables, caveats)
+        return self.finding(subject, said, tables, caveats)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Mutual information by layer, and its null."""

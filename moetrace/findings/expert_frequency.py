@@ -10,7 +10,7 @@ import pandas as pd
 from moetrace.analysis import expert_frequency, expert_usage
 from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
-from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, Widget, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, span
 
@@ -28,6 +28,7 @@ class ExpertFrequency(Question):
 
     name: ClassVar[str] = "expert-frequency"
     title: ClassVar[str] = "Expert frequency"
+    widgets: ClassVar = (Widget("explore", replaces=("all", "domain")),)
 
     top: int = parameter(10, "most used experts to list per layer")
     bottom: int = parameter(5, "least used experts to list per layer")
@@ -69,7 +70,7 @@ class ExpertFrequency(Question):
                 else "."
             )
         )
-        caveats = [subject.phase_note, "Intervals are over prompts: they hold for prompts like these."]
+        caveats = ["Intervals are over prompts: they hold for prompts like these."]
         try:
             own = subject.labelled
         except UsageError as e:
@@ -88,7 +89,7 @@ class ExpertFrequency(Question):
             "As published: percentages leave unused experts out, and as_published_world adds up unrelated experts of"
             " different layers that share a number; 'global' ranks (layer, expert) instead."
         )
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Layer by expert, for all prompts and for each domain."""

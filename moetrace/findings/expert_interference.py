@@ -95,14 +95,13 @@ class ExpertInterference(Question):
                 tables["as_published_lengths"] = published.as_published_interference(lengths, default)
         sentences = [*_k_sentences(table, default), *_layer_sentences(layers, pairs)]
         caveats = [
-            subject.phase_note,
             "A model was trained with its own k. Where mixing weights are not normalised over the chosen experts, fewer"
             " experts also mean a smaller output.",
             CHOSEN_NOTE,
             "Some tokens are predicted better with another k by chance alone.",
             *caveats,
         ]
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def _ks(self, model: ModelFile) -> list[int]:
         default, most = model.n_expert_used, model.n_expert

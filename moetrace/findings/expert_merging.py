@@ -114,14 +114,13 @@ class ExpertMerging(Question):
             "as_published": published,
         }
         caveats = [
-            subject.phase_note,
             *caveats,
             *notes,
             CHOSEN_NOTE,
             "Experts that are far apart one by one can still be spared together, and the other way round: the curve"
             " is what counts. No training follows the merging.",
         ]
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def _counts(self, model: ModelFile) -> list[int]:
         n, least = model.n_expert, model.n_expert_used

@@ -64,12 +64,11 @@ class GateDistances(Question):
             "as_published_aggregate": aggregate,
         }
         caveats = [
-            subject.phase_note,
             "A cosine says something about the token as far as it is above that between different tokens (here: the"
             " next one of the same text).",
             f"per_token and as_published_steps list the first {self.tokens} tokens.",
         ]
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Cosine and Euclidean distance between consecutive layers."""

@@ -66,7 +66,7 @@ class GenerationDynamics(Question):
             "phase_curve": phases.curve,
         }
         said = _of_handoffs(changes) + _of_phases(phases, self.alpha)
-        caveats = [subject.phase_note]
+        caveats: list[str] = []
         if len(subject.traces) == 1:
             tables["order_test"] = temporal.shuffle_chosen(
                 routing.whole("a shuffle test"),
@@ -99,7 +99,7 @@ class GenerationDynamics(Question):
             "As published, a phase boundary compares k experts with up to 3k of the window before, so that it fires"
             " almost always; the published primary expert is an arbitrary one of the chosen (row `arbitrary`)."
         )
-        return self.finding(said, tables, caveats)
+        return self.finding(subject, said, tables, caveats, concludes=bool(changes.iloc[-1]["pairs"]))
 
     def _phases_of_work(self, subject: Subject, said: list[str], caveats: list[str]) -> _Tables:
         try:

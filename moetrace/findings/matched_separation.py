@@ -36,7 +36,8 @@ class MatchedSeparation(Question):
         table = found.table
         tested = table[table["p_value"].notna()]
         sentences = []
-        if found.verdict and not len(tested):
+        is_open = bool(found.verdict) and not len(tested)
+        if is_open:
             sentences.append(f"Whether domains differ beyond their words {found.verdict}.")
         else:
             differ = tested[tested["q_value"] <= self.alpha]
@@ -63,13 +64,12 @@ class MatchedSeparation(Question):
                 f" {found.n_prompts} prompts are connected by such ids."
             )
         caveats = [
-            subject.phase_note,
             "A token id is taken to route alike wherever it stands, but for its prompt: context that goes with a domain"
             " counts as domain. Published analyses have nothing of the kind.",
         ]
         if found.verdict and len(tested):
             caveats.append(f"Some layers {found.verdict}.")
-        return self.finding(sentences, {"matched_separation": table}, caveats)
+        return self.finding(subject, sentences, {"matched_separation": table}, caveats, concludes=not is_open)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Separation with and without the words' part."""

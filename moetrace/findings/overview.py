@@ -86,7 +86,7 @@ class Overview(Question):
             sentences.append(
                 f"{number(len(labelled), 'domain')} ({', '.join(labelled['domain'])}), {each} prompt{plural} each."
             )
-        caveats = [*subject.left_out, subject.phase_note]
+        caveats = [*subject.left_out]
         if loss.events_lost:
             caveats.append(events_lost(subject.traces))
         for trace in subject.traces:
@@ -119,7 +119,7 @@ class Overview(Question):
             tables |= published_overview(subject.activations)
         except MoetraceError as e:
             caveats.append(f"The published overview cannot be given: {e.what}.")
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def _of_table(self, subject: Subject) -> Finding:
         counts = subject.counts
@@ -133,13 +133,12 @@ class Overview(Question):
             f" ({', '.join(domains['domain'])}), {number(len(layers), 'layer')}, {counts.n_expert} experts."
         )
         caveats = [
-            subject.phase_note,
             "Without prompts there are values, but neither intervals nor tests; without tokens nothing about"
             " time, words or gate inputs.",
             "The number of experts is the highest id in the table + 1.",
         ]
         tables = {"domains": domains, "layers": layers}
-        return self.finding([sentence], tables | published_overview(subject.activations), caveats)
+        return self.finding(subject, [sentence], tables | published_overview(subject.activations), caveats)
 
 
 def sum_up(parts: list[pd.DataFrame], keys: list[str]) -> pd.DataFrame:

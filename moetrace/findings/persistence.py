@@ -10,7 +10,7 @@ import pandas as pd
 from moetrace.analysis.dynamics import temporal
 from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
-from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, Widget, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, layer_list, of_layers, span
 
@@ -28,6 +28,7 @@ class Persistence(Question):
 
     name: ClassVar[str] = "persistence"
     title: ClassVar[str] = "Persistence over time"
+    widgets: ClassVar = (Widget("persistence", "persistence", replaces=("by_lag",)),)
 
     permutations: int = parameter(0, "orders to draw for p-values (one trace); 0: intervals only")
 
@@ -66,7 +67,6 @@ class Persistence(Question):
                 )
                 sentences += _reach(table, row["layer"])
         caveats = [
-            subject.phase_note,
             "Chat templates and loops repeat text; what repeats routes alike. Lags beyond a prompt's length have few"
             " pairs (column pairs, prompts).",
         ]
@@ -78,7 +78,7 @@ class Persistence(Question):
             tables["as_published_lag1"] = published_lag1(subject.activations, int(max(subject.n_expert)))
         except UsageError as e:
             caveats.append(f"The published lag 1 needs domains: {e.what}.")
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats, concludes=not first.empty)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """The strongest layer by lag, and all layers at lag 1."""

@@ -118,7 +118,7 @@ class RoutingManipulation(Question):
             caveats.append(
                 "The trace has no prompt texts to edit: record with `moetrace capture -f` or `moetrace drive`."
             )
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def _targets(
         self, layers: tuple[int, ...], n_expert: tuple[int, ...], rng: np.random.Generator

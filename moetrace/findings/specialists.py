@@ -10,7 +10,7 @@ import pandas as pd
 from moetrace.analysis.domains import domain
 from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
-from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, Widget, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, span
 
@@ -28,6 +28,7 @@ class Specialists(Question):
 
     name: ClassVar[str] = "specialists"
     title: ClassVar[str] = "Specialists and generalists"
+    widgets: ClassVar = (Widget("forest", "domain_lift"),)
 
     alpha: float = parameter(0.05, "chance of any false specialist in a layer")
     margin: float = parameter(1.5, "lift that still counts as alike")
@@ -86,11 +87,10 @@ class Specialists(Question):
             f" {named.get('generalist', 0)} generalists, as it would of any data."
         )
         caveats = [
-            subject.phase_note,
             "The strongest is the one whose interval begins highest. Words can be the reason why a domain prefers an"
             " expert (matched-separation). Intervals cover slightly less than 95 % (docs/statistics.md).",
         ]
-        return self.finding(out, tables, caveats)
+        return self.finding(subject, out, tables, caveats, concludes=test.testable)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """The surest specialists, and how many there are by layer."""

@@ -105,7 +105,6 @@ class TaskPrediction(Question):
                 " already: see expert-cache."
             )
         caveats = [
-            subject.phase_note,
             "Recall depends on m, k and what is predicted from: figures of other work are comparable only at the same.",
         ]
         if early != self.early_layer:
@@ -122,7 +121,7 @@ class TaskPrediction(Question):
             tables["as_published"] = published.task_by_layer(columns, early, seed=subject.seed)
         except MoetraceError as e:
             caveats.append(f"The published figures cannot be given: {e.what}. {e.fix}")
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Recall@k by layer; recall against how many are fetched, in the last layer."""

@@ -67,7 +67,6 @@ class TokenPatterns(Question):
         text = whole if whole.n_requests <= self.num_prompts else whole.of(np.arange(self.num_prompts))
         sentences: list[str] = []
         caveats = [
-            subject.phase_note,
             "A type is found by spelling alone. That an expert takes a kind of token does not say what it computes.",
         ]
         if text.n_requests < 6:
@@ -85,7 +84,10 @@ class TokenPatterns(Question):
             tables |= self._semantic(subject, text, sentences, caveats)
         if every:
             tables["combined_analysis"] = self._combined(tables)
-        return self.finding(sentences, tables, caveats)
+        # relations come last: where nothing else was asked for they may be all there is, and not testable
+        alone = next(iter(tables), "") == "semantic_relations"
+        concludes = not alone or bool(tables["semantic_relations"]["p_value"].notna().any())
+        return self.finding(subject, sentences, tables, caveats, concludes=concludes)
 
     def _summary(self, routing: Routing, text: RoutedText, seed: int, say: list[str]) -> _Tables:
         pieces = routing.pieces(text)

@@ -11,7 +11,7 @@ import pandas as pd
 from moetrace.analysis import transitions
 from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
-from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, Widget, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, number
 
@@ -28,6 +28,7 @@ class Transitions(Question):
 
     name: ClassVar[str] = "transitions"
     title: ClassVar[str] = "Transitions between experts"
+    widgets: ClassVar = (Widget("transitions", replaces=("probability", "lift")),)
 
     layer: int = parameter(-1, "layer of the published matrices; -1: the first")
     support: int = parameter(20, "expected transitions that a pair must have to be named in a sentence")
@@ -76,7 +77,6 @@ class Transitions(Question):
                 f" {row['lift']:.1f} times as often as in random order."
             )
         caveats = [
-            subject.phase_note,
             "Pairs that are not listed never occurred and were expected less than once. The largest of many lifts is"
             " large by chance too; no test is made of single pairs.",
         ]
@@ -86,7 +86,7 @@ class Transitions(Question):
             )
         except UsageError as e:
             caveats.append(f"The published matrices need domains: {e.what}.")
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Probability and lift in the layer where the first expert stays most above random order."""

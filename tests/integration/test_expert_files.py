@@ -439,7 +439,7 @@ def test_a_trace_without_gate_inputs_says_which_channel(runtime, model_file, tmp
         import sys, json, moetrace
         from moetrace.findings import Subject, question
         trace = moetrace.capture(sys.argv[1], ["One prompt here."], sys.argv[2], n_threads=1)
-        print(json.dumps([question(name)().ask(Subject([trace], model=sys.argv[1])).missing
+        print(json.dumps([question(name)().ask(Subject([trace], model=sys.argv[1])).not_answered
                           for name in ("expert-merging", "expert-interference")]))
     """
     for missing in ran(code, model_file("qwen3moe"), tmp_path / "t.moet"):

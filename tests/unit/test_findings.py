@@ -77,8 +77,8 @@ def test_every_question_is_described_and_named_after_its_file(name: str) -> None
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_a_question_that_cannot_be_answered_says_why(name: str) -> None:
     finding = question(name)().ask(Subject([]))
-    assert finding.missing
-    assert "fix:" in finding.missing
+    assert finding.not_answered
+    assert "fix:" in finding.not_answered
     assert "Not answered" in render([finding], "table")
 
 

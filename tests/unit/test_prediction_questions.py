@@ -141,7 +141,7 @@ def test_an_early_layer_that_decides_is_found(attending: Path, tmp_path: Path) -
 def test_what_is_missing_is_said_with_the_option_that_adds_it(tmp_path: Path) -> None:
     bare = write_attending(tmp_path / "bare.moet", attention=False, gate_input=False)
     for name in NAMES[:2]:
-        missing = answer(name, bare).missing
+        missing = answer(name, bare).not_answered
         assert missing is not None
         assert "has no attention" in missing
         assert "--capture experts,weights,attention" in missing
@@ -158,7 +158,7 @@ def test_attention_rows_that_are_not_there(tmp_path: Path) -> None:
     path = write_attending(tmp_path / "t.moet", attention=False)
     for name, spec in (("attention", ATTENTION_TABLE), ("attention_values", VALUES_TABLE)):
         TableWriter.create(path / "ctx0" / name, spec).close()
-    missing = answer("attention-prediction", path).missing
+    missing = answer("attention-prediction", path).not_answered
     assert missing is not None
     assert "-fa off" in missing
 
@@ -209,7 +209,7 @@ def test_the_cache_question_in_experts_and_in_bytes(attending: Path, tmp_path: P
     assert curve.loc["layer", "fetched_bytes"] == pytest.approx(curve.loc["layer", "fetched"] * size)
     assert "KiB" in " ".join(told.sentences)
     for wrong in ({"slots": "many"}, {"slots": "9"}, {"policies": "fifo"}):
-        missing = answer("expert-cache", attending, **wrong).missing
+        missing = answer("expert-cache", attending, **wrong).not_answered
         assert missing is not None
         assert "fix:" in missing
 

@@ -39,9 +39,9 @@ def ask(name: str, subject: Subject, **given: Any) -> Finding:
     quick = {k: v for k, v in QUICK.items() if k in fields and name != "persistence"}
     finding = asked(**(quick | given)).ask(subject)
     text = render([finding], "table", max_rows=3)
-    said = " ".join(finding.sentences + finding.caveats + ((finding.missing or ""),))
+    said = " ".join(finding.sentences + finding.caveats + ((finding.not_answered or ""),))
     assert not any(word in said.replace("(", " ").split() for word in ("nan", "inf", "nan%", "-0")), said
-    assert finding.sentences or finding.missing
+    assert finding.sentences or finding.not_answered
     assert text
     for table in finding.tables.values():
         numbers = table.select_dtypes("number").to_numpy(dtype=float, na_value=np.nan)
@@ -67,7 +67,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_question_is_answered_of_a_whole_trace(name: str, planted: Path) -> None:
     with moetrace.open(planted) as trace:
         finding = ask(name, Subject([trace]))
-    assert finding.missing is None
+    assert finding.not_answered is None
     assert finding.tables
 
 
@@ -90,7 +90,7 @@ def test_stats_of_many_traces_equal_those_of_their_concatenation(split: str, tmp
         together, apart = Subject([one]), Subject([a, b])
         for name in ASKED:
             left, right = ask(name, together), ask(name, apart)
-            assert left.missing is None
+            assert left.not_answered is None
             assert left.sentences == right.sentences
             for table, frame in left.tables.items():
                 pd.testing.assert_frame_equal(
@@ -165,7 +165,7 @@ def test_layers_of_different_sizes_have_no_experts_that_are_not_there(tmp_path: 
     with moetrace.open(path) as trace:
         subject = Subject([trace])
         found = {name: ask(name, subject) for name in ASKED}
-    assert all(finding.missing is None for finding in found.values())
+    assert all(finding.not_answered is None for finding in found.values())
     for name, table in (("expert-frequency", "usage"), ("specialists", "specialists")):
         assert found[name].tables[table].groupby("layer")["expert"].max().to_dict() == {1: 7, 2: 3, 5: 5}
     balance = found["load-balance"].tables["load_balance"].set_index("layer")
@@ -202,8 +202,8 @@ def test_poor_traces_are_answered_or_refused_with_a_reason(world: dict[str, Any]
     with moetrace.open(path) as trace:
         for name in ASKED:
             finding = ask(name, Subject([trace]))
-            if finding.missing:
-                assert "fix:" in finding.missing, name
+            if finding.not_answered:
+                assert "fix:" in finding.not_answered, name
 
 
 def test_a_lost_layer_is_missing_and_not_zero(tmp_path: Path) -> None:
@@ -228,8 +228,8 @@ def test_a_lost_layer_is_missing_and_not_zero(tmp_path: Path) -> None:
 def test_the_phase_is_chosen_and_said(planted: Path, tmp_path: Path) -> None:
     with moetrace.open(planted) as trace:
         decode, prefill = (ask("expert-frequency", Subject([trace], phase=p)) for p in ("decode", "prefill"))
-    assert "These are generated tokens (decode)." in decode.caveats
-    assert "These are prompt tokens (prefill)." in prefill.caveats
+    assert decode.phase_note == "These are generated tokens (decode)."
+    assert prefill.phase_note == "These are prompt tokens (prefill)."
     assert not decode.tables["usage"].equals(prefill.tables["usage"])
 
 
@@ -381,12 +381,12 @@ def test_every_question_runs_on_every_recording(form: str, tmp_path: Path) -> No
     opened = moetrace.open(recordings(tmp_path)[form])
     subject = Subject([opened])
     found = {name: ask(name, subject) for name in ASKED}
-    assert {name for name in ASKED if found[name].missing is None} == ANSWERED[form]
-    assert all("fix:" in f.missing for f in found.values() if f.missing)
+    assert {name for name in ASKED if found[name].not_answered is None} == ANSWERED[form]
+    assert all("fix:" in f.not_answered for f in found.values() if f.not_answered)
     if form in ("expert-log", "gate-log"):
         assert subject.phase == "unknown"
         said = " ".join(found["overview"].caveats)
-        assert "does not say which tokens are of the prompt" in said
+        assert "does not say which tokens are of the prompt" in found["overview"].phase_note
         assert "the source does not say" in said
 
 
@@ -399,7 +399,7 @@ def test_olmoe_s_published_counts_through_stats(capsys: pytest.CaptureFixture[st
     assert table["cramers_v"].tolist() == pytest.approx([0.256, 0.380, 0.416], abs=6e-4)
     assert table["p_value"].isna().all()
     assert "counts do not tell the prompts of a domain apart" in told.sentences[0]
-    assert "does not say which token" in str(refused.missing)
+    assert "does not say which token" in str(refused.not_answered)
 
 
 def test_the_real_token_file_is_all_warm_up_unless_read_as_published(tmp_path: Path) -> None:
@@ -414,7 +414,7 @@ def test_the_real_token_file_is_all_warm_up_unless_read_as_published(tmp_path: P
         found = {name: ask(name, Subject([trace], phase="all")) for name in ASKED}
     frame = notebook.load(real, "code", 0)
     counts = found["expert-frequency"].tables["as_published_percent"]
-    assert found["expert-frequency"].missing is None
+    assert found["expert-frequency"].not_answered is None
     assert 3 * counts["count"].sum() == len(frame)
 
 

@@ -144,7 +144,7 @@ def test_figures_are_there_as_png_and_pdf(small: SimpleNamespace) -> None:
 
 
 def test_what_is_missing_is_listed_with_reason_and_fix(small: SimpleNamespace) -> None:
-    assert "gate-distances" in [f.name for f in small.report.findings if f.missing]
+    assert "gate-distances" in [f.name for f in small.report.findings if f.not_answered]
     assert "missing" in small.page.ids
     assert "fix: capture it again with --capture experts,weights,gate_input" in small.page.text
     assert "fix: capture it again with --capture experts,weights,gate_input" in summary(
@@ -212,7 +212,7 @@ def test_a_domain_without_tokens_in_a_layer_stays_missing(tmp_path: Path) -> Non
         findings = [question("expert-frequency")().ask(subject)]
     # the last layer of a prompt is computed for one token; nowhere is a number made up
     assert arrays["tokens"][:, -1].tolist() == [12, 4, 4, 4]
-    assert findings[0].missing is None
+    assert findings[0].not_answered is None
 
 
 def test_one_prompt_per_domain_cannot_be_tested(tmp_path: Path) -> None:
@@ -360,4 +360,4 @@ def test_what_was_given_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.M
         findings = {finding.name: finding for finding in ask_all(Subject([trace]), [given])}
     assert list(findings) == ["overview", "load-balance", "expert-merging"]  # one trace: nothing to compare
     assert findings["load-balance"] is given
-    assert "needs the model" in (findings["expert-merging"].missing or "")
+    assert "needs the model" in (findings["expert-merging"].not_answered or "")
