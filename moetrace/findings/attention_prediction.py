@@ -34,6 +34,7 @@ class AttentionPrediction(Question):
 
     name: ClassVar[str] = "attention-prediction"
     title: ClassVar[str] = "Experts from attention"
+    place: ClassVar[int] = 170
     channels: ClassVar[tuple[str, ...]] = ("attention", "gate_input")
 
     permutations: int = parameter(199, "exchanges of prompts for the p-value; 0: none")

@@ -46,6 +46,7 @@ class ColdExperts(Question):
 
     name: ClassVar[str] = "cold-experts"
     title: ClassVar[str] = "Cold experts"
+    place: ClassVar[int] = 140
 
     cold_below: float = parameter(0.1, "cold is below this share of an even split, k/E")
     triggers: int = parameter(10, "tokens to list for each of the coldest experts")

@@ -26,6 +26,7 @@ class Compare(Question):
 
     name: ClassVar[str] = "compare"
     title: ClassVar[str] = "Two captures of the same text"
+    place: ClassVar[int] = 210
     compares: ClassVar[bool] = True
 
     def answer(self, subject: Subject) -> Finding:

@@ -11,7 +11,7 @@ import pandas as pd
 from moetrace.analysis.prediction.by_layer import contexts_by_layer
 from moetrace.analysis.published import prediction as published
 from moetrace.errors import MoetraceError, UsageError
-from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Method, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, of_layers, p_value, span
 
@@ -32,6 +32,16 @@ class ContextAttentionRouting(Question):
 
     name: ClassVar[str] = "context-attention-routing"
     title: ClassVar[str] = "One token, many contexts"
+    place: ClassVar[int] = 180
+    methods: ClassVar[tuple[Method, ...]] = (
+        Method(
+            "mantel",
+            "Mantel test",
+            r"Mantel\S*",
+            "Whether two tables of pairwise likeness go together: the correlation over pairs, against that with the"
+            " items of one table exchanged.",
+        ),
+    )
     channels: ClassVar[tuple[str, ...]] = ("attention",)
 
     token: str = parameter("", "text of the token; default: those that stand in most prompts")

@@ -27,6 +27,7 @@ class DeepDive(Question):
 
     name: ClassVar[str] = "deep-dive"
     title: ClassVar[str] = "One layer in detail"
+    place: ClassVar[int] = 50
 
     layer: int = parameter(-1, "layer to look at; -1: the most domain-specific")
 

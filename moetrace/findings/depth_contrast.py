@@ -26,6 +26,7 @@ class DepthContrast(Question):
 
     name: ClassVar[str] = "depth-contrast"
     title: ClassVar[str] = "Early and late layers"
+    place: ClassVar[int] = 60
 
     early: str = parameter("", "early layers, such as 0-5; default: the first quarter")
     late: str = parameter("", "late layers, such as 18-23; default: the last quarter")

@@ -27,6 +27,7 @@ class DomainEntropy(Question):
 
     name: ClassVar[str] = "domain-entropy"
     title: ClassVar[str] = "Entropy by domain"
+    place: ClassVar[int] = 80
 
     permutations: int = parameter(999, "arrangements of prompts to draw")
     alpha: float = parameter(0.05, "false discoveries to allow")

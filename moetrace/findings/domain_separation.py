@@ -28,7 +28,8 @@ class DomainSeparation(Question):
 
     name: ClassVar[str] = "domain-separation"
     title: ClassVar[str] = "Separation of domains"
-    widgets: ClassVar = (Widget("separation", "domain_test", replaces=("by_layer",)),)
+    place: ClassVar[int] = 20
+    widgets: ClassVar[tuple[Widget, ...]] = (Widget("separation", "domain_test", replaces=("by_layer",)),)
 
     statistic: str = parameter("jsd", "what is tested", choices=["jsd", "pseudo_f", "entropy"])
     permutations: int = parameter(999, "arrangements of prompts to draw")

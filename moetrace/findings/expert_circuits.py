@@ -11,7 +11,7 @@ import pandas as pd
 from moetrace.analysis.circuits import expert_circuits
 from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.published.dynamics import PublishedCircuits, as_published_circuits
-from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Method, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, number
 from moetrace.plot.style import axes, faint, ink, layer_axis, legend_above
@@ -33,6 +33,16 @@ class ExpertCircuits(Question):
 
     name: ClassVar[str] = "expert-circuits"
     title: ClassVar[str] = "Circuits of experts"
+    place: ClassVar[int] = 150
+    methods: ClassVar[tuple[Method, ...]] = (
+        Method(
+            "information",
+            "Mutual information",
+            r"mutual information|out of step",
+            "How many bits the expert of one layer tells about that of another. Few tokens make it larger than it is,"
+            " so it stands beside the same with one of the two series turned round within its prompt.",
+        ),
+    )
 
     max_gap: int = parameter(1, "compare each layer with so many of the following")
     min_support: int = parameter(5, "experts used by fewer tokens are left out")
@@ -62,10 +72,11 @@ class ExpertCircuits(Question):
         ]
         row = best(found.layers, "excess_bits")
         if row is not None:
+            # one expert does all in one of the layers: then there is nothing to be known
+            share = "" if np.isnan(row["share"]) else f"{row['share']:.0%} of what could be known; "
             said.append(
                 f"Most between layers {row['layer']:.0f} and {row['to_layer']:.0f}: {row['excess_bits']:.2f} bits more"
-                f" than with the tokens out of step ({row['share']:.0%} of what could be known; p ="
-                f" {row['p_family']:.2g})."
+                f" than with the tokens out of step ({share}p = {row['p_family']:.2g})."
             )
         said.append(
             f"{len(sure):,} of {found.edges_tested:,} pairs of experts follow each other more often than that."

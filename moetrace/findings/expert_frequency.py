@@ -28,7 +28,8 @@ class ExpertFrequency(Question):
 
     name: ClassVar[str] = "expert-frequency"
     title: ClassVar[str] = "Expert frequency"
-    widgets: ClassVar = (Widget("explore", replaces=("all", "domain")),)
+    place: ClassVar[int] = 70
+    widgets: ClassVar[tuple[Widget, ...]] = (Widget("explore", replaces=("all", "domain")),)
 
     top: int = parameter(10, "most used experts to list per layer")
     bottom: int = parameter(5, "least used experts to list per layer")

@@ -43,6 +43,7 @@ class ExpertInterference(Question):
 
     name: ClassVar[str] = "expert-interference"
     title: ClassVar[str] = "Expert interference"
+    place: ClassVar[int] = 220
     channels: ClassVar[tuple[str, ...]] = ("gate_input", "tensor:ffn_moe_out-*")
     needs_model: ClassVar[bool] = True
 

@@ -46,6 +46,7 @@ class ExpertMerging(Question):
 
     name: ClassVar[str] = "expert-merging"
     title: ClassVar[str] = "Expert merging"
+    place: ClassVar[int] = 230
     channels: ClassVar[tuple[str, ...]] = ("gate_input",)
     needs_model: ClassVar[bool] = True
 

@@ -135,6 +135,24 @@ class Widget:
     replaces: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Method:
+    """How numbers are made: an entry of the report's appendix.
+
+    Attributes
+    ----------
+    anchor, title, text
+        Of the entry.
+    words
+        A regular expression: the first of these words in a text of the report leads to the entry.
+    """
+
+    anchor: str
+    title: str
+    words: str
+    text: str
+
+
 def parameter(default: Any, help: str, **metadata: Any) -> Any:  # noqa: A002
     """A field of a question that users may set: an option of the command line, an argument in Python.
 
@@ -160,8 +178,10 @@ class Question(ABC):
         Whether it runs or reads the model (``subject.model``), so that a trace alone does not answer it.
     compares
         Whether it sets two traces against each other (``subject.pair``); others take traces together.
-    widgets
-        Interactive figures of the report.
+    place
+        Where it stands in the report: the smaller the earlier; moetrace's own are 10, 20, ….
+    widgets, methods
+        Interactive figures of the report, and entries of its appendix, that it brings.
     """
 
     name: ClassVar[str]
@@ -169,7 +189,9 @@ class Question(ABC):
     channels: ClassVar[tuple[str, ...]] = ()
     needs_model: ClassVar[bool] = False
     compares: ClassVar[bool] = False
+    place: ClassVar[int] = 1000
     widgets: ClassVar[tuple[Widget, ...]] = ()
+    methods: ClassVar[tuple[Method, ...]] = ()
 
     @abstractmethod
     def answer(self, subject: Subject) -> Finding:

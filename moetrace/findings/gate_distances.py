@@ -24,6 +24,7 @@ class GateDistances(Question):
 
     name: ClassVar[str] = "gate-distances"
     title: ClassVar[str] = "Gate inputs from layer to layer"
+    place: ClassVar[int] = 120
     channels: ClassVar[tuple[str, ...]] = ("gate_input",)
 
     tokens: int = parameter(200, "tokens to list one by one")

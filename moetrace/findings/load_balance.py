@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from moetrace.analysis import load_balance
 from moetrace.errors import UsageError
-from moetrace.findings.finding import Figure, Finding, Question
+from moetrace.findings.finding import Figure, Finding, Method, Question
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, number, span
 
@@ -22,6 +22,17 @@ class LoadBalance(Question):
 
     name: ClassVar[str] = "load-balance"
     title: ClassVar[str] = "Load balance"
+    place: ClassVar[int] = 90
+    methods: ClassVar[tuple[Method, ...]] = (
+        Method(
+            "jain",
+            "Load",
+            r"Jain\S*|fairness|coefficient of variation",
+            "Jain's index is (Σ load)² / (E · Σ load²): 1 if all E experts carry the same, 1/E if one carries all. For"
+            " an expert that was never chosen among n tokens the rule of three bounds its rate: up to 3/n is still"
+            " compatible with that.",
+        ),
+    )
 
     def answer(self, subject: Subject) -> Finding:
         """Answer it, for each layer."""

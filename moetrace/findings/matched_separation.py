@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moetrace.analysis import matched_separation
-from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Method, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, of_layers
 
@@ -24,6 +24,16 @@ class MatchedSeparation(Question):
 
     name: ClassVar[str] = "matched-separation"
     title: ClassVar[str] = "Separation at the same words"
+    place: ClassVar[int] = 30
+    methods: ClassVar[tuple[Method, ...]] = (
+        Method(
+            "matched",
+            "Words or domains?",
+            r"matched|token ids?|vocabular\w+",
+            "Domains use different words, and routing follows words. Separation at matched token ids compares only how"
+            " the same token is routed in different domains; its coverage says how much of the text that is.",
+        ),
+    )
 
     permutations: int = parameter(999, "arrangements to draw")
     alpha: float = parameter(0.05, "false discoveries to allow")

@@ -28,6 +28,7 @@ class Overview(Question):
 
     name: ClassVar[str] = "overview"
     title: ClassVar[str] = "What was captured"
+    place: ClassVar[int] = 10
 
     def answer(self, subject: Subject) -> Finding:
         """Count rows, entries, requests, prompts."""

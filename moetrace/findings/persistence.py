@@ -10,7 +10,7 @@ import pandas as pd
 from moetrace.analysis.dynamics import temporal
 from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
-from moetrace.findings.finding import Figure, Finding, Question, Widget, parameter
+from moetrace.findings.finding import Figure, Finding, Method, Question, Widget, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, layer_list, of_layers, span
 
@@ -28,7 +28,19 @@ class Persistence(Question):
 
     name: ClassVar[str] = "persistence"
     title: ClassVar[str] = "Persistence over time"
-    widgets: ClassVar = (Widget("persistence", "persistence", replaces=("by_lag",)),)
+    place: ClassVar[int] = 100
+    methods: ClassVar[tuple[Method, ...]] = (
+        Method(
+            "time",
+            "Persistence and its two baselines",
+            r"persistence|marginal|shuffled?|random order|lags?",
+            "Tokens d apart in an unbroken run of one request are compared: the share of experts in common, or whether"
+            " the first is the same. Two baselines: any two tokens of the layer (beating it only means that prompts"
+            " differ), and the same prompt's tokens in random order (beating it means that order matters). The excess"
+            " over the second has the interval.",
+        ),
+    )
+    widgets: ClassVar[tuple[Widget, ...]] = (Widget("persistence", "persistence", replaces=("by_lag",)),)
 
     permutations: int = parameter(0, "orders to draw for p-values (one trace); 0: intervals only")
 

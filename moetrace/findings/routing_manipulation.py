@@ -42,6 +42,7 @@ class RoutingManipulation(Question):
 
     name: ClassVar[str] = "routing-manipulation"
     title: ClassVar[str] = "Routing manipulation"
+    place: ClassVar[int] = 240
     needs_model: ClassVar[bool] = True
 
     target: str | None = parameter(

@@ -10,7 +10,7 @@ import pandas as pd
 from moetrace.analysis.domains import domain
 from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
-from moetrace.findings.finding import Figure, Finding, Question, Widget, parameter
+from moetrace.findings.finding import Figure, Finding, Method, Question, Widget, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, span
 
@@ -28,7 +28,18 @@ class Specialists(Question):
 
     name: ClassVar[str] = "specialists"
     title: ClassVar[str] = "Specialists and generalists"
-    widgets: ClassVar = (Widget("forest", "domain_lift"),)
+    place: ClassVar[int] = 40
+    methods: ClassVar[tuple[Method, ...]] = (
+        Method(
+            "specialist",
+            "Specialist, generalist, undecided",
+            r"specialists?|generalists?|undecided",
+            "A specialist's lift is larger than chance allows (p ≤ 0.05 over all experts and domains of its layer). A"
+            " generalist's intervals all lie within 1/1.5 and 1.5. About the others the data cannot say; a quartile cut"
+            " would have named a quarter of them either way.",
+        ),
+    )
+    widgets: ClassVar[tuple[Widget, ...]] = (Widget("forest", "domain_lift"),)
 
     alpha: float = parameter(0.05, "chance of any false specialist in a layer")
     margin: float = parameter(1.5, "lift that still counts as alike")

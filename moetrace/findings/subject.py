@@ -234,5 +234,7 @@ class Subject:
     def need_model(self, what: str) -> Path:
         """The model's file. Raises UsageError, saying what needs it, if none was given."""
         if self.model is None:
-            raise UsageError(f"{what} needs the model", fix="give it: -m model.gguf")
+            raise UsageError(
+                f"{what} needs the model", fix="give it to moetrace analyze or report: -m model.gguf"
+            )
         return self.model

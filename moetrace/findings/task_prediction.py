@@ -34,6 +34,7 @@ class TaskPrediction(Question):
 
     name: ClassVar[str] = "task-prediction"
     title: ClassVar[str] = "Later experts from an early layer"
+    place: ClassVar[int] = 190
     channels: ClassVar[tuple[str, ...]] = ("gate_input",)
 
     early_layer: int = parameter(

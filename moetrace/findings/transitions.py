@@ -28,7 +28,8 @@ class Transitions(Question):
 
     name: ClassVar[str] = "transitions"
     title: ClassVar[str] = "Transitions between experts"
-    widgets: ClassVar = (Widget("transitions", replaces=("probability", "lift")),)
+    place: ClassVar[int] = 110
+    widgets: ClassVar[tuple[Widget, ...]] = (Widget("transitions", replaces=("probability", "lift")),)
 
     layer: int = parameter(-1, "layer of the published matrices; -1: the first")
     support: int = parameter(20, "expected transitions that a pair must have to be named in a sentence")

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -23,14 +23,12 @@ from moetrace.findings import QUESTIONS, Finding, Subject, question
 from moetrace.report.captured import Captured, captured
 from moetrace.report.explorer import explorer, pack, table_json
 from moetrace.report.files import figures_of, write_finding
-from moetrace.report.methods import Method, linked
+from moetrace.report.methods import linked, methods
 from moetrace.report.svg import inline_svg
 
 #: The page is made smaller until it is at most this large: fewer experts in transition matrices, fewer rows.
 MAX_BYTES = 5_000_000
 _SMALLER = ((64, 1000), (48, 300), (24, 60), (8, 20))
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -60,27 +58,6 @@ def unanswered(findings: Sequence[Finding]) -> tuple[tuple[str, str], ...]:
         if finding.not_answered is not None:
             why.setdefault(finding.not_answered, []).append(finding.title)
     return tuple((", ".join(titles), reason) for reason, titles in why.items())
-
-
-def ask_all(
-    subject: Subject, given: Sequence[Finding] = (), progress: Progress | None = None
-) -> tuple[Finding, ...]:
-    """Ask every question of the subject, in the order of the report.
-
-    Findings in ``given`` (made elsewhere, of questions that need the model, say) are not asked again.
-    Questions that need a model are asked only if the subject has one; without, they are among the missing.
-    """
-    by_name = {finding.name: finding for finding in given}
-    out = []
-    for done, name in enumerate(QUESTIONS):
-        asked = question(name)
-        if name in by_name:
-            out.append(by_name.pop(name))
-        elif not asked.compares or len(subject.traces) == 2:
-            out.append(asked().ask(subject))
-        if progress:
-            progress(done + 1, len(QUESTIONS))
-    return (*out, *by_name.values())
 
 
 def write_report(
@@ -149,7 +126,7 @@ def _render(
         sections=sections,
         missing=unanswered(findings),
         n_missing=sum(f.not_answered is not None for f in findings),
-        methods=Method.every,
+        methods=methods(),
         linked=linked,
         plain_table=plain_table,
         version=moetrace.__version__,

@@ -19,15 +19,15 @@ import moetrace
 from moetrace.__main__ import main
 from moetrace.analysis.counts.counting import RoutingCounts
 from moetrace.errors import InputError
-from moetrace.findings import QUESTIONS, Finding, Subject, question
+from moetrace.findings import QUESTIONS, Finding, Subject, ask_all, question
 from moetrace.report.captured import captured
 from moetrace.report.explorer import explorer, pack, unpack
 from moetrace.report.files import figures_of
-from moetrace.report.methods import Method, linked
-from moetrace.report.page import MAX_BYTES, Report, ask_all, render_page, write_report
+from moetrace.report.methods import linked, methods
+from moetrace.report.page import MAX_BYTES, Report, render_page, write_report
 from moetrace.report.summary import summary
 
-ASKED = list(QUESTIONS)[: list(QUESTIONS).index("gate-distances") + 1]
+ASKED = [name for name, asked in QUESTIONS.items() if not asked.needs_model and not asked.compares]
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> $\\frac{1}{2$ {{7*7}} \x1b[31m"
 
 
@@ -304,7 +304,8 @@ def test_the_page_stays_below_5_mb_at_92_layers_of_160_experts(tmp_path: Path) -
 def test_findings_made_elsewhere_get_their_section(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moetrace.report.page.QUESTIONS", {"overview": "", "load-balance": ""})
+    few = {name: QUESTIONS[name] for name in ("overview", "load-balance")}
+    monkeypatch.setattr(QUESTIONS, "_found", few)
     path = traces.labelled_trace(tmp_path / "t.moet")
     made = Finding(
         "own-question", "Own", ("Two experts are alike.",), (), {"pairs": pd.DataFrame({"a": [1]})}
@@ -344,7 +345,7 @@ def test_words_lead_to_their_method() -> None:
     assert text.count("<a ") == 3
     assert '<a class="method" href="#m-jackknife">jackknife</a>' in text
     assert "&lt;b&gt;" in text
-    assert len({method.anchor for method in Method.every}) == len(Method.every)
+    assert len({method.anchor for method in methods()}) == len(methods())
 
 
 def test_every_question_says_how_its_number_is_made() -> None:
@@ -354,10 +355,10 @@ def test_every_question_says_how_its_number_is_made() -> None:
 
 def test_what_was_given_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("overview", "load-balance", "compare", "expert-merging")
-    monkeypatch.setattr("moetrace.report.page.QUESTIONS", dict.fromkeys(names, ""))
+    monkeypatch.setattr(QUESTIONS, "_found", {name: QUESTIONS[name] for name in names})
     given = Finding("load-balance", "Load", ("made before",))
     with moetrace.open(traces.small_trace(tmp_path / "t.moet")) as trace:
-        findings = {finding.name: finding for finding in ask_all(Subject([trace]), [given])}
+        findings = {finding.name: finding for finding in ask_all(Subject([trace]), given=[given])}
     assert list(findings) == ["overview", "load-balance", "expert-merging"]  # one trace: nothing to compare
     assert findings["load-balance"] is given
     assert "needs the model" in (findings["expert-merging"].not_answered or "")
