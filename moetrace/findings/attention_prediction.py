@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -13,9 +13,6 @@ from moetrace.errors import MoetraceError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, of_layers, p_value, span
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _SHOWN = ("popularity", "position", "attention", "token", "token and attention", "hidden")
 
@@ -104,43 +101,20 @@ class AttentionPrediction(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Recall by layer and predictor; the gains."""
-        from moetrace.plot.style import OKABE_ITO, axes, band, faint, layer_axis, legend_above
+        from moetrace import plot
 
         recall, gains = finding.tables["recall"], finding.tables["gains"]
         recall = recall[recall["m"] == recall.groupby("layer")["m"].transform("min")]
-
-        def draw_recall(ax: Axes) -> Axes:
-            ax = axes(ax)
-            alone = recall[recall["predictor"] == "popularity"]
-            ax.plot(alone["layer"], alone["chance"], color=faint(), linestyle="--", label="chance")
-            for color, name in zip(OKABE_ITO, _SHOWN, strict=False):
-                mine = recall[recall["predictor"] == name]
-                if len(mine):
-                    ax.plot(mine["layer"], mine["recall"], color=color, marker="o", label=name)
-                    band(ax, mine["layer"], mine["low"], mine["high"], color)
-            layer_axis(ax, recall["layer"].to_numpy())
-            ax.set(ylabel="recall of k experts among k predicted", ylim=(0, 1))
-            legend_above(ax)
-            return ax
-
-        def draw_gains(ax: Axes) -> Axes:
-            ax = axes(ax)
-            ax.axhline(0, color=faint(), linewidth=0.9)
-            for color, (better, than) in zip(OKABE_ITO, _GAINS, strict=False):
-                mine = gains[gains["better"] == better]
-                ax.plot(mine["layer"], mine["gain"], color=color, marker="o", label=f"over {than}")
-                band(ax, mine["layer"], mine["low"], mine["high"], color)
-            layer_axis(ax, gains["layer"].to_numpy())
-            ax.set(ylabel="recall gained by attention")
-            legend_above(ax)
-            return ax
-
         return {
-            "recall": Figure(draw_recall, "What tells a token's experts, by layer, on prompts held out."),
+            "recall": Figure(
+                lambda ax: plot.recall(recall, _SHOWN, ax=ax),
+                "What tells a token's experts, by layer, on prompts held out.",
+            ),
             "gain": Figure(
-                draw_gains, "What attention adds to position, and to token and position, by layer."
+                lambda ax: plot.gains(gains, _GAINS, ax=ax),
+                "What attention adds to position, and to token and position, by layer.",
             ),
         }
 
 
-_GAINS = (("attention", "position"), ("token and attention", "token and position"))
+_GAINS = {"attention": "position", "token and attention": "token and position"}

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -26,10 +26,6 @@ from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.recorded import recorded
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, number, span
-from moetrace.plot.style import axes, faint, legend_above
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -222,25 +218,11 @@ class ColdExperts(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """All experts' rates in order, with the bound."""
-        if "experts" not in finding.tables:
-            return {}
+        from moetrace import plot
+
         table = finding.tables["experts"]
-
-        def draw(ax: Axes) -> Axes:
-            ax = axes(ax)
-            rank = np.arange(1, len(table) + 1)
-            ax.fill_between(rank, table["cluster_low"], table["cluster_high"], alpha=0.3, linewidth=0)
-            ax.plot(rank, table["rate"], marker=".", linestyle="", label="rate, with its interval")
-            is_cold = table["cold"].to_numpy(dtype=bool)
-            ax.plot(rank[is_cold], table["rate"][is_cold], marker="x", linestyle="", color="C4", label="cold")
-            ax.axhline(table["threshold"].max(), color=faint(), linestyle="--", label="cold below")
-            ax.set(
-                xlabel="experts of all layers, the coldest first", ylabel="share of tokens", ylim=(0, None)
-            )
-            legend_above(ax)
-            return ax
-
-        return {"rates": Figure(draw, "How many tokens use each expert, and which are cold beyond doubt.")}
+        caption = "How many tokens use each expert, and which are cold beyond doubt."
+        return {"rates": Figure(lambda ax: plot.rates(table, ax=ax), caption)}
 
 
 def _contexts(text: RoutedText, n: int, rng: np.random.Generator) -> list[list[int]]:

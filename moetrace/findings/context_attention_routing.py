@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -14,9 +14,6 @@ from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Figure, Finding, Method, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, of_layers, p_value, span
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -117,29 +114,13 @@ class ContextAttentionRouting(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """The correlation by layer, token by token."""
-        from moetrace.plot.style import OKABE_ITO, axes, faint, layer_axis, legend_above, short
+        from moetrace import plot
 
         table = finding.tables["contexts"]
-        ids = table["token"].drop_duplicates().tolist()[: len(OKABE_ITO)]
-
-        def draw(ax: Axes) -> Axes:
-            ax = axes(ax)
-            ax.axhline(0, color=faint(), linewidth=0.9)
-            for i, (color, token) in enumerate(zip(OKABE_ITO, ids, strict=False)):
-                mine = table[table["token"] == token]
-                x = mine["layer"] + 0.08 * (i - (len(ids) - 1) / 2)
-                ax.vlines(x, mine["low"], mine["high"], color=color, alpha=0.5)
-                name = short(repr(mine["text"].iloc[0]))
-                ax.plot(x, mine["partial"], color=color, marker="o", linewidth=0.7, label=name)
-            layer_axis(ax, table["layer"].to_numpy())
-            ax.set(ylabel="attention alike ~ routing alike")
-            legend_above(ax)
-            return ax
-
         caption = (
             "Correlation of attention and routing similarity over pairs of contexts, by layer and token."
         )
-        return {"correlation": Figure(draw, caption)}
+        return {"correlation": Figure(lambda ax: plot.correlation(table, ax=ax), caption)}
 
 
 def _name(row: dict[str, object]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -15,9 +15,6 @@ from moetrace.findings.subject import Subject
 from moetrace.findings.wording import span
 from moetrace.host.options import human_size
 from moetrace.model.file import ModelFile
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -101,40 +98,17 @@ class ExpertCache(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Hit rate against memory, for both kinds of cache."""
-        from moetrace.plot.style import OKABE_ITO, axes, band, faint, legend_above
+        from moetrace import plot
 
         curve = finding.tables["cache"]
-
-        def drawing(cache: str) -> Figure:
-            table = curve[curve["cache"] == cache]
-
-            def draw(ax: Axes) -> Axes:
-                ax = axes(ax)
-                ax.plot(
-                    [0, 1],
-                    [0, 1],
-                    color=faint(),
-                    linestyle="--",
-                    linewidth=0.9,
-                    label="pinned, if usage were even",
-                )
-                for color, name in zip(OKABE_ITO, POLICIES, strict=False):
-                    mine = table[table["policy"] == name]
-                    if len(mine):
-                        ax.plot(mine["memory"], mine["hit_rate"], color=color, marker="o", label=name)
-                        band(ax, mine["memory"], mine["low"], mine["high"], color)
-                ax.set(
-                    xlabel="share of all experts in memory", ylabel="hit rate", xlim=(0, 1), ylim=(0, 1.02)
-                )
-                legend_above(ax, 3)
-                return ax
-
-            where = "with slots of its own for each layer" if cache == "layer" else "shared by all layers"
-            return Figure(
-                draw, f"Hit rate of a cache of experts {where} against its size, on prompts held out."
+        where = {"layer": "with slots of its own for each layer", "shared": "shared by all layers"}
+        return {
+            f"{cache}_slots": Figure(
+                lambda ax, cache=cache: plot.hit_rates(curve[curve["cache"] == cache], POLICIES, ax=ax),  # type: ignore[misc]
+                f"Hit rate of a cache of experts {where[cache]} against its size, on prompts held out.",
             )
-
-        return {f"{cache}_slots": drawing(cache) for cache in dict.fromkeys(curve["cache"])}
+            for cache in dict.fromkeys(curve["cache"])
+        }
 
 
 _WORDS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -14,10 +14,6 @@ from moetrace.analysis.published.dynamics import PublishedCircuits, as_published
 from moetrace.findings.finding import Figure, Finding, Method, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, number
-from moetrace.plot.style import axes, faint, ink, layer_axis, legend_above
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -121,22 +117,11 @@ class ExpertCircuits(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Mutual information by layer, and its null."""
-        if "layers" not in finding.tables:
-            return {}
+        from moetrace import plot
+
         table = finding.tables["layers"]
-
-        def draw(ax: Axes) -> Axes:
-            ax = axes(ax)
-            near = table[table["to_layer"] == table.groupby("layer")["to_layer"].transform("min")]
-            ax.plot(near["layer"], near["mi_bits"], marker="o", color=ink(), label="observed")
-            ax.plot(near["layer"], near["mi_null_bits"], linestyle="--", color=faint(), label="out of step")
-            ax.set(ylabel="mutual information with the next layer (bits)", ylim=(0, None))
-            layer_axis(ax, near["layer"].to_numpy())
-            legend_above(ax)
-            return ax
-
         caption = "Mutual information between the first experts of neighbouring layers, and with tokens out of step."
-        return {"information": Figure(draw, caption)}
+        return {"information": Figure(lambda ax: plot.information(table, ax=ax), caption)}
 
 
 def _published(text: RoutedText) -> tuple[PublishedCircuits | None, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -22,9 +22,6 @@ from moetrace.findings.wording import of_layers, span
 from moetrace.host.llama import Llama
 from moetrace.model.experts import LayerExperts
 from moetrace.model.file import ModelFile
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _TOO_FAR = 0.05  # quantised activations cost about 1 %
 
@@ -219,32 +216,17 @@ class ExpertInterference(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """NLL by k, and whether experts add up, by layer."""
+        from moetrace import plot
+
         k, layers = finding.tables["k"], finding.tables["layers"]
-
-        def draw_k(ax: Axes) -> Axes:
-            reach = [k["change"] - k["change_low"], k["change_high"] - k["change"]]
-            ax.errorbar(k["k"], k["change"], yerr=reach, marker="o", capsize=2)
-            ax.axhline(0, color="0.6", linewidth=0.8)
-            ax.set_xscale("log", base=2)
-            ax.set_xticks(k["k"], [str(n) for n in k["k"]])
-            ax.set(xlabel="experts per token", ylabel="change in NLL (nats per token)")
-            return ax
-
-        def draw_gain(ax: Axes) -> Axes:
-            ax.fill_between(layers["layer"], layers["low"], layers["high"], alpha=0.25, linewidth=0)
-            ax.plot(layers["layer"], layers["gain"], marker="o", markersize=3)
-            ax.axhline(1, color="0.6", linewidth=0.8)
-            ax.set(xlabel="layer", ylabel="‖sum‖² / sum of ‖·‖²")
-            return ax
-
         return {
             "k": Figure(
-                draw_k,
+                lambda ax: plot.change_by_k(k, ax=ax),
                 "Change in held-out negative log-likelihood with k experts per token instead of the model's own number,"
                 " with 95 % intervals over texts.",
             ),
             "gain": Figure(
-                draw_gain,
+                lambda ax: plot.gain(layers, ax=ax),
                 "Whether the contributions of a token's experts add up (above 1) or cancel (below), by layer, with 95 %"
                 " intervals over prompts.",
             ),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -24,9 +24,6 @@ from moetrace.findings.wording import layer_list, span
 from moetrace.model.experts import LayerExperts
 from moetrace.model.file import ModelFile
 from moetrace.model.merged import write_merged
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _OUTPUT_BYTES = 512 << 20  # of all experts' outputs of a layer
 _ROUTING_TOKENS = 8192
@@ -284,34 +281,18 @@ class ExpertMerging(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Compression against quality, and how alike pairs are."""
+        from moetrace import plot
+
         curve, pairs = finding.tables["curve"], finding.tables["pairs"]
-
-        def draw_curve(ax: Axes) -> Axes:
-            for criterion, part in curve[~curve["in_place"].astype(bool)].groupby("criterion", sort=False):
-                part = part.sort_values("size")
-                reach = [part["change"] - part["change_low"], part["change_high"] - part["change"]]
-                ax.errorbar(
-                    part["size"], part["change"], yerr=reach, marker="o", capsize=2, label=str(criterion)
-                )
-            ax.axhline(0, color="0.6", linewidth=0.8)
-            ax.set(xlabel="size of the file, of the original's", ylabel="change in NLL (nats per token)")
-            ax.legend(title="merged by")
-            return ax
-
-        def draw_pairs(ax: Axes) -> Axes:
-            layers = ax.scatter(pairs["cosine_aligned"], pairs["output_distance"], s=4, c=pairs["layer"])
-            ax.figure.colorbar(layers, ax=ax, label="layer")
-            ax.set(xlabel="cosine of weights, neurons matched", ylabel="output distance (1: right angles)")
-            return ax
-
         return {
             "curve": Figure(
-                draw_curve,
+                lambda ax: plot.merging_curve(curve, ax=ax),
                 "Change in held-out negative log-likelihood against the size of the merged file, with 95 % intervals"
                 " over texts, by what experts were merged by.",
             ),
             "pairs": Figure(
-                draw_pairs, "Every pair of experts: distance of outputs against cosine of weights."
+                lambda ax: plot.alike(pairs, ax=ax),
+                "Every pair of experts: distance of outputs against cosine of weights.",
             ),
         }
 

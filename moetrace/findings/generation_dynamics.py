@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -16,10 +16,6 @@ from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import number, of_layers, p_value, span
-from moetrace.plot.style import axes, faint, ink, layer_axis, legend_above
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _Tables = dict[str, pd.DataFrame]
 
@@ -180,38 +176,17 @@ class GenerationDynamics(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """The divergence at each step, and persistence by layer."""
-        if "phase_curve" not in finding.tables or "handoffs" not in finding.tables:
-            return {}
+        from moetrace import plot
+
         curve, changes = finding.tables["phase_curve"], finding.tables["handoffs"]
-
-        def draw_phases(ax: Axes) -> Axes:
-            ax = axes(ax)
-            ax.plot(curve["step"], curve["jsd_bits"], color=ink(), label="before against after the step")
-            ax.plot(
-                curve["step"],
-                curve["null_q95"],
-                color=faint(),
-                linestyle="--",
-                label="some prompts read backwards, 95 % quantile",
-            )
-            ax.set(xlabel="step", ylabel="divergence (bits)")
-            legend_above(ax)
-            return ax
-
-        def draw_handoffs(ax: Axes) -> Axes:
-            ax = axes(ax)
-            rows = changes[changes["layer"] >= 0]
-            ax.plot(rows["layer"], rows["handoffs"], marker="o", color=ink(), label="observed")
-            ax.plot(rows["layer"], rows["shuffle"], linestyle="--", color=faint(), label="random order")
-            ax.set(ylabel="handoffs per token", ylim=(0, 1))
-            layer_axis(ax, rows["layer"].to_numpy())
-            legend_above(ax)
-            return ax
-
         return {
-            "phases": Figure(draw_phases, "How far usage before a step differs from usage after it."),
+            "phases": Figure(
+                lambda ax: plot.phases(curve, ax=ax),
+                "How far usage before a step differs from usage after it.",
+            ),
             "handoffs": Figure(
-                draw_handoffs, "How often the first expert changes, and would in random order."
+                lambda ax: plot.handoffs(changes, ax=ax),
+                "How often the first expert changes, and would in random order.",
             ),
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,6 @@ from moetrace.findings.subject import Subject
 from moetrace.findings.wording import span
 from moetrace.host.probe import RoutingProbe
 from moetrace.model.file import ModelFile
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _NORMAL_TOKEN = 1  # llama.cpp's LLAMA_TOKEN_TYPE_NORMAL
 _PUBLISHED_POOL, _PUBLISHED_TEMPLATES = 49, ("{}", "The {}", "{} is", "What is {}?")
@@ -237,44 +234,23 @@ class RoutingManipulation(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Success against budget, and what edits leave."""
-        searches = finding.tables["searches"]
+        from moetrace import plot
 
-        def draw_success(ax: Axes) -> Axes:
-            for method, part in searches.groupby("method", sort=False):
-                reached = np.sort(part["reached_at"].dropna().to_numpy(np.float64))
-                steps = np.concatenate([[0], reached, [self._budget(finding)]])
-                share = np.arange(len(reached) + 1) / len(part)
-                ax.step(steps, [*share, share[-1]], where="post", label=str(method))
-            ax.set(xlabel="inputs tried", ylabel="targets reached", ylim=(0, 1.02))
-            ax.legend()
-            return ax
-
+        searches, budget = finding.tables["searches"], int(finding.parameters.get("budget", self.budget))
         figures = {
             "success": Figure(
-                draw_success, "Share of the targets that each search reached, by the number of inputs tried."
+                lambda ax: plot.success(searches, budget, ax=ax),
+                "Share of the targets that each search reached, by the number of inputs tried.",
             )
         }
         if "edits" in finding.tables:
             edits = finding.tables["edits"]
-            after = edits[edits["region"] == "after"]
-
-            def draw_edits(ax: Axes) -> Axes:
-                for kind, part in after.groupby("kind"):
-                    ax.fill_between(part["layer"], part["low"], part["high"], alpha=0.2, linewidth=0)
-                    ax.plot(part["layer"], part["jaccard"], marker="o", markersize=3, label=str(kind))
-                ax.set(xlabel="layer", ylabel="Jaccard of a token's experts", ylim=(0, 1.02))
-                ax.legend()
-                return ax
-
             figures["edits"] = Figure(
-                draw_edits,
+                lambda ax: plot.kept(edits[edits["region"] == "after"], ax=ax),
                 "How much of its routing a token keeps when the text before it is edited, by layer, with 95 % intervals"
                 " over prompts.",
             )
         return figures
-
-    def _budget(self, finding: Finding) -> int:
-        return int(finding.parameters.get("budget", self.budget))
 
 
 def _edits(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import pandas as pd
 
@@ -14,9 +14,6 @@ from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, of_layers, p_value, span
 from moetrace.model.file import ModelFile, Router
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -126,40 +123,20 @@ class TaskPrediction(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Recall@k by layer; recall against how many are fetched, in the last layer."""
-        from moetrace.plot.style import OKABE_ITO, axes, band, faint, layer_axis, legend_above
+        from moetrace import plot
 
         recall = finding.tables["recall"]
         names = list(dict.fromkeys(recall["predictor"]))
         first = recall[recall["m"] == recall.groupby("layer")["m"].transform("min")]
         last = recall[recall["layer"] == recall["layer"].max()]
-
-        def lines(ax: Axes, table: pd.DataFrame, x: str) -> Axes:
-            ax = axes(ax)
-            alone = table[table["predictor"] == names[0]]
-            ax.plot(alone[x], alone["chance"], color=faint(), linestyle="--", label="chance")
-            for color, name in zip(OKABE_ITO, names, strict=False):
-                mine = table[table["predictor"] == name]
-                ax.plot(mine[x], mine["recall"], color=color, marker="o", label=name)
-                band(ax, mine[x], mine["low"], mine["high"], color)
-            ax.set(ylim=(0, 1))
-            legend_above(ax)
-            return ax
-
-        def by_layer(ax: Axes) -> Axes:
-            ax = lines(ax, first, "layer")
-            layer_axis(ax, first["layer"].to_numpy())
-            ax.set(ylabel="recall of k experts among k predicted")
-            return ax
-
-        def by_size(ax: Axes) -> Axes:
-            ax = lines(ax, last, "m")
-            ax.set(xlabel="experts fetched ahead (m)", ylabel="recall@m")
-            return ax
-
         return {
-            "recall": Figure(by_layer, "What tells a token's experts in later layers, on prompts held out."),
+            "recall": Figure(
+                lambda ax: plot.recall(first, names, ax=ax),
+                "What tells a token's experts in later layers, on prompts held out.",
+            ),
             "fetched": Figure(
-                by_size, "Recall against the number of experts fetched ahead, in the last layer."
+                lambda ax: plot.recall(last, names, x="m", ax=ax),
+                "Recall against the number of experts fetched ahead, in the last layer.",
             ),
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -20,10 +20,6 @@ from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.recorded import recorded
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, number, of_layers
-from moetrace.plot.style import faint, layer_axis, legend_above
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 ANALYSES = ("pattern_summary", "semantic_patterns", "sequence_patterns", "combined_analysis")
 RELATIONS = ("synonyms", "antonyms", "analogies", "arithmetic")
@@ -227,29 +223,15 @@ class TokenPatterns(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Specialists by layer and type."""
+        from moetrace import plot
+
         if "specialists" not in finding.tables:
             return {}
-        special, layers = (
-            finding.tables["specialists"],
-            finding.tables["vocabulary_specialisation"]["layer"].to_numpy(),
-        )
-
-        def draw(ax: Axes) -> Axes:
-            rows = special[special["of"] == "type"]
-            below = np.zeros(len(layers))
-            for name in [t for t in lexicon.TYPES if (rows["pattern"] == t).any()]:
-                count = np.array([((rows["layer"] == n) & (rows["pattern"] == name)).sum() for n in layers])
-                ax.bar(layers, count, bottom=below, label=name)
-                below += count
-            if not below.any():
-                ax.text(0.5, 0.5, "no specialists", transform=ax.transAxes, ha="center", color=faint())
-            ax.set_ylabel("specialists of a type")
-            layer_axis(ax, layers)
-            legend_above(ax, 6)
-            return ax
-
+        special = finding.tables["specialists"]
+        rows, layers = special[special["of"] == "type"], finding.tables["vocabulary_specialisation"]["layer"]
         return {
             "specialists": Figure(
-                draw, "Experts that prefer a type of token more than exchanged prompts allow, by layer."
+                lambda ax: plot.patterns(rows, lexicon.TYPES, layers.to_numpy(), ax=ax),
+                "Experts that prefer a type of token more than exchanged prompts allow, by layer.",
             )
         }
