@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import pandas as pd
 
-from moetrace.analysis.counts import overview
 from moetrace.analysis.published import notebook as published
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Finding, Question
@@ -37,7 +36,7 @@ class Overview(Question):
         if not subject.traces:
             raise UsageError("there is no trace to look at", fix="give at least one")
         subject.routing  # noqa: B018  # raises by itself
-        loss = sum((trace.loss for trace in subject.traces[1:]), subject.traces[0].loss)
+        loss, phases, domains, layers = subject.loss, subject.phases, subject.domains, subject.entries
         completeness = pd.DataFrame(
             [
                 ("produced", loss.rows_produced, loss.produced),
@@ -50,15 +49,6 @@ class Overview(Question):
             ],
             columns=["what", "rows", "entries"],
         ).astype({"rows": "Int64", "entries": "Int64"})
-        phases = sum_up([overview.phases(t.phase, t.state, t.request) for t in subject.parts], ["phase"])
-        domains = overview.domains([trace.requests for trace in subject.traces])
-        layers = sum_up(
-            [
-                overview.layers(t.state, layers=t.layers, n_expert=t.n_expert, n_expert_used=t.n_expert_used)
-                for t in subject.parts
-            ],
-            ["layer", "n_expert", "n_expert_used"],
-        )
         n_prompts = int(domains["prompts"].sum())
         labelled = domains[domains["domain"] != ""]
         known = phases.set_index("phase")["tokens"]
@@ -140,11 +130,6 @@ class Overview(Question):
         ]
         tables = {"domains": domains, "layers": layers}
         return self.finding(subject, [sentence], tables | published_overview(subject.activations), caveats)
-
-
-def sum_up(parts: list[pd.DataFrame], keys: list[str]) -> pd.DataFrame:
-    """Frames of several traces added up, row by key."""
-    return pd.concat(parts).groupby(keys, sort=False).sum().reset_index()
 
 
 def published_overview(a: published.Activations) -> dict[str, pd.DataFrame]:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from moetrace.analysis import DomainTest, Routing, RoutingCounts, domain_test, from_trace
+from moetrace.analysis.counts import overview
 from moetrace.analysis.counts.from_trace import LABEL_THEM, NO_DOMAIN, Phase
 from moetrace.analysis.published.notebook import Activations, activations
 from moetrace.errors import UsageError
@@ -19,6 +21,7 @@ from moetrace.model.file import ModelFile
 from moetrace.model.identity import refuse_other_model
 from moetrace.trace import naming
 from moetrace.trace.importers.counts import CountTable
+from moetrace.trace.loss import Loss
 from moetrace.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -102,6 +105,32 @@ class Subject:
     def parts(self) -> tuple[Trace, ...]:
         """The contexts of all traces, one by one: their columns are views (:attr:`Trace.parts`)."""
         return tuple(part for trace in self.traces for part in trace.parts)
+
+    @cached_property
+    def loss(self) -> Loss:
+        """What became of everything that the model computed, in all traces."""
+        return sum((trace.loss for trace in self.traces[1:]), self.traces[0].loss)
+
+    @cached_property
+    def phases(self) -> pd.DataFrame:
+        """Tokens and entries by phase: :func:`moetrace.analysis.counts.overview.phases` of all traces."""
+        parts = [overview.phases(t.phase, t.state, t.request) for t in self.parts]
+        return pd.concat(parts).groupby("phase", sort=False).sum().reset_index()
+
+    @cached_property
+    def domains(self) -> pd.DataFrame:
+        """Prompts by domain: :func:`moetrace.analysis.counts.overview.domains` of all traces."""
+        return overview.domains([trace.requests for trace in self.traces])
+
+    @cached_property
+    def entries(self) -> pd.DataFrame:
+        """Entries by layer: :func:`moetrace.analysis.counts.overview.layers` of all traces."""
+        parts = [
+            overview.layers(t.state, layers=t.layers, n_expert=t.n_expert, n_expert_used=t.n_expert_used)
+            for t in self.parts
+        ]
+        keys = ["layer", "n_expert", "n_expert_used"]
+        return pd.concat(parts).groupby(keys, sort=False).sum().reset_index()
 
     @property
     def left_out(self) -> list[str]:
