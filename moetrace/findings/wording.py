@@ -11,9 +11,6 @@ import pandas as pd
 if TYPE_CHECKING:
     from moetrace.trace.trace import Trace
 
-#: Words by which a sentence says that a question is left open: it is no conclusion.
-CANNOT = ("cannot be tested", "cannot be said", "remains open", "nothing can be said")
-
 
 def span(value: float, low: float, high: float, form: str = ".3f") -> str:
     """``0.054 (0.012 to 0.096)``; without an interval ``0.054 (no interval)``."""

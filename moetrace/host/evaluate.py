@@ -2,7 +2,7 @@
 
 Everything comes from llama.cpp's logits, computed in this process. Two evaluations of the same texts line up
 token by token, whatever was changed in between (the model file, experts per token, an intervention), so that
-differences are paired; :mod:`moetrace.analysis.likelihood` gives them with their standard errors.
+differences are paired; :mod:`moetrace.analysis.statistics.likelihood` gives them with their standard errors.
 """
 
 from __future__ import annotations

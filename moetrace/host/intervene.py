@@ -13,6 +13,7 @@ from moetrace.errors import InputError, MoetraceError, TraceError, UsageError
 from moetrace.host import llama
 from moetrace.model.file import ModelFile
 from moetrace.trace import naming
+from moetrace.trace.control import remember
 from moetrace.trace.intervention import (
     NO_EXPERT,
     Intervention,
@@ -26,7 +27,6 @@ from moetrace.trace.intervention import (
     store,
 )
 from moetrace.trace.record import State
-from moetrace.trace.control import remember
 from moetrace.trace.ring import Ring, live_rings, ring_is_ready, ring_paths
 from moetrace.trace.trace import Trace, open_trace
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from moetrace.errors import MoetraceError, RuntimeMissingError, TraceError
 from moetrace.trace.jsonfile import parse_json, read_json
 from moetrace.trace.record import (
+    COUNTERS,
     N_COUNTERS,
     RECORD_HEAD,
     RING_FIELD,
@@ -31,7 +32,6 @@ from moetrace.trace.record import (
     RING_MAGIC,
     RING_VERSION_MAJOR,
     RING_VERSION_MINOR,
-    Counter,
     Field,
     OnFull,
     field_offset,
@@ -388,7 +388,7 @@ class Ring:
         if not (
             isinstance(names, list) and all(isinstance(n, str) for n in names) and len(names) <= N_COUNTERS
         ):
-            names = [counter.name.lower() for counter in Counter]
+            names = list(COUNTERS)
         return {name: self._native.load_acquire(self._buffer, offset + 8 * i) for i, name in enumerate(names)}
 
     @property

@@ -24,7 +24,7 @@ from moetrace.trace.contexts import choose, is_alike, misfits, of_model
 from moetrace.trace.intervention import described
 from moetrace.trace.labels import Labelling, Recorded, read_labels, resolve_labels
 from moetrace.trace.loss import Loss, count_loss
-from moetrace.trace.record import Counter, EventCode
+from moetrace.trace.record import COUNTERS, EventCode
 from moetrace.trace.requests import REQUEST_TABLE, UNCERTAIN, Phase, RequestAssigner, allot_again, replay
 from moetrace.trace.ring import peek_counters
 from moetrace.trace.rows import Columns, Layout
@@ -391,7 +391,7 @@ class Trace(Rows):
         if isinstance(stored, dict) and stored:
             return {str(name): value for name, value in stored.items() if type(value) is int}
         live = peek_counters(self.store_context.ring)
-        return {} if live is None else {c.name.lower(): n for c, n in zip(Counter, live, strict=False)}
+        return {} if live is None else dict(zip(COUNTERS, live, strict=False))
 
     # -- attention -----------------------------------------------------------------------------------
 

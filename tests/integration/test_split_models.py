@@ -12,7 +12,7 @@ from test_inprocess import python
 from test_synthetic_models import TEXT
 
 import moetrace
-from moetrace.analysis.merging import drop_experts, merge
+from moetrace.analysis.experts.merging import drop_experts, merge
 from moetrace.findings import Subject, question
 from moetrace.host.client import drive
 from moetrace.host.prompts import Prompt

@@ -12,6 +12,7 @@ import traces
 
 import moetrace
 from moetrace.__main__ import main
+from moetrace.analysis import load_balance
 from moetrace.errors import InputError, UsageError
 from moetrace.findings import QUESTIONS, Finding, Subject, question
 from moetrace.report.files import write_finding
@@ -76,8 +77,8 @@ def test_every_question_is_described_and_named_after_its_file(name: str) -> None
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_a_question_that_cannot_be_answered_says_why(name: str) -> None:
     finding = question(name)().ask(Subject([]))
-    assert finding.missing
-    assert "fix:" in finding.missing
+    assert finding.not_answered
+    assert "fix:" in finding.not_answered
     assert "Not answered" in render([finding], "table")
 
 
@@ -92,7 +93,8 @@ def test_analyze_prints_every_format_and_writes_files(
         )
         out[form] = capsys.readouterr().out
     with moetrace.open(path) as trace:
-        expected = Subject([trace]).analysis.load_balance()
+        counts = Subject([trace]).counts
+        expected = load_balance(counts.included, counts.tokens)
     assert "Load balance" in out["table"]
     assert "## Load balance" in out["md"]
     assert len(pd.read_csv(io.StringIO(out["csv"]))) == len(expected)
