@@ -1,0 +1,684 @@
+"""A router through all the lives of its models, under eight clients, while its recording is switched.
+
+Two models sleep and wake, one of them is unloaded and loaded again, in the midst of answers too. The clients are plain
+HTTP and keep the token ids that they sent and got; one of them is `moetrace drive`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moetrace
+from moetrace.host.server import free_port
+from moetrace.trace.record import RowFlag
+from moetrace.trace.verify import verify
+
+pytestmark = [pytest.mark.stress, pytest.mark.runtime, pytest.mark.timeout(3600)]
+
+MODELS = {"one": "qwen3moe", "two": "granitehybrid"}  # `two` is unloaded, too
+N_SLOTS, SLOT_CONTEXT, N_WORDS = 3, 512, 400  # words: token ids that prompts are made of
+SLEEP_SECONDS = 1
+CYCLE = 10.0  # seconds; in each, each model is left alone for a while, and falls asleep
+QUIET = {"one": (0.0, 2.5), "two": (5.0, 7.5)}
+ARGUMENTS = [
+    "-np", N_SLOTS, "-c", N_SLOTS * SLOT_CONTEXT, "-no-kvu", "-ub", 48, "-t", 1, "--cache-ram", 0,
+    "--sleep-idle-seconds", SLEEP_SECONDS, "--host", "127.0.0.1",
+]  # fmt: skip
+ABLATED = (0, 1)
+SLACK_NS = 3_000_000_000  # a server may notice that late that nobody listens any more
+
+
+@dataclass
+class Request:
+    """What a client sent and got, and when."""
+
+    model: str
+    prompt: list[int]
+    from_ns: int
+    to_ns: int = 0
+    tokens: list[int] = field(default_factory=list)  # what was generated, as far as it was heard
+    answered: bool = False  # to the end; else `tokens` may lack some
+    slot: int | None = None
+    cached: int = 0
+    id: str | None = None  # of a driven one
+    question: int | None = None  # of one that is asked again and again
+    text: str = ""
+
+    @property
+    def known(self) -> list[int]:
+        """The tokens at its positions, from 0 on, as far as they are known; the last generated is not decoded."""
+        return [*self.prompt, *(self.tokens[:-1] if self.answered else self.tokens)]
+
+
+class Gone(Exception):
+    """The model was unloaded meanwhile."""
+
+
+def send(port: int, path: str, body: Any = None, timeout: float = 120) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    try:
+        text = None if body is None else json.dumps(body)
+        connection.request(
+            "GET" if body is None else "POST", path, text, {"Content-Type": "application/json"}
+        )
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    except (http.client.HTTPException, ConnectionError) as e:
+        raise Gone(str(e)) from e
+    finally:
+        connection.close()
+
+
+def call(port: int, path: str, body: Any = None) -> Any:
+    status, text = send(port, path, body)
+    if status >= 500 or b"model is not loaded" in text or b"not running" in text:
+        raise Gone(text)
+    assert status == 200, text
+    return json.loads(text)
+
+
+def quiet(model: str, clock: float) -> bool:
+    begin, end = QUIET[model]
+    return begin <= clock % CYCLE < end
+
+
+class Router:
+    """A router that runs, with or without the tracer."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+        self.process, self.port, self.log = process, port, log
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + 120
+        while True:
+            assert self.process.poll() is None, self.log.read_text(errors="replace")
+            assert time.monotonic() < deadline
+            with contextlib.suppress(OSError, Gone):
+                if send(self.port, "/health")[0] == 200:
+                    return
+            time.sleep(0.05)
+
+    def states(self) -> dict[str, str]:
+        return {m["id"]: m["status"]["value"] for m in call(self.port, "/models")["data"]}
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(60) == 0, self.log.read_text(errors="replace")[-3000:]
+
+
+@contextlib.contextmanager
+def routing(command: list[object], log: Path, port: int) -> Iterator[Router]:
+    with log.open("wb") as out:
+        process = subprocess.Popen([str(part) for part in command], stdout=out, stderr=out)
+    router = Router(process, port, log)
+    try:
+        router.wait_ready()
+        yield router
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+class Clients:
+    """Eight of them; what they sent and got is in :attr:`requests`."""
+
+    def __init__(self, port: int, seconds: float, folder: Path, trace: Path | None) -> None:
+        self.port = port
+        self.began = time.monotonic()
+        self.until = self.began + seconds
+        self.folder = folder
+        self.trace = trace
+        self.requests: list[Request] = []
+        self.n_gone = 0
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        work: list[Callable[[np.random.Generator, int], None]] = [
+            self.greedy("one", 0), self.greedy("two", 10), self.conversation("one"), self.conversation("two"),
+            self.several, self.long, self.impatient, self.driven,
+        ]  # fmt: skip
+        with ThreadPoolExecutor(len(work)) as pool:
+            futures = [pool.submit(self._repeat, i, one) for i, one in enumerate(work)]
+            for future in futures:
+                future.result()
+
+    def _repeat(self, seed: int, one: Callable[[np.random.Generator, int], None]) -> None:
+        random = np.random.default_rng(seed)
+        number = 0
+        while time.monotonic() < self.until:
+            try:
+                one(random, number)
+            except Gone:
+                with self._lock:
+                    self.n_gone += 1
+                time.sleep(0.1)
+            number += 1
+
+    def _wait(self, model: str) -> None:
+        """Leave the model alone while it is to fall asleep."""
+        while quiet(model, time.monotonic() - self.began) and time.monotonic() < self.until:
+            time.sleep(0.05)
+
+    def _keep(self, request: Request) -> Request:
+        with self._lock:
+            self.requests.append(request)
+        return request
+
+    def words(self, random: np.random.Generator, n: int) -> list[int]:
+        """A prompt that nobody else has."""
+        return [int(t) for t in random.integers(3, N_WORDS, n)]
+
+    def _complete(self, request: Request, **more: Any) -> Request:
+        body = {
+            "model": request.model, "prompt": request.prompt, "ignore_eos": True, "return_tokens": True, **more,
+        }  # fmt: skip
+        try:
+            self._heard(request, call(self.port, "/completion", body))
+        finally:
+            request.to_ns = time.monotonic_ns()
+        return request
+
+    def _heard(self, request: Request, answer: Any) -> None:
+        request.tokens, request.slot = answer["tokens"], answer["id_slot"]
+        request.cached, request.text = answer["timings"]["cache_n"], answer["content"]
+        request.answered = True
+
+    def _request(self, model: str, prompt: list[int], **more: Any) -> Request:
+        return self._keep(Request(model, prompt, time.monotonic_ns(), **more))
+
+    def greedy(self, model: str, first: int) -> Callable[[np.random.Generator, int], None]:
+        """Four questions, again and again, that do not hang on what was asked before."""
+
+        def ask(random: np.random.Generator, number: int) -> None:
+            self._wait(model)
+            question = first + number % 4
+            request = self._request(model, question_of(question), question=question)
+            self._complete(request, temperature=0.0, n_predict=16 + 8 * (number % 4), cache_prompt=False)
+
+        return ask
+
+    def conversation(self, model: str) -> Callable[[np.random.Generator, int], None]:
+        """Turns that go on where the last one stopped, from the prompt cache if it is still there."""
+        said: list[int] = []
+
+        def turn(random: np.random.Generator, number: int) -> None:
+            nonlocal said
+            self._wait(model)
+            if len(said) > SLOT_CONTEXT - 120:
+                said = []
+            request = self._request(model, [*said, *self.words(random, int(random.integers(8, 60)))])
+            said = []
+            self._complete(request, temperature=1.0, n_predict=int(random.integers(1, 30)), seed=number)
+            said = [*request.prompt, *request.tokens]
+
+        return turn
+
+    def several(self, random: np.random.Generator, number: int) -> None:
+        """Several prompts at once."""
+        model = list(MODELS)[number % 2]
+        self._wait(model)
+        prompts = [self.words(random, int(random.integers(6, 40))) for _ in range(int(random.integers(2, 5)))]
+        requests = [self._request(model, prompt) for prompt in prompts]
+        body = {"model": model, "prompt": prompts, "temperature": 1.0, "n_predict": 6, "return_tokens": True}
+        try:
+            for request, answer in zip(
+                requests, call(self.port, "/completion", {**body, "ignore_eos": True}), strict=True
+            ):
+                self._heard(request, answer)
+        finally:
+            for request in requests:
+                request.to_ns = time.monotonic_ns()
+
+    def long(self, random: np.random.Generator, number: int) -> None:
+        """Prompts of several ubatches, some of which begin alike."""
+        model = list(MODELS)[int(random.integers(2))]
+        self._wait(model)
+        alike = question_of(100)[: 16 * int(random.integers(0, 5))]
+        request = self._request(model, [*alike, *self.words(random, int(random.integers(20, 300)))])
+        self._complete(request, temperature=0.0, n_predict=int(random.choice([1, 2, 60])))
+
+    def impatient(self, random: np.random.Generator, number: int) -> None:
+        """Hangs up: while the model wakes, before an answer, or in the midst of one."""
+        model = list(MODELS)[number % 2]
+        if number % 3:
+            self._wait(model)
+        else:  # wakes the model, or finds it just before it would sleep
+            time.sleep(float(random.uniform(0.2, 1.0)))
+        request = self._request(model, self.words(random, int(random.integers(6, 60))))
+        body = {
+            "model": model, "prompt": request.prompt, "n_predict": 120, "stream": True, "return_tokens": True,
+            "ignore_eos": True, "temperature": 1.0,
+        }  # fmt: skip
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(
+                "POST", "/completion", json.dumps(body), {"Content-Type": "application/json"}
+            )
+            n = int(random.integers(-2, 20))
+            if n < 0:
+                time.sleep(float(random.uniform(0, 0.1)))
+                return
+            for line in connection.getresponse():
+                if line.startswith(b"data: {") and b'"tokens"' in line:
+                    request.tokens += json.loads(line[6:])["tokens"]
+                if len(request.tokens) > n:
+                    break
+        except (http.client.HTTPException, OSError) as e:
+            raise Gone(str(e)) from e
+        finally:
+            connection.close()
+            request.to_ns = time.monotonic_ns() + SLACK_NS
+            if number % 2:
+                time.sleep(0.2)
+
+    def driven(self, random: np.random.Generator, number: int) -> None:
+        """`moetrace drive`, with a model's name and labels."""
+        model = list(MODELS)[int(random.integers(2))]
+        self._wait(model)
+        requests = {}
+        lines = []
+        for i in range(int(random.integers(3, 10))):
+            name = f"{number}-{i}"
+            prompt = self.words(random, int(random.integers(6, 60)))
+            requests[name] = Request(model, prompt, time.monotonic_ns(), id=name)
+            lines.append(
+                {"id": name, "label": f"label {i % 3}", "tokens": prompt, "n_predict": 1 + i, "request": i}
+            )
+        file = self.folder / "driven.jsonl"
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        command = ["drive", "-f", file, "--url", f"http://127.0.0.1:{self.port}", "--model", model]
+        result = tell(*command, *(["--trace", self.trace] if self.trace else []))
+        end = time.monotonic_ns()
+        assert "Traceback" not in result.stderr, result.stderr
+        for answer in map(json.loads, result.stdout.splitlines()):
+            request = requests[answer["id"]]
+            request.tokens, request.slot, request.cached = (
+                answer["tokens"], answer["slot"], answer["n_cached"],
+            )  # fmt: skip
+            request.answered = True
+        for request in requests.values():
+            request.to_ns = end
+            self._keep(request)
+        if result.returncode:
+            raise Gone(result.stderr)
+
+
+def question_of(number: int) -> list[int]:
+    random = np.random.default_rng(1000 + number)
+    return [int(t) for t in random.integers(3, N_WORDS, 24 if number < 100 else 80)]
+
+
+def tell(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "moetrace", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+@dataclass(frozen=True)
+class Switched:
+    """A command of the one who controls the recording; from_ns to to_ns it may have been in force or not."""
+
+    word: str  # stop, start, ablate, off
+    models: tuple[str, ...]
+    from_ns: int
+    to_ns: int
+
+
+class Control:
+    """Stops, starts and intervenes, for one model or for both; and unloads `two`."""
+
+    def __init__(self, router: Router, trace: Path, clients: Clients) -> None:
+        self.router, self.trace, self.clients = router, trace, clients
+        self.done: list[Switched] = []
+        self.n_unloaded = 0
+        self.seen: set[tuple[str, str]] = set()  # (model, state)
+        self.n_slept: Counter[str] = Counter()
+        self.refused: list[str] = []
+
+    def switch(self, word: str, *arguments: str, models: tuple[str, ...]) -> None:
+        begin = time.monotonic_ns()
+        which = [] if len(models) == len(MODELS) else ["--model", models[0]]
+        result = tell("intervene" if arguments else word, self.trace, *arguments, *which)
+        assert "Traceback" not in result.stderr
+        if result.returncode:
+            self.refused.append(f"{word} {which}: {result.stderr}")
+        else:
+            self.done.append(Switched(word, models, begin, time.monotonic_ns()))
+
+    def _sleep(self, seconds: float) -> None:
+        time.sleep(max(0.0, min(seconds, self.clients.until - time.monotonic())))
+
+    def run(self) -> None:
+        random = np.random.default_rng(7)
+        number = 0
+        while time.monotonic() < self.clients.until - 2:
+            some = [tuple(MODELS), ("one",), ("two",)][number % 3]
+            kind = number % 2
+            if kind == 0:
+                self.switch("stop", models=some)
+                self._sleep(float(random.uniform(0.2, 4)))
+                self.switch("start", models=some)
+            else:
+                model = ("one", "two")[number // 2 % 2]
+                rule = f"ablate:*:{ABLATED[0]}-{ABLATED[1]}@slot=0"
+                self.switch("ablate", rule, models=(model,))
+                self._sleep(float(random.uniform(0.2, 6)))
+                self.switch("off", "off", models=(model,))
+            number += 1
+            self._sleep(float(random.uniform(0.5, 3)))
+        for model in MODELS:
+            if self.in_force("stop", "start", model):
+                self.switch("start", models=(model,))
+
+    def in_force(self, on: str, off: str, model: str) -> bool:
+        words = [s.word for s in self.done if model in s.models and s.word in (on, off)]
+        return bool(words) and words[-1] == on
+
+    def watch(self) -> None:
+        """Unload `two` in every second cycle: while it sleeps, or while it answers."""
+        last: dict[str, str] = {}
+        cycle = -1
+        while time.monotonic() < self.clients.until:
+            states = self.router.states()
+            for model, state in states.items():
+                self.n_slept[model] += state == "sleeping" != last.get(model)
+            last = states
+            clock = time.monotonic() - self.clients.began
+            at = 7.2 if int(clock / CYCLE) % 4 < 2 else 3.0  # asleep, or at work
+            if int(clock / CYCLE) > cycle and clock % CYCLE > at and int(clock / CYCLE) % 2 == 0:
+                cycle = int(clock / CYCLE)
+                with contextlib.suppress(AssertionError, Gone):  # it is not loaded
+                    call(self.router.port, "/models/unload", {"model": "two"})
+                    self.n_unloaded += 1
+            time.sleep(0.1)
+
+
+@dataclass
+class Sample:
+    """A process at a moment: bytes of its own that are in memory, and all; open files."""
+
+    seconds: float
+    own: int
+    whole: int
+    n_files: int
+
+
+def processes(root: int) -> dict[int, str]:
+    """The processes below one: pid -> ``drain``, ``router``, or the model that it serves."""
+    (router,) = map(int, Path(f"/proc/{root}/task/{root}/children").read_text().split())
+    found = {root: "drain", router: "router"}
+    for task in Path(f"/proc/{router}/task").iterdir():
+        with contextlib.suppress(OSError):
+            for child in map(int, (task / "children").read_text().split()):
+                words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+                alias = words[words.index(b"--alias") + 1].decode() if b"--alias" in words else "?"
+                found[child] = alias
+    return found
+
+
+def sample(root: int, began: float, into: dict[str, list[Sample]]) -> None:
+    for pid, name in processes(root).items():
+        with contextlib.suppress(OSError, IndexError):
+            status = Path(f"/proc/{pid}/status").read_text()
+            own, whole = (1024 * int(status.partition(key)[2].split()[0]) for key in ("RssAnon:", "VmRSS:"))
+            n_files = len(os.listdir(f"/proc/{pid}/fd"))
+            into.setdefault(name, []).append(Sample(time.monotonic() - began, own, whole, n_files))
+
+
+def growth(samples: list[Sample]) -> tuple[float, int]:
+    """From the third quarter of the time to the last: of memory in use, as a share; and of open files, at least.
+
+    Models sleep: what the process has when it is awake is near the highest.
+    """
+    end = samples[-1].seconds
+    third, last = ([s for s in samples if a * end < s.seconds <= b * end] for a, b in ((0.5, 0.75), (0.75, 1)))
+    before, after = (float(np.quantile([s.own for s in part], 0.9)) for part in (third, last))
+    files = min(s.n_files for s in last) - min(s.n_files for s in third)
+    return (after - before) / float(np.quantile([s.whole for s in third], 0.9)), files
+
+
+def answers_alone(port: int) -> dict[int, list[list[int]]]:
+    """The greedy questions, one at a time: question -> the tokens for each number of tokens asked for."""
+    clients = Clients(port, 0, Path(), None)
+    out = {}
+    for model, first in (("one", 0), ("two", 10)):
+        for i in range(4):
+            ask = Request(model, question_of(first + i), time.monotonic_ns())
+            clients._complete(ask, temperature=0.0, n_predict=16 + 8 * i, cache_prompt=False)
+            out[first + i] = ask.tokens
+    return out
+
+
+def live(
+    seconds: float, runtime: Any, model_file: Any, folder: Path, *options: object
+) -> tuple[Path, Clients, Control, dict[str, list[Sample]], dict[int, Any]]:
+    """Put a traced router through it; gives the trace and what everybody did."""
+    models = folder / "models"
+    models.mkdir(parents=True)
+    for name, architecture in MODELS.items():
+        shutil.copy(model_file(architecture), models / f"{name}.gguf")
+    port = free_port()
+    server = [runtime.tool("llama-server"), "--models-dir", models, "--port", port, *ARGUMENTS]
+    with routing(server, folder / "plain.log", port) as router:
+        alone = answers_alone(port)
+        router.stop()
+
+    path = folder / "t.moet"
+    command = [sys.executable, "-m", "moetrace", "run", "-o", path, *options, "--", *server]
+    memory: dict[str, list[Sample]] = {}
+    with routing(command, folder / "traced.log", port) as router:
+        clients = Clients(port, seconds, folder, path)
+        control = Control(router, path, clients)
+        with ThreadPoolExecutor(3) as pool:
+            futures = [pool.submit(run) for run in (clients.run, control.run, control.watch)]
+            while not all(f.done() for f in futures):
+                sample(router.process.pid, clients.began, memory)
+                time.sleep(0.2)
+            for f in futures:
+                f.result()
+        router.stop()
+    return path, clients, control, memory, alone
+
+
+class Referee:
+    """Holds a model's part of a trace against what its clients sent and got."""
+
+    def __init__(self, trace: moetrace.Trace, model: str, clients: Clients, control: Control) -> None:
+        self.sent = [r for r in clients.requests if r.model == model]
+        self.requests = trace.requests
+        assert self.requests.index.is_unique
+        names = ("request", "token", "position", "sequence", "time_ns", "flags")
+        self.column = {name: np.asarray(trace.column(name)) for name in names}
+        self.intervened = np.asarray(trace.intervened)
+        self.experts = np.asarray(trace.experts)
+        order = np.argsort(self.column["request"], kind="stable")
+        numbers = self.requests.index.to_numpy()
+        edges = np.searchsorted(self.column["request"][order], [numbers, numbers + 1])
+        self.rows = {n: order[a:b] for n, a, b in zip(numbers.tolist(), *edges.tolist(), strict=True)}
+        self.paused = self._spans(control, model, "stop", "start")
+        self.ablated = self._spans(control, model, "ablate", "off")
+
+    def _spans(self, control: Control, model: str, on: str, off: str) -> list[tuple[int, int, int, int]]:
+        """(from, surely from, surely to, to) of each time that something was on."""
+        spans, begun = [], None
+        for done in control.done:
+            if model in done.models and done.word == on and begun is None:
+                begun = done
+            elif model in done.models and done.word == off and begun is not None:
+                spans.append((begun.from_ns, begun.to_ns, done.from_ns, done.to_ns))
+                begun = None
+        if begun is not None:
+            spans.append((begun.from_ns, begun.to_ns, 1 << 62, 1 << 62))
+        return spans
+
+    @staticmethod
+    def _touches(spans: list[tuple[int, int, int, int]], request: Request) -> bool:
+        return any(a <= request.to_ns and request.from_ns <= d for a, _, _, d in spans)
+
+    @staticmethod
+    def _within(spans: list[tuple[int, int, int, int]], request: Request) -> bool:
+        return any(b <= request.from_ns and request.to_ns <= c for _, b, c, _ in spans)
+
+    def of_slot_and_time(self) -> dict[int | None, tuple[list[int], list[int]]]:
+        out: dict[int | None, tuple[list[int], list[int]]] = {}
+        said = self.requests.sort_values("start_ns")
+        for number, slot, start in zip(said.index, said["slot"], said["start_ns"], strict=True):
+            for key in (int(slot), None):
+                starts, numbers = out.setdefault(key, ([], []))
+                starts.append(int(start))
+                numbers.append(int(number))
+        return out
+
+    def check(self, lossy: bool) -> Counter[str]:
+        """Every request's rows are its tokens, every row somebody's, every label its own; gives what was seen."""
+        seen: Counter[str] = Counter()
+        index = self.of_slot_and_time()
+        owners: dict[int, list[Request]] = {}  # number in the trace -> requests that it may be
+        exact: dict[int, Request] = {}
+        for request in self.sent:
+            starts, numbers = index.get(request.slot, ([], []))
+            a, b = bisect.bisect_left(starts, request.from_ns), bisect.bisect_right(starts, request.to_ns)
+            for number in numbers[a:b]:
+                if self.fits(number, request):
+                    owners.setdefault(number, []).append(request)
+            if not request.answered:
+                continue
+            whole = [n for n in numbers[a:b] if n not in exact and self.is_all_of(n, request)]
+            if self._within(self.paused, request):
+                assert not whole, f"recorded while paused: {request}"
+                seen["paused"] += 1
+            elif not self._touches(self.paused, request):
+                if lossy and not whole:
+                    seen["partial"] += 1
+                    continue
+                assert len(whole) == 1, f"{len(whole)} requests have the rows of {request}"
+                exact[whole[0]] = request
+                seen["exact"] += 1
+                self.check_exact(whole[0], request, lossy, seen)
+            elif whole:
+                exact[whole[0]] = request
+        for number, said in zip(self.requests.index, self.requests.itertuples(), strict=True):
+            assert number in owners, f"nobody sent {self.describe(number)}"
+            if said.id is not None:
+                assert any(r.id == said.id for r in owners[number]), f"{said.id} is not {self.describe(number)}"
+                seen["labels"] += 1
+                assert number not in exact or exact[number].id == said.id
+            elif number in exact and exact[number].id is not None and not said.label_unsure:
+                assert self._touches(self.paused, exact[number]) or lossy, f"no label: {exact[number]}"
+        flags = self.column["flags"]
+        assert ((self.column["request"] < 0) == ((flags & RowFlag.TRIAL) != 0)).all()
+        assert not (flags & (RowFlag.SEQUENCE_UNCERTAIN | RowFlag.UNIDENTIFIED)).any()
+        ids = self.requests["id"].dropna()
+        assert ids.is_unique
+        return seen
+
+    def describe(self, number: int) -> str:
+        rows = self.rows[number]
+        positions, tokens = self.column["position"][rows], self.column["token"][rows]
+        return f"{self.requests.loc[number].to_dict()} with {list(zip(positions, tokens, strict=True))[:30]}"
+
+    def fits(self, number: int, request: Request) -> bool:
+        """Whether no row of it contradicts the request, as far as that is known."""
+        rows = self.rows[number]
+        position, token = self.column["position"][rows], self.column["token"][rows]
+        known = np.array(request.known)
+        inside = position < len(known)
+        return bool(
+            inside.any()
+            and (token[inside] == known[position[inside]]).all()
+            and (inside.all() or not request.answered)
+            and position.min() >= request.cached
+        )
+
+    def is_all_of(self, number: int, request: Request) -> bool:
+        rows = self.rows[number]
+        tokens = self.column["token"][rows]
+        expected = request.known[request.cached :]
+        return len(rows) == len(expected) and tokens.tolist() == expected
+
+    def check_exact(self, number: int, request: Request, lossy: bool, seen: Counter[str]) -> None:
+        said, rows = self.requests.loc[number], self.rows[number]
+        np.testing.assert_array_equal(
+            self.column["position"][rows], np.arange(request.cached, len(request.known))
+        )
+        assert (self.column["sequence"][rows] == request.slot).all()
+        n_prefill = len(request.prompt) - request.cached
+        if not lossy:
+            assert (said["n_cached"], said["n_prefill"]) == (request.cached, n_prefill)
+            assert said["n_decode"] == len(rows) - n_prefill
+            assert (said["n_lost"], said["n_rejected"], said["n_shifts"], said["n_unrecorded"]) == (0, 0, 0, 0)
+            assert said["id"] == request.id
+        elif not said.isna()["n_cached"]:
+            assert said["n_cached"] == request.cached
+        intervened = self.intervened[rows]
+        if request.slot != 0 or not self._touches(self.ablated, request):
+            assert not intervened.any(), f"intervened on: {request}"
+        elif self._within(self.ablated, request):
+            assert intervened.all(), f"not intervened on: {request}"
+            assert not np.isin(self.experts[rows], ABLATED).any()
+            seen["intervened"] += 1
+
+
+def held_against(path: Path, clients: Clients, control: Control, *, lossy: bool = False) -> dict[str, Counter[str]]:
+    result = verify(path)
+    assert result.exit_code == 0, result.findings
+    seen = {}
+    for model in MODELS:
+        with moetrace.open(path, model=model) as trace:
+            referee = Referee(trace, model, clients, control)
+            seen[model] = referee.check(lossy)
+            seen[model]["contexts"] = len(trace.shown)
+            lost = trace.loss
+            assert lossy or (lost.rows_lost, lost.lost, lost.events_lost) == (0, 0, 0)
+            seen[model]["rows"], seen[model]["rows lost"] = len(trace), lost.rows_lost
+            seen[model]["events lost"] = lost.events_lost
+    return seen
+
+
+def check_texts(clients: Clients, control: Control, alone: dict[int, Any]) -> int:
+    """Nobody but those whose slot was intervened on gets another answer than from a plain server alone."""
+    n = 0
+    for request in clients.requests:
+        if request.question is None or not request.answered:
+            continue
+        spans = Referee._spans(Referee.__new__(Referee), control, request.model, "ablate", "off")
+        if request.slot == 0 and Referee._touches(spans, request):
+            continue
+        assert request.tokens == alone[request.question], request
+        n += 1
+    return n
+
+
+def test_lives(size: Callable[[str], int], figures: Callable[..., None], runtime, model_file, tmp_path: Path) -> None:
+    """GIVEN a router whose models sleep, wake, end and begin again WHEN eight clients use it while its recording is
+    switched THEN every row is its request's, every label its own, nobody else's answer changes, and nothing grows.
+    """
+    seconds = size("lives_seconds")
+    path, clients, control, memory, alone = live(seconds, runtime, model_file, tmp_path)
+    seen = held_against(path, clients, control)
+    n_texts = check_texts(clients, control, alone)
+    print(seen, n_texts, clients.n_gone, control.n_slept, control.n_unloaded, control.refused)
+    print({name: growth(s) for name, s in memory.items()})
