@@ -6,7 +6,6 @@ HTTP and keep the token ids that they sent and got; one of them is `moetrace dri
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import http.client
 import json
@@ -275,9 +274,7 @@ class Clients:
         }  # fmt: skip
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            connection.request(
-                "POST", "/completion", json.dumps(body), {"Content-Type": "application/json"}
-            )
+            connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
             n = int(random.integers(-2, 20))
             if n < 0:
                 time.sleep(float(random.uniform(0, 0.1)))
@@ -454,7 +451,9 @@ def growth(samples: list[Sample]) -> tuple[float, int]:
     Models sleep: what the process has when it is awake is near the highest.
     """
     end = samples[-1].seconds
-    third, last = ([s for s in samples if a * end < s.seconds <= b * end] for a, b in ((0.5, 0.75), (0.75, 1)))
+    third, last = (
+        [s for s in samples if a * end < s.seconds <= b * end] for a, b in ((0.5, 0.75), (0.75, 1))
+    )
     before, after = (float(np.quantile([s.own for s in part], 0.9)) for part in (third, last))
     files = min(s.n_files for s in last) - min(s.n_files for s in third)
     return (after - before) / float(np.quantile([s.whole for s in third], 0.9)), files
@@ -504,13 +503,22 @@ def live(
 
 
 class Referee:
-    """Holds a model's part of a trace against what its clients sent and got."""
+    """Holds a model's part of a trace against what its clients sent and got.
+
+    Attributes
+    ----------
+    faults
+        What is wrong: a sentence each.
+    seen
+        How often what was checked.
+    """
 
     def __init__(self, trace: moetrace.Trace, model: str, clients: Clients, control: Control) -> None:
+        self.faults: list[str] = []
+        self.seen: Counter[str] = Counter()
         self.sent = [r for r in clients.requests if r.model == model]
         self.requests = trace.requests
-        assert self.requests.index.is_unique
-        names = ("request", "token", "position", "sequence", "time_ns", "flags")
+        names = ("request", "token", "position", "sequence", "flags")
         self.column = {name: np.asarray(trace.column(name)) for name in names}
         self.intervened = np.asarray(trace.intervened)
         self.experts = np.asarray(trace.experts)
@@ -518,92 +526,87 @@ class Referee:
         numbers = self.requests.index.to_numpy()
         edges = np.searchsorted(self.column["request"][order], [numbers, numbers + 1])
         self.rows = {n: order[a:b] for n, a, b in zip(numbers.tolist(), *edges.tolist(), strict=True)}
-        self.paused = self._spans(control, model, "stop", "start")
-        self.ablated = self._spans(control, model, "ablate", "off")
+        self.paused = spans(control.done, model, "stop", "start")
+        self.ablated = spans(control.done, model, "ablate", "off")
 
-    def _spans(self, control: Control, model: str, on: str, off: str) -> list[tuple[int, int, int, int]]:
-        """(from, surely from, surely to, to) of each time that something was on."""
-        spans, begun = [], None
-        for done in control.done:
-            if model in done.models and done.word == on and begun is None:
-                begun = done
-            elif model in done.models and done.word == off and begun is not None:
-                spans.append((begun.from_ns, begun.to_ns, done.from_ns, done.to_ns))
-                begun = None
-        if begun is not None:
-            spans.append((begun.from_ns, begun.to_ns, 1 << 62, 1 << 62))
-        return spans
+    def check(self, *, lossy: bool) -> None:
+        """Every request's rows are its tokens, every row somebody's, every label its own.
 
-    @staticmethod
-    def _touches(spans: list[tuple[int, int, int, int]], request: Request) -> bool:
-        return any(a <= request.to_ns and request.from_ns <= d for a, _, _, d in spans)
-
-    @staticmethod
-    def _within(spans: list[tuple[int, int, int, int]], request: Request) -> bool:
-        return any(b <= request.from_ns and request.to_ns <= c for _, b, c, _ in spans)
-
-    def of_slot_and_time(self) -> dict[int | None, tuple[list[int], list[int]]]:
-        out: dict[int | None, tuple[list[int], list[int]]] = {}
-        said = self.requests.sort_values("start_ns")
-        for number, slot, start in zip(said.index, said["slot"], said["start_ns"], strict=True):
-            for key in (int(slot), None):
-                starts, numbers = out.setdefault(key, ([], []))
-                starts.append(int(start))
-                numbers.append(int(number))
-        return out
-
-    def check(self, lossy: bool) -> Counter[str]:
-        """Every request's rows are its tokens, every row somebody's, every label its own; gives what was seen."""
-        seen: Counter[str] = Counter()
-        index = self.of_slot_and_time()
+        Of a lossy trace what is missing may be missing: nothing may be anybody else's.
+        """
+        self.expect(self.requests.index.is_unique, "a number stands twice")
         owners: dict[int, list[Request]] = {}  # number in the trace -> requests that it may be
         exact: dict[int, Request] = {}
+        by_start = self.requests.sort_values("start_ns")
+        starts, slots = by_start["start_ns"].to_numpy(), by_start["slot"].to_numpy()
         for request in self.sent:
-            starts, numbers = index.get(request.slot, ([], []))
-            a, b = bisect.bisect_left(starts, request.from_ns), bisect.bisect_right(starts, request.to_ns)
-            for number in numbers[a:b]:
+            a, b = np.searchsorted(starts, [request.from_ns, request.to_ns + 1])
+            mine = slots[a:b] == request.slot if request.slot is not None else np.ones(b - a, bool)
+            found = by_start.index[a:b][mine].tolist()
+            for number in found:
                 if self.fits(number, request):
                     owners.setdefault(number, []).append(request)
             if not request.answered:
                 continue
-            whole = [n for n in numbers[a:b] if n not in exact and self.is_all_of(n, request)]
-            if self._within(self.paused, request):
-                assert not whole, f"recorded while paused: {request}"
-                seen["paused"] += 1
-            elif not self._touches(self.paused, request):
+            whole = [n for n in found if n not in exact and self.is_all_of(n, request)]
+            if whole:
+                exact[whole[0]] = request
+            if within(self.paused, request):
+                self.expect(not whole, f"recorded while paused: {request}")
+                self.seen["paused"] += 1
+            elif not touches(self.paused, request):
                 if lossy and not whole:
-                    seen["partial"] += 1
+                    self.seen["partial"] += 1
                     continue
-                assert len(whole) == 1, f"{len(whole)} requests have the rows of {request}"
-                exact[whole[0]] = request
-                seen["exact"] += 1
-                self.check_exact(whole[0], request, lossy, seen)
-            elif whole:
-                exact[whole[0]] = request
-        for number, said in zip(self.requests.index, self.requests.itertuples(), strict=True):
-            assert number in owners, f"nobody sent {self.describe(number)}"
-            if said.id is not None:
-                assert any(r.id == said.id for r in owners[number]), f"{said.id} is not {self.describe(number)}"
-                seen["labels"] += 1
-                assert number not in exact or exact[number].id == said.id
-            elif number in exact and exact[number].id is not None and not said.label_unsure:
-                assert self._touches(self.paused, exact[number]) or lossy, f"no label: {exact[number]}"
+                self.expect(len(whole) == 1, f"{len(whole)} requests have the rows of {request}")
+                self.seen["exact"] += 1
+                if whole:
+                    self.check_exact(whole[0], request, lossy)
+        ids = self.requests["id"]
+        for number, name in ids.items():
+            self.expect(number in owners, f"nobody sent {self.describe(number)}")
+            if name is not None:
+                fit = [r.id for r in ([exact[number]] if number in exact else owners.get(number, []))]
+                self.expect(name in fit, f"{name} is not {self.describe(number)}")
+                self.seen["labels"] += 1
+        self.expect(ids.dropna().is_unique, "an id stands twice")
         flags = self.column["flags"]
-        assert ((self.column["request"] < 0) == ((flags & RowFlag.TRIAL) != 0)).all()
-        assert not (flags & (RowFlag.SEQUENCE_UNCERTAIN | RowFlag.UNIDENTIFIED)).any()
-        ids = self.requests["id"].dropna()
-        assert ids.is_unique
-        return seen
+        unclear = RowFlag.SEQUENCE_UNCERTAIN | RowFlag.UNIDENTIFIED
+        self.expect(not (flags & unclear).any(), f"{np.count_nonzero(flags & unclear)} rows are not clear")
+        stray = (self.column["request"] < 0) != ((flags & RowFlag.TRIAL) != 0)
+        self.expect(not stray.any(), f"{np.count_nonzero(stray)} rows of no request")
 
-    def describe(self, number: int) -> str:
-        rows = self.rows[number]
-        positions, tokens = self.column["position"][rows], self.column["token"][rows]
-        return f"{self.requests.loc[number].to_dict()} with {list(zip(positions, tokens, strict=True))[:30]}"
+    def check_exact(self, number: int, request: Request, lossy: bool) -> None:
+        said, rows = self.requests.loc[number], self.rows[number]
+        position = self.column["position"][rows]
+        text = f"{said.to_dict()} of {request}"
+        self.expect((position == np.arange(request.cached, len(request.known))).all(), f"positions: {text}")
+        n_prefill = len(request.prompt) - request.cached
+        wanted = {
+            "slot": request.slot, "n_cached": request.cached, "n_prefill": n_prefill,
+            "n_decode": len(rows) - n_prefill, "n_lost": 0, "n_rejected": 0, "n_shifts": 0, "n_unrecorded": 0,
+        }  # fmt: skip
+        blank = said.isna()
+        for name, value in wanted.items():
+            if not (lossy and blank[name]):
+                self.expect(not blank[name] and said[name] == value, f"{name} is not {value}: {text}")
+        if request.id != said["id"]:
+            self.expect(lossy and said["id"] is None, f"label: {text}")
+        intervened = self.intervened[rows]
+        if request.slot != 0 or not touches(self.ablated, request):
+            self.expect(not intervened.any(), f"intervened on: {text}")
+        elif within(self.ablated, request):
+            used = np.isin(self.experts[rows], ABLATED).any()
+            self.expect(intervened.all() and not used, f"not intervened on: {text}")
+            self.seen["intervened"] += 1
+
+    def expect(self, condition: object, otherwise: str) -> None:
+        if not condition:
+            self.faults.append(otherwise)
 
     def fits(self, number: int, request: Request) -> bool:
         """Whether no row of it contradicts the request, as far as that is known."""
-        rows = self.rows[number]
-        position, token = self.column["position"][rows], self.column["token"][rows]
+        position, token = (self.column[name][self.rows[number]] for name in ("position", "token"))
         known = np.array(request.known)
         inside = position < len(known)
         return bool(
@@ -614,65 +617,82 @@ class Referee:
         )
 
     def is_all_of(self, number: int, request: Request) -> bool:
-        rows = self.rows[number]
-        tokens = self.column["token"][rows]
-        expected = request.known[request.cached :]
-        return len(rows) == len(expected) and tokens.tolist() == expected
+        return self.column["token"][self.rows[number]].tolist() == request.known[request.cached :]
 
-    def check_exact(self, number: int, request: Request, lossy: bool, seen: Counter[str]) -> None:
-        said, rows = self.requests.loc[number], self.rows[number]
-        np.testing.assert_array_equal(
-            self.column["position"][rows], np.arange(request.cached, len(request.known))
-        )
-        assert (self.column["sequence"][rows] == request.slot).all()
-        n_prefill = len(request.prompt) - request.cached
-        if not lossy:
-            assert (said["n_cached"], said["n_prefill"]) == (request.cached, n_prefill)
-            assert said["n_decode"] == len(rows) - n_prefill
-            assert (said["n_lost"], said["n_rejected"], said["n_shifts"], said["n_unrecorded"]) == (0, 0, 0, 0)
-            assert said["id"] == request.id
-        elif not said.isna()["n_cached"]:
-            assert said["n_cached"] == request.cached
-        intervened = self.intervened[rows]
-        if request.slot != 0 or not self._touches(self.ablated, request):
-            assert not intervened.any(), f"intervened on: {request}"
-        elif self._within(self.ablated, request):
-            assert intervened.all(), f"not intervened on: {request}"
-            assert not np.isin(self.experts[rows], ABLATED).any()
-            seen["intervened"] += 1
+    def describe(self, number: int) -> str:
+        position, token = (self.column[name][self.rows[number]] for name in ("position", "token"))
+        said = self.requests.loc[number].to_dict()
+        return f"{said} with {list(zip(position.tolist(), token.tolist(), strict=True))[:30]}"
 
 
-def held_against(path: Path, clients: Clients, control: Control, *, lossy: bool = False) -> dict[str, Counter[str]]:
+Span = tuple[int, int, int, int]  # something held: from, surely from, surely to, to
+
+
+def spans(done: list[Switched], model: str, on: str, off: str) -> list[Span]:
+    """Give when something was on for a model."""
+    found, begun = [], None
+    for switched in done:
+        if model in switched.models and switched.word == on and begun is None:
+            begun = switched
+        elif model in switched.models and switched.word == off and begun is not None:
+            found.append((begun.from_ns, begun.to_ns, switched.from_ns, switched.to_ns))
+            begun = None
+    return [*found, *([(begun.from_ns, begun.to_ns, 1 << 62, 1 << 62)] if begun is not None else [])]
+
+
+def touches(held: list[Span], request: Request) -> bool:
+    return any(a <= request.to_ns and request.from_ns <= d for a, _, _, d in held)
+
+
+def within(held: list[Span], request: Request) -> bool:
+    return any(b <= request.from_ns and request.to_ns <= c for _, b, c, _ in held)
+
+
+def held_against(
+    path: Path, clients: Clients, control: Control, *, lossy: bool = False
+) -> dict[str, Counter[str]]:
+    """Hold a trace against what the clients know; gives, by model, how often what was seen."""
     result = verify(path)
-    assert result.exit_code == 0, result.findings
-    seen = {}
+    assert (result.exit_code, result.findings) == (0, ())
+    seen, faults = {}, []
     for model in MODELS:
         with moetrace.open(path, model=model) as trace:
             referee = Referee(trace, model, clients, control)
-            seen[model] = referee.check(lossy)
-            seen[model]["contexts"] = len(trace.shown)
-            lost = trace.loss
-            assert lossy or (lost.rows_lost, lost.lost, lost.events_lost) == (0, 0, 0)
-            seen[model]["rows"], seen[model]["rows lost"] = len(trace), lost.rows_lost
-            seen[model]["events lost"] = lost.events_lost
+            referee.check(lossy=lossy)
+            loss = trace.loss
+            referee.expect(lossy or loss.complete, f"lost: {loss}")
+            referee.seen.update(
+                {
+                    "rows": loss.rows,
+                    "rows lost": loss.rows_lost,
+                    "events lost": loss.events_lost,
+                    "contexts": trace.counters["contexts"],
+                    "processes": len({part.facts["pid"] for part in trace.parts}),
+                }
+            )
+            seen[model] = referee.seen
+            faults += [f"{model}: {fault}" for fault in referee.faults]
+    assert not faults, f"{len(faults)} faults: " + "\n".join(faults[:400])
     return seen
 
 
-def check_texts(clients: Clients, control: Control, alone: dict[int, Any]) -> int:
-    """Nobody but those whose slot was intervened on gets another answer than from a plain server alone."""
-    n = 0
-    for request in clients.requests:
-        if request.question is None or not request.answered:
-            continue
-        spans = Referee._spans(Referee.__new__(Referee), control, request.model, "ablate", "off")
-        if request.slot == 0 and Referee._touches(spans, request):
-            continue
-        assert request.tokens == alone[request.question], request
-        n += 1
-    return n
+def check_texts(clients: Clients, control: Control, alone: dict[int, list[int]]) -> int:
+    """Nobody but who was intervened on gets another answer than alone from a plain server; gives the number."""
+    compared = [
+        request
+        for request in clients.requests
+        if request.question is not None
+        and request.answered
+        and not (request.slot == 0 and touches(spans(control.done, request.model, "ablate", "off"), request))
+    ]
+    for request in compared:
+        assert request.tokens == alone[request.question or 0], request
+    return len(compared)
 
 
-def test_lives(size: Callable[[str], int], figures: Callable[..., None], runtime, model_file, tmp_path: Path) -> None:
+def test_lives(
+    size: Callable[[str], int], figures: Callable[..., None], runtime, model_file, tmp_path: Path
+) -> None:
     """GIVEN a router whose models sleep, wake, end and begin again WHEN eight clients use it while its recording is
     switched THEN every row is its request's, every label its own, nobody else's answer changes, and nothing grows.
     """
