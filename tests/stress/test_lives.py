@@ -17,9 +17,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ pytestmark = [pytest.mark.stress, pytest.mark.runtime, pytest.mark.timeout(3600)
 MODELS = {"one": "qwen3moe", "two": "granitehybrid"}  # `two` is unloaded, too
 N_SLOTS, SLOT_CONTEXT, N_WORDS = 3, 512, 400  # words: token ids that prompts are made of
 SLEEP_SECONDS = 1
-CYCLE = 10.0  # seconds; in each, each model is left alone for a while, and falls asleep
-QUIET = {"one": (0.0, 2.5), "two": (5.0, 7.5)}
+CYCLE = 8.0  # seconds; in each, each model is left alone for a while, and falls asleep
+QUIET = {"one": (0.0, 2.5), "two": (4.0, 6.5)}
 ARGUMENTS = [
     "-np", N_SLOTS, "-c", N_SLOTS * SLOT_CONTEXT, "-no-kvu", "-ub", 48, "-t", 1, "--cache-ram", 0,
     "--sleep-idle-seconds", SLEEP_SECONDS, "--host", "127.0.0.1",
@@ -68,7 +69,7 @@ class Request:
         return [*self.prompt, *(self.tokens[:-1] if self.answered else self.tokens)]
 
 
-class Gone(Exception):
+class GoneError(Exception):
     """The model was unloaded meanwhile."""
 
 
@@ -82,7 +83,7 @@ def send(port: int, path: str, body: Any = None, timeout: float = 120) -> tuple[
         answer = connection.getresponse()
         return answer.status, answer.read()
     except (http.client.HTTPException, ConnectionError) as e:
-        raise Gone(str(e)) from e
+        raise GoneError(str(e)) from e
     finally:
         connection.close()
 
@@ -90,7 +91,7 @@ def send(port: int, path: str, body: Any = None, timeout: float = 120) -> tuple[
 def call(port: int, path: str, body: Any = None) -> Any:
     status, text = send(port, path, body)
     if status >= 500 or b"model is not loaded" in text or b"not running" in text:
-        raise Gone(text)
+        raise GoneError(text)
     assert status == 200, text
     return json.loads(text)
 
@@ -111,13 +112,10 @@ class Router:
         while True:
             assert self.process.poll() is None, self.log.read_text(errors="replace")
             assert time.monotonic() < deadline
-            with contextlib.suppress(OSError, Gone):
+            with contextlib.suppress(OSError, GoneError):
                 if send(self.port, "/health")[0] == 200:
                     return
             time.sleep(0.05)
-
-    def states(self) -> dict[str, str]:
-        return {m["id"]: m["status"]["value"] for m in call(self.port, "/models")["data"]}
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -171,7 +169,7 @@ class Clients:
         while time.monotonic() < self.until:
             try:
                 one(random, number)
-            except Gone:
+            except GoneError:
                 with self._lock:
                     self.n_gone += 1
                 time.sleep(0.1)
@@ -285,7 +283,7 @@ class Clients:
                 if len(request.tokens) > n:
                     break
         except (http.client.HTTPException, OSError) as e:
-            raise Gone(str(e)) from e
+            raise GoneError(str(e)) from e
         finally:
             connection.close()
             request.to_ns = time.monotonic_ns() + SLACK_NS
@@ -321,7 +319,7 @@ class Clients:
             request.to_ns = end
             self._keep(request)
         if result.returncode:
-            raise Gone(result.stderr)
+            raise GoneError(result.stderr)
 
 
 def question_of(number: int) -> list[int]:
@@ -351,8 +349,6 @@ class Control:
         self.router, self.trace, self.clients = router, trace, clients
         self.done: list[Switched] = []
         self.n_unloaded = 0
-        self.seen: set[tuple[str, str]] = set()  # (model, state)
-        self.n_slept: Counter[str] = Counter()
         self.refused: list[str] = []
 
     def switch(self, word: str, *arguments: str, models: tuple[str, ...]) -> None:
@@ -395,21 +391,14 @@ class Control:
         return bool(words) and words[-1] == on
 
     def watch(self) -> None:
-        """Unload `two` in every second cycle: while it sleeps, or while it answers."""
-        last: dict[str, str] = {}
-        cycle = -1
+        """Unload `two` in every second cycle: in turn while it answers, and while it sleeps."""
+        done = 0
         while time.monotonic() < self.clients.until:
-            states = self.router.states()
-            for model, state in states.items():
-                self.n_slept[model] += state == "sleeping" != last.get(model)
-            last = states
-            clock = time.monotonic() - self.clients.began
-            at = 7.2 if int(clock / CYCLE) % 4 < 2 else 3.0  # asleep, or at work
-            if int(clock / CYCLE) > cycle and clock % CYCLE > at and int(clock / CYCLE) % 2 == 0:
-                cycle = int(clock / CYCLE)
-                with contextlib.suppress(AssertionError, Gone):  # it is not loaded
-                    call(self.router.port, "/models/unload", {"model": "two"})
-                    self.n_unloaded += 1
+            cycle, clock = divmod(time.monotonic() - self.clients.began, CYCLE)
+            if cycle % 2 and cycle > done and clock > (3.0 if cycle % 4 == 1 else 6.2):
+                done = int(cycle)
+                assert call(self.router.port, "/models/unload", {"model": "two"}) == {"success": True}
+                self.n_unloaded += 1
             time.sleep(0.1)
 
 
@@ -441,14 +430,15 @@ def sample(root: int, began: float, into: dict[str, list[Sample]]) -> None:
         with contextlib.suppress(OSError, IndexError):
             status = Path(f"/proc/{pid}/status").read_text()
             own, whole = (1024 * int(status.partition(key)[2].split()[0]) for key in ("RssAnon:", "VmRSS:"))
-            n_files = len(os.listdir(f"/proc/{pid}/fd"))
+            n_files = sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
             into.setdefault(name, []).append(Sample(time.monotonic() - began, own, whole, n_files))
 
 
 def growth(samples: list[Sample]) -> tuple[float, int]:
-    """From the third quarter of the time to the last: of memory in use, as a share; and of open files, at least.
+    """From the third quarter of the time to the last: of a process's own memory, as a share of all that it has; and of
+    the files that it has open at least.
 
-    Models sleep: what the process has when it is awake is near the highest.
+    Models sleep: what a server takes when it is awake is near the most that it takes.
     """
     end = samples[-1].seconds
     third, last = (
@@ -471,10 +461,36 @@ def answers_alone(port: int) -> dict[int, list[list[int]]]:
     return out
 
 
+@dataclass
+class Lived:
+    """What everybody did, and what a plain server answers alone: question -> tokens."""
+
+    path: Path
+    clients: Clients
+    control: Control
+    samples: dict[str, list[Sample]]
+    alone: dict[int, list[int]]
+
+
+def stall(recorder: int, until: float) -> None:
+    """Stop the recorder again and again for longer than a small ring lasts; the server goes on."""
+    while time.monotonic() < until:
+        time.sleep(1.5)
+        os.kill(recorder, signal.SIGSTOP)
+        time.sleep(0.7)
+        os.kill(recorder, signal.SIGCONT)
+
+
 def live(
-    seconds: float, runtime: Any, model_file: Any, folder: Path, *options: object
-) -> tuple[Path, Clients, Control, dict[str, list[Sample]], dict[int, Any]]:
-    """Put a traced router through it; gives the trace and what everybody did."""
+    seconds: float,
+    runtime: Any,
+    model_file: Any,
+    folder: Path,
+    options: Sequence[object] = (),
+    *,
+    stalls: bool = False,
+) -> Lived:
+    """Put a traced router through it."""
     models = folder / "models"
     models.mkdir(parents=True)
     for name, architecture in MODELS.items():
@@ -487,19 +503,22 @@ def live(
 
     path = folder / "t.moet"
     command = [sys.executable, "-m", "moetrace", "run", "-o", path, *options, "--", *server]
-    memory: dict[str, list[Sample]] = {}
+    samples: dict[str, list[Sample]] = {}
     with routing(command, folder / "traced.log", port) as router:
         clients = Clients(port, seconds, folder, path)
         control = Control(router, path, clients)
-        with ThreadPoolExecutor(3) as pool:
-            futures = [pool.submit(run) for run in (clients.run, control.run, control.watch)]
+        work = [clients.run, control.run, control.watch]
+        if stalls:
+            work.append(partial(stall, router.process.pid, clients.until - 1))
+        with ThreadPoolExecutor(len(work)) as pool:
+            futures = [pool.submit(run) for run in work]
             while not all(f.done() for f in futures):
-                sample(router.process.pid, clients.began, memory)
+                sample(router.process.pid, clients.began, samples)
                 time.sleep(0.2)
             for f in futures:
                 f.result()
         router.stop()
-    return path, clients, control, memory, alone
+    return Lived(path, clients, control, samples, alone)
 
 
 class Referee:
@@ -562,6 +581,14 @@ class Referee:
                 self.seen["exact"] += 1
                 if whole:
                     self.check_exact(whole[0], request, lossy)
+        for number, (request, *others) in owners.items():
+            said = self.requests.loc[number]
+            if request.answered and not others:  # what is said of it is so, however little of it is there
+                known = {"n_cached": request.cached, "n_prompt": len(request.prompt), "slot": request.slot}
+                for key, value in known.items():
+                    self.expect(
+                        said.isna()[key] or said[key] == value, f"{key} is not {value}: {said.to_dict()}"
+                    )
         ids = self.requests["id"]
         for number, name in ids.items():
             self.expect(number in owners, f"nobody sent {self.describe(number)}")
@@ -648,16 +675,14 @@ def within(held: list[Span], request: Request) -> bool:
     return any(b <= request.from_ns and request.to_ns <= c for _, b, c, _ in held)
 
 
-def held_against(
-    path: Path, clients: Clients, control: Control, *, lossy: bool = False
-) -> dict[str, Counter[str]]:
+def held_against(lived: Lived, *, lossy: bool = False) -> dict[str, Counter[str]]:
     """Hold a trace against what the clients know; gives, by model, how often what was seen."""
-    result = verify(path)
+    result = verify(lived.path)
     assert (result.exit_code, result.findings) == (0, ())
     seen, faults = {}, []
     for model in MODELS:
-        with moetrace.open(path, model=model) as trace:
-            referee = Referee(trace, model, clients, control)
+        with moetrace.open(lived.path, model=model) as trace:
+            referee = Referee(trace, model, lived.clients, lived.control)
             referee.check(lossy=lossy)
             loss = trace.loss
             referee.expect(lossy or loss.complete, f"lost: {loss}")
@@ -672,22 +697,21 @@ def held_against(
             )
             seen[model] = referee.seen
             faults += [f"{model}: {fault}" for fault in referee.faults]
-    assert not faults, f"{len(faults)} faults: " + "\n".join(faults[:400])
+    assert not faults, f"{len(faults)} faults: " + "\n".join(faults[:20])
     return seen
 
 
-def check_texts(clients: Clients, control: Control, alone: dict[int, list[int]]) -> int:
-    """Nobody but who was intervened on gets another answer than alone from a plain server; gives the number."""
-    compared = [
-        request
-        for request in clients.requests
-        if request.question is not None
-        and request.answered
-        and not (request.slot == 0 and touches(spans(control.done, request.model, "ablate", "off"), request))
-    ]
-    for request in compared:
-        assert request.tokens == alone[request.question or 0], request
-    return len(compared)
+def check_texts(lived: Lived) -> int:
+    """Nobody but who was intervened on gets another answer than alone from a plain server; gives their number."""
+    ablated = {model: spans(lived.control.done, model, "ablate", "off") for model in MODELS}
+    n = 0
+    for request in lived.clients.requests:
+        if request.question is None or not request.answered:
+            continue
+        if request.slot != 0 or not touches(ablated[request.model], request):
+            assert request.tokens == lived.alone[request.question], request
+            n += 1
+    return n
 
 
 def test_lives(
@@ -697,8 +721,67 @@ def test_lives(
     switched THEN every row is its request's, every label its own, nobody else's answer changes, and nothing grows.
     """
     seconds = size("lives_seconds")
-    path, clients, control, memory, alone = live(seconds, runtime, model_file, tmp_path)
-    seen = held_against(path, clients, control)
-    n_texts = check_texts(clients, control, alone)
-    print(seen, n_texts, clients.n_gone, control.n_slept, control.n_unloaded, control.refused)
-    print({name: growth(s) for name, s in memory.items()})
+    lived = live(seconds, runtime, model_file, tmp_path)
+    seen = held_against(lived)
+    n_texts = check_texts(lived)
+    one, two = (seen[model] for model in MODELS)
+    control = lived.control
+    assert one["processes"] == 1
+    assert two["processes"] == 1 + control.n_unloaded > 1
+    for model, counts in seen.items():
+        assert counts["contexts"] > counts["processes"], f"{model} never woke"
+        assert counts["exact"] > 5 * seconds
+        assert counts["paused"] > 0
+        assert counts["labels"] > 0
+    assert one["intervened"] > 0
+    assert n_texts > 5 * seconds
+
+    changes = {name: growth(lived.samples[name]) for name in ("one", "drain")}
+    whole = seconds >= 300
+    if whole:
+        changes["two"] = growth(lived.samples["two"])
+    both = one + two
+    figures(
+        "lives",
+        **{
+            f"2 models, 8 clients for {seconds} s": f"slept and woke {both['contexts'] - both['processes']} times,"
+            f" unloaded and loaded {control.n_unloaded} times; stopped, started and intervened on"
+            f" {len(control.done)} times",
+            "rows checked": f"{both['rows']:,} of {both['exact']:,} requests, {both['labels']:,} of them labelled:"
+            " each its own; none of what was sent while recording was off",
+            "greedy answers of others": f"{n_texts:,}, the same as alone from a plain server",
+            "growth over the second half": ", ".join(
+                f"{'drain' if name == 'drain' else 'model ' + name} {share:+.2%}"
+                for name, (share, _) in changes.items()
+            ),
+        },
+    )
+    for name, (share, files) in changes.items():
+        assert share < (0.02 if whole else 0.1), name
+        assert files <= 2, f"{name} keeps files open"
+
+
+def test_lives_with_a_ring_that_is_too_small(
+    size: Callable[[str], int], figures: Callable[..., None], runtime, model_file, tmp_path: Path
+) -> None:
+    """GIVEN rings that overflow again and again WHEN the same happens THEN what is missing is counted, and what is
+    there is right.
+    """
+    seconds = size("lossy_lives_seconds")
+    lived = live(
+        seconds, runtime, model_file, tmp_path, ["--ring-size", "64KiB", "--on-full", "drop"], stalls=True
+    )
+    seen = held_against(lived, lossy=True)
+    check_texts(lived)
+    both = seen["one"] + seen["two"]
+    assert both["rows lost"] > 0
+    assert both["events lost"] > 0
+    assert both["partial"] > 0
+    assert both["exact"] > seconds
+    figures(
+        "lives",
+        **{
+            f"rings of 64 KiB, for {seconds} s": f"{both['rows']:,} rows here, {both['rows lost']:,} rows and"
+            f" {both['events lost']:,} events lost and counted; no row or label of another request"
+        },
+    )
