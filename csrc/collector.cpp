@@ -230,10 +230,7 @@ std::vector<ggml_tensor *> ids_asks_find(ggml_abi & abi, ggml_backend_sched * sc
         const auto it = entry_of(t);
         return it == places.end() ? -1 : it->second;
     };
-    const auto is_view = [&](int i) { // they compute nothing and belong to no split
-        const op_kind op = abi.op(abi.graph_node(graph, i));
-        return op == OP_VIEW || op == OP_RESHAPE || op == OP_PERMUTE || op == OP_TRANSPOSE;
-    };
+    const auto is_view_at = [&](int i) { return is_view(abi.op(abi.graph_node(graph, i))); }; // it belongs to no split
 
     std::vector<ggml_tensor *> asks;
     for (const auto & layer : moe.layers) {
@@ -242,14 +239,14 @@ std::vector<ggml_tensor *> ids_asks_find(ggml_abi & abi, ggml_backend_sched * sc
             int at = place_of(user);
             if (at >= 0 && !same_memory(abi, abi.src(user, abi.op(user) == OP_GET_ROWS ? 1 : 2), layer.ids)) {
                 const ggml_backend * backend = abi.sched_get_tensor_backend(sched, user);
-                while (at > 0 && (is_view(at - 1) || abi.sched_get_tensor_backend(sched, abi.graph_node(graph, at - 1)) == backend)) {
+                while (at > 0 && (is_view_at(at - 1) || abi.sched_get_tensor_backend(sched, abi.graph_node(graph, at - 1)) == backend)) {
                     at--;
                 }
                 at--; // the last node before the copy
             }
             last = std::max(last, at);
         }
-        while (last >= 0 && last + 1 < n_nodes && is_view(last + 1)) {
+        while (last >= 0 && last + 1 < n_nodes && is_view_at(last + 1)) {
             last++;
         }
         const int weights = layer.weights ? place_of(layer.weights) : -1;
@@ -259,8 +256,14 @@ std::vector<ggml_tensor *> ids_asks_find(ggml_abi & abi, ggml_backend_sched * sc
     return asks;
 }
 
-void graph_sources::make(ggml_abi & abi, ggml_backend_sched * sched, ggml_cgraph * graph, const moe_graph & moe, const row_layout & layout, const config & cfg) {
+void graph_sources::make(ggml_abi & abi, ggml_backend_sched * sched, ggml_cgraph * graph, const moe_graph & moe, const row_layout & layout, const config & cfg,
+        const std::vector<slab_use> & placed) {
     *this = {};
+    slabs = placed;
+    for (slab_use & use : slabs) {
+        use.scratch = scratch_bytes;
+        scratch_bytes += (use.bytes + 63) & ~(size_t) 63;
+    }
     const std::vector<ggml_tensor *> ids_asks = ids_asks_find(abi, sched, graph, moe);
     const uint32_t K = (uint32_t) layout.k_max;
     const uint32_t E = (uint32_t) layout.e_max;
@@ -342,8 +345,12 @@ void graph_sources::make(ggml_abi & abi, ggml_backend_sched * sched, ggml_cgraph
         if (abi.is_host(e.tensor.t)) {
             e.row.base = (const char *) abi.data(e.tensor.t);
         } else {
-            e.tensor.scratch = scratch_bytes;
-            scratch_bytes += (abi.span(e.tensor.t) + 63) & ~(size_t) 63;
+            const auto in = std::find_if(slabs.begin(), slabs.end(), [&](const slab_use & use) {
+                return use.slab->buffer == abi.buffer(abi.root(e.tensor.t));
+            });
+            e.tensor.in_slab = in != slabs.end();
+            e.tensor.scratch = e.tensor.in_slab ? in->scratch + (size_t) ((char *) abi.data(e.tensor.t) - in->slab->base) : scratch_bytes;
+            scratch_bytes += e.tensor.in_slab ? 0 : (abi.span(e.tensor.t) + 63) & ~(size_t) 63;
         }
         whole    = whole && e.row.n_rows == moe.n_tokens;
         n_values += e.row.width;

@@ -85,6 +85,7 @@ static_assert(sizeof(row_source) == 32, "two to a cache line");
 struct source_tensor {
     ggml_tensor * t       = nullptr;
     ggml_tensor * ask     = nullptr; // node after which it may be read while the graph runs
+    bool          in_slab = false;   // it comes with its slab
     int           row_dim = 1;       // which dimension counts rows
     size_t        scratch = 0;       // offset in the readback buffer, if not in host memory
 };
@@ -111,17 +112,37 @@ class readback_buffer {
     void           (* free)(ggml_backend_buffer *) = nullptr;
 };
 
+// Memory of our own on a device, for the results that are read: they lie side by side there, so that one copy fetches
+// them, and llama.cpp's own memory is laid out for everything else.
+struct device_slab {
+    ggml_backend *        backend = nullptr;
+    ggml_backend_buffer * buffer  = nullptr;
+    char *                base    = nullptr;
+    size_t                size    = 0;
+    ggml_tensor *         whole   = nullptr; // all of it, as bytes in 32-bit words
+    std::vector<uint64_t> arena;             // memory of that tensor
+};
+
+// what a graph has in a slab
+struct slab_use {
+    const device_slab * slab = nullptr;
+    size_t bytes   = 0;
+    size_t scratch = 0; // where they are copied to, in the readback buffer
+};
+
 // Everything to read from one graph.
 struct graph_sources {
     std::vector<row_source>    rows;    // of one ask node: neighbours
     std::vector<source_tensor> tensors; // of the same index
     std::vector<std::pair<const ggml_tensor *, uint32_t>> asks; // sorted by address: node -> first source
     std::vector<int>        not_understood; // layer indices whose routing cannot be read
+    std::vector<slab_use>   slabs;
     size_t scratch_bytes = 0; // of the tensors that are not in host memory
     bool   covers_all = false; // every value of every row's record is written: no need to begin with blank ones
 
     // The graph must be allocated on the scheduler.
-    void make(ggml_abi & abi, ggml_backend_sched * sched, ggml_cgraph * graph, const moe_graph & moe, const row_layout & layout, const config & cfg);
+    void make(ggml_abi & abi, ggml_backend_sched * sched, ggml_cgraph * graph, const moe_graph & moe, const row_layout & layout, const config & cfg,
+        const std::vector<slab_use> & placed = {});
     // index of the first source to read at this node, or -1
     int  find(const ggml_tensor * node) const;
 };

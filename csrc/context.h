@@ -78,6 +78,7 @@ struct graph_trace {
     ggml_cgraph * graph = nullptr;
     moe_graph     moe;
     graph_input   tokens, positions, out_ids; // set, as the sources are, once the graph is allocated
+    std::vector<slab_use> placed;
     graph_sources sources;
     std::vector<attention_source> attention;
     bool          warmup = false;
@@ -114,6 +115,7 @@ struct sched_trace {
     model_shape      shape;
     std::vector<std::unique_ptr<graph_trace>> graphs;
     std::unordered_map<const ggml_cgraph *, std::vector<uint64_t>> keepers; // memory of the nodes that were added
+    std::vector<std::unique_ptr<device_slab>> slabs;
 
     graph_trace * find(const ggml_cgraph * graph) {
         for (auto & g : graphs) {

@@ -102,6 +102,21 @@ struct ggml_abi {
     void *        (*buffer_get_base)(ggml_backend_buffer *) = nullptr;
     void          (*buffer_free)(ggml_backend_buffer *) = nullptr;
 
+    // --- functions that place tensors; can_place() says whether they are there
+    void *        (*buffer_get_type)(ggml_backend_buffer *) = nullptr;
+    void *        (*backend_get_default_buffer_type)(ggml_backend *) = nullptr;
+    size_t        (*buft_get_alloc_size)(void * type, const ggml_tensor *) = nullptr;
+    size_t        (*buft_get_alignment)(void * type) = nullptr;
+    bool          (*backend_supports_buft)(ggml_backend *, void * type) = nullptr;
+    bool          (*backend_supports_op)(ggml_backend *, const ggml_tensor *) = nullptr;
+    int           (*tensor_alloc)(ggml_backend_buffer *, ggml_tensor *, void *) = nullptr;
+    ggml_tensor * (*new_tensor_4d)(ggml_context *, int32_t type, int64_t, int64_t, int64_t, int64_t) = nullptr;
+    bool can_place() const {
+        return buffer_get_type && backend_get_default_buffer_type && buft_get_alloc_size && buft_get_alignment &&
+            backend_supports_buft && backend_supports_op && tensor_alloc && new_tensor_4d && buft_alloc_buffer &&
+            buffer_get_base && buffer_free && init && free && tensor_overhead;
+    }
+
     // --- functions that add nodes to a graph; can_build() says whether they are there
     ggml_context * (*init)(ggml_init_params_view) = nullptr;
     void           (*free)(ggml_context *) = nullptr;

@@ -9,6 +9,10 @@ namespace moetrace {
 static constexpr int64_t MAX_EXPERTS = 65535; // in a layer; ids are stored in two bytes, and one means none
 static constexpr int64_t MAX_EMBD    = 1 << 22;
 
+bool is_view(op_kind op) {
+    return op == OP_VIEW || op == OP_RESHAPE || op == OP_PERMUTE || op == OP_TRANSPOSE;
+}
+
 bool layer_name_parse(const char * name, int & layer, const char ** tensor) {
     const char * start = strstr(name, "blk.");
     if (!start || (start != name && start[-1] != '.')) {
@@ -159,6 +163,27 @@ static void logits_follow(ggml_abi & abi, ggml_tensor * sum, moe_layer & layer) 
     }
 }
 
+// Who computes from the scores besides the top-k; while the graph is whole: later some of them read copies.
+static void readers_find(ggml_abi & abi, ggml_cgraph * graph, int n_nodes, std::vector<moe_layer> & layers) {
+    for (int i = 0; i < n_nodes; i++) {
+        ggml_tensor * node = abi.graph_node(graph, i);
+        if (is_view(abi.op(node))) {
+            continue;
+        }
+        for (auto & layer : layers) {
+            for (selection * choice : { &layer.choice, &layer.group_choice }) {
+                bool reads = false;
+                for (int src = 0; src < 3 && choice->selector && node != choice->selector; src++) {
+                    reads |= abi.src(node, src) && abi.root(abi.src(node, src)) == abi.root(choice->scores);
+                }
+                if (reads) {
+                    choice->readers.push_back(node);
+                }
+            }
+        }
+    }
+}
+
 // numbers that the host sets before the graph runs
 static bool is_number_input(ggml_abi & abi, ggml_tensor * t) {
     return t && abi.op(t) == OP_NONE && abi.type(t) == TYPE_I32;
@@ -282,6 +307,7 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
             if (strcmp(tensor, "ffn_gate_inp.weight") == 0) {
                 if (moe_layer * layer = layer_find(out.layers, number)) {
                     layer->gate_input = abi.src(node, 1);
+                    layer->router     = abi.src(node, 0);
                     layer->logits     = node;
                 }
             }
@@ -299,11 +325,8 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
                             abi.ne(t)[0] != 1 || abi.ne(t)[1] != layer.k) {
                         continue;
                     }
-                    if (ggml_tensor * table = weights_table(abi, t, layer)) {
+                    if (weights_table(abi, t, layer)) {
                         layer.weights = t;
-                        for (selection * choice : { &layer.choice, &layer.group_choice }) {
-                            choice->reread = choice->scores && abi.root(table) == abi.root(choice->scores);
-                        }
                     }
                 }
             }
@@ -327,6 +350,7 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
     }
 
     users_find(abi, graph, n_nodes, out.layers);
+    readers_find(abi, graph, n_nodes, out.layers);
     inputs_find(abi, graph, out);
     return out;
 }

@@ -20,7 +20,7 @@ enum expert_matrix : uint8_t { // which expert matrices consumed a layer's ids
 struct selection {
     ggml_tensor * scores   = nullptr; // [n_expert, n_rows], or [n_expert per group, groups, n_rows]
     ggml_tensor * selector = nullptr; // the argsort or top-k
-    bool          reread   = false;   // the mixing weights are taken from the scores too
+    std::vector<ggml_tensor *> readers; // other nodes that compute from the scores
 };
 
 // The router of one layer, as the graph spells it. Tensors that an architecture lacks are nullptr.
@@ -30,6 +30,7 @@ struct moe_layer {
     ggml_tensor * weights    = nullptr; // [1, k, n_rows] or [k, n_rows], as multiplied with the experts
     ggml_tensor * logits     = nullptr; // [n_expert, n_rows], the router's linear output with its bias and LoRA
     ggml_tensor * gate_input = nullptr; // [n_embd, n_rows], what the router read
+    ggml_tensor * router     = nullptr; // the router's weight
     selection     choice;             // of the experts; its scores are [n_expert, n_rows]
     selection     group_choice;       // of the groups of experts that they are chosen from, if there are groups
     int           n_group      = 0;
@@ -64,6 +65,9 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph);
 
 // Whether this still is the graph that was read; allocation may have put its nodes into another order.
 bool moe_graph_is_same(ggml_abi & abi, ggml_cgraph * graph, moe_graph & moe);
+
+// Whether it computes nothing: another look at the same memory.
+bool is_view(op_kind op);
 
 // Whether two tensors begin at the same place.
 bool same_memory(const ggml_abi & abi, ggml_tensor * a, ggml_tensor * b);

@@ -50,11 +50,16 @@ void graph_patches::make(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & 
             patch.scores   = choice->scores;
             patch.n_rows   = (uint32_t) layer.n_rows;
             patch.n_expert = (uint32_t) layer.n_expert;
-            patch.restore_after = choice->reread ? layer.choice.selector : nullptr;
-            for (int i = 1; i < abi.graph_n_nodes(graph); i++) {
-                if (abi.graph_node(graph, i) == choice->selector) {
+            bool chosen = false; // in the order in which the nodes are computed
+            for (int i = 0; i < abi.graph_n_nodes(graph); i++) {
+                ggml_tensor * node = abi.graph_node(graph, i);
+                if (node == choice->selector && i > 0) {
                     patch.write_after = abi.graph_node(graph, i - 1);
                 }
+                if (chosen && std::find(choice->readers.begin(), choice->readers.end(), node) != choice->readers.end()) {
+                    patch.restore_after = layer.choice.selector; // it is to read what the router said
+                }
+                chosen |= node == layer.choice.selector;
             }
             // between devices the scheduler has the top-k read a copy
             if (!patch.write_after || abi.src(choice->selector, 0) != choice->scores || !is_contiguous(abi, choice->scores)) {

@@ -256,6 +256,7 @@ void graph_prepare(sched_t sched, ggml_cgraph * graph, bool computed) {
     pending_finish(*s, false);
     const uint64_t start = clock_ns();
     moe_graph moe = moe_graph_read(T.abi, graph);
+    std::vector<slab_use> placed = graph_place(T, *s, moe);
     graph_keep(T, *s, moe, graph);
     const bool known = s->shape.learn(T.abi, graph, moe, T.cfg);
     if (!computed) {
@@ -272,6 +273,7 @@ void graph_prepare(sched_t sched, ggml_cgraph * graph, bool computed) {
         moe.trouble = "a layer uses another number of experts than before";
     }
     g->moe      = std::move(moe);
+    g->placed   = std::move(placed);
     g->bound_to = 0;
     s->prepare_ns += clock_ns() - start;
 }
@@ -441,6 +443,7 @@ void sched_on_free(sched_t sched) {
         }
         if (gone) {
             pending_finish(*gone, false);
+            slabs_free(T, *gone);
         }
         if (own) {
             context_end(T, *own);

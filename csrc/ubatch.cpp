@@ -92,7 +92,7 @@ static bool is_kept(ggml_abi & abi, const graph_trace & g) {
 // which tensors of the graph go where in the context's records
 static void graph_bind(tracer_env & env, sched_trace & s, graph_trace & g) {
     context_trace & c = *s.context;
-    g.sources.make(env.abi, s.sched, g.graph, g.moe, c.rec->layout, env.cfg);
+    g.sources.make(env.abi, s.sched, g.graph, g.moe, c.rec->layout, env.cfg, g.placed);
     g.bound_to = c.number;
     g.by_callback = collector_choose(env.cfg) == COLLECTOR_CALLBACK || !is_kept(env.abi, g);
     g.has_patches = false;
@@ -349,9 +349,14 @@ static void source_read(tracer_env & env, context_trace & c, const row_source & 
 // starts copying everything that is not in host memory
 static void sources_fetch(tracer_env & env, sched_trace & s, const graph_sources & sources) {
     context_trace & c = *s.context;
+    for (const slab_use & use : sources.slabs) {
+        env.abi.tensor_get_async(use.slab->backend, use.slab->whole, c.readback.data() + use.scratch, 0, use.bytes);
+        c.count(COUNT_COPIES);
+        c.count(COUNT_COPIED_BYTES, use.bytes);
+    }
     for (size_t i = 0; i < sources.rows.size(); i++) {
         const source_tensor & tensor = sources.tensors[i];
-        const size_t bytes = sources.rows[i].base ? 0 : env.abi.span(tensor.t);
+        const size_t bytes = sources.rows[i].base || tensor.in_slab ? 0 : env.abi.span(tensor.t);
         if (bytes == 0) {
             continue;
         }
@@ -520,6 +525,115 @@ void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph 
     if (!env.cfg.tensors.empty()) {
         tensors_for_each(env.abi, graph, env.cfg, mark);
     }
+}
+
+static constexpr size_t MAX_SLAB = 64u << 20; // of one device; what is larger is left where it is
+
+// The device that has a layer's router, if it can have the router's results, too; they are computed there anyway.
+static ggml_backend * device_of(const ggml_abi & abi, const sched_trace & s, const ggml_tensor * router) {
+    if (!router || !abi.buffer(router) || abi.buffer_is_host(abi.buffer(router))) {
+        return nullptr;
+    }
+    void * type = abi.buffer_get_type(abi.buffer(router));
+    for (int i = 0; i < abi.sched_get_n_backends(s.sched); i++) {
+        ggml_backend * backend = abi.sched_get_backend(s.sched, i);
+        if (abi.backend_supports_buft(backend, type)) {
+            return abi.backend_get_default_buffer_type(backend) == type ? backend : nullptr; // not rows that are split
+        }
+    }
+    return nullptr;
+}
+
+static device_slab * slab_reserve(const ggml_abi & abi, sched_trace & s, ggml_backend * backend, size_t size) {
+    device_slab * slab = nullptr;
+    for (const auto & known : s.slabs) {
+        if (known->backend == backend) {
+            slab = known.get();
+        }
+    }
+    if (slab && slab->size >= size) {
+        return slab;
+    }
+    if (!slab) {
+        s.slabs.push_back(std::make_unique<device_slab>());
+        slab = s.slabs.back().get();
+        slab->backend = backend;
+    }
+    if (slab->buffer) {
+        abi.sched_synchronize(s.sched); // a graph may still write there
+        abi.buffer_free(slab->buffer);
+    }
+    slab->size   = 0;
+    slab->buffer = abi.buft_alloc_buffer(abi.backend_get_default_buffer_type(backend), size);
+    if (!slab->buffer) {
+        return nullptr;
+    }
+    slab->base = (char *) abi.buffer_get_base(slab->buffer);
+    slab->arena.assign((abi.tensor_overhead() + 64)/8 + 1, 0);
+    ggml_context * ctx = abi.init({ slab->arena.size()*8, slab->arena.data(), true });
+    slab->whole = ctx ? abi.new_tensor_4d(ctx, TYPE_I32, (int64_t) (size/4), 1, 1, 1) : nullptr;
+    if (!slab->whole || abi.tensor_alloc(slab->buffer, slab->whole, slab->base) != 0) {
+        abi.free(ctx);
+        return nullptr;
+    }
+    abi.free(ctx); // the tensor lies in the arena
+    slab->size = size;
+    return slab;
+}
+
+std::vector<slab_use> graph_place(tracer_env & env, sched_trace & s, const moe_graph & moe) {
+    const ggml_abi & abi = env.abi;
+    std::vector<slab_use> uses;
+    if (collector_choose(env.cfg) != COLLECTOR_TAP || !abi.can_place()) {
+        return uses;
+    }
+    struct place { ggml_backend * backend; ggml_tensor * t; size_t offset; };
+    std::vector<place> places;
+    std::vector<std::pair<ggml_backend *, size_t>> sizes;
+    for (const auto & layer : moe.layers) {
+        ggml_backend * backend = env.cfg.has_layer(layer.layer) ? device_of(abi, s, layer.router) : nullptr;
+        if (!backend) {
+            continue;
+        }
+        void * type = abi.backend_get_default_buffer_type(backend);
+        const size_t alignment = abi.buft_get_alignment(type);
+        auto size = std::find_if(sizes.begin(), sizes.end(), [&](const auto & entry) { return entry.first == backend; });
+        if (size == sizes.end()) {
+            size = sizes.insert(size, { backend, 0 });
+        }
+        for (const auto & [t, channel] : { std::make_pair(layer.ids, CHANNEL_EXPERTS), std::make_pair(layer.weights, CHANNEL_WEIGHTS),
+                std::make_pair(layer.logits, CHANNEL_LOGITS) }) {
+            ggml_tensor * root = t && (env.cfg.channels & channel) ? abi.root(t) : nullptr;
+            const bool free = root && abi.op_number(root) != 0 && !abi.buffer(root) && !abi.data(root) &&
+                std::none_of(places.begin(), places.end(), [&](const place & p) { return p.t == root; });
+            if (free && abi.backend_supports_op(backend, root)) {
+                places.push_back({ backend, root, size->second });
+                size->second += (abi.buft_get_alloc_size(type, root) + alignment - 1)/alignment*alignment;
+            }
+        }
+    }
+    for (const auto & [backend, size] : sizes) {
+        device_slab * slab = size > 0 && size <= MAX_SLAB ? slab_reserve(abi, s, backend, size) : nullptr;
+        if (!slab) {
+            continue;
+        }
+        for (const place & p : places) {
+            if (p.backend == backend) {
+                abi.tensor_alloc(slab->buffer, p.t, slab->base + p.offset);
+            }
+        }
+        uses.push_back({ slab, size, 0 });
+    }
+    return uses;
+}
+
+void slabs_free(const tracer_env & env, sched_trace & s) {
+    for (const auto & slab : s.slabs) {
+        if (slab->buffer) {
+            env.abi.buffer_free(slab->buffer);
+        }
+    }
+    s.slabs.clear();
 }
 
 bool graph_is_warmup(const moe_graph & moe) {

@@ -10,6 +10,12 @@ namespace moetrace {
 // the graph that compute nothing and have the tensors as sources; `moe` knows of them then.
 void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph * graph);
 
+// Before the scheduler allocates a graph: gives what the tap will read from devices places of our own there.
+std::vector<slab_use> graph_place(tracer_env & env, sched_trace & s, const moe_graph & moe);
+
+// The scheduler goes, and with it what was placed for its graphs.
+void slabs_free(const tracer_env & env, sched_trace & s);
+
 // A graph that routes is computed, and was never announced: its rows are lost, and counted.
 void ubatch_unread(context_trace & c, const moe_graph & moe);
 

@@ -27,6 +27,6 @@ def on_device(device: Path, tmp_path: Path) -> Host:
     ) -> dict[str, Ran]:
         folder = tmp_path / f"{'traced' if traced else 'plain'}-{setup}".replace(":", "")
         environment = setup.environment(device, folder / "counts.json")
-        return run_host(model, folder, prompts, runs, traced=traced, environment=environment)
+        return run_host(model, folder, prompts, runs, traced=traced, environment=environment, device="Test0")
 
     return run

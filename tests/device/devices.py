@@ -185,13 +185,23 @@ def run_host(
     *,
     traced: bool,
     environment: Mapping[str, str] | None = None,
+    device: str | None = None,
     rpc: str | None = None,
 ) -> dict[str, Ran]:
     """Run host.py once, with these runs; by default on the CPU alone."""
     folder.mkdir(parents=True)
     job = folder / "job.json"
     job.write_text(
-        json.dumps({"model": str(model), "prompts": prompts, "traced": traced, "rpc": rpc, "runs": runs})
+        json.dumps(
+            {
+                "model": str(model),
+                "prompts": prompts,
+                "traced": traced,
+                "device": device,
+                "rpc": rpc,
+                "runs": runs,
+            }
+        )
     )
     command = [sys.executable, HOST, job]
     result = subprocess.run(

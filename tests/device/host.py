@@ -3,11 +3,11 @@
     python host.py JOB.json
 
 JOB (in which FOLDER stands for its own folder) has ``model``, ``prompts`` (as ``moetrace capture`` takes them),
-``traced``, ``rpc`` (an RPC server whose devices are added, or null) and ``runs``: name → options of
-``moetrace.capture``; besides those, ``on_cpu``: patterns of tensors that stay in the CPU's memory (llama-server's
-``-ot PATTERN=CPU``). Each run writes NAME.npy, the logits of all outputs in their order, NAME.sent, what was
-decoded, and NAME.json, what the tests' device counted meanwhile; a traced one NAME.moet too, or NAME.error, if it
-is refused.
+``traced``, ``device`` (one that must be there, or null), ``rpc`` (an RPC server whose devices are added, or null)
+and ``runs``: name → options of ``moetrace.capture``; besides those, ``on_cpu``: patterns of tensors that stay in
+the CPU's memory (llama-server's ``-ot PATTERN=CPU``). Each run writes NAME.npy, the logits of all outputs in their
+order, NAME.sent, what was decoded, and NAME.json, what the tests' device counted meanwhile; a traced one NAME.moet
+too, or NAME.error, if it is refused.
 
 Where it is not traced, the tracer's library is not even loaded.
 """
@@ -113,6 +113,9 @@ def main(path: str) -> None:
     ggml.ggml_backend_load_all()
     if job["rpc"]:
         rpc_add(ggml, job["rpc"])
+    if job["device"]:
+        ggml.ggml_backend_dev_by_name.restype = ctypes.c_void_p
+        assert ggml.ggml_backend_dev_by_name(job["device"].encode()), f"there is no device {job['device']}"
     base = ctypes.CDLL(str(libraries / "libggml-base.so"))
     base.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
     for name, options in job["runs"].items():

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.runtime
 CHANNELS = "experts,weights,logits,scores"
 ABLATED, FORCED, BIASED = 3, 5, 0
 QUICK = [
+    ("llama4", Setup("random:2"), ("all",)),  # the weights' sigmoid reads the scores after the top-k
     ("deepseek2-v3", Setup("random:4"), ("all",)),
     ("qwen3moe", Setup("vulkan", count=2), ("some-experts",)),
 ]

@@ -113,6 +113,7 @@ def test_the_same_bytes_as_on_the_cpu(name: str, rpc: Rpc, model_file: Any, tmp_
         runs_of(name, tuple(p for p in PLACEMENTS if p in placements), kinds),
         traced=True,
         environment={"GGML_BACKEND_PATH": str(rpc.library)},
+        device="RPC0",
         rpc=rpc.endpoint,
     )
     problems = Problems()
