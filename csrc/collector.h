@@ -113,9 +113,11 @@ class readback_buffer {
 };
 
 // Memory of our own on a device, for the results that are read: they lie side by side there, so that one copy fetches
-// them, and llama.cpp's own memory is laid out for everything else.
+// them. llama.cpp's own memory is laid out before they move there, as if they did not: backends fuse nodes, or do not,
+// by where these lie.
 struct device_slab {
     ggml_backend *        backend = nullptr;
+    void *                type    = nullptr; // of the buffer
     ggml_backend_buffer * buffer  = nullptr;
     char *                base    = nullptr;
     size_t                size    = 0;

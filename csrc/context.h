@@ -78,6 +78,7 @@ struct graph_trace {
     ggml_cgraph * graph = nullptr;
     moe_graph     moe;
     graph_input   tokens, positions, out_ids; // set, as the sources are, once the graph is allocated
+    std::vector<ggml_tensor *> to_place; // what is not kept in its place, since it gets one of our own
     std::vector<slab_use> placed;
     graph_sources sources;
     std::vector<attention_source> attention;

@@ -112,11 +112,10 @@ bool ggml_abi::functions_find(std::string & error) {
     function_find(buffer_get_base,      "ggml_backend_buffer_get_base");
     function_find(buffer_free,          "ggml_backend_buffer_free");
     function_find(buffer_get_type,      "ggml_backend_buffer_get_type");
-    function_find(backend_get_default_buffer_type, "ggml_backend_get_default_buffer_type");
+    function_find(buffer_clear,         "ggml_backend_buffer_clear");
     function_find(buft_get_alloc_size,  "ggml_backend_buft_get_alloc_size");
     function_find(buft_get_alignment,   "ggml_backend_buft_get_alignment");
-    function_find(backend_supports_buft, "ggml_backend_supports_buft");
-    function_find(backend_supports_op,  "ggml_backend_supports_op");
+    function_find(view_init,            "ggml_backend_view_init");
     function_find(tensor_alloc,         "ggml_backend_tensor_alloc");
     function_find(new_tensor_4d,        "ggml_new_tensor_4d");
     function_find(init,                 "ggml_init");

@@ -104,18 +104,17 @@ struct ggml_abi {
 
     // --- functions that place tensors; can_place() says whether they are there
     void *        (*buffer_get_type)(ggml_backend_buffer *) = nullptr;
-    void *        (*backend_get_default_buffer_type)(ggml_backend *) = nullptr;
+    void          (*buffer_clear)(ggml_backend_buffer *, uint8_t) = nullptr;
     size_t        (*buft_get_alloc_size)(void * type, const ggml_tensor *) = nullptr;
     size_t        (*buft_get_alignment)(void * type) = nullptr;
-    bool          (*backend_supports_buft)(ggml_backend *, void * type) = nullptr;
-    bool          (*backend_supports_op)(ggml_backend *, const ggml_tensor *) = nullptr;
     int           (*tensor_alloc)(ggml_backend_buffer *, ggml_tensor *, void *) = nullptr;
+    int           (*view_init)(ggml_tensor *) = nullptr;
     ggml_tensor * (*new_tensor_4d)(ggml_context *, int32_t type, int64_t, int64_t, int64_t, int64_t) = nullptr;
     bool can_place() const {
-        return buffer_get_type && backend_get_default_buffer_type && buft_get_alloc_size && buft_get_alignment &&
-            backend_supports_buft && backend_supports_op && tensor_alloc && new_tensor_4d && buft_alloc_buffer &&
-            buffer_get_base && buffer_free && init && free && tensor_overhead;
+        return buffer_get_type && buffer_clear && buft_get_alloc_size && buft_get_alignment && tensor_alloc && view_init &&
+            new_tensor_4d && buft_alloc_buffer && buffer_get_base && buffer_free && init && free && tensor_overhead;
     }
+    void unplace(ggml_tensor * t) const { field<void *>(t, off_data) = nullptr; field<void *>(t, off_buffer) = nullptr; }
 
     // --- functions that add nodes to a graph; can_build() says whether they are there
     ggml_context * (*init)(ggml_init_params_view) = nullptr;

@@ -44,7 +44,11 @@ MOETRACE_HOOK(void, ggml_backend_sched_reserve_size, (ggml_backend_sched * sched
 
 MOETRACE_HOOK(bool, ggml_backend_sched_alloc_graph, (ggml_backend_sched * sched, ggml_cgraph * graph)) {
     sched_on_alloc(sched, graph);
-    return real_ggml_backend_sched_alloc_graph()(sched, graph);
+    const bool ok = real_ggml_backend_sched_alloc_graph()(sched, graph);
+    if (ok) {
+        sched_on_allocated(sched, graph);
+    }
+    return ok;
 }
 
 MOETRACE_HOOK(int, ggml_backend_sched_graph_compute_async, (ggml_backend_sched * sched, ggml_cgraph * graph)) {

@@ -256,8 +256,8 @@ void graph_prepare(sched_t sched, ggml_cgraph * graph, bool computed) {
     pending_finish(*s, false);
     const uint64_t start = clock_ns();
     moe_graph moe = moe_graph_read(T.abi, graph);
-    std::vector<slab_use> placed = graph_place(T, *s, moe);
-    graph_keep(T, *s, moe, graph);
+    std::vector<ggml_tensor *> to_place;
+    graph_keep(T, *s, moe, graph, to_place);
     const bool known = s->shape.learn(T.abi, graph, moe, T.cfg);
     if (!computed) {
         return; // measured once, before anything is served
@@ -273,7 +273,8 @@ void graph_prepare(sched_t sched, ggml_cgraph * graph, bool computed) {
         moe.trouble = "a layer uses another number of experts than before";
     }
     g->moe      = std::move(moe);
-    g->placed   = std::move(placed);
+    g->to_place = std::move(to_place);
+    g->placed.clear();
     g->bound_to = 0;
     s->prepare_ns += clock_ns() - start;
 }
@@ -411,6 +412,19 @@ void sched_on_reserve(sched_t sched, ggml_cgraph * graph) {
 void sched_on_alloc(sched_t sched, ggml_cgraph * graph) {
     if (tracer().active) {
         guarded([&] { graph_prepare(sched, graph, true); });
+    }
+}
+
+void sched_on_allocated(sched_t sched, ggml_cgraph * graph) {
+    sched_trace * s = nullptr;
+    when_active([&](tracer_state & T) { s = &sched_get(T, sched); });
+    if (s) {
+        guarded([&] {
+            graph_trace * g = s->find(graph);
+            if (g && !g->to_place.empty()) {
+                graph_place(tracer(), *s, *g);
+            }
+        });
     }
 }
 

@@ -30,6 +30,7 @@ using sched_t = ggml_backend_sched *;
 void sched_on_callback(sched_t sched, eval_callback callback, void * user_data);
 void sched_on_reserve(sched_t sched, ggml_cgraph * graph);
 void sched_on_alloc(sched_t sched, ggml_cgraph * graph);
+void sched_on_allocated(sched_t sched, ggml_cgraph * graph);
 void sched_on_free(sched_t sched);
 void sched_on_synchronized(sched_t sched); // what it computed is there
 

@@ -94,7 +94,7 @@ static void graph_bind(tracer_env & env, sched_trace & s, graph_trace & g) {
     context_trace & c = *s.context;
     g.sources.make(env.abi, s.sched, g.graph, g.moe, c.rec->layout, env.cfg, g.placed);
     g.bound_to = c.number;
-    g.by_callback = collector_choose(env.cfg) == COLLECTOR_CALLBACK || !is_kept(env.abi, g);
+    g.by_callback = collector_choose(env.cfg) == COLLECTOR_CALLBACK || !g.to_place.empty() || !is_kept(env.abi, g);
     g.has_patches = false;
     g.tokens    = input_find(env.abi, g.moe.inp_tokens, g.moe.n_tokens);
     g.positions = input_find(env.abi, g.moe.inp_pos,    g.moe.n_tokens);
@@ -498,7 +498,12 @@ static bool nodes_keep(const ggml_abi & abi, sched_trace & s, moe_graph & moe, g
     return true;
 }
 
-void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph * graph) {
+// Whether what a router gives will be computed on a device: where its weight lies.
+static bool is_on_device(const ggml_abi & abi, const moe_layer & layer) {
+    return layer.router && abi.buffer(layer.router) && !abi.buffer_is_host(abi.buffer(layer.router));
+}
+
+void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph * graph, std::vector<ggml_tensor *> & to_place) {
     if (collector_choose(env.cfg) != COLLECTOR_TAP || moe.layers.empty()) {
         return;
     }
@@ -512,16 +517,17 @@ void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph 
         if (!env.cfg.has_layer(layer.layer)) {
             continue;
         }
-        const auto keep = [&](ggml_tensor * t, uint32_t channel) {
+        const bool moves = env.abi.can_place() && is_on_device(env.abi, layer);
+        const auto keep = [&](ggml_tensor * t, uint32_t channel, bool may_move) {
             if (t && (env.cfg.channels & channel)) {
-                kept.push_back(t);
+                (moves && may_move ? to_place : kept).push_back(t);
             }
         };
-        keep(layer.ids,        CHANNEL_EXPERTS);
-        keep(layer.weights,    CHANNEL_WEIGHTS);
-        keep(layer.logits,     CHANNEL_LOGITS);
-        keep(layer.gate_input, CHANNEL_GATE_INPUT);
-        keep(layer.choice.scores, CHANNEL_SCORES);
+        keep(layer.ids,        CHANNEL_EXPERTS,    true);
+        keep(layer.weights,    CHANNEL_WEIGHTS,    true);
+        keep(layer.logits,     CHANNEL_LOGITS,     true);
+        keep(layer.gate_input, CHANNEL_GATE_INPUT, false); // too wide
+        keep(layer.choice.scores, CHANNEL_SCORES,  false); // a fused top-k leaves them out, unless they have a user
     }
     if (!nodes_keep(env.abi, s, moe, graph, kept)) {
         for (ggml_tensor * t : kept) {
@@ -535,25 +541,10 @@ void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph 
 
 static constexpr size_t MAX_SLAB = 64u << 20; // of one device; what is larger is left where it is
 
-// The device that has a layer's router, if it can have the router's results, too; they are computed there anyway.
-static ggml_backend * device_of(const ggml_abi & abi, const sched_trace & s, const ggml_tensor * router) {
-    if (!router || !abi.buffer(router) || abi.buffer_is_host(abi.buffer(router))) {
-        return nullptr;
-    }
-    void * type = abi.buffer_get_type(abi.buffer(router));
-    for (int i = 0; i < abi.sched_get_n_backends(s.sched); i++) {
-        ggml_backend * backend = abi.sched_get_backend(s.sched, i);
-        if (abi.backend_supports_buft(backend, type)) {
-            return abi.backend_get_default_buffer_type(backend) == type ? backend : nullptr; // not rows that are split
-        }
-    }
-    return nullptr;
-}
-
-static device_slab * slab_reserve(const ggml_abi & abi, sched_trace & s, ggml_backend * backend, size_t size) {
+static device_slab * slab_reserve(const ggml_abi & abi, sched_trace & s, ggml_backend * backend, void * type, size_t size) {
     device_slab * slab = nullptr;
     for (const auto & known : s.slabs) {
-        if (known->backend == backend) {
+        if (known->backend == backend && known->type == type) {
             slab = known.get();
         }
     }
@@ -564,73 +555,86 @@ static device_slab * slab_reserve(const ggml_abi & abi, sched_trace & s, ggml_ba
         s.slabs.push_back(std::make_unique<device_slab>());
         slab = s.slabs.back().get();
         slab->backend = backend;
+        slab->type    = type;
     }
     if (slab->buffer) {
         abi.sched_synchronize(s.sched); // a graph may still write there
         abi.buffer_free(slab->buffer);
     }
     slab->size   = 0;
-    slab->buffer = abi.buft_alloc_buffer(abi.backend_get_default_buffer_type(backend), size);
+    slab->buffer = abi.buft_alloc_buffer(type, size);
     if (!slab->buffer) {
         return nullptr;
     }
+    abi.buffer_clear(slab->buffer, 0xFF); // no ids and no numbers: what is never written shows
     slab->base = (char *) abi.buffer_get_base(slab->buffer);
     slab->arena.assign((abi.tensor_overhead() + 64)/8 + 1, 0);
     ggml_context * ctx = abi.init({ slab->arena.size()*8, slab->arena.data(), true });
     slab->whole = ctx ? abi.new_tensor_4d(ctx, TYPE_I32, (int64_t) (size/4), 1, 1, 1) : nullptr;
-    if (!slab->whole || abi.tensor_alloc(slab->buffer, slab->whole, slab->base) != 0) {
-        abi.free(ctx);
-        return nullptr;
+    const bool ok = slab->whole && abi.tensor_alloc(slab->buffer, slab->whole, slab->base) == 0;
+    if (ctx) {
+        abi.free(ctx); // the tensor lies in the arena
     }
-    abi.free(ctx); // the tensor lies in the arena
-    slab->size = size;
-    return slab;
+    slab->size = ok ? size : 0;
+    return ok ? slab : nullptr;
 }
 
-std::vector<slab_use> graph_place(tracer_env & env, sched_trace & s, const moe_graph & moe) {
+void graph_place(tracer_env & env, sched_trace & s, graph_trace & g) {
     const ggml_abi & abi = env.abi;
-    std::vector<slab_use> uses;
-    if (collector_choose(env.cfg) != COLLECTOR_TAP || !abi.can_place()) {
-        return uses;
-    }
-    struct place { ggml_backend * backend; ggml_tensor * t; size_t offset; };
-    std::vector<place> places;
-    std::vector<std::pair<ggml_backend *, size_t>> sizes;
-    for (const auto & layer : moe.layers) {
-        ggml_backend * backend = env.cfg.has_layer(layer.layer) ? device_of(abi, s, layer.router) : nullptr;
-        if (!backend) {
+    struct group { ggml_backend * backend; void * type; size_t size; std::vector<std::pair<ggml_tensor *, size_t>> roots; };
+    std::vector<group> groups;
+    std::vector<ggml_tensor *> rest;
+    for (ggml_tensor * t : g.to_place) {
+        ggml_tensor * root = abi.root(t);
+        ggml_backend * backend = abi.sched_get_tensor_backend(s.sched, root);
+        if (!backend || !abi.buffer(root) || abi.buffer_is_host(abi.buffer(root)) || abi.op_number(root) == 0) {
+            rest.push_back(t);
             continue;
         }
-        void * type = abi.backend_get_default_buffer_type(backend);
-        const size_t alignment = abi.buft_get_alignment(type);
-        auto size = std::find_if(sizes.begin(), sizes.end(), [&](const auto & entry) { return entry.first == backend; });
-        if (size == sizes.end()) {
-            size = sizes.insert(size, { backend, 0 });
+        void * type = abi.buffer_get_type(abi.buffer(root));
+        auto of = std::find_if(groups.begin(), groups.end(), [&](const group & known) {
+            return known.backend == backend && known.type == type;
+        });
+        if (of == groups.end()) {
+            of = groups.insert(of, { backend, type, 0, {} });
         }
-        for (const auto & [t, channel] : { std::make_pair(layer.ids, CHANNEL_EXPERTS), std::make_pair(layer.weights, CHANNEL_WEIGHTS),
-                std::make_pair(layer.logits, CHANNEL_LOGITS) }) {
-            ggml_tensor * root = t && (env.cfg.channels & channel) ? abi.root(t) : nullptr;
-            const bool free = root && abi.op_number(root) != 0 && !abi.buffer(root) && !abi.data(root) &&
-                std::none_of(places.begin(), places.end(), [&](const place & p) { return p.t == root; });
-            if (free && abi.backend_supports_op(backend, root)) {
-                places.push_back({ backend, root, size->second });
-                size->second += (abi.buft_get_alloc_size(type, root) + alignment - 1)/alignment*alignment;
-            }
+        if (std::none_of(of->roots.begin(), of->roots.end(), [&](const auto & known) { return known.first == root; })) {
+            const size_t alignment = abi.buft_get_alignment(type);
+            of->roots.emplace_back(root, of->size);
+            of->size += (abi.buft_get_alloc_size(type, root) + alignment - 1)/alignment*alignment;
         }
     }
-    for (const auto & [backend, size] : sizes) {
-        device_slab * slab = size > 0 && size <= MAX_SLAB ? slab_reserve(abi, s, backend, size) : nullptr;
-        if (!slab) {
-            continue;
+    for (const group & of : groups) {
+        if (of.size == 0) {
+            continue; // a ubatch without outputs: nothing is read
         }
-        for (const place & p : places) {
-            if (p.backend == backend) {
-                abi.tensor_alloc(slab->buffer, p.t, slab->base + p.offset);
+        const device_slab * slab = of.size <= MAX_SLAB ? slab_reserve(abi, s, of.backend, of.type, of.size) : nullptr;
+        for (const auto & [root, offset] : of.roots) {
+            if (slab) {
+                abi.unplace(root);
+                abi.tensor_alloc(slab->buffer, root, slab->base + offset);
+            } else {
+                rest.push_back(root);
             }
         }
-        uses.push_back({ slab, size, 0 });
+        if (slab) {
+            g.placed.push_back({ slab, of.size, 0 });
+        }
     }
-    return uses;
+    // whoever looks at them moves with them
+    const int n_nodes = g.placed.empty() ? 0 : abi.graph_n_nodes(g.graph);
+    for (int i = 0; i < n_nodes; i++) {
+        ggml_tensor * node = abi.graph_node(g.graph, i);
+        ggml_tensor * root = abi.root(node);
+        const bool moved = node != root && std::any_of(g.placed.begin(), g.placed.end(), [&](const slab_use & use) {
+            return abi.buffer(root) == use.slab->buffer;
+        });
+        if (moved) {
+            abi.unplace(node);
+            abi.view_init(node);
+        }
+    }
+    g.to_place = std::move(rest);
 }
 
 void slabs_free(const tracer_env & env, sched_trace & s) {

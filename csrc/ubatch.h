@@ -8,10 +8,12 @@ namespace moetrace {
 
 // Before the scheduler allocates a graph: lets the tensors that the tap will read live to its end. Nodes are added to
 // the graph that compute nothing and have the tensors as sources; `moe` knows of them then.
-void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph * graph);
+// What devices compute is left alone: it is given in `to_place`.
+void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph * graph, std::vector<ggml_tensor *> & to_place);
 
-// Before the scheduler allocates a graph: gives what the tap will read from devices places of our own there.
-std::vector<slab_use> graph_place(tracer_env & env, sched_trace & s, const moe_graph & moe);
+// When the scheduler has allocated a graph: moves what is in `to_place` into memory of our own on its device. What cannot
+// be moved stays in `to_place`: it must be read by callback.
+void graph_place(tracer_env & env, sched_trace & s, graph_trace & g);
 
 // The scheduler goes, and with it what was placed for its graphs.
 void slabs_free(const tracer_env & env, sched_trace & s);
