@@ -260,6 +260,9 @@ void graph_sources::make(ggml_abi & abi, ggml_backend_sched * sched, ggml_cgraph
         const std::vector<slab_use> & placed) {
     *this = {};
     slabs = placed;
+    slabs.erase(std::remove_if(slabs.begin(), slabs.end(), [&](const slab_use & use) {
+        return abi.buffer_is_host(use.slab->buffer); // read where they are
+    }), slabs.end());
     for (slab_use & use : slabs) {
         use.scratch = scratch_bytes;
         scratch_bytes += (use.bytes + 63) & ~(size_t) 63;

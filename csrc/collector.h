@@ -112,10 +112,10 @@ class readback_buffer {
     void           (* free)(ggml_backend_buffer *) = nullptr;
 };
 
-// Memory of our own on a device, for the results that are read: they lie side by side there, so that one copy fetches
-// them. llama.cpp's own memory is laid out before they move there, as if they did not: backends fuse nodes, or do not,
+// Memory of our own, on a device or the host, for the results that are read: they lie side by side there, so that one
+// copy fetches them, or few cache lines. llama.cpp's own memory is laid out before they move there, as if they did not: backends fuse nodes, or do not,
 // by where these lie.
-struct device_slab {
+struct result_slab {
     ggml_backend *        backend = nullptr;
     void *                type    = nullptr; // of the buffer
     ggml_backend_buffer * buffer  = nullptr;
@@ -127,7 +127,7 @@ struct device_slab {
 
 // what a graph has in a slab
 struct slab_use {
-    const device_slab * slab = nullptr;
+    const result_slab * slab = nullptr;
     size_t bytes   = 0;
     size_t scratch = 0; // where they are copied to, in the readback buffer
 };

@@ -116,7 +116,7 @@ struct sched_trace {
     model_shape      shape;
     std::vector<std::unique_ptr<graph_trace>> graphs;
     std::unordered_map<const ggml_cgraph *, std::vector<uint64_t>> keepers; // memory of the nodes that were added
-    std::vector<std::unique_ptr<device_slab>> slabs;
+    std::vector<std::unique_ptr<result_slab>> slabs;
 
     graph_trace * find(const ggml_cgraph * graph) {
         for (auto & g : graphs) {

@@ -498,11 +498,6 @@ static bool nodes_keep(const ggml_abi & abi, sched_trace & s, moe_graph & moe, g
     return true;
 }
 
-// Whether what a router gives will be computed on a device: where its weight lies.
-static bool is_on_device(const ggml_abi & abi, const moe_layer & layer) {
-    return layer.router && abi.buffer(layer.router) && !abi.buffer_is_host(abi.buffer(layer.router));
-}
-
 void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph * graph, std::vector<ggml_tensor *> & to_place) {
     if (collector_choose(env.cfg) != COLLECTOR_TAP || moe.layers.empty()) {
         return;
@@ -517,10 +512,9 @@ void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph 
         if (!env.cfg.has_layer(layer.layer)) {
             continue;
         }
-        const bool moves = env.abi.can_place() && is_on_device(env.abi, layer);
         const auto keep = [&](ggml_tensor * t, uint32_t channel, bool may_move) {
             if (t && (env.cfg.channels & channel)) {
-                (moves && may_move ? to_place : kept).push_back(t);
+                (may_move && env.abi.can_place() ? to_place : kept).push_back(t);
             }
         };
         keep(layer.ids,        CHANNEL_EXPERTS,    true);
@@ -541,8 +535,8 @@ void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph 
 
 static constexpr size_t MAX_SLAB = 64u << 20; // of one device; what is larger is left where it is
 
-static device_slab * slab_reserve(const ggml_abi & abi, sched_trace & s, ggml_backend * backend, void * type, size_t size) {
-    device_slab * slab = nullptr;
+static result_slab * slab_reserve(const ggml_abi & abi, sched_trace & s, ggml_backend * backend, void * type, size_t size) {
+    result_slab * slab = nullptr;
     for (const auto & known : s.slabs) {
         if (known->backend == backend && known->type == type) {
             slab = known.get();
@@ -552,7 +546,7 @@ static device_slab * slab_reserve(const ggml_abi & abi, sched_trace & s, ggml_ba
         return slab;
     }
     if (!slab) {
-        s.slabs.push_back(std::make_unique<device_slab>());
+        s.slabs.push_back(std::make_unique<result_slab>());
         slab = s.slabs.back().get();
         slab->backend = backend;
         slab->type    = type;
@@ -579,6 +573,28 @@ static device_slab * slab_reserve(const ggml_abi & abi, sched_trace & s, ggml_ba
     return ok ? slab : nullptr;
 }
 
+// Whether a layer's results lie where its logits do: backends then do not fuse its top-k, and moved they would. Of few
+// rows they do, since the kernel has read all before it writes.
+static bool is_unfused_by_place(const ggml_abi & abi, const moe_graph & moe, ggml_tensor * root) {
+    static constexpr int64_t FEW_ROWS = 8;
+    for (const moe_layer & layer : moe.layers) {
+        const bool is_result = (layer.ids && abi.root(layer.ids) == root) || (layer.weights && abi.root(layer.weights) == root);
+        if (!is_result || layer.n_rows <= FEW_ROWS || !layer.choice.selector) {
+            continue;
+        }
+        // the logits as the top-k's device has them: what the scores are computed from, or the scores themselves
+        ggml_tensor * scores = abi.src(layer.choice.selector, 0);
+        for (ggml_tensor * t : { scores, abi.src(abi.root(scores), 0) }) {
+            const char * a = (const char *) abi.data(root);
+            const char * b = t ? (const char *) abi.data(t) : nullptr;
+            if (a && b && abi.buffer(t) == abi.buffer(root) && a < b + abi.span(t) && b < a + abi.span(root)) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
 void graph_place(tracer_env & env, sched_trace & s, graph_trace & g) {
     const ggml_abi & abi = env.abi;
     struct group { ggml_backend * backend; void * type; size_t size; std::vector<std::pair<ggml_tensor *, size_t>> roots; };
@@ -587,7 +603,8 @@ void graph_place(tracer_env & env, sched_trace & s, graph_trace & g) {
     for (ggml_tensor * t : g.to_place) {
         ggml_tensor * root = abi.root(t);
         ggml_backend * backend = abi.sched_get_tensor_backend(s.sched, root);
-        if (!backend || !abi.buffer(root) || abi.buffer_is_host(abi.buffer(root)) || abi.op_number(root) == 0) {
+        if (!backend || !abi.buffer(root) || abi.op_number(root) == 0 ||
+                (!abi.buffer_is_host(abi.buffer(root)) && is_unfused_by_place(abi, g.moe, root))) {
             rest.push_back(t);
             continue;
         }
@@ -608,7 +625,7 @@ void graph_place(tracer_env & env, sched_trace & s, graph_trace & g) {
         if (of.size == 0) {
             continue; // a ubatch without outputs: nothing is read
         }
-        const device_slab * slab = of.size <= MAX_SLAB ? slab_reserve(abi, s, of.backend, of.type, of.size) : nullptr;
+        const result_slab * slab = of.size <= MAX_SLAB ? slab_reserve(abi, s, of.backend, of.type, of.size) : nullptr;
         for (const auto & [root, offset] : of.roots) {
             if (slab) {
                 abi.unplace(root);

@@ -6,13 +6,13 @@
 
 namespace moetrace {
 
-// Before the scheduler allocates a graph: lets the tensors that the tap will read live to its end. Nodes are added to
-// the graph that compute nothing and have the tensors as sources; `moe` knows of them then.
-// What devices compute is left alone: it is given in `to_place`.
+// Before the scheduler allocates a graph: lets the tensors that the tap will read live to its end. What can be moved when
+// the graph is allocated is given in `to_place`, and nothing else is done. For the rest nodes are added to the graph that
+// compute nothing and have the tensors as sources; `moe` knows of them then.
 void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph * graph, std::vector<ggml_tensor *> & to_place);
 
-// When the scheduler has allocated a graph: moves what is in `to_place` into memory of our own on its device. What cannot
-// be moved stays in `to_place`: it must be read by callback.
+// When the scheduler has allocated a graph: moves what is in `to_place` into memory of our own. What cannot
+// be moved, or not without letting a backend fuse what it would not, stays in `to_place`: it must be read by callback.
 void graph_place(tracer_env & env, sched_trace & s, graph_trace & g);
 
 // The scheduler goes, and with it what was placed for its graphs.

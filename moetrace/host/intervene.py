@@ -301,9 +301,12 @@ def refuse_if_refused(trace: Path, numbers: Container[int]) -> None:
             with Ring(path) as ring:
                 refused, why = ring.intervention_refused
             if refused and refused in numbers:
-                raise MoetraceError(
-                    f"llama.cpp did not take intervention {refused}: the routing was left alone", why=why
-                )
+                raise refusal(refused, why)
+
+
+def refusal(number: int, why: str) -> MoetraceError:
+    """Say that a host has refused an intervention."""
+    return MoetraceError(f"llama.cpp did not take intervention {number}: the routing was left alone", why=why)
 
 
 def _encoded(interventions: Iterable[Intervention]) -> bytes:

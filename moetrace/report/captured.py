@@ -12,6 +12,7 @@ from moetrace.analysis import nulls, overview
 from moetrace.findings import Subject
 from moetrace.findings.wording import events_lost
 from moetrace.trace.loss import Loss
+from moetrace.trace.remarks import remarks
 from moetrace.trace.trace import Trace
 
 Weight = Literal["bad", "warn", "good", "note"]
@@ -180,6 +181,7 @@ def _completeness(traces: Sequence[Trace], loss: Loss) -> tuple[Remark, ...]:
     if live and not loss.waiting:
         said.append(Remark("warn", f"Not closed: {', '.join(live)}. This is what it held when it was read."))
     for trace in traces:
+        said += [Remark("warn", f"{trace.path.name}: {text}.") for text in remarks(trace.store)]
         for part in trace.parts:
             if status := part.facts.get("status"):
                 said.append(Remark("bad", f"The tracer stopped early: {status}"))

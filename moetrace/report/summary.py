@@ -6,8 +6,8 @@ import os
 import textwrap
 from collections.abc import Callable
 
+from moetrace.printable import printable
 from moetrace.report.page import Report, concludes
-from moetrace.report.text import printable
 
 _TITLE = 32  # columns of titles
 _SIGNS = {"bad": ("✕", "1;31"), "warn": ("!", "1;33"), "good": ("✓", "1;32"), "note": ("·", "2")}

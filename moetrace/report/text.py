@@ -11,6 +11,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from moetrace.findings import Finding
+from moetrace.printable import printable
 
 FORMATS = ("table", "md", "csv", "json")
 
@@ -72,11 +73,6 @@ def _cell(value: object) -> str:
     if isinstance(value, list | tuple | dict):
         return json.dumps(value, ensure_ascii=False)
     return str(value)
-
-
-def printable(text: str) -> str:
-    """The text without control characters: labels are what others wrote, and must not steer a terminal."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
 
 
 def _bullet(text: str, width: int) -> str:

@@ -95,6 +95,32 @@ bool topk_moe(walk w, int & i_ids, int & i_weights) {
     return true;
 }
 
+bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
+    const char * at = (const char *) a->data;
+    const char * bt = (const char *) b->data;
+    return at && bt && at < bt + ggml_nbytes(b) && bt < at + ggml_nbytes(a);
+}
+
+// As CUDA does, a kernel that would write where it still reads is not used: so it depends on where tensors lie. Of few
+// rows the top-k reads all logits before it writes.
+bool writes_where_it_reads(ggml_tensor ** nodes, const fusion & f) {
+    const ggml_tensor * logits = f.kind == FUSION_TOPK_MOE && ggml_nrows(nodes[f.first]) <= 8 ? nodes[f.first]->src[0] : nullptr;
+    for (int output : f.outputs) {
+        for (int i = f.first; i < f.first + f.n_nodes; i++) {
+            for (const ggml_tensor * src : nodes[i]->src) {
+                bool inside = !src || src->op == GGML_OP_NONE || src == logits || (logits && src->view_src == logits);
+                for (int j = f.first; j < i; j++) {
+                    inside |= nodes[j] == src;
+                }
+                if (!inside && overlap(nodes[output], src)) {
+                    return true;
+                }
+            }
+        }
+    }
+    return false;
+}
+
 fusion checked(const ggml_cgraph * graph, ggml_tensor ** nodes, fusion f) {
     std::vector<int>     index;
     std::vector<ggml_op> ops;
@@ -104,6 +130,8 @@ fusion checked(const ggml_cgraph * graph, ggml_tensor ** nodes, fusion f) {
     }
     // what is used outside, asked for as an output or viewed from outside must be written
     if (!ggml_can_fuse_subgraph_ext(graph, index.data(), f.n_nodes, ops.data(), f.outputs.data(), (int) f.outputs.size())) {
+        f.n_nodes = 0;
+    } else if (writes_where_it_reads(nodes, f)) {
         f.n_nodes = 0;
     }
     return f;

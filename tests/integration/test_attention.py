@@ -70,14 +70,17 @@ def test_a_sliding_window_and_sinks(runtime, model_file, tmp_path):
     capture(model_file("gpt-oss"), path, [{"prompt": TEXT}], "--capture", "attention", "-ub", "64")
     trace = moetrace.open(path)
     window = 128
-    seen = set()
+    seen, least = set(), 1.0
     for layer in range(4):
         for _, position, weights, first in rows_of(trace, layer):
             n_keys = weights.shape[1]
             assert first == position + 1 - n_keys
             assert n_keys in (position + 1, min(position + 1, window))
             seen.add((n_keys == position + 1, position >= window))
-            assert (weights.sum(axis=1) < 1).all()  # the rest is the sink's
+            sums = weights.sum(axis=1, dtype=np.float64)
+            assert (sums < 1 + 1e-6).all()  # the rest is the sink's, which may be next to nothing
+            least = min(least, sums.min())
+    assert least < 0.999
     assert seen == {(True, False), (True, True), (False, True)}  # both kinds of layers
 
 
