@@ -221,8 +221,9 @@ class Trace(Rows):
 
         Columns: ``id``, ``label`` and ``prompt`` as the client gave them (None where it did not), ``slot``,
         ``context``,
-        ``n_prompt`` (cached and computed; NA where either is not known, or the end of the prompt may be missing), ``n_generated`` (as the client counted;
-        NA where it did not: the last token is never decoded), ``n_cached``, ``n_prefill``,
+        ``n_prompt`` (cached and computed; NA where either is not known, or the end of the prompt may be missing),
+        ``n_generated`` (as the client counted; NA where it did not: the last token is never decoded),
+        ``n_cached``, ``n_prefill``,
         ``n_decode``, ``n_lost``, ``n_rejected``, ``n_recomputed``, ``n_undecided``, ``n_shifts``,
         ``n_unrecorded``, ``n_events_lost``, ``first_serial``, ``last_serial``,
         ``start_ns``, ``end_ns``, ``running`` and ``label_unsure`` (a client's label may be this request's, but also
