@@ -242,12 +242,8 @@ bool ubatch_begin(tracer_env & env, sched_trace & s, graph_trace & g) {
         graph_bind(env, s, g);
     }
     context_inbox_take(c);
-    const bool paused = rec.ring.paused();
-    if (paused != rec.was_paused) {
-        context_event_push(c, { paused ? EVENT_PAUSE : EVENT_RESUME, -1, 0, (int32_t) std::min<uint64_t>(rec.n_unrecorded, INT_MAX), 0 });
-        rec.was_paused   = paused;
-        rec.n_unrecorded = 0;
-    }
+    context_pause_look(c);
+    const bool paused = rec.was_paused;
     const int32_t * tokens    = input_read(env.abi, g.tokens, c.tokens);
     const int32_t * positions = input_read(env.abi, g.positions, c.positions);
     if (c.in_batch) { // also while paused: a later ubatch of the batch may be recorded

@@ -26,6 +26,7 @@ from moetrace.trace.intervention import (
     store,
 )
 from moetrace.trace.record import State
+from moetrace.trace.control import remember
 from moetrace.trace.ring import Ring, live_rings, ring_is_ready, ring_paths
 from moetrace.trace.trace import Trace, open_trace
 
@@ -212,6 +213,7 @@ def restore(numbers: Mapping[Path, int]) -> None:
         if ring_is_ready(path):
             with Ring(path) as ring:
                 ring.intervention = number
+                remember(ring)
 
 
 def in_force(trace: Path) -> dict[Path, int]:

@@ -325,6 +325,32 @@ static void contexts_follow_each_other() {
     tidy(trace);
 }
 
+// What was set for a model holds for its contexts that begin later, in another process too.
+static void what_was_set_is_found() {
+    const std::string trace = begin("on_full=overwrite\n");
+    CHECK(mkdir((trace + "/control").c_str(), 0700) == 0);
+    FILE * f = fopen((trace + "/control/all").c_str(), "w");
+    CHECK(f && fputs("paused=1\nnonsense\nintervention=x\n", f) >= 0 && fclose(f) == 0);
+    host(1).decode();
+    const ring_view ring(contexts_in(trace)[0]);
+    CHECK(ring.count(COUNT_ROWS_PAUSED) == N && ring.count(COUNT_ROWS_PRODUCED) == 0);
+    CHECK(ring.header->paused == 1 && ring.header->intervention == 0);
+    unlink((trace + "/control/all").c_str());
+    rmdir((trace + "/control").c_str());
+    tidy(trace);
+}
+
+// A folder that was put in the trace's place is left alone.
+static void a_folder_in_its_place() {
+    const std::string trace = begin("on_full=overwrite\n");
+    const std::string moved = trace + "-moved";
+    CHECK(rename(trace.c_str(), moved.c_str()) == 0 && mkdir(trace.c_str(), 0700) == 0);
+    host(1).decode();
+    CHECK(contexts_in(trace).empty());
+    tidy(trace);
+    rmdir(moved.c_str());
+}
+
 // Tasks are numbered, and what was sampled is flagged, through shifts and across tasks.
 static void rows_say_what_came_before() {
     one_layer g;
@@ -494,6 +520,8 @@ int main() {
     forks();
     processes_end();
     contexts_follow_each_other();
+    what_was_set_is_found();
+    a_folder_in_its_place();
     graphs_change();
     a_full_ring_holds_its_own();
     two_threads();

@@ -36,11 +36,19 @@ class Recorded:
     sent: dict[str, list[list[int]]] = field(default_factory=lambda: {"one": [], "two": []})
 
 
-def ask(client: ServerClient, recorded: Recorded, model: str, text: str) -> None:
+def ask(client: ServerClient, recorded: Recorded, model: str, text: str, *, unrecorded: bool = False) -> None:
     tokens = client.call("/tokenize", {"model": model, "content": text, "add_special": True})["tokens"]
     body = {"model": model, "prompt": tokens, "n_predict": 6, "temperature": 0, "return_tokens": True}
     answer = client.call("/completion", {**body, "cache_prompt": False, "ignore_eos": True})
-    recorded.sent[model].append([*tokens, *answer["tokens"][:-1]])  # the last one is never decoded
+    if not unrecorded:
+        recorded.sent[model].append([*tokens, *answer["tokens"][:-1]])  # the last one is never decoded
+
+
+def moetrace_says(*words: str | Path) -> str:
+    """Run a command that must work; gives what it prints."""
+    run = subprocess.run([sys.executable, "-m", "moetrace", *map(str, words)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +74,18 @@ def recorded(runtime, model_file, tmp_path_factory: pytest.TempPathFactory) -> R
             time.sleep(0.1)
         for model, start in (("one", 0), ("two", 90), ("one", 200), ("two", 300)):
             ask(client, recorded, model, TEXT[start : start + 60])
+        # what is set outlives the process that it was set in
+        moetrace_says("intervene", recorded.path, "ablate:1:0", "--model", "one")
+        moetrace_says("stop", recorded.path)
+        ask(client, recorded, "one", TEXT[350:390], unrecorded=True)
         client.call("/models/unload", {"model": "one"})
         deadline = time.monotonic() + 60
         while any(m["status"]["value"] != "unloaded" for m in listed(client) if m["id"] == "one"):
             assert time.monotonic() < deadline
             time.sleep(0.1)
+        ask(client, recorded, "one", TEXT[360:390], unrecorded=True)
+        assert "intervention 1 is in force" in moetrace_says("status", recorded.path)
+        moetrace_says("start", recorded.path)
         for model, start in (("one", 400), ("two", 500)):
             ask(client, recorded, model, TEXT[start : start + 60])
     finally:
@@ -118,6 +133,8 @@ def test_unloading_a_model_leaves_one_story(recorded: Recorded, capsys: pytest.C
     check(one, recorded.sent["one"])
     check(two, recorded.sent["two"])
     assert one.requests["context"].nunique() == 2
+    assert set(one.requests.loc[np.unique(one.request[one.intervened])]["context"]) == {one.shown[1]}
+    assert int(one.intervened.sum()) == len(recorded.sent["one"][-1])
     assert len(one.left_out) == 1
     assert (
         main(["stats", str(recorded.path), "--model", str(recorded.files["one"]), "--only", "overview"]) == 0
