@@ -305,6 +305,31 @@ void tracing_end(tracer_state & T) {
     }
 }
 
+// A process that ends closes its rings: nobody then needs to find out whether it lives. What a thread still computes with
+// is left as it is.
+struct exit_watch {
+    ~exit_watch() {
+        tracer_state & T = tracer();
+        std::unique_lock<std::mutex> lists(T.mutex, std::try_to_lock);
+        if (!lists || !T.active.exchange(false)) {
+            return;
+        }
+        for (const auto & c : T.contexts) {
+            std::unique_lock<std::mutex> lock(c->mutex, std::try_to_lock);
+            if (lock && c->rec && c->rec->ring.is_open()) {
+                ubatch_forget(*c);
+                c->rec->ring.close("");
+                c->state = context_state::failed;
+            }
+        }
+        for (const auto & rec : T.idle) {
+            rec->ring.close("");
+        }
+        T.idle.clear();
+    }
+};
+const exit_watch at_exit;
+
 // A forked child has its parent's memory, and no share in its rings: it begins anew.
 void fork_prepare() { tracer().mutex.lock(); }
 void fork_parent()  { tracer().mutex.unlock(); }

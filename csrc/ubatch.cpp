@@ -479,7 +479,13 @@ static bool nodes_keep(const ggml_abi & abi, sched_trace & s, moe_graph & moe, g
         for (size_t j = 0; j < N_SRC - 1 && i*(N_SRC - 1) + j < kept.size(); j++) {
             abi.set_src(keeper, (int) j + 1, kept[i*(N_SRC - 1) + j]);
         }
-        abi.build_forward_expand(graph, keeper);
+        // the last node may be one that is not chosen, so that it is not computed (backend sampling): nor shall it be then
+        ggml_tensor * choice[2] = { kept[0], keeper };
+        if (abi.build_forward_select) {
+            abi.build_forward_select(graph, choice, 2, 0);
+        } else {
+            abi.build_forward_expand(graph, keeper);
+        }
     }
     abi.free(ctx); // the tensors lie in the arena
     s.keepers[graph] = std::move(arena);

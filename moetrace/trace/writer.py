@@ -453,7 +453,12 @@ class TraceWriter:
         return self.requests.tampering()
 
     def seal_requests(self) -> None:
-        """Seal the requests that have ended so far."""
+        """Seal the requests that have ended so far, of all contexts, and before them their rows.
+
+        A request whose rows are not sealed would get another number from whoever takes them from the ring again.
+        """
+        for context in self.contexts:
+            context.seal()
         self.requests.seal()
 
     def close(self, *, exit_code: int | None = None, state: str = "closed") -> None:

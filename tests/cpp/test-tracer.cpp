@@ -429,6 +429,35 @@ static void forks() {
     tidy(trace);
 }
 
+// A process that ends closes its rings, of contexts that it freed and of others; one that is killed cannot.
+static void processes_end() {
+    const std::string trace = folder_new();
+    for (const bool exits : { false, true }) {
+        const pid_t pid = fork();
+        CHECK(pid >= 0);
+        if (pid == 0) {
+            std::string error;
+            CHECK(tracer_start(("trace=" + trace + "\non_full=overwrite\n").c_str(), error));
+            const host freed(1), other(2);
+            freed.decode();
+            other.decode();
+            freed.free();
+            exits ? exit(0) : _exit(0);
+        }
+        int status = 0;
+        waitpid(pid, &status, 0);
+        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+        const auto folders = contexts_in(trace);
+        CHECK(folders.size() == (exits ? 4 : 2));
+        for (size_t i = exits ? 2 : 0; i < folders.size(); i++) {
+            const ring_view ring(folders[i]);
+            CHECK(ring.header->closed == exits);
+            CHECK(ring.count(COUNT_ROWS_COMMITTED) == N);
+        }
+    }
+    tidy(trace);
+}
+
 // Each allocation fails, once or for ever: no exception leaves a hook, and the host computes all its graphs.
 static void memory_runs_out() {
     static std::atomic<int> n_computed;
@@ -489,6 +518,7 @@ int main() {
     one_layer g;
     memory_runs_out(); // first: it forks, and there are no threads yet
     forks();
+    processes_end();
     contexts_follow_each_other();
     what_was_set_is_found();
     a_folder_in_its_place();

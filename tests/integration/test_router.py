@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_shared_server import moetrace_command, serving
 from test_synthetic_models import TEXT
 
 import moetrace
@@ -148,3 +149,78 @@ def test_each_model_has_its_name_and_its_words(recorded: Recorded) -> None:
         assert trace.facts["model_path"] == str(recorded.files[name])
         with ModelFile(recorded.files[name]) as file:
             assert trace.vocabulary == file.vocabulary
+
+
+def test_names_for_one_file_and_contexts_of_other_sizes(runtime, model_file, tmp_path: Path) -> None:
+    """GIVEN presets that give one file two names, and later other sizes WHEN served THEN it is one model with two
+    names, whatever the size.
+    """
+    path, preset, model = tmp_path / "t.moet", tmp_path / "models.ini", model_file("olmoe")
+
+    def write(*sizes: int) -> None:
+        preset.write_text(
+            "".join(
+                f"[{name}]\nmodel = {model}\nc = {n}\nnp = 2\n" for name, n in zip("ab", sizes, strict=True)
+            )
+        )
+
+    write(1024, 2048)
+    sent: dict[str, list[list[int]]] = {"a": [], "b": []}
+    recorded = Recorded(path, {}, sent)
+    with serving(runtime, path, "--models-preset", preset) as port:
+        client = ServerClient(f"http://127.0.0.1:{port}", timeout=120)
+        ask(client, recorded, "a", TEXT[:60])
+        ask(client, recorded, "b", TEXT[100:160])
+        assert moetrace_command("intervene", path, "ablate:1:0-1", "--model", "b").returncode == 0
+        ask(client, recorded, "a", TEXT[200:260])
+        ask(client, recorded, "b", TEXT[300:360])
+        assert moetrace_command("intervene", path, "off").returncode == 0
+        client.call("/models/unload", {"model": "a"})
+        write(4096, 2048)
+        client.call("/models?reload=1")
+        ask(client, recorded, "a", TEXT[400:460])
+    assert verify(path).exit_code == 0
+    for name, sizes in (("a", [1024, 4096]), ("b", [2048])):
+        trace = moetrace.open(path, model=name)
+        check(trace, sent[name])
+        assert [part.facts["model"]["n_ctx"] for part in trace.parts] == sizes
+        assert trace.intervened.any() == (name == "b")
+    together = moetrace.open(path)
+    assert len(together.shown) == 3
+    assert len(together.requests) == 5
+
+
+@pytest.mark.parametrize("other", ["olmoe", "gpt-oss"])
+def test_two_servers_under_one_shell(other: str, runtime, model_file, tmp_path: Path) -> None:
+    path, ports = tmp_path / "t.moet", [free_port(), free_port()]
+    start = [
+        f"{runtime.tool('llama-server')} -m {model} --host 127.0.0.1 --port {port} -t 1 -np 2 -c 1024 & {name}=$!; "
+        for name, model, port in zip("ab", (model_file("olmoe"), model_file(other)), ports, strict=True)
+    ]
+    shell = f"trap 'kill $a $b' TERM; {''.join(start)} wait; wait"
+    command = [sys.executable, "-m", "moetrace", "run", "-o", path, "--", "sh", "-c", shell]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=log)
+    recorded = Recorded(path, {})
+    try:
+        clients = [ServerClient(f"http://127.0.0.1:{port}", timeout=120) for port in ports]
+        deadline = time.monotonic() + 120
+        while not all(client.is_ready() for client in clients):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        for i, start_at in enumerate((0, 100, 200, 300)):
+            model = ("one", "two")[i % 2]
+            ask(clients[i % 2], recorded, model, TEXT[start_at : start_at + 60])
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    assert verify(path).exit_code == 0
+    if other == "olmoe":
+        trace = moetrace.open(path)
+        assert len(trace.shown) == 2
+        one, two = recorded.sent["one"], recorded.sent["two"]
+        check(trace, [one[0], two[0], one[1], two[1]])
+    else:
+        check(moetrace.open(path, model=str(model_file("olmoe"))), recorded.sent["one"])
+        check(moetrace.open(path, model=str(model_file(other))), recorded.sent["two"])

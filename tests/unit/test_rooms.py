@@ -14,8 +14,8 @@ PACKAGE = ROOT / "moetrace"
 
 #: a room may import from those before it; the package itself (its version) from anywhere
 ROOMS = (
-    "errors", "printable", "data", "synthetic", "model", "trace", "analysis", "host", "plot", "findings", "report", "commands",
-    "__main__",
+    "errors", "printable", "data", "synthetic", "model", "trace", "analysis", "host", "plot", "findings", "report",
+    "commands", "__main__",
 )  # fmt: skip
 #: analyses stand beside the host, and neither knows the other
 BESIDE = {("host", "analysis")}
