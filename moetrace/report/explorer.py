@@ -2,7 +2,7 @@
 
 One block of bytes: the length of a JSON header (uint32, little-endian), the header, then arrays. The header's
 ``arrays`` gives each one's dtype, shape and offset; bytes of a number stand in planes (all first bytes, then
-all second ones, …), which compresses better. The whole is zlib-compressed. templates/report.js reads it.
+all second ones, …), which compresses better. The whole is zlib-compressed. templates/data.mjs reads it.
 """
 
 from __future__ import annotations

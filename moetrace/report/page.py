@@ -24,6 +24,7 @@ from moetrace.report.captured import Captured, captured
 from moetrace.report.explorer import explorer, pack, table_json
 from moetrace.report.files import figures_of, write_finding
 from moetrace.report.methods import linked, methods
+from moetrace.report.script import page_script
 from moetrace.report.svg import inline_svg
 
 #: The page is made smaller until it is at most this large: fewer experts in transition matrices, fewer rows.
@@ -114,7 +115,7 @@ def _render(
     environment = _environment()
     loader = environment.loader
     assert loader is not None
-    script = loader.get_source(environment, "report.js")[0]
+    script = page_script(lambda name: loader.get_source(environment, name)[0])
     created = subject.traces[0].meta.get("created_ns") if subject.traces else None
     facts = dict(about.facts)
     return environment.get_template("report.html.j2").render(
@@ -147,7 +148,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # the hash of the script is that of its file, to the last byte
+        # the hash of the script is that of its text, to the last byte
         keep_trailing_newline=True,
         newline_sequence="\n",
     )

@@ -8,17 +8,18 @@ from typing import Any
 
 import gguf
 import numpy as np
-from devices import Ran
-from test_interventions_on_device import check_choice, interventions_of
-from test_routing_on_device import (
+from checks import (
     DEFAULT,
     Problems,
+    check_choice,
     check_rows,
     check_same_columns,
+    interventions_of,
     prompts_of,
     runs_of,
     same_logits,
 )
+from devices import Ran
 
 import moetrace
 from moetrace.synthetic import ARCHITECTURES, Architecture

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checks import PLACEMENTS, prompts_of, runs_of
 from devices import Host, Setup, build, run_host
-from test_capture import MOE
-from test_inprocess import python
-from test_routing_on_device import PLACEMENTS, prompts_of, runs_of
+from running import MOE, python
 
 pytestmark = pytest.mark.runtime
 

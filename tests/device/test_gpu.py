@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checks import DEFAULT, PLACEMENTS, WIDE
 from devices import run_host
 from real import check_architecture
-from test_capture import MOE
-from test_routing_on_device import DEFAULT, PLACEMENTS, WIDE
+from running import MOE
 
 pytestmark = [
     pytest.mark.runtime,

@@ -8,27 +8,27 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from devices import Host, Ran, Setup, run_host
-from test_interventions import choice, scores_of
-from test_routing_on_device import (
-    MOE,
+from checks import (
+    ABLATED,
+    INTERVENED,
     PLACEMENTS,
     Problems,
+    check_choice,
     check_rows,
     check_same_columns,
+    interventions_of,
     prompts_of,
     runs_of,
 )
-from test_synthetic_models import mixing_weights
+from devices import Host, Ran, Setup, run_host
+from running import MOE
 
 import moetrace
-from moetrace.synthetic import ARCHITECTURES, Architecture
+from moetrace.synthetic import ARCHITECTURES
 from moetrace.trace.record import State
 
 pytestmark = pytest.mark.runtime
 
-CHANNELS = "experts,weights,logits,scores"
-ABLATED, FORCED, BIASED = 3, 5, 0
 QUICK = [
     ("llama4", Setup("random:2"), ("all",)),  # the weights' sigmoid reads the scores after the top-k
     ("deepseek2-v3", Setup("random:4"), ("all",)),
@@ -51,48 +51,11 @@ CASES = [
 ]
 
 
-def interventions_of(arch: Architecture) -> dict[str, dict[str, Any]]:
-    layers = list(arch.moe_layers)
-    changes = [f"ablate:*:{ABLATED}", f"force:{layers[-1]}:{FORCED}", f"bias:{layers[0]}:{BIASED}=+0.3"]
-    return {
-        "base": {"channels": CHANNELS},
-        "changed": {"channels": CHANNELS, "intervene": changes},
-        "one-slot": {"channels": CHANNELS, "intervene": [f"ablate:*:{ABLATED}@slot=1"]},
-    }
-
-
 def replays_of(placement: str) -> dict[str, dict[str, Any]]:
     return {
-        f"again-{name}": {"channels": CHANNELS, "intervene": [f"replay:FOLDER/{placement}_{name}.moet"]}
+        f"again-{name}": {"channels": INTERVENED, "intervene": [f"replay:FOLDER/{placement}_{name}.moet"]}
         for name in ("base", "changed")
     }
-
-
-def check_choice(trace: moetrace.Trace, arch: Architecture, stored: dict[str, np.ndarray]) -> None:
-    """What was chosen and how it is weighted follows in numpy from the logits."""
-    assert trace.intervened.all()
-    layers = list(arch.moe_layers)
-    for i, layer in enumerate(layers):
-        present = np.asarray(trace.state)[:, i] == State.PRESENT
-        assert present.any()
-        ids = np.asarray(trace.experts)[present, i].astype(int)
-        logits, scores, weights = (
-            np.asarray(c)[present, i] for c in (trace.logits, trace.scores, trace.weights)
-        )
-        assert not (ids == ABLATED).any(), f"layer {layer}: an ablated expert is used"
-        expected = choice(
-            arch,
-            scores_of(arch, logits) + stored.get(f"blk.{layer}.exp_probs_b.bias", 0),
-            ablated=[ABLATED],
-            forced=[FORCED] if layer == layers[-1] else [],
-            bias=[(BIASED, 0.3)] if layer == layers[0] else [],
-        )
-        assert (ids == expected).all(axis=1).mean() > 0.97, (
-            f"layer {layer}"
-        )  # the order of near-ties is rounding
-        np.testing.assert_allclose(weights, mixing_weights(arch, logits, ids), rtol=2e-4, atol=1e-6)
-        best = -np.sort(-scores, axis=1)[:, : arch.n_expert_used]
-        np.testing.assert_array_equal(np.take_along_axis(scores, ids, axis=1), best)
 
 
 def check_slot(trace: moetrace.Trace, base: moetrace.Trace) -> None:

@@ -11,46 +11,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from devices import Host, Ran, Setup, run_host
-from test_capture import MOE
-from test_synthetic_models import TEXT, check_routing, mixing_weights
+from checks import (
+    DEFAULT,
+    PLACEMENTS,
+    PROMPTS,
+    WIDE,
+    Problems,
+    check_numbers,
+    check_rows,
+    check_same_columns,
+    prompts_of,
+    runs_of,
+    same_computation,
+)
+from devices import Host, Setup, run_host
+from running import MOE
 
-import moetrace
 from moetrace.synthetic import ARCHITECTURES
-from moetrace.trace.record import RowFlag, State
-from moetrace.trace.verify import verify
 
 pytestmark = pytest.mark.runtime
 
-#: more than an ubatch, so that experts on the CPU are offloaded; several sequences that begin and end
-PROMPTS = [
-    {"id": str(i), "prompt": TEXT[30 * i : 30 * i + n], "n_predict": 4}
-    for i, n in enumerate((150, 40, 9, 70, 25))
-]
-EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
-PLACEMENTS: dict[str, dict[str, Any]] = {
-    "all": {"n_gpu_layers": 99},
-    "part": {"n_gpu_layers": 2},
-    "cpu-moe": {"n_gpu_layers": 99, "on_cpu": [EXPERTS]},
-    "some-experts": {"n_gpu_layers": 99, "on_cpu": [rf"blk\.[01]{EXPERTS}"]},
-    "router": {"n_gpu_layers": 99, "on_cpu": [r"ffn_gate_inp\."]},
-}
-ROUTER = "experts,weights,logits,scores,gate_input"
-#: collector and channels; what must change nothing
-DEFAULT: dict[str, dict[str, Any]] = {
-    "auto": {},
-    "tap": {"collector": "tap"},
-    "callback": {"collector": "callback"},
-}
-WIDE: dict[str, dict[str, Any]] = {
-    "tap-router": {"collector": "tap", "channels": ROUTER},
-    "callback-router": {"collector": "callback", "channels": ROUTER},
-    "auto-router": {"channels": ROUTER},
-    "attention": {"channels": "experts,weights,attention"},
-    "named": {"channels": "experts,weights,tensor:ffn_moe_out-*"},
-    "tap-named": {"collector": "tap", "channels": "experts,weights,tensor:ffn_moe_out-*"},
-}
-FUSIONS = ("topk_moe", "norm_mul", "matrix_add", "fused_nodes")
 
 SETUPS = [
     Setup("vulkan"),
@@ -72,94 +52,6 @@ CASES = [
         for setup in SETUPS
     ),
 ]
-
-
-def prompts_of(name: str) -> list[dict[str, Any]]:
-    if not ARCHITECTURES[name].encoder:
-        return PROMPTS
-    # an encoder takes a sequence at once and generates nothing
-    return [{**prompt, "prompt": prompt["prompt"][:40], "n_predict": 0} for prompt in PROMPTS]
-
-
-def runs_of(
-    name: str, placements: tuple[str, ...], recordings: dict[str, dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    shape = {"n_parallel": 1} if ARCHITECTURES[name].encoder else {}
-    return {
-        f"{placement}_{recording}": {**shape, **PLACEMENTS[placement], **options}
-        for placement in placements
-        for recording, options in recordings.items()
-    }
-
-
-def check_rows(ran: Ran) -> moetrace.Trace:
-    """Rows are the tokens that were decoded, none is lost or unsure, and verify agrees."""
-    assert ran.error is None, ran.error
-    result = verify(ran.trace)
-    assert result.exit_code == 0, result
-    trace = moetrace.open(ran.trace)
-    rows = np.stack([np.asarray(trace.column(c)) for c in ("token", "position", "sequence")], axis=1)
-    assert sorted(rows.tolist()) == sorted(ran.sent)
-    flags = np.asarray(trace.column("flags"))
-    assert not (flags & (RowFlag.SEQUENCE_UNCERTAIN | RowFlag.UNIDENTIFIED)).any()
-    loss = trace.loss
-    assert loss.rows_lost == loss.lost == 0
-    # only the last layer may be left out, and exactly for the rows that are no outputs
-    state = np.asarray(trace.state)
-    assert (state[:, :-1] == State.PRESENT).all(), (
-        f"{(state[:, :-1] != State.PRESENT).sum()} entries are missing"
-    )
-    left_out = state[:, -1] != State.PRESENT
-    if left_out.any():
-        np.testing.assert_array_equal(left_out, (flags & 1) == 0)
-    return trace
-
-
-def check_same_columns(a: moetrace.Trace, b: moetrace.Trace) -> None:
-    assert set(a.column_names) == set(b.column_names)
-    for column in set(a.column_names) - {"time_ns"}:
-        assert a.column(column).tobytes() == b.column(column).tobytes(), column
-
-
-def check_numbers(trace: moetrace.Trace, name: str, model: Path) -> None:
-    """Ids, scores and weights follow in numpy from the gate input and the model's router."""
-    check_routing(trace, name, model)
-    for i in range(len(trace.layers)):
-        present = np.asarray(trace.state)[:, i] == State.PRESENT
-        ids, logits, weights = (
-            np.asarray(c)[present, i] for c in (trace.experts, trace.logits, trace.weights)
-        )
-        expected = mixing_weights(ARCHITECTURES[name], logits, ids.astype(int))
-        np.testing.assert_allclose(weights, expected, rtol=2e-4, atol=1e-6)
-
-
-class Problems:
-    """What is wrong in which run: all of it is told, not the first."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, str] = {}
-
-    def __call__(self, run: str, check: Any, *arguments: Any) -> Any:
-        try:
-            return check(*arguments)
-        except (AssertionError, moetrace.MoetraceError) as e:
-            self.found[f"{run}: {check.__name__}"] = str(e).strip()[:300]
-            return None
-
-    def none(self) -> None:
-        assert not self.found, "\n".join(f"{run}: {what}" for run, what in self.found.items())
-
-
-def same_computation(ran: Ran, plain: Ran) -> None:
-    """The same logits as without the tracer, bit for bit, and as many fusions."""
-    assert {kind: ran.counts[kind] for kind in FUSIONS} == {kind: plain.counts[kind] for kind in FUSIONS}
-    same_logits(ran, plain)
-
-
-def same_logits(ran: Ran, plain: Ran) -> None:
-    assert ran.sent == plain.sent, "other tokens were generated"
-    difference = np.abs(ran.logits - plain.logits).max(initial=0)
-    assert ran.logits.tobytes() == plain.logits.tobytes(), f"logits moved by up to {difference}"
 
 
 @pytest.mark.parametrize(("name", "setup", "placements"), CASES)

@@ -14,22 +14,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from devices import HERE, build_rpc, run_host
-from test_interventions_on_device import interventions_of
-from test_routing_on_device import (
+from checks import (
     DEFAULT,
-    MOE,
     PLACEMENTS,
-    ROUTER,
     WIDE,
     Problems,
     check_numbers,
     check_rows,
     check_same_columns,
+    interventions_of,
     prompts_of,
     runs_of,
 )
-from test_server import check_identity, prompts_of_mixed_length
+from devices import HERE, build_rpc, run_host
+from identities import check_identity, prompts_of_mixed_length
+from running import MOE, ROUTER
 
 import moetrace
 from moetrace.host.client import drive

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checks import FUSIONS, check_numbers
 from devices import Setup
-from test_routing_on_device import FUSIONS, MOE, ROUTER, check_numbers
-from test_server import check_identity, prompts_of_mixed_length, ready_client
-from test_synthetic_models import TEXT
+from identities import check_identity, prompts_of_mixed_length
+from running import MOE, ROUTER, TEXT, ready_client
 
 import moetrace
 from moetrace.host.client import ServerClient, drive

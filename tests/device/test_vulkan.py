@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checks import DEFAULT, WIDE
 from devices import LAVAPIPE, Ran, Runs, build_vulkan, run_host
 from real import check_architecture
-from test_routing_on_device import DEFAULT, WIDE
 
 pytestmark = [pytest.mark.runtime, pytest.mark.slow]
 

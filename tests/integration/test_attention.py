@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_capture import capture
-from test_synthetic_models import TEXT
+from running import TEXT, capture
 
 import moetrace
 from moetrace.host.client import drive
@@ -70,18 +69,18 @@ def test_a_sliding_window_and_sinks(runtime, model_file, tmp_path):
     capture(model_file("gpt-oss"), path, [{"prompt": TEXT}], "--capture", "attention", "-ub", "64")
     trace = moetrace.open(path)
     window = 128
-    seen, least = set(), 1.0
+    seen, sums = set(), []
     for layer in range(4):
         for _, position, weights, first in rows_of(trace, layer):
             n_keys = weights.shape[1]
             assert first == position + 1 - n_keys
             assert n_keys in (position + 1, min(position + 1, window))
             seen.add((n_keys == position + 1, position >= window))
-            sums = weights.sum(axis=1, dtype=np.float64)
-            assert (sums < 1 + 1e-6).all()  # the rest is the sink's, which may be next to nothing
-            least = min(least, sums.min())
-    assert least < 0.999
+            sums.append(weights.sum(axis=1, dtype=np.float64))
     assert seen == {(True, False), (True, True), (False, True)}  # both kinds of layers
+    total = np.concatenate(sums)
+    assert (total < 1 + 1e-6).all()
+    assert np.mean(total < 1 - 1e-5) > 0.9  # the rest is the sink's, which some heads hardly look at
 
 
 @pytest.mark.parametrize("cache", ["-kvu", "-no-kvu"])

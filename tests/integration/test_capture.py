@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from test_synthetic_models import REFERENCE, TEXT, check_routing, mixing_weights
+from router_math import check_routing, mixing_weights
+from running import MOE, REFERENCE, ROUTER, TEXT, capture
 
 import moetrace
 from moetrace.synthetic import ARCHITECTURES
@@ -18,20 +18,6 @@ from moetrace.trace.record import State
 from moetrace.trace.verify import verify
 
 pytestmark = pytest.mark.runtime
-
-MOE = [name for name, arch in ARCHITECTURES.items() if arch.n_expert]
-ROUTER = "experts,weights,logits,scores,gate_input"
-
-
-def capture(model: Path, output: Path, prompts: list[dict], *options: str, ok: bool = True) -> str:
-    """Run ``moetrace capture`` in a process of its own; gives its standard error."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    file = output.with_suffix(".jsonl")
-    file.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
-    command = [sys.executable, "-m", "moetrace", "capture", "-m", model, "-f", file, "-o", output, "-t", "1"]
-    run = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300, check=False)
-    assert (run.returncode == 0) == ok, run.stderr
-    return run.stderr
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from test_capture import capture
-from test_synthetic_models import TEXT
+from running import TEXT, capture
 
 import moetrace
 from moetrace.__main__ import main

@@ -7,8 +7,8 @@ import subprocess
 
 import numpy as np
 import pytest
-from test_server import check_identity, ready_client
-from test_synthetic_models import TEXT
+from identities import check_identity, last_tokens
+from running import TEXT, ready_client
 
 import moetrace
 from moetrace.host.client import drive
@@ -37,14 +37,6 @@ def serving(runtime, model_file, tmp_path):
 
     yield serve
     assert verify(tmp_path / "t.moet").exit_code == 0
-
-
-def last_tokens(trace: moetrace.Trace, number: int) -> list[int]:
-    """The tokens that stand at the end of a request: of several rows at one position the last one counts."""
-    rows = np.flatnonzero(trace.column("request") == number)
-    token, position = trace.column("token")[rows], trace.column("position")[rows]
-    standing = dict(zip(position.tolist(), token.tolist(), strict=True))
-    return [standing[p] for p in sorted(standing)]
 
 
 @pytest.mark.parametrize("draft", ["olmoe", "qwen3moe"])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from test_capture import capture
+from running import capture
 
 import moetrace
 from moetrace import data

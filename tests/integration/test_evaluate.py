@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from running import TEXT, python
 from scipy.special import log_softmax, rel_entr, softmax
-from test_inprocess import python
-from test_synthetic_models import TEXT
 
 import moetrace
 from moetrace import data

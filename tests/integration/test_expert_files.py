@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from test_inprocess import python
+from running import python
 
 import moetrace
 from moetrace.analysis import chosen_outputs, from_trace, linearity, merge_candidates, weight_similarity

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_capture import capture
-from test_synthetic_models import TEXT
+from running import TEXT, capture, python
 
 import moetrace
 
 pytestmark = pytest.mark.runtime
-
-
-def python(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter: llama.cpp's libraries must stay out of the test process."""
-    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_capture_from_python_and_twice_in_one_process(runtime, model_file, tmp_path):

@@ -13,17 +13,15 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from scipy.special import expit, softmax
-from test_capture import capture
-from test_inprocess import python
-from test_synthetic_models import TEXT, mixing_weights, within_groups
+from router_math import choice, mixing_weights, scores_of
+from running import TEXT, capture, python
 
 import moetrace
 from moetrace import data
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.host.client import Answer, drive
 from moetrace.host.prompts import Prompt
-from moetrace.synthetic import ARCHITECTURES, Architecture, Gating
+from moetrace.synthetic import ARCHITECTURES
 from moetrace.trace.record import State
 from moetrace.trace.verify import verify
 
@@ -79,26 +77,6 @@ def same_rows(a, b, *columns: str) -> None:
     for name in columns or ("token_ids", "positions", "experts", "weights", "logits", "state"):
         x, y = np.asarray(getattr(a, name)), np.asarray(getattr(b, name))
         assert x.tobytes() == y.tobytes(), name
-
-
-def scores_of(arch: Architecture, logits: np.ndarray) -> np.ndarray:
-    """What top-k selects on, before any bias of the selection and any group: (tokens, n_expert), float64."""
-    logits = logits.astype(np.float64)
-    if arch.weights_before_experts or arch.gating is Gating.SOFTMAX_WEIGHT:
-        return logits
-    return expit(logits) if arch.gating is Gating.SIGMOID else softmax(logits, axis=1)
-
-
-def choice(arch: Architecture, scores: np.ndarray, *, ablated=(), forced=(), bias=()) -> np.ndarray:
-    """The experts that should be chosen, computed in numpy."""
-    scores = scores.copy()
-    for expert, value in bias:
-        scores[:, expert] += value
-    scores[:, list(ablated)] = -np.inf
-    scores = within_groups(arch, scores)
-    for expert in forced:
-        scores[:, expert] = 1e9 + np.nan_to_num(scores[:, expert], neginf=-1.0)
-    return np.argsort(-scores, axis=1, kind="stable")[:, : arch.n_expert_used]
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_capture import capture
+from running import capture
 
 import moetrace
 from moetrace.errors import UsageError

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_capture import capture
+from running import capture
 
 import moetrace
 from moetrace.analysis import from_trace

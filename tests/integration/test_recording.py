@@ -17,8 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_server import child_of
-from test_synthetic_models import TEXT
+from running import TEXT, child_of
 
 import moetrace
 from moetrace.findings import Subject

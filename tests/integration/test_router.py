@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_shared_server import moetrace_command, serving
-from test_synthetic_models import TEXT
+from clients import moetrace_command, serving
+from running import TEXT
 
 import moetrace
 from moetrace.__main__ import main

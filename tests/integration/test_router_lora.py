@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from test_synthetic_models import TEXT
+from running import TEXT
 
 import moetrace
 from moetrace.host.client import drive

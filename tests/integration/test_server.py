@@ -13,59 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_synthetic_models import TEXT
+from identities import check_identity, prompts_of_mixed_length
+from running import TEXT, child_of, ready_client, start_run
 
 import moetrace
-from moetrace.host.client import Answer, ServerClient, drive
+from moetrace.host.client import drive
 from moetrace.host.prompts import Prompt
 from moetrace.host.server import free_port
 from moetrace.trace.record import RowFlag
 from moetrace.trace.verify import verify
 
 pytestmark = pytest.mark.runtime
-
-
-def prompts_of_mixed_length(n: int, seed: int = 0) -> list[Prompt]:
-    """Short and long ones, some the same, some beginning alike, with different numbers of tokens to generate."""
-    random = np.random.default_rng(seed)
-    prompts = []
-    for i in range(n):
-        start = int(random.integers(0, len(TEXT) - 10))
-        length = int(random.choice([5, 40, 200, 600]))
-        text = "The same beginning. " * (i % 3) + TEXT[start : start + length]
-        if i % 4 == 3:
-            text = "Exactly the same prompt in several slots at once."
-        prompts.append(
-            Prompt(id=f"p{i}", text=text, label="abc"[i % 3], n_predict=int(random.integers(1, 20)))
-        )
-    return prompts
-
-
-def check_identity(trace: moetrace.Trace, answers: list[Answer]) -> None:
-    """For every request, the rows in position order are exactly the tokens that the server reports."""
-    requests = trace.requests
-    token, position = trace.column("token"), trace.column("position")
-    request, sequence, phase = trace.column("request"), trace.column("sequence"), trace.column("phase")
-    flags = trace.column("flags")
-    assert not (flags & (RowFlag.SEQUENCE_UNCERTAIN | RowFlag.UNIDENTIFIED)).any()
-    assert sorted(requests["id"].dropna()) == sorted(answer.prompt.id for answer in answers)
-    assert len(requests) == len(answers), "rows of something that was no request"
-    for answer in answers:
-        (number,) = requests.index[requests["id"] == answer.prompt.id]
-        said = requests.loc[number]
-        rows = np.flatnonzero(request == number)
-        rows = rows[np.argsort(position[rows], kind="stable")]
-        # the last generated token is never decoded
-        expected = [*answer.prompt_tokens, *answer.tokens[:-1]]
-        assert said["n_cached"] == answer.cached
-        np.testing.assert_array_equal(position[rows], np.arange(answer.cached, len(expected)))
-        np.testing.assert_array_equal(token[rows], expected[answer.cached :])
-        assert (sequence[rows] == answer.slot).all()
-        assert said["slot"] == answer.slot
-        assert said["n_prompt"] == len(answer.prompt_tokens)
-        assert said["n_generated"] == answer.n_generated == len(answer.tokens)
-        assert said["label"] == answer.prompt.label
-        np.testing.assert_array_equal(phase[rows], (position[rows] >= len(answer.prompt_tokens)).astype(int))
 
 
 @pytest.mark.parametrize("collector", ["tap", "callback"])
@@ -187,47 +145,6 @@ def test_pausing_and_resuming_a_live_server(runtime, model_file, tmp_path):
     )
     assert ended.returncode == 1
     assert "fix:" in ended.stderr
-
-
-def ready_client(run: subprocess.Popen[bytes], port: int, log: Path | None = None) -> ServerClient:
-    """Wait until the server answers; its end is an error that shows the log, if there is one."""
-    client = ServerClient(f"http://127.0.0.1:{port}")
-    deadline = time.monotonic() + 60
-    while not client.is_ready():
-        assert run.poll() is None, log and log.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return client
-
-
-def start_run(
-    runtime, model: Path, path: Path, *options: str
-) -> tuple[subprocess.Popen[bytes], ServerClient]:
-    port = free_port()
-    server = [
-        runtime.tool("llama-server"),
-        "-m",
-        model,
-        "--port",
-        str(port),
-        "-np",
-        "2",
-        "-c",
-        "2048",
-        "-t",
-        "1",
-    ]
-    command = [sys.executable, "-m", "moetrace", "run", "-o", path, *options, "--", *server]
-    with path.with_suffix(".err").open("wb") as error:
-        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=error, start_new_session=True)
-    client = ready_client(run, port, path.with_suffix(".err"))
-    return run, client
-
-
-def child_of(pid: int) -> int:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    assert len(children) == 1
-    return int(children[0])
 
 
 def test_run_passes_signals_and_the_exit_code_on(runtime, model_file, tmp_path):

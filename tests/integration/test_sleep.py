@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_contexts import last_tokens
-from test_shared_server import GREEDY, Request, ask, moetrace_command, rows_of, serving
+from clients import GREEDY, Request, ask, moetrace_command, rows_of, serving
+from identities import last_tokens
 
 import moetrace
 from moetrace import data

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_inprocess import python
-from test_synthetic_models import TEXT
+from running import TEXT, python
 
 import moetrace
 from moetrace.analysis.experts.merging import drop_experts, merge

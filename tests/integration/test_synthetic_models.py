@@ -18,33 +18,15 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 import pytest
-from scipy.special import expit, softmax
+from router_math import mixing_weights, selection_scores
+from running import REFERENCE, TEXT
 
-import moetrace
-from moetrace.synthetic import ARCHITECTURES, QUANTIZATIONS, Architecture, Gating
-from moetrace.trace.record import State
+from moetrace.synthetic import ARCHITECTURES, QUANTIZATIONS
 
 if TYPE_CHECKING:
     from conftest import Runtime
 
 pytestmark = pytest.mark.runtime
-
-REFERENCE = Path(__file__).with_name("reference_routing.py")
-TEXT = """\
-A lighthouse keeper writes down the weather three times a day: wind, cloud, the height of the waves. In 40
-years he has filled 112 books, and he says that no two pages in them are the same. "I could tell you," he
-said, "what the sea did on any morning you like." Zwölf Möwen saßen auf der Mauer; 七 of them were asleep.
-
-def area(width: float, height: float) -> float:
-    if width < 0 or height < 0:
-        raise ValueError(f"negative size: {width} x {height}")
-    return width * height
-
-for (size_t i = 0; i < n; ++i) { total += values[i] * weights[i]; }
-
-Let f(x) = 3x^2 - 2x + 7. Then f'(x) = 6x - 2, which is zero at x = 1/3, so the smallest value is 20/3.
-SELECT name, count(*) FROM visits WHERE year >= 1999 GROUP BY name ORDER BY 2 DESC;
-"""
 
 
 def run(model: Path, folder: Path, text: str = TEXT, n_generate: int = 24) -> dict[str, np.ndarray]:
@@ -54,62 +36,6 @@ def run(model: Path, folder: Path, text: str = TEXT, n_generate: int = 24) -> di
     assert result.returncode == 0, result.stderr.decode()[-2000:]
     with np.load(out) as saved:
         return dict(saved)
-
-
-def selection_scores(arch: Architecture, logits: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
-    """What top-k should select on, computed in numpy: (tokens, n_expert)."""
-    scores = logits.astype(np.float64)
-    if arch.gating is Gating.SIGMOID and not arch.weights_before_experts:
-        scores = expit(scores)
-    if bias is not None:
-        scores = scores + bias
-    return within_groups(arch, scores)
-
-
-def within_groups(arch: Architecture, scores: np.ndarray) -> np.ndarray:
-    """Scores (tokens, n_expert), −∞ outside the groups of experts that are chosen first, where there are any."""
-    if not arch.n_expert_groups:
-        return scores
-    groups = scores.reshape(len(scores), arch.n_expert_groups, -1)
-    rank = np.argsort(-np.sort(groups, axis=-1)[..., -2:].sum(axis=-1), axis=-1, kind="stable")
-    kept = np.zeros(rank.shape, bool)
-    np.put_along_axis(kept, rank[:, : arch.n_group_used], True, axis=-1)
-    return np.where(kept[..., None], groups, -np.inf).reshape(scores.shape)
-
-
-def mixing_weights(arch: Architecture, logits: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """What should mix the chosen experts, computed in numpy: (tokens, n_expert_used)."""
-    logits = logits.astype(np.float64)
-    if arch.gating is Gating.SOFTMAX_WEIGHT:
-        return softmax(np.take_along_axis(logits, chosen, axis=1), axis=1)
-    probabilities = expit(logits) if arch.gating is Gating.SIGMOID else softmax(logits, axis=1)
-    weights = np.take_along_axis(probabilities, chosen, axis=1)
-    if arch.normalise_weights:
-        weights = weights / weights.sum(axis=1, keepdims=True)
-    return weights * arch.weights_scale
-
-
-def check_routing(trace: moetrace.Trace, name: str, model: Path) -> None:
-    """Ids are the top-k of the scores; scores follow in numpy from the gate input and the model's router."""
-    arch = ARCHITECTURES[name]
-    assert list(trace.layers) == list(arch.moe_layers)
-    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(model).tensors}
-    for i, layer in enumerate(trace.layers):
-        present = np.asarray(trace.state)[:, i] == State.PRESENT
-        ids = np.asarray(trace.experts)[present, i].astype(int)
-        scores, logits = (np.asarray(column)[present, i] for column in (trace.scores, trace.logits))
-        best = -np.sort(-scores, axis=1)[:, : arch.n_expert_used]
-        np.testing.assert_array_equal(np.take_along_axis(scores, ids, axis=1), best)
-        assert all(len(set(row)) == arch.n_expert_used for row in ids.tolist())
-        router = stored[f"blk.{layer}.ffn_gate_inp.weight"].astype(np.float64)
-        gate_input = np.asarray(trace.gate_input)[present, i].astype(np.float64)
-        expected = gate_input @ router.T + stored.get(f"blk.{layer}.ffn_gate_inp.bias", 0)
-        np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=2e-4 * np.abs(expected).max())
-        selected_on = selection_scores(arch, logits, stored.get(f"blk.{layer}.exp_probs_b.bias"))
-        if arch.gating.name == "SOFTMAX":  # selection_scores leaves the monotone softmax out
-            e = np.exp(selected_on - selected_on.max(axis=1, keepdims=True))
-            selected_on = e / e.sum(axis=1, keepdims=True)
-        np.testing.assert_allclose(scores, selected_on, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,10 @@ FULL = (
     (null_words, World(own_words=0.5, token_sd=0.7), 0.5),
     (null_order, World(memory=0.0, n_prompts=2, length=(80, 160)), 0.5),
 )
+SMALL_WORLD = World(n_domains=3, n_prompts=8, n_layers=2, n_expert=16)
 SMALL = (
-    (null_domains, World(n_domains=3, n_prompts=8, n_layers=2, n_expert=16), 1.0),
-    (null_words, World(n_domains=3, n_prompts=8, n_layers=2, n_expert=16, own_words=0.8, token_sd=1.0), 1.0),
+    (null_domains, SMALL_WORLD, 1.0),
+    (null_words, replace(SMALL_WORLD, own_words=0.8, token_sd=1.0), 1.0),
     (null_order, World(n_domains=2, n_prompts=2, n_layers=2, memory=0.0, length=(80, 160)), 1.0),
 )
 Plan = tuple[tuple[Callable[[World, int, int], PValues], World, float], ...]
@@ -144,13 +146,15 @@ def within(truth: npt.ArrayLike, low: npt.ArrayLike, high: npt.ArrayLike) -> lis
     return list(((np.asarray(low) <= truth) & (truth <= np.asarray(high))).ravel().astype(float))
 
 
-def planted(runs: int, strength: float, n_permutations: int = 199) -> pd.DataFrame:
+def planted(
+    runs: int, strength: float, n_permutations: int = 199, world: World | None = None
+) -> pd.DataFrame:
     """Domains that differ by a logit of sd ``strength``: ``figure``, ``n``, ``share``.
 
     Power of the tests at 5 %, coverage of the 95 % intervals against the truth (1000 prompts of each domain),
     and how often a significant expert's preferred domain has a true lift above 1.
     """
-    world = World(domain_sd=strength)
+    world = replace(world or World(), domain_sd=strength)
     big = counted(world.trace(10**6, n_prompts=1000), max_lag=2)
     names, table = domain_counts(big.included, big.labels)
     share = info.shares(table.transpose(1, 0, 2))

@@ -190,6 +190,17 @@ PLAN: Plan = (
     (null_words, World(**_SIZES, n_prompts=12, length=(30, 60), vocabulary=len(WORDS), token_sd=1.5)),
     (null_dynamics, World(**_SIZES, n_prompts=12, length=(40, 60))),
 )
+_SMALL: dict[str, Any] = {"n_domains": 1, "n_expert": 6, "n_expert_used": 2}
+SMALL: Plan = (
+    (null_circuits, World(**_SMALL, n_layers=3, n_prompts=8, length=(24, 40))),
+    (null_patterns, World(**_SMALL, n_layers=2, n_prompts=14, length=(16, 32), vocabulary=len(WORDS))),
+    (null_places, World(**_SMALL, n_layers=2, n_prompts=10, length=(16, 32))),
+    (
+        null_words,
+        World(**_SMALL, n_layers=2, n_prompts=12, length=(24, 40), vocabulary=len(WORDS), token_sd=1.5),
+    ),
+    (null_dynamics, World(**_SMALL, n_layers=2, n_prompts=12, length=(30, 45))),
+)
 
 
 def calibrate(

@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -44,17 +46,30 @@ PLANTED = {
 }
 
 
-def run(seed: int, n_permutations: int) -> dict[str, list[float]]:
+class Plan(NamedTuple):
+    """A world, and of how many prompts it is where contexts are compared, and where something is planted in them."""
+
+    world: Attending
+    contexts: int
+    planted_contexts: int
+
+
+FULL = Plan(Attending(), 40, 80)
+SMALL = Plan(Attending(n_prompts=12, length=(12, 24), n_expert=8), 24, 60)
+
+
+def run(seed: int, n_permutations: int, plan: Plan = FULL) -> dict[str, list[float]]:
     """One draw of every world: test -> p-values, one of each layer. Of planted worlds only every tenth is drawn."""
     out: dict[str, list[float]] = {}
     options = {"n_permutations": n_permutations, "seed": seed}
     planted = seed % 10 == 0
     for plant in ("nothing", "position", "attention")[: 3 if planted else 2]:
-        drawn = Attending(plant).draw(seed)
+        drawn = replace(plan.world, plant=plant).draw(seed)
         features = drawn.features.reshape(len(drawn.prompt), -1)
         problems = [drawn.problem(seed, layer) for layer in range(2)]
         attends = [gain_test(p, features, position_basis(p.position), **options).p_value for p in problems]
-        many = Attending(plant, n_prompts=80 if plant == "attention" else 40).draw(seed)
+        n = plan.planted_contexts if plant == "attention" else plan.contexts
+        many = replace(plan.world, plant=plant, n_prompts=n).draw(seed)
         attention, routing, position = many.contexts(np.random.default_rng(seed))
         alike = [context_attention_routing(attention, r, position, **options).p_value for r in routing]
         if plant == "attention":
@@ -64,7 +79,7 @@ def run(seed: int, n_permutations: int) -> dict[str, list[float]]:
         if plant == "position":
             out["contexts, position ignored"] = [_without_strata(attention, r, **options) for r in routing]
     for plant, name in EARLY[: 2 if planted else 1]:
-        drawn = Attending(plant).draw(seed)
+        drawn = replace(plan.world, plant=plant).draw(seed)
         early = [
             gain_test(
                 drawn.problem(seed, layer), membership(drawn.experts[:, 1 - layer], drawn.n_expert), **options
@@ -86,11 +101,11 @@ def _without_strata(x: np.ndarray, y: np.ndarray, n_permutations: int, seed: int
     return float(np.mean(np.array(reached) >= reached[0] - 1e-9))
 
 
-def calibrate(runs: int | range, n_permutations: int = 59) -> pd.DataFrame:
+def calibrate(runs: int | range, n_permutations: int = 59, plan: Plan = FULL) -> pd.DataFrame:
     """Rejections at 5 %: ``test``, ``n`` p-values, ``rejected`` (share), ``low``, ``high`` (95 %, exact)."""
     found: dict[str, list[float]] = defaultdict(list)
     for seed in range(runs) if isinstance(runs, int) else runs:
-        for name, values in run(seed, n_permutations).items():
+        for name, values in run(seed, n_permutations, plan).items():
             found[name] += values
     rows = []
     for name in (*TESTS, *PLANTED):

@@ -20,8 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_server import ready_client
-from test_synthetic_models import TEXT
+from running import TEXT, ready_client
 
 import moetrace
 from moetrace.host.client import Answer, ServerClient, drive

@@ -24,9 +24,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from test_contexts import last_tokens
-from test_server import check_identity, prompts_of_mixed_length
-from test_synthetic_models import TEXT, check_routing
+from identities import check_identity, last_tokens, prompts_of_mixed_length
+from router_math import check_routing
+from running import TEXT
 
 import moetrace
 from moetrace.errors import MoetraceError

@@ -225,3 +225,10 @@ def number_records(records: np.ndarray) -> np.ndarray:
             if record["flags"] & RowFlag.OUTPUT:
                 sampled[sequence] = int(record["position"])
     return records
+
+
+def change_ring(path: Path, **numbers: int) -> None:
+    data = bytearray(path.read_bytes())
+    for name, value in numbers.items():
+        put(data, name, value)
+    path.write_bytes(reseal(data))

@@ -1,7 +1,7 @@
 """``moetrace import``: options to call, and what it says."""
 
 import pytest
-from test_importers import write
+from recordings import write
 
 import moetrace
 from moetrace.__main__ import run as command_line

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from test_importers import SHARED, WARMUP, olmoe_line, one_pass, real, token_file, write
+from recordings import SHARED, WARMUP, olmoe_line, one_pass, real, token_file, write
 
 import moetrace
 from moetrace.errors import ChannelMissingError, InputError, MoetraceError, UsageError

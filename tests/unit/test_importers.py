@@ -2,25 +2,15 @@
 memory."""
 
 import json
-import os
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
+from recordings import SHARED, WARMUP, entry, olmoe_line, one_pass, real, token_file, write
 
 from moetrace.errors import InputError
 from moetrace.trace.importers import counts, logs, olmoe, token_json
 from moetrace.trace.importers.source import LOST, PRESENT, Tally
-
-SHARED = Path(os.environ.get("MOETRACE_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
-real = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the folder shared/ beside the repository")
-
-
-def write(path, *lines):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 def stacked(pieces, name):
@@ -28,34 +18,6 @@ def stacked(pieces, name):
 
 
 # -- per-token JSON --------------------------------------------------------------------------------------
-
-
-def entry(layer, component, ids, **more):
-    return {
-        "operation_type": "MUL_MAT_ID",
-        "layer_id": layer,
-        "dst_name": f"ffn_moe_{component}-{layer}",
-        "expert_ids": ids,
-        "phase": "GENERATE",
-        "timestamp_ns": 5,
-    } | more
-
-
-def one_pass(ids_of_layer, **more):
-    other = {"operation_type": "RMS_NORM", "layer_id": None, "dst_name": "norm", "expert_ids": []}
-    return [
-        e
-        for layer, ids in enumerate(ids_of_layer)
-        for e in (other, *(entry(layer, c, ids, **more) for c in ("gate", "up", "down")))
-    ]
-
-
-def token_file(root, domain, number, *passes):
-    path = root / domain / "traces" / f"token-{number:05d}.json"
-    return write(path, json.dumps({"token_id": number, "entries": [e for p in passes for e in p]}))
-
-
-WARMUP = one_pass([list(range(15, -1, -1)), list(range(16))], phase="PROMPT")
 
 
 @pytest.fixture
@@ -365,15 +327,6 @@ def test_gate_log_malformed(tmp_path, line, message):
 
 
 # -- OLMoE -----------------------------------------------------------------------------------------------
-
-
-def olmoe_line(experts, **more):
-    """experts: (token, layer, k), turned as the format has it: [token][k][layer]."""
-    n = len(experts)
-    exp_ids = np.array(experts).transpose(0, 2, 1).tolist()
-    return json.dumps(
-        {"input_ids": list(range(n)), "predicted_token_ids": list(range(1, n + 1)), "exp_ids": exp_ids} | more
-    )
 
 
 def read_olmoe(source, **options):

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from rings import Producer, make_layout, number_records
-from test_resume import change_ring
+from rings import Producer, change_ring, make_layout, number_records
 from traces import Context, event, server_records, write_trace
 
 import moetrace

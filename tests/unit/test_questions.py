@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import traces
+from recordings import WARMUP, olmoe_line, one_pass, token_file, write
 from rings import make_layout
 from routing import shared_data
-from test_importers import WARMUP, olmoe_line, one_pass, token_file, write
 
 import moetrace
 from moetrace.__main__ import main

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from plain_reader import read_trace
-from rings import make_layout, put, reseal
+from rings import change_ring, make_layout, put
 from traces import Context, server_records, write_trace
 
 import moetrace
@@ -30,13 +30,6 @@ from moetrace.trace.verify import verify
 from moetrace.trace.writer import TraceWriter, final_counters
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-def change_ring(path: Path, **numbers: int) -> None:
-    data = bytearray(path.read_bytes())
-    for name, value in numbers.items():
-        put(data, name, value)
-    path.write_bytes(reseal(data))
 
 
 def killed(folder: Path, sealed: int) -> tuple[Path, Path]:

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_server import child_of, start_run
-from test_synthetic_models import TEXT
+from running import TEXT, child_of, start_run
 
 import moetrace
 from moetrace.host.client import ServerClient
