@@ -245,12 +245,13 @@ static void two_models_compute() {
                 h.decode();
                 context_on_event(h.ctx, EVENT_SEQ_RM, 0, 0, -1, 0);
             }
-            h.free();
         });
     }
     for (auto & t : threads) {
         t.join();
     }
+    host(1).free(); // not before: the other would go on in its recording
+    host(2).free();
     for (const auto & folder : contexts_in(trace)) {
         const ring_view ring(folder);
         CHECK(ring.count(COUNT_ROWS_COMMITTED) == 1000*N);
