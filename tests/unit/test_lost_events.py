@@ -64,7 +64,7 @@ def test_without_numbers_they_are_mixed_up_and_it_is_said(tmp_path: Path) -> Non
     assert len(trace.requests) == 2
     assert not trace.loss.complete
     assert "mixed up" in verify(path).remarks[0]
-    assert "counted to another" in question("overview")().answer(Subject([trace])).caveats[1]
+    assert "counted to another" in question("overview")().answer(Subject([trace])).caveats[0]
 
 
 def test_every_place_that_speaks_of_loss_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
