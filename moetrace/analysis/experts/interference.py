@@ -17,11 +17,8 @@ import pandas as pd
 
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.likelihood import likelihood_change
+from moetrace.analysis.statistics.shapes import Floats, Ints
 from moetrace.errors import UsageError
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-
 
 # -- k -----------------------------------------------------------------------------------------------------
 
