@@ -253,20 +253,17 @@ class ExpertMerging(Question):
                         change = likelihood_change(
                             comparison.base.nll, found.nll, found.text, kl=apart.kl, same_top=apart.same_top
                         )
-                        row = {
-                            "criterion": criterion,
-                            "n_expert": count,
-                            "in_place": in_place,
-                            "bytes": file.n_bytes,
-                            "size": file.n_bytes / file.n_bytes_before,
-                            "nll": found.mean,
-                        }
-                        for name in ("change", "kl", "same_top"):
-                            interval = getattr(change, name)
-                            for ending in ("estimate", "low", "high"):
-                                value = np.nan if interval is None else float(getattr(interval, ending))
-                                row[name if ending == "estimate" else f"{name}_{ending}"] = value
-                        rows.append(row)
+                        rows.append(
+                            {
+                                "criterion": criterion,
+                                "n_expert": count,
+                                "in_place": in_place,
+                                "bytes": file.n_bytes,
+                                "size": file.n_bytes / file.n_bytes_before,
+                                "nll": found.mean,
+                                **change.columns,
+                            }
+                        )
                         if file.types and not notes:
                             name, (before, now) = next(iter(file.types.items()))
                             notes.append(
