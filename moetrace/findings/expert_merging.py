@@ -24,6 +24,7 @@ from moetrace.findings.wording import layer_list, span
 from moetrace.model.experts import LayerExperts
 from moetrace.model.file import ModelFile
 from moetrace.model.merged import write_merged
+from moetrace.numbers import numbers
 
 _OUTPUT_BYTES = 512 << 20  # of all experts' outputs of a layer
 _ROUTING_TOKENS = 8192
@@ -124,12 +125,7 @@ class ExpertMerging(Question):
         n, least = model.n_expert, model.n_expert_used
         blocks = int(model.field("{arch}.expert_group_count", 1) or 1)
         if self.counts:
-            try:
-                counts = [int(part) for part in self.counts.split(",")]
-            except ValueError:
-                raise UsageError(
-                    f"--counts {self.counts!r} are no numbers", fix="write them like 28,24,16"
-                ) from None
+            counts = numbers(self.counts, "--counts")
             if not all(least <= count <= n and count % blocks == 0 for count in counts):
                 raise UsageError(
                     f"--counts {self.counts} cannot be",

@@ -17,9 +17,9 @@ from traces import small_trace
 
 import moetrace
 from moetrace.__main__ import COMMANDS, load, main, split
-from moetrace.commands.selecting import numbers
 from moetrace.errors import UsageError
 from moetrace.host.options import human_size, parse_size
+from moetrace.numbers import numbers
 
 GOLDEN = str(Path(__file__).parents[1] / "golden" / "two-contexts")
 KILLED = str(Path(__file__).parents[1] / "golden" / "killed")

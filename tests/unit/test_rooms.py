@@ -15,8 +15,8 @@ PACKAGE = ROOT / "moetrace"
 
 #: a room may import from those before it; the package itself (its version) from anywhere
 ROOMS = (
-    "errors", "data", "synthetic", "model", "trace", "analysis", "host", "plot", "findings", "report", "commands",
-    "__main__",
+    "errors", "numbers", "data", "synthetic", "model", "trace", "analysis", "host", "plot", "findings", "report",
+    "commands", "__main__",
 )  # fmt: skip
 #: analyses stand beside the host, and neither knows the other
 BESIDE = {("host", "analysis")}
