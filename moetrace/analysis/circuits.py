@@ -17,7 +17,7 @@ import pandas as pd
 from moetrace.analysis.counts.routed import RoutedText, rotation, standardised
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.information import entropy_bits, shares
-from moetrace.analysis.statistics.nulls import Floats, Ints
+from moetrace.analysis.statistics.shapes import Floats, Ints
 from moetrace.errors import UsageError
 
 _LN2 = float(np.log(2.0))

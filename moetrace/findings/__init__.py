@@ -45,7 +45,7 @@ class _Questions(Mapping[str, type[Question]]):
     def _found(self) -> dict[str, type[Question]]:
         found: dict[str, type[Question]] = {}
         for _, name, _ in pkgutil.iter_modules(__path__, f"{__name__}."):
-            for value in vars(importlib.import_module(name)).values():
+            for value in list(vars(importlib.import_module(name)).values()):
                 # the class that the file defines, not those that it imports; Question itself has no name
                 mine = isinstance(value, type) and issubclass(value, Question) and value.__module__ == name
                 if mine and "name" in vars(value):

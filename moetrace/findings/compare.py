@@ -98,7 +98,7 @@ class Compare(Question):
                 "coverage_k and the published comparison need router logits: capture with --capture"
                 " experts,weights,logits."
             )
-        return self.finding(subject, sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats, of_phase=False)
 
     def _notes(self, subject: Subject, only_in: tuple[int, int]) -> list[str]:
         notes = []

@@ -9,10 +9,10 @@ import pandas as pd
 
 from moetrace.analysis.domains import layers
 from moetrace.analysis.published import notebook as published
-from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import layer_list, span
+from moetrace.numbers import numbers
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class DepthContrast(Question):
             counts.included,
             counts.labels,
             layers=counts.layers,
-            early=_layers(self.early, "--early"),
-            late=_layers(self.late, "--late"),
+            early=numbers(self.early, "--early") if self.early else None,
+            late=numbers(self.late, "--late") if self.late else None,
         )
         table = pd.DataFrame(
             {
@@ -60,15 +60,15 @@ class DepthContrast(Question):
                 f"Whether {what} separate domains more than {early} cannot be said: {self._why(subject)}."
             )
         else:
-            numbers = (
+            told = (
                 f"{found.early:.3f} bits early, {found.late:.3f} late, difference"
                 f" {span(found.difference, found.low, found.high)}"
             )
             sentence = (
                 f"Domains lie {'further apart' if verdict == 'more' else 'closer together'} in {what} than in {early}:"
-                f" {numbers}."
+                f" {told}."
                 if verdict
-                else f"Whether domains lie further apart in {what} than in {early} remains open: {numbers}."
+                else f"Whether domains lie further apart in {what} than in {early} remains open: {told}."
             )
         old = published.early_late(
             subject.activations, subject.activations.components[-1], found.early_layers, found.late_layers
@@ -86,8 +86,8 @@ class DepthContrast(Question):
 
         row = finding.tables["contrast"].iloc[0]
         found = layers.DepthContrast(
-            tuple(_layers(str(row["early_layers"]), "") or ()),
-            tuple(_layers(str(row["late_layers"]), "") or ()),
+            tuple(numbers(str(row["early_layers"]), "early_layers")),
+            tuple(numbers(str(row["late_layers"]), "late_layers")),
             *(float(row[name]) for name in ("early", "late", "difference", "low", "high")),
         )
         return {
@@ -106,16 +106,3 @@ class DepthContrast(Question):
         if not test.testable:
             return "that takes several prompts of each domain"
         return "a domain has a single prompt, or no token in one of these layers"
-
-
-def _layers(text: str, option: str) -> list[int] | None:
-    """``0-5,7`` as numbers; None if not given."""
-    if not text:
-        return None
-    out: list[int] = []
-    for part in text.replace(" ", "").split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise UsageError(f"{option} {text} is no list of layers", fix=f"write it like {option} 0-5,7")
-        out += range(int(first), int(last if dash else first) + 1)
-    return out

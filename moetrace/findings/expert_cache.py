@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 
 from moetrace.analysis.placement.cache import POLICIES, expert_cache
-from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import span
 from moetrace.host.options import human_size
 from moetrace.model.file import ModelFile
+from moetrace.numbers import numbers
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,7 @@ class ExpertCache(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Simulate."""
-        try:
-            slots = [int(part) for part in self.slots.split(",") if part.strip()]
-        except ValueError:
-            raise UsageError(
-                f"--slots {self.slots}: no numbers", fix="give numbers, as --slots 4,8,16"
-            ) from None
+        slots = numbers(self.slots, "--slots") if self.slots else []
         text = subject.routing.text
         sizes = None
         if subject.model is not None:

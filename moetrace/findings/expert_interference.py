@@ -22,6 +22,7 @@ from moetrace.findings.wording import of_layers, span
 from moetrace.host.llama import Llama
 from moetrace.model.experts import LayerExperts
 from moetrace.model.file import ModelFile
+from moetrace.numbers import numbers
 
 _TOO_FAR = 0.05  # quantised activations cost about 1 %
 
@@ -104,10 +105,7 @@ class ExpertInterference(Question):
     def _ks(self, model: ModelFile) -> list[int]:
         default, most = model.n_expert_used, model.n_expert
         if self.k:
-            try:
-                chosen = {int(part) for part in self.k.split(",")}
-            except ValueError:
-                raise UsageError(f"--k {self.k!r} are no numbers", fix="write them like 1,2,4") from None
+            chosen = set(numbers(self.k, "--k"))
             if not all(1 <= k <= most for k in chosen):
                 raise UsageError(f"--k {self.k} cannot be", fix=f"give 1 to {most}")
         else:

@@ -24,6 +24,7 @@ from moetrace.findings.wording import layer_list, span
 from moetrace.model.experts import LayerExperts
 from moetrace.model.file import ModelFile
 from moetrace.model.merged import write_merged
+from moetrace.numbers import numbers
 
 _OUTPUT_BYTES = 512 << 20  # of all experts' outputs of a layer
 _ROUTING_TOKENS = 8192
@@ -124,12 +125,7 @@ class ExpertMerging(Question):
         n, least = model.n_expert, model.n_expert_used
         blocks = int(model.field("{arch}.expert_group_count", 1) or 1)
         if self.counts:
-            try:
-                counts = [int(part) for part in self.counts.split(",")]
-            except ValueError:
-                raise UsageError(
-                    f"--counts {self.counts!r} are no numbers", fix="write them like 28,24,16"
-                ) from None
+            counts = numbers(self.counts, "--counts")
             if not all(least <= count <= n and count % blocks == 0 for count in counts):
                 raise UsageError(
                     f"--counts {self.counts} cannot be",
@@ -253,20 +249,17 @@ class ExpertMerging(Question):
                         change = likelihood_change(
                             comparison.base.nll, found.nll, found.text, kl=apart.kl, same_top=apart.same_top
                         )
-                        row = {
-                            "criterion": criterion,
-                            "n_expert": count,
-                            "in_place": in_place,
-                            "bytes": file.n_bytes,
-                            "size": file.n_bytes / file.n_bytes_before,
-                            "nll": found.mean,
-                        }
-                        for name in ("change", "kl", "same_top"):
-                            interval = getattr(change, name)
-                            for ending in ("estimate", "low", "high"):
-                                value = np.nan if interval is None else float(getattr(interval, ending))
-                                row[name if ending == "estimate" else f"{name}_{ending}"] = value
-                        rows.append(row)
+                        rows.append(
+                            {
+                                "criterion": criterion,
+                                "n_expert": count,
+                                "in_place": in_place,
+                                "bytes": file.n_bytes,
+                                "size": file.n_bytes / file.n_bytes_before,
+                                "nll": found.mean,
+                                **change.columns,
+                            }
+                        )
                         if file.types and not notes:
                             name, (before, now) = next(iter(file.types.items()))
                             notes.append(

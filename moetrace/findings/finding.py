@@ -216,8 +216,9 @@ class Question(ABC):
         caveats: Sequence[str] = (),
         *,
         concludes: bool = True,
+        of_phase: bool = True,
     ) -> Finding:
-        """Make this question's finding about the subject."""
+        """Make this question's finding; ``of_phase``: it is about the rows of the subject's phase."""
         return Finding(
             self.name,
             self.title,
@@ -226,7 +227,7 @@ class Question(ABC):
             dict(tables),
             self.parameters,
             concludes=concludes and bool(sentences),
-            phase_note="" if self.compares else subject.phase_note,
+            phase_note=subject.phase_note if of_phase else "",
         )
 
     @property

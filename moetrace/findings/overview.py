@@ -11,7 +11,7 @@ from moetrace.analysis.published import notebook as published
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Finding, Question
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import events_lost, layer_list, number
+from moetrace.findings.wording import events_lost, not_computed, number
 from moetrace.trace import naming
 
 
@@ -89,12 +89,8 @@ class Overview(Question):
         kinds = {text for t in subject.traces if (text := str(naming.said(t.facts).get("description") or ""))}
         if len(kinds) > 1:
             caveats.append(f"The traces are of different files of the model: {', '.join(sorted(kinds))}.")
-        if loss.not_computed:
-            some = layers[layers["not_computed"] > 0]["layer"]
-            caveats.append(
-                f"Layer {layer_list(some)} lacks entries that llama.cpp did not compute, because no output was"
-                " asked for there: its numbers rest on fewer tokens."
-            )
+        if text := not_computed(layers):
+            caveats.append(text)
         missing = [name for t in subject.traces for name in t.meta.get("import", {}).get("missing", [])]
         if missing:
             caveats.append(

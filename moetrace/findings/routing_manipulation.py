@@ -116,7 +116,7 @@ class RoutingManipulation(Question):
             caveats.append(
                 "The trace has no prompt texts to edit: record with `moetrace capture -f` or `moetrace drive`."
             )
-        return self.finding(subject, sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats, of_phase=False)
 
     def _targets(
         self, layers: tuple[int, ...], n_expert: tuple[int, ...], rng: np.random.Generator

@@ -40,6 +40,20 @@ def events_lost(traces: Iterable[Trace]) -> str:
     )
 
 
+def not_computed(entries: pd.DataFrame) -> str:
+    """Which layers lack entries that were not computed, a sentence; empty if none does.
+
+    ``entries`` is of :func:`moetrace.analysis.counts.overview.layers`.
+    """
+    some = entries[entries["not_computed"] > 0]["layer"]
+    return (
+        f"Layer {layer_list(some)} lacks entries that llama.cpp did not compute, because no output was asked for"
+        " there: its numbers rest on fewer tokens."
+        if len(some)
+        else ""
+    )
+
+
 def layer_list(layers: Iterable[Any]) -> str:
     """``0-5, 23``."""
     numbers = sorted(int(n) for n in layers)

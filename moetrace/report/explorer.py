@@ -29,7 +29,7 @@ def explorer(
 ) -> tuple[dict[str, Any], Arrays]:
     """Gather header and arrays of the interactive figures.
 
-    Counts come from the subject's analysis, whatever needed permutations or a bootstrap from the findings'
+    Counts come from the subject, whatever needed permutations or a bootstrap from the findings'
     tables, so that the page shows the very numbers of its sentences. ``max_experts`` bounds the transition
     matrices: the most used first experts of a layer.
 

@@ -329,7 +329,7 @@ def few_texts(tmp_path) -> Path:
 
 def asked(name: str, trace: Path, folder: Path, **options: Any) -> Any:
     finding = ran(ASK, trace, demo_model(), name, json.dumps(options), folder)
-    assert finding["missing"] is None
+    assert finding["not_answered"] is None
     empty = {table for table, content in finding["tables"].items() if not content["data"]}
     assert empty <= {"candidates"}  # no two of the demo model's experts are alike
     return finding

@@ -19,10 +19,10 @@ from traces import small_trace
 
 import moetrace
 from moetrace.__main__ import COMMANDS, load, main, split
-from moetrace.commands.selecting import numbers
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.host.options import human_size, parse_size
 from moetrace.host.runtime import VARIABLES, preload_environment
+from moetrace.numbers import numbers
 from moetrace.trace.jsonfile import read_json, write_json
 from moetrace.trace.labels import append_labels
 from moetrace.trace.writer import TraceWriter

@@ -22,8 +22,11 @@ TABLE = pd.DataFrame({"layer": [0, 1], "value": [0.5e-12, float("nan")], "name":
 
 
 def test_a_finding_survives_json_with_its_missing_values() -> None:
-    made = Finding("load-balance", "Load balance", ("one",), ("two",), {"t": TABLE}, {"level": 0.95})
+    made = Finding(
+        "load-balance", "Load balance", ("one",), ("two",), {"t": TABLE}, {"level": 0.95}, False, "Decode."
+    )
     again = Finding.from_json(made.to_json())
+    assert (again.concludes, again.phase_note, again.not_answered) == (False, "Decode.", None)
     assert again.sentences == ("one",)
     assert again.parameters == {"level": 0.95}
     assert again.tables["t"]["layer"].tolist() == [0, 1]

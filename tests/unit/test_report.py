@@ -22,7 +22,7 @@ from moetrace.errors import InputError
 from moetrace.findings import QUESTIONS, Finding, Subject, ask_all, question
 from moetrace.report.captured import captured
 from moetrace.report.explorer import explorer, pack, unpack
-from moetrace.report.files import figures_of
+from moetrace.report.files import figures_of, widget_tables
 from moetrace.report.methods import linked, methods
 from moetrace.report.page import MAX_BYTES, Report, render_page, write_report
 from moetrace.report.summary import summary
@@ -327,6 +327,39 @@ def test_a_finding_that_lacks_its_tables_is_refused_by_name() -> None:
     made = Finding("load-balance", "Load", ("s",), (), {"other": pd.DataFrame({"a": [1]})})
     with pytest.raises(InputError, match="load-balance has no 'load_balance'"):
         figures_of(made)
+
+
+def test_a_widget_is_drawn_of_the_table_of_the_question_that_declares_it() -> None:
+    """Another question may have a table of the same columns, and come first."""
+    mine, theirs = (
+        pd.DataFrame({"layer": [0], "jsd_bits": [0.5]}),
+        pd.DataFrame({"layer": [0], "jsd_bits": [9.0]}),
+    )
+    findings = [
+        Finding("matched-separation", "Other", ("s",), (), {"domain_test": theirs}),
+        Finding("domain-separation", "Separation", ("s",), (), {"other": theirs, "domain_test": mine}),
+        Finding("specialists", "Specialists", not_answered="no domain"),
+    ]
+    assert widget_tables(findings) == {"separation": mine}
+    with pytest.raises(InputError, match="specialists has no 'domain_lift'"):
+        widget_tables([Finding("specialists", "Specialists", ("s",))])
+
+
+@pytest.mark.parametrize(("concludes", "where"), [(True, "conclusions"), (False, "limits")])
+def test_whether_an_answer_concludes_is_what_it_says_of_itself(
+    tmp_path: Path, concludes: bool, where: str
+) -> None:
+    """Not what words it uses."""
+    said = Finding("own", "Own", ("It cannot be said more plainly.",), concludes=concludes)
+    with moetrace.open(traces.small_trace(tmp_path / "t.moet")) as trace:
+        subject = Subject([trace])
+        text = Page(render_page(subject, [said], captured(subject))).text
+    conclusions, _, limits = text.partition("What cannot")
+    sentence = said.sentences[0]
+    assert {"conclusions": sentence in conclusions, "limits": sentence in limits.partition("Explore")[0]}[
+        where
+    ]
+    assert sentence not in (limits.partition("Explore")[0] if concludes else conclusions)
 
 
 def test_report_refuses_what_holds_no_findings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -14,7 +15,8 @@ PACKAGE = ROOT / "moetrace"
 
 #: a room may import from those before it; the package itself (its version) from anywhere
 ROOMS = (
-    "errors", "printable", "data", "synthetic", "model", "trace", "analysis", "host", "plot", "findings", "report",
+    "errors", "printable", "numbers", "data", "synthetic", "model", "trace", "analysis", "host", "plot", "findings",
+    "report",
     "commands", "__main__",
 )  # fmt: skip
 #: analyses stand beside the host, and neither knows the other
@@ -72,6 +74,17 @@ def test_nothing_is_imported_from_a_room_above() -> None:
 
 def test_nor_within_analysis() -> None:
     assert misplaced(DOORS, 2, "moetrace.analysis.") == []
+
+
+def test_questions_leave_drawing_to_plot() -> None:
+    """They name and caption figures; what is drawn stands in one room."""
+    for name, path in MODULES.items():
+        if name.startswith("moetrace.findings."):
+            drawn = {found for found in imports(name, annotations=True) if found.startswith("moetrace.plot")}
+            assert drawn <= {"moetrace.plot"}, name
+            text = path.read_text(encoding="utf-8")
+            assert "import matplotlib" not in text, name
+            assert not [line for line in text.splitlines() if re.search(r"\bax\.\w", line)], name
 
 
 def test_there_are_no_circles() -> None:

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moetrace.analysis.statistics.shapes import Ints
 from moetrace.errors import UsageError
-
-Ints = npt.NDArray[np.int64]
 
 #: keys before the token that count as recent
 RECENT = 8

@@ -12,8 +12,6 @@ from moetrace.analysis.counts.attention import AttentionRows
 from moetrace.analysis.counts.routed import RoutedText
 from moetrace.errors import MoetraceError, UsageError
 
-Ints = npt.NDArray[np.int64]
-
 
 class TokenColumns:
     """Tokens, and what their traces hold of them.

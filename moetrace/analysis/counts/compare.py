@@ -9,17 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from moetrace.analysis.counts.counting import Ints
 from moetrace.analysis.counts.from_trace import CHUNK, PHASES, Chosen, present
 from moetrace.analysis.statistics import information as info
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.chance import chance
-from moetrace.analysis.statistics.shapes import layer_numbers, per_layer
+from moetrace.analysis.statistics.shapes import Bools, Floats, Ints, layer_numbers, per_layer
 from moetrace.analysis.statistics.sums import MetricSums
 from moetrace.errors import UsageError
-
-Bools = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float64]
 
 
 def agreement(

@@ -21,10 +21,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from moetrace.analysis.statistics.shapes import layer_numbers, per_layer
+from moetrace.analysis.statistics.shapes import Ints, layer_numbers, per_layer
 from moetrace.errors import UsageError
 
-Ints = npt.NDArray[np.int64]
 Progress = Callable[[int, int], None]
 
 PRESENT = 1

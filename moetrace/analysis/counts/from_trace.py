@@ -19,7 +19,6 @@ from moetrace.analysis.counts.columns import TokenColumns
 from moetrace.analysis.counts.counting import (
     MAX_LAG,
     PRESENT,
-    Ints,
     Progress,
     ReadingOrder,
     RoutingCounts,
@@ -31,6 +30,7 @@ from moetrace.analysis.counts.counting import (
     reading_order,
 )
 from moetrace.analysis.counts.routed import RoutedText
+from moetrace.analysis.statistics.shapes import Ints
 from moetrace.errors import ChannelMissingError, MoetraceError, UsageError
 
 Phase = Literal["prefill", "decode", "unknown", "all"]

@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moetrace.analysis.counts.counting import breaks
-from moetrace.analysis.statistics.nulls import Floats, Ints
-from moetrace.analysis.statistics.shapes import rows_of, some_requests
+from moetrace.analysis.statistics.shapes import Floats, Ints, rows_of, some_requests
 from moetrace.errors import UsageError
 
 # A field that follows from the others unless it is given.

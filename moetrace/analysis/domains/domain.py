@@ -17,8 +17,8 @@ import pandas as pd
 
 from moetrace.analysis.statistics import information as info
 from moetrace.analysis.statistics import nulls
-from moetrace.analysis.statistics.nulls import Domains, Floats, Ints
-from moetrace.analysis.statistics.shapes import layer_numbers, per_layer
+from moetrace.analysis.statistics.nulls import Domains
+from moetrace.analysis.statistics.shapes import Floats, Ints, layer_numbers, per_layer
 from moetrace.errors import UsageError
 
 Statistic = Literal["jsd", "pseudo_f", "entropy"]

@@ -12,8 +12,8 @@ import pandas as pd
 from moetrace.analysis.domains.domain import delete_one_domains, domain_counts
 from moetrace.analysis.statistics import information as info
 from moetrace.analysis.statistics import nulls
-from moetrace.analysis.statistics.nulls import Domains, Ints
-from moetrace.analysis.statistics.shapes import layer_numbers, per_layer
+from moetrace.analysis.statistics.nulls import Domains
+from moetrace.analysis.statistics.shapes import Floats, Ints, layer_numbers, per_layer
 from moetrace.errors import UsageError
 
 
@@ -64,7 +64,7 @@ def depth_contrast(
     domains = Domains.of(labels)
     full, without = delete_one_domains(c, domains)
 
-    def three(sums: nulls.Floats) -> nulls.Floats:
+    def three(sums: Floats) -> Floats:
         jsd = info.jsd_bits(info.shares(sums.transpose(1, 0, 2)))
         a, b = jsd[first].mean(), jsd[last].mean()
         return np.array([a, b, b - a])
@@ -219,7 +219,7 @@ def load_balance(
     own = per_layer(n_expert, c.shape[1], c.shape[2])
     mean = total.sum(axis=1) / own
 
-    def jain(load: nulls.Floats) -> nulls.Floats:
+    def jain(load: Floats) -> Floats:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(load.sum(axis=-1) ** 2 / (own * (load**2).sum(axis=-1)))
 

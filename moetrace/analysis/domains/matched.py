@@ -18,7 +18,8 @@ from moetrace.analysis.counts.counting import TokenCounts
 from moetrace.analysis.domains.domain import N_PERMUTATIONS
 from moetrace.analysis.statistics import information as info
 from moetrace.analysis.statistics import nulls
-from moetrace.analysis.statistics.nulls import Domains, Floats, Ints
+from moetrace.analysis.statistics.nulls import Domains
+from moetrace.analysis.statistics.shapes import Floats, Ints
 
 NO_SHARED_WORDS = "cannot be tested: too few token ids are shared between prompts of different domains"
 

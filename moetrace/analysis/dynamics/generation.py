@@ -17,7 +17,7 @@ from moetrace.analysis.counts.counting import RoutingCounts
 from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.information import entropy_bits, jsd_bits, shares
-from moetrace.analysis.statistics.nulls import Floats, Ints
+from moetrace.analysis.statistics.shapes import Floats, Ints
 from moetrace.errors import UsageError
 
 

@@ -23,8 +23,7 @@ from moetrace.analysis.counts.counting import (
 )
 from moetrace.analysis.counts.from_trace import Chosen
 from moetrace.analysis.statistics import nulls
-from moetrace.analysis.statistics.nulls import Floats
-from moetrace.analysis.statistics.shapes import layer_numbers, rows_of, some_requests
+from moetrace.analysis.statistics.shapes import Floats, layer_numbers, rows_of, some_requests
 from moetrace.errors import UsageError
 
 

@@ -10,10 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from moetrace.analysis.counts.counting import Ints
 from moetrace.analysis.counts.from_trace import Chosen, by_prompt
-from moetrace.analysis.statistics import nulls
-from moetrace.analysis.statistics.shapes import layer_numbers
+from moetrace.analysis.statistics.shapes import Floats, Ints, layer_numbers
 from moetrace.analysis.statistics.sums import MetricSums
 from moetrace.errors import UsageError
 
@@ -30,7 +28,7 @@ METRICS = (
 SUMMED = (*METRICS, "cosine_unpaired")
 
 
-def pair_distances(a: npt.ArrayLike, b: npt.ArrayLike) -> dict[str, nulls.Floats]:
+def pair_distances(a: npt.ArrayLike, b: npt.ArrayLike) -> dict[str, Floats]:
     """Distances of vectors a and b, both (..., D): each metric of :data:`METRICS` as an array (...), float64.
 
     ``l2_normalized`` is ‖a − b‖₂/√D and ``l1`` is Σ|a − b|, as in gate_input_analysis.py. Cosine and Pearson
@@ -199,7 +197,7 @@ def _distances(
     partners: npt.ArrayLike | None,
     state: npt.NDArray[np.uint8] | None,
     chunk: int,
-) -> Iterator[tuple[nulls.Ints, dict[str, nulls.Floats]]]:
+) -> Iterator[tuple[Ints, dict[str, Floats]]]:
     """Rows (m,) and :data:`SUMMED` of them, each (m, L − 1), NaN where a cell is not there; chunk by chunk."""
     if gate_input.ndim != 3:
         raise UsageError(f"gate_input has shape {gate_input.shape}", fix="give (rows, layers, n_embd)")

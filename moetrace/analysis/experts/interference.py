@@ -17,11 +17,8 @@ import pandas as pd
 
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.likelihood import likelihood_change
+from moetrace.analysis.statistics.shapes import Floats, Ints
 from moetrace.errors import UsageError
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-
 
 # -- k -----------------------------------------------------------------------------------------------------
 
@@ -73,11 +70,7 @@ def expert_interference(
             level=level,
         )
         row: dict[str, float] = {"k": k, "tokens": found.n_tokens, "texts": found.n_texts, "nll": own.mean()}
-        for name in ("change", "kl", "same_top"):
-            interval = getattr(found, name)
-            for ending in ("estimate", "low", "high"):
-                value = np.nan if interval is None else float(getattr(interval, ending))
-                row[name if ending == "estimate" else f"{name}_{ending}"] = value
+        row |= found.columns
         per_text = np.bincount(unit, own - base)
         other = k != default
         row["better_tokens"] = float((own < base).mean()) if other else np.nan

@@ -17,12 +17,8 @@ from scipy import stats
 
 from moetrace.analysis.counts.routed import membership
 from moetrace.analysis.statistics import nulls
-from moetrace.analysis.statistics.shapes import layer_numbers
+from moetrace.analysis.statistics.shapes import Bools, Floats, Ints, layer_numbers
 from moetrace.errors import UsageError
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 Method = Literal["random", "greedy", "beam"]
 METHODS: tuple[Method, ...] = ("random", "greedy", "beam")

@@ -21,13 +21,10 @@ from scipy.spatial.distance import squareform
 from moetrace.analysis.counts.routed import membership
 from moetrace.analysis.experts.outputs import blocks_of_pairs
 from moetrace.analysis.statistics import nulls
+from moetrace.analysis.statistics.shapes import Floats, Ints
 from moetrace.errors import UsageError
 from moetrace.model.experts import Activation, Expert
 from moetrace.model.grouping import Grouping
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 _KEYS = ["expert_a", "expert_b"]
 _OUTPUT_COLUMNS = ("cosine_mean_output", "output_distance", "output_distance_low", "output_distance_high")

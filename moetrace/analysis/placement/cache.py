@@ -26,9 +26,9 @@ import pandas as pd
 
 from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.statistics import nulls
+from moetrace.analysis.statistics.shapes import Ints
 from moetrace.errors import UsageError
 
-Ints = npt.NDArray[np.int64]
 Progress = Callable[[int, int], None]
 Policy = Literal["lru", "lfu", "oracle"]
 

@@ -10,8 +10,7 @@ import pandas as pd
 from scipy import stats
 
 from moetrace.analysis.counts.routed import RoutedText
-from moetrace.analysis.statistics.nulls import Floats, Ints
-from moetrace.analysis.statistics.shapes import layer_numbers
+from moetrace.analysis.statistics.shapes import Floats, Ints, layer_numbers
 from moetrace.errors import UsageError
 
 

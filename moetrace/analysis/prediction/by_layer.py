@@ -13,7 +13,7 @@ from scipy.special import expit
 
 from moetrace.analysis.counts.attention import FEATURES, attention_features, attention_windows
 from moetrace.analysis.counts.columns import TokenColumns
-from moetrace.analysis.counts.counting import Ints, Progress
+from moetrace.analysis.counts.counting import Progress
 from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.prediction.attention_prediction import attention_prediction
 from moetrace.analysis.prediction.context_attention_routing import (
@@ -25,6 +25,7 @@ from moetrace.analysis.prediction.context_attention_routing import (
 from moetrace.analysis.prediction.predict import Prediction, Problem, Scores
 from moetrace.analysis.prediction.task_prediction import task_prediction
 from moetrace.analysis.statistics import nulls
+from moetrace.analysis.statistics.shapes import Ints
 from moetrace.errors import MoetraceError, UsageError
 
 Frames = tuple[pd.DataFrame, pd.DataFrame]

@@ -16,9 +16,8 @@ import numpy.typing as npt
 
 from moetrace.analysis.counts.routed import membership
 from moetrace.analysis.statistics import nulls
+from moetrace.analysis.statistics.shapes import Floats
 from moetrace.errors import UsageError
-
-Floats = npt.NDArray[np.float64]
 
 #: fewer contexts than this are not tested
 FEWEST = 8

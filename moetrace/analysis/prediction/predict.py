@@ -24,11 +24,10 @@ from scipy import linalg, sparse
 
 from moetrace.analysis.counts.routed import membership
 from moetrace.analysis.statistics import nulls
+from moetrace.analysis.statistics.shapes import Floats, Ints
 from moetrace.errors import UsageError
 
-Floats = npt.NDArray[np.float64]
 Scores = npt.NDArray[np.floating[Any]]
-Ints = npt.NDArray[np.int64]
 
 N_FOLDS = 5
 # A table's entry counts as much as this many tokens of the overall usage.

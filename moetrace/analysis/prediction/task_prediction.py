@@ -41,8 +41,8 @@ def task_prediction(
     Parameters
     ----------
     early
-        (n, E) f4, 1 for the experts that the token uses in the early layer (:func:`~moetrace.analysis.routed.
-        membership`).
+        (n, E) f4, 1 for the experts that the token uses in the early layer
+        (:func:`~moetrace.analysis.counts.routed.membership`).
     hidden
         (n, D) f4: what the early layer's router read.
     gate

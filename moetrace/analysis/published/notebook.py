@@ -25,12 +25,9 @@ from moetrace.analysis.counts.from_trace import CHUNK, Chosen, Routing, by_promp
 from moetrace.analysis.experts import gate
 from moetrace.analysis.experts.gate import pair_distances
 from moetrace.analysis.statistics.information import entropy_bits, shares
-from moetrace.analysis.statistics.shapes import layer_numbers
+from moetrace.analysis.statistics.shapes import Floats, Ints, layer_numbers
 from moetrace.analysis.statistics.sums import MetricSums
 from moetrace.errors import UsageError
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 
 COMPONENTS = ("ffn_gate", "ffn_up", "ffn_down")
 

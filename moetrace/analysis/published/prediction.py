@@ -21,9 +21,8 @@ from scipy.special import gammaln
 
 from moetrace.analysis.counts.columns import TokenColumns
 from moetrace.analysis.prediction.by_layer import Frames, early_index
+from moetrace.analysis.statistics.shapes import Floats
 from moetrace.errors import UsageError
-
-Floats = npt.NDArray[np.float64]
 
 #: attention features of a token, in the order of :func:`head_mean_features`
 FEATURES = ("self_attention", "entropy", "top_k_concentration", "recent_window_mass", "early_token_mass")
@@ -265,7 +264,7 @@ def _log_choose(n: npt.NDArray[Any], k: int) -> Floats:
 
 
 def attention_by_layer(columns: TokenColumns) -> Frames:
-    """:func:`moetrace.analysis.prediction.as_published_attention_prediction` of these tokens.
+    """:func:`as_published_attention_prediction` of these tokens.
 
     Of the first, middle and last layer that have routing of them. Raises ChannelMissingError without attention
     or weights.
@@ -288,7 +287,7 @@ def attention_by_layer(columns: TokenColumns) -> Frames:
 
 
 def contexts_by_layer(columns: TokenColumns, token: int) -> pd.DataFrame:
-    """:func:`moetrace.analysis.prediction.as_published_context_attention_routing`, layer by layer.
+    """:func:`as_published_context_attention_routing`, layer by layer.
 
     Of the first, middle and last layer, in every prompt that has the token: where it stands first.
     """
@@ -316,7 +315,7 @@ def contexts_by_layer(columns: TokenColumns, token: int) -> pd.DataFrame:
 
 
 def task_by_layer(columns: TokenColumns, early_layer: int = 4, *, seed: int = 0) -> pd.DataFrame:
-    """:func:`moetrace.analysis.prediction.as_published_task_prediction` of these tokens.
+    """:func:`as_published_task_prediction` of these tokens.
 
     From the mean of the early layer's gate inputs (the original: of the layer's input, before attention), to
     the second half of the layers. Raises ChannelMissingError without gate inputs.

@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import chdtrc, xlogy
 
-Floats = npt.NDArray[np.float64]
+from moetrace.analysis.statistics.shapes import Floats
+
 _LN2 = float(np.log(2.0))
 
 

@@ -41,6 +41,16 @@ class LikelihoodChange:
     same_top: Interval | None
 
     @property
+    def columns(self) -> dict[str, float]:
+        """``change``, ``kl`` and ``same_top``, each with ``…_low`` and ``…_high``; NaN where not measured."""
+        out = {}
+        for name in ("change", "kl", "same_top"):
+            interval = getattr(self, name)
+            for end, field in (("", "estimate"), ("_low", "low"), ("_high", "high")):
+                out[name + end] = np.nan if interval is None else float(getattr(interval, field))
+        return out
+
+    @property
     def perplexity_ratio(self) -> tuple[float, float, float]:
         """exp(change): estimate, low and high."""
         return (

@@ -16,10 +16,8 @@ import numpy.typing as npt
 from scipy import stats
 from scipy.special import gammaln
 
+from moetrace.analysis.statistics.shapes import Floats, Ints
 from moetrace.errors import UsageError
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 SAME_THING = "cannot be tested: domain and prompt are the same thing"
 ONE_DOMAIN = "cannot be tested: there is only one domain"

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from moetrace.analysis.statistics import nulls
-from moetrace.analysis.statistics.nulls import Floats, Ints
+from moetrace.analysis.statistics.shapes import Floats, Ints
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from moetrace.analysis.counts.routed import RoutedText, standardised
 from moetrace.analysis.statistics import nulls
-from moetrace.analysis.statistics.nulls import Floats, Ints
+from moetrace.analysis.statistics.shapes import Floats, Ints
 
 
 def indicator(code: Ints, n: int) -> sparse.csr_array:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moetrace.analysis.statistics.nulls import Ints
+from moetrace.analysis.statistics.shapes import Ints
 
 #: WS white space, NUM number, KW keyword, BR bracket, OP operator, PN punctuation, FW function word, CAP capitalised,
 #: VAR a single letter, CW content word; CTL a control token such as <|im_start|>, which was not published

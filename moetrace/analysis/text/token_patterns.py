@@ -29,7 +29,7 @@ from scipy import sparse
 from moetrace.analysis.counts.routed import RoutedText, exchange, rotation
 from moetrace.analysis.domains.domain import domain_lift, domain_test
 from moetrace.analysis.statistics import nulls
-from moetrace.analysis.statistics.nulls import Floats, Ints
+from moetrace.analysis.statistics.shapes import Floats, Ints
 from moetrace.analysis.text.association import Rearrange, associate, indicator
 from moetrace.analysis.text.lexicon import TypedText
 from moetrace.errors import UsageError
