@@ -357,7 +357,7 @@ static std::string folder_make(const config & cfg, std::string & name, std::stri
     return "";
 }
 
-static void control_read(const std::string & path, ring_params & params) {
+static void control_read(const std::string & path, bool main, ring_params & params) {
     std::ifstream file(path);
     for (std::string line; std::getline(file, line);) {
         const size_t eq = line.find('=');
@@ -367,7 +367,7 @@ static void control_read(const std::string & path, ring_params & params) {
         }
         if (key == "paused") {
             params.paused = value != "0";
-        } else if (key == "intervention") {
+        } else if (key == "intervention" && main) {
             params.intervention = (uint32_t) std::stoul(value);
         }
     }
@@ -375,10 +375,12 @@ static void control_read(const std::string & path, ring_params & params) {
 
 // What was set by `moetrace start|stop|intervene` for all models and for this one, should its server have ended and begun
 // again (moetrace/trace/control.py).
-static void controls_read(const config & cfg, const std::string & facts, ring_params & params) {
+static void controls_read(const config & cfg, const std::string & facts, const std::string & role, ring_params & params) {
     static constexpr char KEY[] = "\"model_id\":\"";
-    control_read(cfg.dir + "/control/all", params);
-    control_read(cfg.dir + "/control/" + facts.substr(facts.find(KEY) + sizeof(KEY) - 1, 8), params);
+    const bool main = role == "main";
+    const std::string model = facts.substr(facts.find(KEY) + sizeof(KEY) - 1, 8);
+    control_read(cfg.dir + "/control/all", main, params);
+    control_read(cfg.dir + "/control/" + model + (main ? "" : "-" + role), main, params);
 }
 
 // The idle recording of the same model, taken from the list; nullptr if there is none.
@@ -436,12 +438,16 @@ void context_open(tracer_env & env, sched_trace & s, context_trace & c) {
             params.meta = "{\"name\":" + json_string(rec->name) + ",\"pid\":" + std::to_string(getpid()) +
                 ",\"model_files\":" + json_list(env.model_files, json_string) + "," + rec->facts + "}";
         }
-        controls_read(env.cfg, rec->facts, params);
         if (!rec->ring.create(folder + "/ring", params, error)) {
             rmdir(folder.c_str());
             context_fail(c, "cannot make its ring in " + folder + ": " + error);
             return;
         }
+        // whoever sets something writes it first and looks for rings then
+        controls_read(env.cfg, rec->facts, c.role, params);
+        ring_header * header = rec->ring.header();
+        header->paused.store(params.paused ? 1 : 0, std::memory_order_release);
+        header->intervention.store(params.intervention, std::memory_order_release);
         rec->was_paused = params.paused;
         rec->event_record.assign(rec->layout.stride, 0);
         c.rec   = std::move(rec);

@@ -224,3 +224,64 @@ def test_two_servers_under_one_shell(other: str, runtime, model_file, tmp_path: 
     else:
         check(moetrace.open(path, model=str(model_file("olmoe"))), recorded.sent["one"])
         check(moetrace.open(path, model=str(model_file(other))), recorded.sent["two"])
+
+
+def test_what_was_set_holds_for_models_that_are_loaded_later(runtime, model_file, tmp_path: Path) -> None:
+    """GIVEN a model with a draft of the same model WHEN it is unloaded THEN the last word said of it counts, for it and
+    not for its draft; and what was said of all counts for what was not loaded then.
+    """
+    path, preset, model = tmp_path / "t.moet", tmp_path / "models.ini", model_file("olmoe")
+    drafts = f"model-draft = {model}\nspec-type = draft-simple\nspec-draft-n-max = 3\n"
+    preset.write_text(
+        f"[a]\nmodel = {model}\nc = 1024\nnp = 1\n{drafts}[b]\nmodel = {model_file('gpt-oss')}\nc = 1024\n"
+    )
+    recorded, secret = Recorded(path, {}, {"a": [], "b": []}), Recorded(path, {}, {"a": [], "b": []})
+
+    def tell(*words: str) -> None:
+        result = moetrace_command(words[0], path, *words[1:])
+        assert result.returncode == 0, result.stderr
+
+    with serving(runtime, path, "--models-preset", preset) as port:
+        client = ServerClient(f"http://127.0.0.1:{port}", timeout=120)
+
+        def unload(*models: str) -> None:
+            for name in models:
+                client.call("/models/unload", {"model": name})
+            deadline = time.monotonic() + 60
+            while any(m["status"]["value"] != "unloaded" for m in listed(client) if m["id"] in models):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+        ask(client, recorded, "a", TEXT[:60])
+        tell("intervene", "ablate:1:0-1", "--model", "a")
+        tell("stop", "--model", "a")
+        unload("a")
+        ask(client, secret, "a", TEXT[100:160])
+        tell("start")
+        ask(client, recorded, "a", TEXT[200:260])  # intervened on
+        unload("a")
+        tell("stop")
+        ask(client, secret, "a", TEXT[300:360])
+        ask(client, secret, "b", TEXT[300:360])
+        unload("a", "b")
+        tell("start")
+        tell("intervene", "off")
+        ask(client, recorded, "a", TEXT[400:460])
+        ask(client, recorded, "b", TEXT[500:560])
+    assert verify(path).exit_code == 0
+    one, two = (moetrace.open(path, model=name) for name in "ab")
+    check(two, recorded.sent["b"])
+    assert len(one.requests) == 3
+    touched = [
+        bool(one.intervened[one.request == n].all()) for n in one.requests.sort_values("start_ns").index
+    ]
+    assert touched == [False, True, False]
+    token = one.token_ids.tolist()
+    for prompt in secret.sent["a"]:
+        assert not any(token[i : i + 8] == prompt[:8] for i in range(len(token)))
+    whole = moetrace.open(path, context=0)
+    drafted = [whole.in_context(name) for name in whole.contexts]
+    drafted = [part for part in drafted if part.facts["role"] == "draft"]
+    assert len(drafted) > 1
+    assert not any(part.intervened.any() for part in drafted)
+    assert sum(len(part.requests) for part in drafted) == 3
