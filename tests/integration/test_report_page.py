@@ -5,17 +5,20 @@ Skipped, saying so, where there is no Chromium (set MOETRACE_CHROMIUM to one).
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from browser import Browser, find_chromium
 
 import moetrace
-from moetrace.findings import Subject, question
+from moetrace.findings import QUESTIONS, Subject, question
 from moetrace.report.captured import captured
 from moetrace.report.page import render_page
 
@@ -61,6 +64,16 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         counts = subject.counts
         lift = next(f for f in findings if f.name == "specialists").tables["domain_lift"]
     return SimpleNamespace(page=folder / "report.html", counts=counts, lift=lift)
+
+
+@pytest.fixture(scope="module")
+def whole(runtime: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the page of every question (see whole_report.py)."""
+    folder = tmp_path_factory.mktemp("whole")
+    script = Path(__file__).with_name("whole_report.py")
+    made = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=250)
+    assert made.returncode == 0, made.stderr
+    return folder
 
 
 @pytest.fixture
@@ -237,6 +250,54 @@ def test_tables_open_and_sort(page: Browser) -> None:
         )
         values = page.value(column)
         assert values == sorted(values, reverse=turn < 0)
+
+
+#: opens all tables, and gives of a section what can be seen of it
+SEEN = """(async (name) => {
+  const section = document.getElementById(name);
+  const drawn = "figure svg, .widget:not([hidden]) :is(canvas[tabindex], svg.chart)";
+  for (const box of section.querySelectorAll("details")) box.open = true;
+  await new Promise((done) => setTimeout(done, 20));
+  const shown = (element) => element.getBoundingClientRect().width > 50 && element.getBoundingClientRect().height > 20;
+  const tables = [...section.querySelectorAll("[data-table]")].map((box) => [box.dataset.table, {
+    rows: box.querySelectorAll("tbody tr").length, columns: box.querySelectorAll("thead th").length,
+    cells: [...box.querySelectorAll("td")].map((cell) => cell.textContent),
+  }]);
+  return {
+    text: [...section.querySelectorAll("p, li, figcaption, svg text")].map((e) => e.textContent),
+    sentences: section.querySelectorAll("p.lead").length,
+    figures: [...section.querySelectorAll(drawn)].map(shown),
+    tables: Object.fromEntries(tables),
+  };
+})"""
+NO_NUMBER = {"nan", "nan%", "inf", "-inf", "undefined"}
+NO_CELL = {*NO_NUMBER, "none", "null", "[object object]"}
+
+
+def test_every_questions_section_is_whole(browser: Browser, whole: Path) -> None:
+    """Sentences, figures and tables: there, as large as they were made, and without what is no number."""
+    expected = json.loads((whole / "tables.json").read_text())
+    assert list(expected) == list(QUESTIONS)
+    browser.errors.clear()
+    browser.open(whole / "report.html")
+    assert browser.value("document.querySelector('#missing')?.textContent") is None
+    problems: dict[str, Any] = {}
+    for name, tables in expected.items():
+        seen = browser.value(f"{SEEN}('{'captured' if name == 'overview' else f'q-{name}'}')")
+        problems[f"{name}: sentence"] = name != "overview" and seen["sentences"] != 1
+        problems[f"{name}: figures"] = not all(seen["figures"])
+        words = " ".join(seen["text"]).replace("(", " ").replace(",", " ").lower().split()
+        problems[f"{name}: words"] = NO_NUMBER & set(words)
+        for table, (rows, columns) in tables.items():
+            found = seen["tables"][f"{name}-{table}"]
+            problems[f"{name}/{table}: cells"] = NO_CELL & {cell.lower() for cell in found["cells"]}
+            size = [found["rows"], found["columns"]]
+            problems[f"{name}/{table}: size"] = size != [min(rows, 50), columns] and size
+    assert {what: found for what, found in problems.items() if found} == {}
+    assert browser.errors == []
+    for width in (360, 1400):
+        browser.size(width, 900)
+        assert browser.value("document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.parametrize("width", [360, 768, 1400])
