@@ -130,7 +130,7 @@ def seeds(rows: int) -> tuple[Any, Any, Any]:
 
 def published_parts(a: Any) -> None:
     """Parts 2 to 9, as ``notebook.run_all``."""
-    from moetrace.analysis import published as p
+    from moetrace.analysis.published import notebook as p
 
     p.overview(a)
     p.frequency(a)
@@ -175,7 +175,7 @@ def job_table(rows: int, **_: Any) -> dict[str, float]:
 
 
 def job_published(rows: int, **_: Any) -> dict[str, float]:
-    from moetrace.analysis.published import Activations
+    from moetrace.analysis.published.notebook import Activations
 
     experts, domain, token = seeds(rows)
     codes = np.unique(domain, return_inverse=True)[1]  # a trace knows its domains as numbers
@@ -188,7 +188,7 @@ def job_published(rows: int, **_: Any) -> dict[str, float]:
 
 
 def job_published_long(rows: int, **_: Any) -> dict[str, float]:
-    from moetrace.analysis.published import Activations
+    from moetrace.analysis.published.notebook import Activations
 
     frame = long_frame(*seeds(rows))
 

@@ -204,7 +204,8 @@ def main() -> None:
     )
     head = (
         f"{devices}; {args.repeats} repeats, {args.threads} threads, "
-        f"{args.model.stat().st_size / 2**30:.1f} GiB of weights, a prompt of {args.prefill} tokens and {args.decode} one by one. Ratios are of speeds, traced to untraced."
+        f"{args.model.stat().st_size / 2**30:.1f} GiB of weights, a prompt of {args.prefill} tokens "
+        f"and {args.decode} one by one. Ratios are of speeds, traced to untraced."
     )
     text = [head, "", *table(measured, args.prefill)]
     print("\n".join(text))

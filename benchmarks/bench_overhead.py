@@ -246,9 +246,6 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=48, help="tokens one by one")
     parser.add_argument("--model", type=Path, help="a GGUF file; by default one is generated")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md")
-    parser.add_argument(
-        "--section", choices=("overhead", "gpu"), default="overhead", help="where to write it"
-    )
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="moetrace-bench-"))
     try:
@@ -275,8 +272,7 @@ def main() -> None:
                     measured[name].add(timing)
                     other.set(0)
                     other.forget()
-                if args.section == "overhead":
-                    tools.append(time_tools(path, folder, args))
+                tools.append(time_tools(path, folder, args))
         head = (
             f"{args.repeats} repeats, {args.threads} thread(s) of {os.cpu_count()} cores ({platform.machine()}), "
             f"{size / 2**30:.2f} GiB of weights, a prompt of {args.prefill} tokens "
@@ -284,13 +280,12 @@ def main() -> None:
         )
         text = [head, "", *table(measured, args.prefill)]
         for name, what in (("traced", "llama-perplexity under moetrace"), ("imatrix", "llama-imatrix")):
-            if tools:
-                mean, low, high = ratio([(t[name], t["plain"]) for t in tools])
-                against = "by the tool's own clock, to plain llama-perplexity on the same text"
-                text += ["", f"{what}, {against}: {mean:.3f} [{low:.3f}, {high:.3f}]."]
+            mean, low, high = ratio([(t[name], t["plain"]) for t in tools])
+            against = "by the tool's own clock, to plain llama-perplexity on the same text"
+            text += ["", f"{what}, {against}: {mean:.3f} [{low:.3f}, {high:.3f}]."]
         print("\n".join(text))
         if args.write:
-            write_section(ROOT / "docs" / "benchmarks.md", args.section, text)
+            write_section(ROOT / "docs" / "benchmarks.md", "overhead", text)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds llama.cpp for CUDA and runs the referees and the overhead benchmark there. Needs an NVIDIA GPU with its
+# Builds llama.cpp for CUDA and runs the device tests and the overhead benchmark there. Needs an NVIDIA GPU with its
 # compiler (nvcc), and no network:
 #
 #   benchmarks/gpu-check.sh FOLDER
@@ -22,15 +22,13 @@ export PIP_NO_INDEX=1 PIP_FIND_LINKS="$sources" PIP_NO_BUILD_ISOLATION=1 CMAKE_B
 CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=native" PIP_NO_BINARY='' llama.cpp/install.sh cuda "$python"
 "$venv/bin/moetrace" doctor
 
-# each placement of the layers and experts; llama.cpp's tools and ours read these variables
-check() {
-    echo "== $1"
-    shift
-    env "$@" "$python" -m pytest -q -m "not slow" tests/integration/test_capture.py tests/integration/test_server.py \
-        tests/integration/test_tools.py tests/integration/test_attention.py
-}
-check 'all layers on the GPU'           LLAMA_ARG_N_GPU_LAYERS=99 MOETRACE_GPU_LAYERS=99
-check 'experts on the CPU'              LLAMA_ARG_N_GPU_LAYERS=99 LLAMA_ARG_CPU_MOE=1 MOETRACE_CPU_MOE=1
-check 'experts of two layers on the CPU' LLAMA_ARG_N_GPU_LAYERS=99 LLAMA_ARG_N_CPU_MOE=2 MOETRACE_N_CPU_MOE=2
+# libggml-cuda may bring parts of a C++ library along, which Python would find before the system's
+LD_PRELOAD=$(cc -print-file-name=libstdc++.so.6)
+export LD_PRELOAD MOETRACE_TEST_GPU=1
 
-"$python" benchmarks/bench_overhead.py --threads "$jobs" --section gpu --write
+# every architecture, in each placement of layers, experts and routers; then a server with overlapping requests
+"$python" -m pytest -q tests/device/test_gpu.py
+LLAMA_ARG_N_GPU_LAYERS=99 "$python" -m pytest -q -m "not slow" tests/integration/test_server.py
+
+"$python" benchmarks/bench_device.py --make build/gpu/model.gguf
+"$python" benchmarks/bench_device.py --model build/gpu/model.gguf --threads "$jobs" --write

@@ -27,6 +27,7 @@ enum collector_kind : uint32_t {
 
 struct config {
     std::string              dir;      // the trace folder; empty: do nothing
+    uint64_t                 dir_inode = 0; // of that folder when tracing began; 0: it was not there
     uint32_t                 channels  = CHANNEL_EXPERTS | CHANNEL_WEIGHTS;
     std::vector<std::string> tensors;  // glob patterns of named tensors
     std::vector<std::pair<int, int>> layers; // closed ranges; empty: all

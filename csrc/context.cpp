@@ -210,7 +210,13 @@ static void sampled_follow(context_trace & c, const context_event & e) {
     }
 }
 
-static void entry_sampled(context_trace & c, size_t index) {
+void context_sampled(context_trace & c, int32_t sequence, int32_t position) {
+    if (int32_t * slot = sequence_slot(c.sampled, sequence, -2)) {
+        *slot = position;
+    }
+}
+
+static std::pair<int32_t, int32_t> entry_sampled(context_trace & c, size_t index) {
     const auto & entries = c.matcher.entries();
     const batch_entry & e = entries[index];
     int32_t position = e.position;
@@ -221,25 +227,21 @@ static void entry_sampled(context_trace & c, size_t index) {
         });
         position = last && *last >= 0 ? *last - (int32_t) later : -2;
     }
-    if (int32_t * slot = sequence_slot(c.sampled, e.sequence, -2)) {
-        *slot = position;
-    }
+    context_sampled(c, e.sequence, position);
+    return { position >= 0 ? e.sequence : -1, position };
 }
 
-void context_sample(context_trace & c, int32_t index) {
+std::pair<int32_t, int32_t> context_sample(context_trace & c, int32_t index) {
     const auto & entries = c.matcher.entries();
     if (index >= 0) {
-        if ((size_t) index < entries.size()) {
-            entry_sampled(c, (size_t) index);
-        }
-        return;
+        return (size_t) index < entries.size() ? entry_sampled(c, (size_t) index) : std::make_pair(-1, -1);
     }
     for (size_t i = entries.size(); i-- > 0;) {
         if (entries[i].output && ++index == 0) {
-            entry_sampled(c, i);
-            return;
+            return entry_sampled(c, i);
         }
     }
+    return { -1, -1 };
 }
 
 void context_sample_all(context_trace & c) {
@@ -295,11 +297,29 @@ void context_event_push(context_trace & c, const context_event & e) {
     rec.ring.count(rec.ring.push(head) ? COUNT_EVENTS_COMMITTED : COUNT_EVENTS_LOST);
 }
 
+void context_pause_look(context_trace & c) {
+    if (!c.rec || !c.rec->ring.is_open()) {
+        return;
+    }
+    recording & rec = *c.rec;
+    const bool paused = rec.ring.paused();
+    if (paused != rec.was_paused) {
+        context_event_push(c, { paused ? EVENT_PAUSE : EVENT_RESUME, -1, 0, (int32_t) std::min<uint64_t>(rec.n_unrecorded, INT32_MAX), 0 });
+        rec.was_paused   = paused;
+        rec.n_unrecorded = 0;
+    }
+}
+
 void context_inbox_take(context_trace & c) {
     std::vector<context_event> events;
     {
         std::lock_guard<std::mutex> lock(c.inbox_mutex);
         events.swap(c.inbox);
+        if (c.inbox_lost && c.rec) {
+            c.rec->n_events += c.inbox_lost; // a gap tells
+            c.count(COUNT_EVENTS_LOST, c.inbox_lost);
+            c.inbox_lost = 0;
+        }
     }
     for (const auto & e : events) {
         context_event_push(c, e);
@@ -313,7 +333,12 @@ void context_inbox_take(context_trace & c) {
 // The folder of a new recording, ctx0, ctx1, ...; empty, with the reason, if there can be none.
 static std::string folder_make(const config & cfg, std::string & name, std::string & error) {
     struct stat info;
-    if (stat(cfg.dir.c_str(), &info) == 0 && info.st_uid != geteuid() && (info.st_mode & S_IWOTH)) {
+    const bool there = stat(cfg.dir.c_str(), &info) == 0;
+    if (cfg.dir_inode && (!there || info.st_ino != cfg.dir_inode)) {
+        error = cfg.dir + (there ? " is another folder than when the recording began" : " is gone");
+        return "";
+    }
+    if (there && info.st_uid != geteuid() && (info.st_mode & S_IWOTH)) {
         error = cfg.dir + " belongs to another user, and anybody may write to it";
         return "";
     }
@@ -332,12 +357,8 @@ static std::string folder_make(const config & cfg, std::string & name, std::stri
     return "";
 }
 
-// What was set for a model by `moetrace start|stop|intervene`, should its server have ended and begun again:
-// TRACE/control/MODEL_ID, lines of "key=value".
-static void control_read(const config & cfg, const std::string & facts, ring_params & params) {
-    static constexpr char KEY[] = "\"model_id\":\"";
-    const size_t at = facts.find(KEY);
-    std::ifstream file(cfg.dir + "/control/" + facts.substr(at + sizeof(KEY) - 1, 8));
+static void control_read(const std::string & path, bool main, ring_params & params) {
+    std::ifstream file(path);
     for (std::string line; std::getline(file, line);) {
         const size_t eq = line.find('=');
         const std::string key = line.substr(0, eq), value = eq == std::string::npos ? "" : line.substr(eq + 1);
@@ -346,10 +367,20 @@ static void control_read(const config & cfg, const std::string & facts, ring_par
         }
         if (key == "paused") {
             params.paused = value != "0";
-        } else if (key == "intervention") {
+        } else if (key == "intervention" && main) {
             params.intervention = (uint32_t) std::stoul(value);
         }
     }
+}
+
+// What was set by `moetrace start|stop|intervene` for all models and for this one, should its server have ended and begun
+// again (moetrace/trace/control.py).
+static void controls_read(const config & cfg, const std::string & facts, const std::string & role, ring_params & params) {
+    static constexpr char KEY[] = "\"model_id\":\"";
+    const bool main = role == "main";
+    const std::string model = facts.substr(facts.find(KEY) + sizeof(KEY) - 1, 8);
+    control_read(cfg.dir + "/control/all", main, params);
+    control_read(cfg.dir + "/control/" + model + (main ? "" : "-" + role), main, params);
 }
 
 // The idle recording of the same model, taken from the list; nullptr if there is none.
@@ -407,12 +438,16 @@ void context_open(tracer_env & env, sched_trace & s, context_trace & c) {
             params.meta = "{\"name\":" + json_string(rec->name) + ",\"pid\":" + std::to_string(getpid()) +
                 ",\"model_files\":" + json_list(env.model_files, json_string) + "," + rec->facts + "}";
         }
-        control_read(env.cfg, rec->facts, params);
         if (!rec->ring.create(folder + "/ring", params, error)) {
             rmdir(folder.c_str());
             context_fail(c, "cannot make its ring in " + folder + ": " + error);
             return;
         }
+        // whoever sets something writes it first and looks for rings then
+        controls_read(env.cfg, rec->facts, c.role, params);
+        ring_header * header = rec->ring.header();
+        header->paused.store(params.paused ? 1 : 0, std::memory_order_release);
+        header->intervention.store(params.intervention, std::memory_order_release);
         rec->was_paused = params.paused;
         rec->event_record.assign(rec->layout.stride, 0);
         c.rec   = std::move(rec);

@@ -186,6 +186,7 @@ struct context_trace {
 
     std::mutex          inbox_mutex;
     std::vector<context_event> inbox; // from other contexts' threads
+    uint32_t            inbox_lost = 0;
 
     batch_matcher       matcher;
     kv_cells            cells;
@@ -244,11 +245,18 @@ void context_batch_begin(const tracer_env & env, context_trace & c, bool known, 
 // Something happened to a sequence. The caller holds the context's mutex.
 void context_event_push(context_trace & c, const context_event & e);
 
+// Looks whether recording was switched off or on, and says so. The caller holds the context's mutex.
+void context_pause_look(context_trace & c);
+
 // Takes in what other threads have told. The caller holds the context's mutex.
 void context_inbox_take(context_trace & c);
 
 // The host has sampled from a row of the last batch: its index there, or counted from the last output if negative.
-void context_sample(context_trace & c, int32_t index);
+// Gives the row's sequence and position; -1 if it is not known.
+std::pair<int32_t, int32_t> context_sample(context_trace & c, int32_t index);
+
+// It was sampled from in another context that this one serves (a draft's).
+void context_sampled(context_trace & c, int32_t sequence, int32_t position);
 
 // The host has looked at all outputs of the last batch: a sequence with just one was sampled from.
 void context_sample_all(context_trace & c);

@@ -123,6 +123,7 @@ bool ggml_abi::functions_find(std::string & error) {
     function_find(tensor_overhead,      "ggml_tensor_overhead");
     function_find(view_1d,              "ggml_view_1d");
     function_find(build_forward_expand, "ggml_build_forward_expand");
+    function_find(build_forward_select, "ggml_build_forward_select");
     function_find(graph_size,           "ggml_graph_size");
     return true;
 }

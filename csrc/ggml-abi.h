@@ -122,6 +122,7 @@ struct ggml_abi {
     size_t         (*tensor_overhead)() = nullptr;
     ggml_tensor *  (*view_1d)(ggml_context *, ggml_tensor *, int64_t, size_t) = nullptr;
     void           (*build_forward_expand)(ggml_cgraph *, ggml_tensor *) = nullptr;
+    ggml_tensor *  (*build_forward_select)(ggml_cgraph *, ggml_tensor **, int n, int chosen) = nullptr; // since 2026
     int            (*graph_size)(ggml_cgraph *) = nullptr;
     bool can_build() const { return init && free && tensor_overhead && view_1d && build_forward_expand && graph_size; }
     void set_src(ggml_tensor * t, int i, ggml_tensor * src) const { (&field<ggml_tensor *>(t, off_src))[i] = src; }

@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <pthread.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #include <vector>
 
@@ -304,6 +305,31 @@ void tracing_end(tracer_state & T) {
     }
 }
 
+// A process that ends closes its rings: nobody then needs to find out whether it lives. What a thread still computes with
+// is left as it is.
+struct exit_watch {
+    ~exit_watch() {
+        tracer_state & T = tracer();
+        std::unique_lock<std::mutex> lists(T.mutex, std::try_to_lock);
+        if (!lists || !T.active.exchange(false)) {
+            return;
+        }
+        for (const auto & c : T.contexts) {
+            std::unique_lock<std::mutex> lock(c->mutex, std::try_to_lock);
+            if (lock && c->rec && c->rec->ring.is_open()) {
+                ubatch_forget(*c);
+                c->rec->ring.close("");
+                c->state = context_state::failed;
+            }
+        }
+        for (const auto & rec : T.idle) {
+            rec->ring.close("");
+        }
+        T.idle.clear();
+    }
+};
+const exit_watch at_exit;
+
 // A forked child has its parent's memory, and no share in its rings: it begins anew.
 void fork_prepare() { tracer().mutex.lock(); }
 void fork_parent()  { tracer().mutex.unlock(); }
@@ -342,6 +368,8 @@ bool tracer_start(const char * text, std::string & error) {
     if (!config_parse(source, cfg, error)) {
         return false;
     }
+    struct stat info;
+    cfg.dir_inode = !cfg.dir.empty() && stat(cfg.dir.c_str(), &info) == 0 ? (uint64_t) info.st_ino : 0;
     static const int watched = pthread_atfork(fork_prepare, fork_parent, fork_child);
     (void) watched; // without it forks are what they were
     tracing_end(T);
@@ -648,8 +676,29 @@ void context_on_warmup(llama_context * ctx, bool warmup) {
     with_context(ctx, true, [&](context_trace & c) { c.warmup = warmup; });
 }
 
+static bool serves(const context_trace & c, const context_trace & main);
+
 void context_on_sample(llama_context * ctx, int32_t index) {
-    with_context(ctx, false, [&](context_trace & c) { context_sample(c, index); });
+    std::pair<int32_t, int32_t> who { -1, -1 };
+    with_context(ctx, false, [&](context_trace & c) { who = context_sample(c, index); });
+    if (who.first < 0) {
+        return;
+    }
+    // what serves it goes on from there, too
+    std::vector<context_ptr> others;
+    when_active([&](tracer_state & T) {
+        const context_ptr main = context_main(T);
+        for (const auto & c : T.contexts) {
+            if (main && main->ctx == ctx && serves(*c, *main)) {
+                others.push_back(c);
+            }
+        }
+    });
+    for (const auto & c : others) {
+        std::lock_guard<std::mutex> lock(c->mutex);
+        context_inbox_take(*c); // the task that this was sampled in
+        context_sampled(*c, who.first, who.second);
+    }
 }
 
 void context_on_logits(llama_context * ctx) {
@@ -664,6 +713,12 @@ void context_on_event(llama_context * ctx, event_code code, int32_t sequence, in
     });
 }
 
+// Whether a context works for the main one: a draft model's, or MTP's, on the same thread and with the same sequences.
+static bool serves(const context_trace & c, const context_trace & main) {
+    return &c != &main && strcmp(c.role, "main") != 0 && c.n_seq_max == main.n_seq_max &&
+        c.thread.load() == std::this_thread::get_id();
+}
+
 // A context that has decoded nothing yet is not known: samplers that are set while it is made begin no task. A draft
 // model's context, or MTP's, serves the tasks of the main one, unless each sequence has one of its own (before summer
 // 2026): of which sequence one is does not show. It computes on the main one's thread.
@@ -675,18 +730,19 @@ void context_on_launch(llama_context * ctx, int32_t sequence) {
             return;
         }
         for (const auto & c : T.contexts) {
-            const bool serves = c != launched && strcmp(c->role, "main") != 0 && c->n_seq_max == launched->n_seq_max &&
-                c->thread.load() == std::this_thread::get_id();
-            if (serves) {
+            if (serves(*c, *launched)) {
                 std::lock_guard<std::mutex> lock(c->inbox_mutex);
                 if (c->inbox.size() < MAX_INBOX) {
                     c->inbox.push_back(launch);
+                } else {
+                    c->inbox_lost++;
                 }
             }
         }
     });
     with_context(ctx, false, [&](context_trace & c) {
         ubatch_finish(tracer(), c, false);
+        context_pause_look(c); // what was unrecorded was before this task
         context_inbox_take(c);
         context_event_push(c, launch);
     });

@@ -242,12 +242,8 @@ bool ubatch_begin(tracer_env & env, sched_trace & s, graph_trace & g) {
         graph_bind(env, s, g);
     }
     context_inbox_take(c);
-    const bool paused = rec.ring.paused();
-    if (paused != rec.was_paused) {
-        context_event_push(c, { paused ? EVENT_PAUSE : EVENT_RESUME, -1, 0, (int32_t) std::min<uint64_t>(rec.n_unrecorded, INT_MAX), 0 });
-        rec.was_paused   = paused;
-        rec.n_unrecorded = 0;
-    }
+    context_pause_look(c);
+    const bool paused = rec.was_paused;
     const int32_t * tokens    = input_read(env.abi, g.tokens, c.tokens);
     const int32_t * positions = input_read(env.abi, g.positions, c.positions);
     if (c.in_batch) { // also while paused: a later ubatch of the batch may be recorded
@@ -483,7 +479,13 @@ static bool nodes_keep(const ggml_abi & abi, sched_trace & s, moe_graph & moe, g
         for (size_t j = 0; j < N_SRC - 1 && i*(N_SRC - 1) + j < kept.size(); j++) {
             abi.set_src(keeper, (int) j + 1, kept[i*(N_SRC - 1) + j]);
         }
-        abi.build_forward_expand(graph, keeper);
+        // the last node may be one that is not chosen, so that it is not computed (backend sampling): nor shall it be then
+        ggml_tensor * choice[2] = { kept[0], keeper };
+        if (abi.build_forward_select) {
+            abi.build_forward_select(graph, choice, 2, 0);
+        } else {
+            abi.build_forward_expand(graph, keeper);
+        }
     }
     abi.free(ctx); // the tensors lie in the arena
     s.keepers[graph] = std::move(arena);

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import moetrace
 from moetrace.commands.options import Command, add_subparser, red
 from moetrace.errors import MoetraceError, UsageError
+from moetrace.printable import printable
 
 #: subcommand -> the class in moetrace/commands/SUBCOMMAND.py (import_.py), in the order of the help
 COMMANDS = {
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except MoetraceError as e:
-        first, *others = str(e).split("\n")
+        first, *others = printable(str(e), keep="\n").split("\n")
         print("\n".join([f"{red('error:', sys.stderr)} {first}", *others]), file=sys.stderr)
         return e.exit_code
     except KeyboardInterrupt:

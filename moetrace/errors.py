@@ -45,6 +45,14 @@ class TraceError(MoetraceError):
     """A trace or ring cannot be read: not ours, newer, truncated or corrupt."""
 
 
+class GoneError(TraceError):
+    """The folder of a trace that is being written is no longer there."""
+
+
+class DiskError(MoetraceError):
+    """A write failed for a reason that may pass: a full disk, a quota, a disk that does not answer."""
+
+
 class InputError(MoetraceError):
     """An input file (prompts, imported logs, count tables) is malformed; names file, line and field."""
 

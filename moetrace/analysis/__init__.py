@@ -1,31 +1,23 @@
 """Statistics of routing.
 
-Pure functions of arrays, a room for each matter; :mod:`counts` is what most follow from, :mod:`published` has
-published formulas, faults included, and :func:`from_trace` offers the analyses for a trace.
+Pure functions of arrays, a room for each matter: ``counts`` is what most follow from, ``published`` has published
+formulas, faults included, and :func:`from_trace` chooses a trace's rows for them. All can be imported from here.
 """
 
 from __future__ import annotations
 
-from moetrace.analysis.attention import AttentionRows, attention_features, attention_windows
-from moetrace.analysis.attention_prediction import attention_prediction
-from moetrace.analysis.cache import CacheSimulation, expert_cache, lru_distances, stack_distances
-from moetrace.analysis.chance import Chance, chance
-from moetrace.analysis.cold_experts import (
-    as_published_cold_experts,
-    clopper_pearson,
-    cold_experts,
-    trigger_tokens,
-    wake_rates,
-)
-from moetrace.analysis.compare import (
+from moetrace.analysis.circuits import Circuits, expert_circuits, path_test
+from moetrace.analysis.counts.attention import AttentionRows, attention_features, attention_windows
+from moetrace.analysis.counts.compare import (
+    Agreement,
     agreement,
     agreement_by_depth,
     agreement_summary,
     align,
+    compare_captures,
     usage_difference,
 )
-from moetrace.analysis.context_attention_routing import ContextTest, context_attention_routing
-from moetrace.analysis.counts import (
+from moetrace.analysis.counts.counting import (
     RoutingCounts,
     TokenCounts,
     count_routing,
@@ -33,7 +25,9 @@ from moetrace.analysis.counts import (
     frequent_tokens,
     reading_order,
 )
-from moetrace.analysis.domain import (
+from moetrace.analysis.counts.from_trace import Chosen, RoutedRows, Routing, from_trace
+from moetrace.analysis.counts.routed import RoutedText
+from moetrace.analysis.domains.domain import (
     DomainSeparation,
     DomainTest,
     domain_lift,
@@ -43,27 +37,7 @@ from moetrace.analysis.domain import (
     expert_usage,
     specialists,
 )
-from moetrace.analysis.expert_circuits import Circuits, as_published_circuits, expert_circuits, path_test
-from moetrace.analysis.experts import chosen_outputs, expert_outputs
-from moetrace.analysis.from_counts import TableAnalysis
-from moetrace.analysis.from_trace import Agreement, Analysis, RoutedRows, from_trace
-from moetrace.analysis.gate import gate_distances, gate_summary, gate_sums
-from moetrace.analysis.generation_dynamics import (
-    Phases,
-    as_published_dynamics,
-    correctness_features,
-    generation_phases,
-    handoffs,
-    phase_comparison,
-)
-from moetrace.analysis.interference import (
-    as_published_interference,
-    combination,
-    expert_interference,
-    linearity,
-    pair_compatibility,
-)
-from moetrace.analysis.layers import (
+from moetrace.analysis.domains.layers import (
     DeepDive,
     DepthContrast,
     deep_dive,
@@ -71,18 +45,29 @@ from moetrace.analysis.layers import (
     domain_entropy,
     load_balance,
 )
-from moetrace.analysis.manipulation import (
-    as_published_control,
-    as_published_robustness,
-    as_published_triggers,
+from moetrace.analysis.domains.matched import MatchedSeparation, matched_separation
+from moetrace.analysis.dynamics.generation import (
+    Phases,
+    correctness_features,
+    generation_phases,
+    handoffs,
+    phase_comparison,
+)
+from moetrace.analysis.dynamics.temporal import Transitions, persistence, shuffle_test, transitions
+from moetrace.analysis.experts.gate import gate_distances, gate_summary, gate_sums
+from moetrace.analysis.experts.interference import (
+    combination,
+    expert_interference,
+    linearity,
+    pair_compatibility,
+)
+from moetrace.analysis.experts.manipulation import (
     edit_effect,
     expert_robustness,
     routing_manipulation,
     search_input,
 )
-from moetrace.analysis.matched import MatchedSeparation, matched_separation
-from moetrace.analysis.merging import (
-    as_published_similarity,
+from moetrace.analysis.experts.merging import (
     expert_merging,
     group_layers,
     merge,
@@ -91,142 +76,44 @@ from moetrace.analysis.merging import (
     routing_similarity,
     weight_similarity,
 )
-from moetrace.analysis.predict import GainTest, Prediction, Problem, gain_test
-from moetrace.analysis.published_prediction import (
+from moetrace.analysis.experts.outputs import chosen_outputs, expert_outputs
+from moetrace.analysis.placement.cache import CacheSimulation, expert_cache, lru_distances, stack_distances
+from moetrace.analysis.placement.cold_experts import clopper_pearson, cold_experts, trigger_tokens, wake_rates
+from moetrace.analysis.prediction.attention_prediction import attention_prediction
+from moetrace.analysis.prediction.context_attention_routing import ContextTest, context_attention_routing
+from moetrace.analysis.prediction.predict import GainTest, Prediction, Problem, gain_test
+from moetrace.analysis.prediction.task_prediction import task_prediction
+from moetrace.analysis.published.dynamics import (
+    as_published_circuits,
+    as_published_cold_experts,
+    as_published_dynamics,
+)
+from moetrace.analysis.published.experts import (
+    as_published_control,
+    as_published_interference,
+    as_published_robustness,
+    as_published_similarity,
+    as_published_triggers,
+)
+from moetrace.analysis.published.patterns import (
+    as_published_coactivation,
+    as_published_pattern_summary,
+    as_published_semantic_patterns,
+)
+from moetrace.analysis.published.prediction import (
     as_published_attention_prediction,
     as_published_context_attention_routing,
     as_published_task_prediction,
 )
-from moetrace.analysis.routed import RoutedText
-from moetrace.analysis.sums import MetricSums
-from moetrace.analysis.task_prediction import task_prediction
-from moetrace.analysis.temporal import Transitions, persistence, shuffle_test, transitions
-from moetrace.analysis.token_patterns import (
+from moetrace.analysis.statistics.chance import Chance, chance
+from moetrace.analysis.statistics.sums import MetricSums
+from moetrace.analysis.text.lexicon import join_words, token_type, type_words
+from moetrace.analysis.text.token_patterns import (
     TokenPatterns,
-    as_published_coactivation,
-    as_published_pattern_summary,
-    as_published_semantic_patterns,
     coactivation,
     combined_analysis,
-    join_words,
     pattern_summary,
     semantic_patterns,
     sequence_patterns,
-    token_type,
-    type_words,
     vocabulary_specialisation,
 )
-
-__all__ = [
-    "Agreement",
-    "Analysis",
-    "AttentionRows",
-    "CacheSimulation",
-    "Chance",
-    "Circuits",
-    "ContextTest",
-    "DeepDive",
-    "DepthContrast",
-    "DomainSeparation",
-    "DomainTest",
-    "GainTest",
-    "MatchedSeparation",
-    "MetricSums",
-    "Phases",
-    "Prediction",
-    "Problem",
-    "RoutedRows",
-    "RoutedText",
-    "RoutingCounts",
-    "TableAnalysis",
-    "TokenCounts",
-    "TokenPatterns",
-    "Transitions",
-    "agreement",
-    "agreement_by_depth",
-    "agreement_summary",
-    "align",
-    "as_published_attention_prediction",
-    "as_published_circuits",
-    "as_published_coactivation",
-    "as_published_cold_experts",
-    "as_published_context_attention_routing",
-    "as_published_control",
-    "as_published_dynamics",
-    "as_published_interference",
-    "as_published_pattern_summary",
-    "as_published_robustness",
-    "as_published_semantic_patterns",
-    "as_published_similarity",
-    "as_published_task_prediction",
-    "as_published_triggers",
-    "attention_features",
-    "attention_prediction",
-    "attention_windows",
-    "chance",
-    "chosen_outputs",
-    "clopper_pearson",
-    "coactivation",
-    "cold_experts",
-    "combination",
-    "combined_analysis",
-    "context_attention_routing",
-    "correctness_features",
-    "count_routing",
-    "count_tokens",
-    "deep_dive",
-    "depth_contrast",
-    "domain_entropy",
-    "domain_lift",
-    "domain_separation",
-    "domain_test",
-    "edit_effect",
-    "expert_cache",
-    "expert_circuits",
-    "expert_frequency",
-    "expert_interference",
-    "expert_merging",
-    "expert_outputs",
-    "expert_robustness",
-    "expert_usage",
-    "frequent_tokens",
-    "from_trace",
-    "gain_test",
-    "gate_distances",
-    "gate_summary",
-    "gate_sums",
-    "generation_phases",
-    "group_layers",
-    "handoffs",
-    "join_words",
-    "linearity",
-    "load_balance",
-    "lru_distances",
-    "matched_separation",
-    "merge",
-    "merge_candidates",
-    "output_similarity",
-    "pair_compatibility",
-    "path_test",
-    "pattern_summary",
-    "persistence",
-    "phase_comparison",
-    "reading_order",
-    "routing_manipulation",
-    "routing_similarity",
-    "search_input",
-    "semantic_patterns",
-    "sequence_patterns",
-    "shuffle_test",
-    "specialists",
-    "stack_distances",
-    "task_prediction",
-    "token_type",
-    "transitions",
-    "trigger_tokens",
-    "type_words",
-    "usage_difference",
-    "vocabulary_specialisation",
-    "wake_rates",
-    "weight_similarity",
-]

@@ -11,7 +11,9 @@ from typing import IO
 from moetrace.commands.options import Collect, add_option, red
 from moetrace.errors import UsageError
 from moetrace.host.options import CHANNELS, COLLECTORS, ON_FULL, CaptureOptions, human_size, parse_size
+from moetrace.printable import printable
 from moetrace.trace import naming
+from moetrace.trace.remarks import remarks
 from moetrace.trace.trace import Trace, open_trace
 
 
@@ -102,6 +104,8 @@ def report_trace(
                 lost = f"{loss.rows_lost:,} rows and {loss.events_lost:,} events lost"
             bad = loss.rows_lost or loss.events_lost
             print(f"  {red(lost, stream) if bad else lost}; {_own_time(context)}", file=stream)
+        for text in remarks(trace.store):
+            print(f"  {red(printable(text), stream)}", file=stream)
     for i, command in enumerate(following):
         print(f"{'     ' if i else 'Next:'} moetrace {command} {path}", file=stream)
 

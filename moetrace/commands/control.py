@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from moetrace.commands.options import add_option
-from moetrace.host.intervene import live_among
+from moetrace.host.intervene import has_live, live_among, may_begin
+from moetrace.trace.control import remember, remember_for_all
 from moetrace.trace.ring import Ring
 
 
@@ -18,8 +19,16 @@ def add_which(parser: argparse.ArgumentParser) -> None:
 
 def switch(args: argparse.Namespace, *, paused: bool) -> int:
     """Switch recording on or off in the contexts of a live trace that are named; in all, if none is."""
-    for path, _ in live_among(Path(args.trace), args.model, args.context):
+    trace = Path(args.trace)
+    word = "paused" if paused else "recording"
+    if args.model is None and args.context is None and may_begin(trace):
+        remember_for_all(trace, paused=int(paused))
+        if not has_live(trace):
+            print(f"no model is loaded now; those that are loaded from now on: {word}")
+            return 0
+    for path, _ in live_among(trace, args.model, args.context):
         with Ring(path) as ring:
+            remember(ring, paused=int(paused))
             ring.paused = paused
-            print(f"{path.parent.name}: {'paused' if paused else 'recording'}")
+            print(f"{path.parent.name}: {word}{' (asleep)' if ring.asleep else ''}")
     return 0

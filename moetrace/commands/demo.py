@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from moetrace import data
-from moetrace.analysis.from_trace import Phase
+from moetrace.analysis.counts.from_trace import Phase
 from moetrace.commands.capturing import report_trace
 from moetrace.commands.options import add_option, paint
 from moetrace.commands.progress import progress_bar
 from moetrace.findings import Finding, Subject, question
-from moetrace.findings.wording import span
+from moetrace.findings.wording import not_computed, span
 from moetrace.host.prompts import read_prompts
 from moetrace.host.recording import record
 from moetrace.host.runtime import find_tool
@@ -95,7 +95,7 @@ def show(trace: Trace) -> None:
     lines.append("")
     for sentence in (
         *separation["prefill"].sentences[:1],
-        *(text for text in overview.caveats if "not compute" in text),
+        *filter(None, [not_computed(overview.tables["layers"])]),
         *special.sentences[:3],
     ):
         lines.append(textwrap.fill(sentence, 110))

@@ -8,6 +8,7 @@ import json
 
 from moetrace.commands.options import add_option, red
 from moetrace.commands.selecting import add_choice, open_chosen
+from moetrace.printable import printable
 from moetrace.trace import naming
 from moetrace.trace.remarks import remarks
 from moetrace.trace.trace import Trace, open_trace
@@ -46,7 +47,8 @@ class Info:
                     if name == "context" and len(trace.contexts) > 1:
                         value += f" ({naming.role(context.facts)})"
                     bad = name == "completeness" and not value.startswith("nothing lost")
-                    print(f"{name:<13} {red(value) if bad else value}")
+                    shown = printable(value)
+                    print(f"{name:<13} {red(shown) if bad else shown}")
                 loss = context.loss
                 print(
                     f"{'entries':<13} {loss.produced:,} = {loss.present:,} present"
@@ -56,11 +58,11 @@ class Info:
                 print(f"{'cached':<13} {loss.cached:,} positions served from the prompt cache")
                 if n := int(context.intervened.sum()):
                     rules = context.interventions["rules"].dropna().unique()
-                    print(f"{'intervened':<13} {n:,} rows: {'; '.join(rules)}")
+                    print(f"{'intervened':<13} {n:,} rows: {printable('; '.join(rules))}")
                 if status := context.facts.get("status"):
-                    print(f"{'tracer':<13} {red(str(status))}")
+                    print(f"{'tracer':<13} {red(printable(str(status)))}")
             for text in remarks(trace.store):
-                print(f"{'note':<13} {red(text)}")
+                print(f"{'note':<13} {red(printable(text))}")
         return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from moetrace.commands.options import add_option, red
+from moetrace.printable import printable
 from moetrace.trace.recover import recover
 
 
@@ -41,8 +42,8 @@ class Recover:
                 line += ", " + red(f"{context.lost:,} lost")
             else:
                 line += ", nothing lost"
-            print(line)
+            print(printable(line, keep="\x1b"))
             if context.note:
-                print(red(f"{context.name}: {context.note}"))
+                print(red(printable(f"{context.name}: {context.note}")))
         print(f"Next: moetrace verify {result.path}")
         return 0

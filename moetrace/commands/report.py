@@ -14,7 +14,7 @@ from moetrace.commands.progress import progress_bar
 from moetrace.commands.selecting import add_choice
 from moetrace.commands.showing import opened, subject_of
 from moetrace.errors import InputError
-from moetrace.findings import Finding
+from moetrace.findings import Finding, ask_all
 
 
 class Report:
@@ -65,7 +65,7 @@ class Report:
 
     def run(self, args: argparse.Namespace) -> int:
         """Make it."""
-        from moetrace.report.page import ask_all, write_report
+        from moetrace.report.page import write_report
         from moetrace.report.summary import summary
 
         # from the environment it comes as one text
@@ -76,7 +76,7 @@ class Report:
             recordings = opened(args.recordings, args, stack)
             subject = subject_of(recordings, args, args.model, placement(args))
             with progress_bar("questions") as update:
-                findings = ask_all(subject, given, update)
+                findings = ask_all(subject, given=given, progress=update)
             report = write_report(subject, findings, folder, [Path(p).name for p in args.recordings])
             width = min(120, shutil.get_terminal_size().columns)
             sys.stdout.write(summary(report, width=width, paint=paint))

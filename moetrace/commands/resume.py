@@ -9,7 +9,8 @@ from pathlib import Path
 from types import FrameType
 
 from moetrace.commands.capturing import report_trace
-from moetrace.commands.options import add_option, red
+from moetrace.commands.options import add_option
+from moetrace.commands.run import note, warn
 from moetrace.errors import MoetraceError
 from moetrace.host.resume import ResumedRecording
 
@@ -32,13 +33,10 @@ class Resume:
         """Take it up."""
         path = Path(args.trace)
 
-        def on_error(error: MoetraceError) -> None:
-            print(f"{red('moetrace:', sys.stderr)} {error}", file=sys.stderr, flush=True)
-
         def let_go(number: int, _frame: FrameType | None) -> None:
             raise _LetGo(number)
 
-        recording = ResumedRecording(path, on_error)
+        recording = ResumedRecording(path, warn, note)
         if not args.quiet:
             rows = f"{recording.rows_caught_up:,} rows were waiting"
             print(f"Recording {path} again: {rows}", file=sys.stderr, flush=True)
@@ -51,7 +49,9 @@ class Resume:
             if recording.host_alive:
                 recording.detach()
                 if not args.quiet:
-                    print(f"The server runs on. Next: moetrace resume {path}", file=sys.stderr)
+                    print(
+                        f"The server runs on. Next: moetrace resume {recording.trace.path}", file=sys.stderr
+                    )
                 return 0
         finally:
             for number, handler in old.items():
@@ -63,7 +63,7 @@ class Resume:
                 raise
             return e.exit_code  # it has been said
         if not args.quiet:
-            report_trace(path)
+            report_trace(recording.trace.path)
         return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 
 from moetrace.commands.capturing import (
@@ -15,6 +16,7 @@ from moetrace.commands.capturing import (
 from moetrace.commands.options import add_option, red
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.host.server import TracedProcess
+from moetrace.printable import printable
 
 
 class Run:
@@ -53,7 +55,13 @@ class Run:
             warn(error)
 
         traced = TracedProcess(
-            args.rest, path, options, force=args.force, intervene=args.intervene, on_error=on_error
+            args.rest,
+            path,
+            options,
+            force=args.force,
+            intervene=args.intervene,
+            on_error=on_error,
+            on_note=note,
         )
         code = traced.wait()
         trouble: MoetraceError | None = None
@@ -65,12 +73,19 @@ class Run:
         if trouble is not None:
             if trouble not in told:
                 warn(trouble)
-            return code or trouble.exit_code
-        if not args.quiet:
-            report_trace(path)
+            code = code or trouble.exit_code
+        if not args.quiet and traced.recorded:
+            with contextlib.suppress(OSError):  # standard error may be a file on a full disk
+                report_trace(traced.trace.path)
         return code
 
 
 def warn(trouble: MoetraceError) -> None:
     """Say at once what went wrong; the program goes on."""
-    print(f"{red('moetrace:', sys.stderr)} {trouble}", file=sys.stderr, flush=True)
+    said = printable(str(trouble), keep="\n")
+    print(f"{red('moetrace:', sys.stderr)} {said}", file=sys.stderr, flush=True)
+
+
+def note(text: str) -> None:
+    """Say at once what becomes of the recording."""
+    print(f"moetrace: {printable(text)}", file=sys.stderr, flush=True)

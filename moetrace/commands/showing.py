@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from moetrace.commands.options import add_option
-from moetrace.commands.selecting import numbers, open_chosen
+from moetrace.commands.selecting import open_chosen
 from moetrace.findings import Finding, Subject
+from moetrace.numbers import numbers
 from moetrace.report.files import write_finding
 from moetrace.report.text import FORMATS, render
 from moetrace.trace.importers import CountTable, open_source

@@ -10,7 +10,7 @@ from moetrace.commands.progress import progress_bar
 from moetrace.commands.selecting import add_choice
 from moetrace.commands.showing import add_showing, opened, show, subject_of
 from moetrace.errors import UsageError
-from moetrace.findings import QUESTIONS, question
+from moetrace.findings import QUESTIONS, ask_all, question
 
 
 class Stats:
@@ -43,23 +43,18 @@ class Stats:
 
     def run(self, args: argparse.Namespace) -> int:
         """Ask every question; 1 if none could be answered."""
-        asked = [question(name) for name in wanted(args.only)]
+        only = None if args.only is None else wanted(args.only)
         with ExitStack() as stack:
             subject = subject_of(opened(args.recordings, args, stack), args)
-            findings = []
             with progress_bar("questions") as update:
-                for i, each in enumerate(asked):
-                    findings.append(each().ask(subject))
-                    update(i + 1, len(asked))
+                findings = ask_all(subject, only, progress=update)
             show(findings, args)
-        return 0 if any(finding.missing is None for finding in findings) else 1
+        return 0 if any(finding.not_answered is None for finding in findings) else 1
 
 
-def wanted(only: str | None) -> list[str]:
-    """The questions about one subject that need no model, or those of ``--only`` in the order given."""
-    if only is None:
-        return [n for n in QUESTIONS if not (question(n).needs_model or question(n).compares)]
+def wanted(only: str) -> list[str]:
+    """The names in ``--only``, in the order given. Raises UsageError if there is no such question, or none at all."""
     names = [name.strip() for name in only.split(",") if name.strip()]
     if not names:
         raise UsageError(f"--only {only!r} names no question", fix=f"choose among: {', '.join(QUESTIONS)}")
-    return names
+    return [question(name).name for name in names]

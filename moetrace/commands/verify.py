@@ -6,6 +6,7 @@ import argparse
 
 from moetrace.commands.options import add_option, paint, red
 from moetrace.commands.progress import progress_line
+from moetrace.printable import printable
 from moetrace.trace.verify import verify
 
 
@@ -30,10 +31,11 @@ class Verify:
             result = verify(args.trace, progress)
         for finding in result.findings:
             print(
-                f"{red('recoverable' if finding.recoverable else 'corrupt')}  {finding.where}: {finding.what}"
+                red("recoverable" if finding.recoverable else "corrupt")
+                + printable(f"  {finding.where}: {finding.what}")
             )
         for text in result.remarks:
-            print(f"{paint('note', '33')}  {text}")
+            print(f"{paint('note', '33')}  {printable(text)}")
         if result.exit_code == 3:
             print(f"Next: moetrace recover {result.path}")
         elif result.empty:

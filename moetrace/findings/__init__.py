@@ -1,56 +1,106 @@
 """What can be asked about a model's routing, question by question.
 
 The step between the analyses, which are functions of arrays, and whatever shows their results: the command line,
-the report, a notebook. ``QUESTIONS`` lists them by name::
+the report, a notebook. ``QUESTIONS`` has them by name::
 
     subject = Subject([moetrace.open("t.moet")])
     finding = question("load-balance")().answer(subject)
     finding.sentences, finding.tables
+
+Every :class:`Question` in a file of this package is one of them; so is every one that an installed distribution
+names as an entry point of the group ``moetrace.questions``.
 """
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from importlib.metadata import entry_points
 
 from moetrace.errors import UsageError
-from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Method, Question, Widget, parameter
 from moetrace.findings.subject import Subject
 
-__all__ = ["QUESTIONS", "Figure", "Finding", "Question", "Subject", "parameter", "question"]
+__all__ = [
+    "QUESTIONS",
+    "Figure",
+    "Finding",
+    "Method",
+    "Question",
+    "Subject",
+    "Widget",
+    "ask_all",
+    "parameter",
+    "question",
+]
 
-#: name -> the class in moetrace/findings/NAME.py (- as _), in the order of the report
-QUESTIONS = {
-    "overview": "Overview",
-    "domain-separation": "DomainSeparation",
-    "matched-separation": "MatchedSeparation",
-    "specialists": "Specialists",
-    "deep-dive": "DeepDive",
-    "depth-contrast": "DepthContrast",
-    "expert-frequency": "ExpertFrequency",
-    "domain-entropy": "DomainEntropy",
-    "load-balance": "LoadBalance",
-    "persistence": "Persistence",
-    "transitions": "Transitions",
-    "gate-distances": "GateDistances",
-    "token-patterns": "TokenPatterns",
-    "cold-experts": "ColdExperts",
-    "expert-circuits": "ExpertCircuits",
-    "generation-dynamics": "GenerationDynamics",
-    "attention-prediction": "AttentionPrediction",
-    "context-attention-routing": "ContextAttentionRouting",
-    "task-prediction": "TaskPrediction",
-    "expert-cache": "ExpertCache",
-    "compare": "Compare",
-    "expert-interference": "ExpertInterference",
-    "expert-merging": "ExpertMerging",
-    "routing-manipulation": "RoutingManipulation",
-}
+
+class _Questions(Mapping[str, type[Question]]):
+    """Name -> question, in the order of the report; looked for at first use."""
+
+    @cached_property
+    def _found(self) -> dict[str, type[Question]]:
+        found: dict[str, type[Question]] = {}
+        for _, name, _ in pkgutil.iter_modules(__path__, f"{__name__}."):
+            for value in list(vars(importlib.import_module(name)).values()):
+                # the class that the file defines, not those that it imports; Question itself has no name
+                mine = isinstance(value, type) and issubclass(value, Question) and value.__module__ == name
+                if mine and "name" in vars(value):
+                    found[value.name] = value
+        for entry in entry_points(group="moetrace.questions"):
+            try:
+                value = entry.load()
+                if not issubclass(value, Question) or value.name in found:
+                    raise TypeError("it is no new question")
+                found[value.name] = value
+            except Exception as e:  # whatever somebody else's code raises: the other questions can be asked
+                warnings.warn(
+                    f"the question {entry.value} cannot be asked: {e}", RuntimeWarning, stacklevel=2
+                )
+        return dict(sorted(found.items(), key=lambda each: (each[1].place, each[0])))
+
+    def __getitem__(self, name: str) -> type[Question]:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+QUESTIONS = _Questions()
 
 
 def question(name: str) -> type[Question]:
     """Give the question of a name. Raises UsageError if there is none."""
     if name not in QUESTIONS:
         raise UsageError(f"there is no analysis {name!r}", fix=f"choose among: {', '.join(QUESTIONS)}")
-    module = importlib.import_module(f"moetrace.findings.{name.replace('-', '_')}")
-    found: type[Question] = getattr(module, QUESTIONS[name])
-    return found
+    return QUESTIONS[name]
+
+
+def ask_all(
+    subject: Subject,
+    only: Sequence[str] | None = None,
+    given: Sequence[Finding] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Finding, ...]:
+    """Ask questions of the subject: those of these names, or else all, in the order of the report.
+
+    Of all, comparisons are asked of two traces only; what needs a model and has none says so. Findings in ``given``
+    (made elsewhere) are not asked again; those of other questions follow.
+    """
+    by_name = {finding.name: finding for finding in given}
+    names = list(QUESTIONS if only is None else only)
+    out = []
+    for done, name in enumerate(names):
+        if name in by_name:
+            out.append(by_name.pop(name))
+        elif only is not None or not question(name).compares or len(subject.traces) == 2:
+            out.append(question(name)().ask(subject))
+        if progress:
+            progress(done + 1, len(names))
+    return (*out, *by_name.values())

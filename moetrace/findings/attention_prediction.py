@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
+from moetrace.analysis.prediction.by_layer import attention_by_layer
+from moetrace.analysis.published import prediction as published
 from moetrace.errors import MoetraceError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, of_layers, p_value, span
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _SHOWN = ("popularity", "position", "attention", "token", "token and attention", "hidden")
 
@@ -32,6 +31,7 @@ class AttentionPrediction(Question):
 
     name: ClassVar[str] = "attention-prediction"
     title: ClassVar[str] = "Experts from attention"
+    place: ClassVar[int] = 170
     channels: ClassVar[tuple[str, ...]] = ("attention", "gate_input")
 
     permutations: int = parameter(199, "exchanges of prompts for the p-value; 0: none")
@@ -39,9 +39,9 @@ class AttentionPrediction(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Predict every layer."""
-        predictions = subject.analysis.predictions
-        recall, gains = predictions.attention_prediction(
-            max_tokens=self.max_tokens, n_permutations=self.permutations, seed=subject.seed
+        columns = subject.routing.columns
+        recall, gains = attention_by_layer(
+            columns, max_tokens=self.max_tokens, n_permutations=self.permutations, seed=subject.seed
         )
         tables = {"recall": recall, "gains": gains}
         k = recall.groupby("layer")["m"].transform("min")
@@ -83,7 +83,6 @@ class AttentionPrediction(Question):
                 f" {wide['hidden'].max():.1%}: the router is linear in it, so the rest is the limit of the regression."
             )
         caveats = [
-            subject.phase_note,
             "Telling is not causing: attention, routing and the token's id all follow from the same hidden state.",
             "gain is measured on all tokens; p_value and null_gain on prompts cut to the length of similar ones.",
         ]
@@ -91,54 +90,31 @@ class AttentionPrediction(Question):
             caveats.append(
                 "What the router's input tells is not known: capture with --capture attention,gate_input."
             )
-        if len(wide) < len(predictions.text.layers):
+        if len(wide) < len(columns.text.layers):
             caveats.append("Layers without routing or attention of these tokens are left out.")
         try:
-            evaluation, correlations = predictions.as_published_attention_prediction()
+            evaluation, correlations = published.attention_by_layer(columns)
             tables |= {"as_published_evaluation": evaluation, "as_published_correlations": correlations}
         except MoetraceError as e:
             caveats.append(f"The published figures cannot be given: {e.what}.")
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Recall by layer and predictor; the gains."""
-        from moetrace.plot.style import OKABE_ITO, axes, band, faint, layer_axis, legend_above
+        from moetrace import plot
 
         recall, gains = finding.tables["recall"], finding.tables["gains"]
         recall = recall[recall["m"] == recall.groupby("layer")["m"].transform("min")]
-
-        def draw_recall(ax: Axes) -> Axes:
-            ax = axes(ax)
-            alone = recall[recall["predictor"] == "popularity"]
-            ax.plot(alone["layer"], alone["chance"], color=faint(), linestyle="--", label="chance")
-            for color, name in zip(OKABE_ITO, _SHOWN, strict=False):
-                mine = recall[recall["predictor"] == name]
-                if len(mine):
-                    ax.plot(mine["layer"], mine["recall"], color=color, marker="o", label=name)
-                    band(ax, mine["layer"], mine["low"], mine["high"], color)
-            layer_axis(ax, recall["layer"].to_numpy())
-            ax.set(ylabel="recall of k experts among k predicted", ylim=(0, 1))
-            legend_above(ax)
-            return ax
-
-        def draw_gains(ax: Axes) -> Axes:
-            ax = axes(ax)
-            ax.axhline(0, color=faint(), linewidth=0.9)
-            for color, (better, than) in zip(OKABE_ITO, _GAINS, strict=False):
-                mine = gains[gains["better"] == better]
-                ax.plot(mine["layer"], mine["gain"], color=color, marker="o", label=f"over {than}")
-                band(ax, mine["layer"], mine["low"], mine["high"], color)
-            layer_axis(ax, gains["layer"].to_numpy())
-            ax.set(ylabel="recall gained by attention")
-            legend_above(ax)
-            return ax
-
         return {
-            "recall": Figure(draw_recall, "What tells a token's experts, by layer, on prompts held out."),
+            "recall": Figure(
+                lambda ax: plot.recall(recall, _SHOWN, ax=ax),
+                "What tells a token's experts, by layer, on prompts held out.",
+            ),
             "gain": Figure(
-                draw_gains, "What attention adds to position, and to token and position, by layer."
+                lambda ax: plot.gains(gains, _GAINS, ax=ax),
+                "What attention adds to position, and to token and position, by layer.",
             ),
         }
 
 
-_GAINS = (("attention", "position"), ("token and attention", "token and position"))
+_GAINS = {"attention": "position", "token and attention": "token and position"}

@@ -6,30 +6,26 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
 from moetrace import data
-from moetrace.analysis.cold_experts import (
-    as_published_cold_experts,
+from moetrace.analysis.counts.routed import RoutedText
+from moetrace.analysis.placement.cold_experts import (
     candidate_tokens,
     cold_experts,
     trigger_tokens,
     wake_rates,
 )
-from moetrace.analysis.likelihood import likelihood_change
-from moetrace.analysis.routed import RoutedText
+from moetrace.analysis.published.dynamics import as_published_cold_experts
+from moetrace.analysis.statistics.likelihood import likelihood_change
 from moetrace.errors import MoetraceError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.recorded import recorded
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, number, span
-from moetrace.plot.style import axes, faint, legend_above
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,7 @@ class ColdExperts(Question):
 
     name: ClassVar[str] = "cold-experts"
     title: ClassVar[str] = "Cold experts"
+    place: ClassVar[int] = 140
 
     cold_below: float = parameter(0.1, "cold is below this share of an even split, k/E")
     triggers: int = parameter(10, "tokens to list for each of the coldest experts")
@@ -56,8 +53,7 @@ class ColdExperts(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Answer it."""
-        analysis = subject.analysis
-        counts = analysis.counts
+        counts = subject.routing.counts
         table = cold_experts(
             counts.included,
             counts.tokens,
@@ -65,7 +61,7 @@ class ColdExperts(Question):
             layers=counts.layers,
             cold_below=self.cold_below,
         )
-        text = analysis.text
+        text = subject.routing.text
         chosen = table[table["verdict"] == "cold"]
         chosen = pd.concat([chosen, table[table["verdict"] != "cold"]]).head(
             max(self.experts, self.wake, self.ablate)
@@ -76,12 +72,11 @@ class ColdExperts(Question):
             for layer, expert in chosen[["layer", "expert"]].itertuples(index=False, name=None)
         ]
         try:
-            vocabulary: list[bytes] | None = analysis.vocabulary
+            vocabulary: list[bytes] | None = subject.routing.vocabulary
         except MoetraceError:
             vocabulary = None
         said = self._rates(table)
         caveats = [
-            subject.phase_note,
             "Cold in these texts: other texts may need an expert that these do not.",
         ]
         tables = {
@@ -102,7 +97,7 @@ class ColdExperts(Question):
             tables["wake"] = self._wake(subject, text, coldest[: self.wake], vocabulary, table, said)
         if self.ablate:
             tables["ablation"] = self._ablate(subject, text, coldest[: self.ablate], said)
-        return self.finding(said, tables, caveats)
+        return self.finding(subject, said, tables, caveats)
 
     def _rates(self, table: pd.DataFrame) -> list[str]:
         verdict = table["verdict"].value_counts()
@@ -223,25 +218,11 @@ class ColdExperts(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """All experts' rates in order, with the bound."""
-        if "experts" not in finding.tables:
-            return {}
+        from moetrace import plot
+
         table = finding.tables["experts"]
-
-        def draw(ax: Axes) -> Axes:
-            ax = axes(ax)
-            rank = np.arange(1, len(table) + 1)
-            ax.fill_between(rank, table["cluster_low"], table["cluster_high"], alpha=0.3, linewidth=0)
-            ax.plot(rank, table["rate"], marker=".", linestyle="", label="rate, with its interval")
-            is_cold = table["cold"].to_numpy(dtype=bool)
-            ax.plot(rank[is_cold], table["rate"][is_cold], marker="x", linestyle="", color="C4", label="cold")
-            ax.axhline(table["threshold"].max(), color=faint(), linestyle="--", label="cold below")
-            ax.set(
-                xlabel="experts of all layers, the coldest first", ylabel="share of tokens", ylim=(0, None)
-            )
-            legend_above(ax)
-            return ax
-
-        return {"rates": Figure(draw, "How many tokens use each expert, and which are cold beyond doubt.")}
+        caption = "How many tokens use each expert, and which are cold beyond doubt."
+        return {"rates": Figure(lambda ax: plot.rates(table, ax=ax), caption)}
 
 
 def _contexts(text: RoutedText, n: int, rng: np.random.Generator) -> list[list[int]]:

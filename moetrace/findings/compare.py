@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from moetrace.analysis import compare_captures
+from moetrace.analysis.published.notebook import gate_experts_of_rows
 from moetrace.findings.finding import Figure, Finding, Question
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, number, span
@@ -24,12 +26,14 @@ class Compare(Question):
 
     name: ClassVar[str] = "compare"
     title: ClassVar[str] = "Two captures of the same text"
+    place: ClassVar[int] = 210
     compares: ClassVar[bool] = True
 
     def answer(self, subject: Subject) -> Finding:
         """Compare them token by token."""
         one, two = subject.pair
-        found = one.agreement(two)
+        sides = one.whole("a comparison"), two.whole("a comparison")
+        found = compare_captures(*sides)
         summary, usage, depth = found.by_layer(), found.usage(), found.by_depth()
         texts = found.texts
         a, b = (trace.path.name for trace in subject.traces)
@@ -86,14 +90,15 @@ class Compare(Question):
             "usage": usage,
             "texts": texts,
         }
-        if found.published is not None:
-            tables["as_published_aggregate"] = found.published
+        published = gate_experts_of_rows(*sides, *found.rows)
+        if published is not None:
+            tables["as_published_aggregate"] = published
         else:
             caveats.append(
                 "coverage_k and the published comparison need router logits: capture with --capture"
                 " experts,weights,logits."
             )
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats, of_phase=False)
 
     def _notes(self, subject: Subject, only_in: tuple[int, int]) -> list[str]:
         notes = []

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 
+from moetrace.analysis.prediction.by_layer import contexts_by_layer
+from moetrace.analysis.published import prediction as published
 from moetrace.errors import MoetraceError, UsageError
-from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Method, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, of_layers, p_value, span
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,16 @@ class ContextAttentionRouting(Question):
 
     name: ClassVar[str] = "context-attention-routing"
     title: ClassVar[str] = "One token, many contexts"
+    place: ClassVar[int] = 180
+    methods: ClassVar[tuple[Method, ...]] = (
+        Method(
+            "mantel",
+            "Mantel test",
+            r"Mantel\S*",
+            "Whether two tables of pairwise likeness go together: the correlation over pairs, against that with the"
+            " items of one table exchanged.",
+        ),
+    )
     channels: ClassVar[tuple[str, ...]] = ("attention",)
 
     token: str = parameter("", "text of the token; default: those that stand in most prompts")
@@ -39,8 +48,9 @@ class ContextAttentionRouting(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Compare contexts in every layer."""
-        predictions = subject.analysis.predictions
-        table = predictions.context_attention_routing(
+        columns = subject.routing.columns
+        table = contexts_by_layer(
+            columns,
             self._ids(subject),
             n_tokens=self.tokens,
             length=self.length,
@@ -75,17 +85,16 @@ class ContextAttentionRouting(Question):
                 f"For {_name(mine.iloc[0].to_dict())}, in most prompts: {of_layers(hits['layer'], len(mine))}."
             )
         caveats = [
-            subject.phase_note,
             "Contexts that are alike in topic are alike in attention and in routing: a correlation does not say that"
             " attention decides. One token is looked at at a time, so that its identity explains nothing.",
         ]
         tables = {"contexts": table}
         try:
-            published = [predictions.as_published_context_attention_routing(token) for token in ids]
-            tables["as_published"] = pd.concat(published, ignore_index=True)
+            old = [published.contexts_by_layer(columns, token) for token in ids]
+            tables["as_published"] = pd.concat(old, ignore_index=True)
         except (MoetraceError, ValueError) as e:
             caveats.append(f"The published figures cannot be given: {e}.")
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def _ids(self, subject: Subject) -> list[int]:
         if not self.token:
@@ -105,29 +114,13 @@ class ContextAttentionRouting(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """The correlation by layer, token by token."""
-        from moetrace.plot.style import OKABE_ITO, axes, faint, layer_axis, legend_above, short
+        from moetrace import plot
 
         table = finding.tables["contexts"]
-        ids = table["token"].drop_duplicates().tolist()[: len(OKABE_ITO)]
-
-        def draw(ax: Axes) -> Axes:
-            ax = axes(ax)
-            ax.axhline(0, color=faint(), linewidth=0.9)
-            for i, (color, token) in enumerate(zip(OKABE_ITO, ids, strict=False)):
-                mine = table[table["token"] == token]
-                x = mine["layer"] + 0.08 * (i - (len(ids) - 1) / 2)
-                ax.vlines(x, mine["low"], mine["high"], color=color, alpha=0.5)
-                name = short(repr(mine["text"].iloc[0]))
-                ax.plot(x, mine["partial"], color=color, marker="o", linewidth=0.7, label=name)
-            layer_axis(ax, table["layer"].to_numpy())
-            ax.set(ylabel="attention alike ~ routing alike")
-            legend_above(ax)
-            return ax
-
         caption = (
             "Correlation of attention and routing similarity over pairs of contexts, by layer and token."
         )
-        return {"correlation": Figure(draw, caption)}
+        return {"correlation": Figure(lambda ax: plot.correlation(table, ax=ax), caption)}
 
 
 def _name(row: dict[str, object]) -> str:

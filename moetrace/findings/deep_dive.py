@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
-from moetrace.analysis import published
+from moetrace.analysis import deep_dive
+from moetrace.analysis.published import notebook as published
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best
@@ -26,13 +27,21 @@ class DeepDive(Question):
 
     name: ClassVar[str] = "deep-dive"
     title: ClassVar[str] = "One layer in detail"
+    place: ClassVar[int] = 50
 
     layer: int = parameter(-1, "layer to look at; -1: the most domain-specific")
 
     def answer(self, subject: Subject) -> Finding:
         """Lay out one layer."""
-        analysis = subject.analysis
-        found = analysis.deep_dive(None if self.layer < 0 else self.layer)
+        counts = subject.labelled
+        found = deep_dive(
+            counts.included,
+            counts.labels,
+            layers=counts.layers,
+            layer=None if self.layer < 0 else self.layer,
+            n_expert=subject.n_expert,
+            consumers=() if subject.table is not None else subject.routing.consumers,
+        )
         domains, experts = found.percent.shape
         table = pd.DataFrame(
             {
@@ -44,7 +53,7 @@ class DeepDive(Question):
         )
         table.insert(0, "layer", found.layer)
         table["components"] = ", ".join(found.consumers)
-        old = published.deep_dive(analysis.published(), None if self.layer < 0 else self.layer)
+        old = published.deep_dive(subject.activations, None if self.layer < 0 else self.layer)
         parts = []
         for component, frame in old.items():
             long = frame.reset_index().melt("domain", var_name="expert_id", value_name="percent")
@@ -60,7 +69,6 @@ class DeepDive(Question):
                 f" picks, {row['lift']:.1f} times the mean of domains."
             )
         caveats = [
-            subject.phase_note,
             "Picked because it is the largest, it looks larger than it is: specialists has intervals and tests.",
         ]
         if len(found.consumers) > 1:
@@ -68,7 +76,7 @@ class DeepDive(Question):
                 f"{', '.join(found.consumers)} share one decision: the published heatmaps of them are one and the same."
             )
         tables = {"deep_dive": table, "as_published_components": pd.concat(parts, ignore_index=True)}
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Domain by expert, for each matrix that the ids went to, and the lift."""

@@ -7,11 +7,12 @@ from typing import ClassVar
 
 import pandas as pd
 
-from moetrace.analysis import Analysis, layers, published
-from moetrace.errors import UsageError
+from moetrace.analysis.domains import layers
+from moetrace.analysis.published import notebook as published
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import layer_list, span
+from moetrace.numbers import numbers
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,21 @@ class DepthContrast(Question):
 
     name: ClassVar[str] = "depth-contrast"
     title: ClassVar[str] = "Early and late layers"
+    place: ClassVar[int] = 60
 
     early: str = parameter("", "early layers, such as 0-5; default: the first quarter")
     late: str = parameter("", "late layers, such as 18-23; default: the last quarter")
 
     def answer(self, subject: Subject) -> Finding:
         """Compare the two groups."""
-        analysis = subject.analysis
-        found = analysis.depth_contrast(_layers(self.early, "--early"), _layers(self.late, "--late"))
+        counts = subject.labelled
+        found = layers.depth_contrast(
+            counts.included,
+            counts.labels,
+            layers=counts.layers,
+            early=numbers(self.early, "--early") if self.early else None,
+            late=numbers(self.late, "--late") if self.late else None,
+        )
         table = pd.DataFrame(
             {
                 "early_layers": [layer_list(found.early_layers)],
@@ -46,31 +54,31 @@ class DepthContrast(Question):
         )
         what = f"late layers ({layer_list(found.late_layers)})"
         early = f"early ones ({layer_list(found.early_layers)})"
+        verdict = "more" if found.low > 0 else "less" if found.high < 0 else None
         if pd.isna(found.low):
             sentence = (
-                f"Whether {what} separate domains more than {early} cannot be said: {self._why(analysis)}."
+                f"Whether {what} separate domains more than {early} cannot be said: {self._why(subject)}."
             )
         else:
-            verdict = "more" if found.low > 0 else "less" if found.high < 0 else None
-            numbers = (
+            told = (
                 f"{found.early:.3f} bits early, {found.late:.3f} late, difference"
                 f" {span(found.difference, found.low, found.high)}"
             )
             sentence = (
                 f"Domains lie {'further apart' if verdict == 'more' else 'closer together'} in {what} than in {early}:"
-                f" {numbers}."
+                f" {told}."
                 if verdict
-                else f"Whether domains lie further apart in {what} than in {early} remains open: {numbers}."
+                else f"Whether domains lie further apart in {what} than in {early} remains open: {told}."
             )
         old = published.early_late(
-            analysis.published(), analysis.published().components[-1], found.early_layers, found.late_layers
+            subject.activations, subject.activations.components[-1], found.early_layers, found.late_layers
         )
         caveats = [
-            subject.phase_note,
             "Layers may differ in how many tokens they were computed for (overview); published chi-squares grow with"
             " that number.",
         ]
-        return self.finding([sentence], {"contrast": table, "as_published_early_late": old}, caveats)
+        tables = {"contrast": table, "as_published_early_late": old}
+        return self.finding(subject, [sentence], tables, caveats, concludes=verdict is not None)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Early, late, and their difference."""
@@ -78,8 +86,8 @@ class DepthContrast(Question):
 
         row = finding.tables["contrast"].iloc[0]
         found = layers.DepthContrast(
-            tuple(_layers(str(row["early_layers"]), "") or ()),
-            tuple(_layers(str(row["late_layers"]), "") or ()),
+            tuple(numbers(str(row["early_layers"]), "early_layers")),
+            tuple(numbers(str(row["late_layers"]), "late_layers")),
             *(float(row[name]) for name in ("early", "late", "difference", "low", "high")),
         )
         return {
@@ -91,23 +99,10 @@ class DepthContrast(Question):
             )
         }
 
-    def _why(self, analysis: Analysis) -> str:
-        test = analysis.domain_test(n_permutations=1)
+    def _why(self, subject: Subject) -> str:
+        test = subject.domain_test(n_permutations=1)
         if test.n_domains < 2:
             return "there is only one domain"
         if not test.testable:
             return "that takes several prompts of each domain"
         return "a domain has a single prompt, or no token in one of these layers"
-
-
-def _layers(text: str, option: str) -> list[int] | None:
-    """``0-5,7`` as numbers; None if not given."""
-    if not text:
-        return None
-    out: list[int] = []
-    for part in text.replace(" ", "").split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise UsageError(f"{option} {text} is no list of layers", fix=f"write it like {option} 0-5,7")
-        out += range(int(first), int(last if dash else first) + 1)
-    return out

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import pandas as pd
 
-from moetrace.analysis import published
+from moetrace.analysis import domain_entropy
+from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
@@ -26,15 +27,18 @@ class DomainEntropy(Question):
 
     name: ClassVar[str] = "domain-entropy"
     title: ClassVar[str] = "Entropy by domain"
+    place: ClassVar[int] = 80
 
     permutations: int = parameter(999, "arrangements of prompts to draw")
     alpha: float = parameter(0.05, "false discoveries to allow")
 
     def answer(self, subject: Subject) -> Finding:
         """Measure every domain in every layer."""
-        analysis = subject.analysis
-        table = analysis.domain_entropy()
-        test = analysis.domain_test(statistic="entropy", n_permutations=self.permutations, seed=subject.seed)
+        counts = subject.labelled
+        table = domain_entropy(
+            counts.included, counts.labels, layers=counts.layers, n_expert=subject.n_expert
+        )
+        test = subject.domain_test(statistic="entropy", n_permutations=self.permutations)
         tested = test.table[["layer", "p_value", "q_value", "p_family"]]
         sentences = []
         if not test.testable:
@@ -60,16 +64,15 @@ class DomainEntropy(Question):
                     f" {row['max_bits']:.2f} bits, as {row['perplexity']:.1f} experts used alike."
                 )
         caveats = [
-            subject.phase_note,
             "Picks of one prompt follow each other, so Miller-Madow corrects too little; the interval is the"
             " jackknife's, which also removes what prompts add.",
         ]
         tables = {
             "domain_entropy": table,
             "test": tested,
-            "as_published_entropy": _published(analysis.published()),
+            "as_published_entropy": _published(subject.activations),
         }
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats, concludes=test.testable)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Entropy by layer, a line per domain."""

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import pandas as pd
 
-from moetrace.analysis import published
-from moetrace.analysis.domain import DomainTest
-from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.analysis.domains.domain import DomainTest
+from moetrace.analysis.published import notebook as published
+from moetrace.findings.finding import Figure, Finding, Question, Widget, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, of_layers, span
 
@@ -28,6 +28,8 @@ class DomainSeparation(Question):
 
     name: ClassVar[str] = "domain-separation"
     title: ClassVar[str] = "Separation of domains"
+    place: ClassVar[int] = 20
+    widgets: ClassVar[tuple[Widget, ...]] = (Widget("separation", "domain_test", replaces=("by_layer",)),)
 
     statistic: str = parameter("jsd", "what is tested", choices=["jsd", "pseudo_f", "entropy"])
     permutations: int = parameter(999, "arrangements of prompts to draw")
@@ -35,13 +37,9 @@ class DomainSeparation(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Test every layer."""
-        analysis = subject.analysis
-        found = analysis.domain_test(
-            statistic=self.statistic, n_permutations=self.permutations, seed=subject.seed
-        )
-        old = analysis.published()
-        layers, chi, top = published_separation(old)
-        caveats = [subject.phase_note]
+        found = subject.domain_test(statistic=self.statistic, n_permutations=self.permutations)
+        layers, chi, top = published_separation(subject.activations)
+        caveats = []
         if found.testable:
             caveats.append(
                 f"Tested with {found.n_prompts} prompts of {found.n_domains} domains; prompts are taken to be"
@@ -62,7 +60,13 @@ class DomainSeparation(Question):
             "as_published_chi_square": chi,
             "as_published_most_specific": top,
         }
-        return self.finding(sentences(found, self.alpha) + old_sentence(layers), tables, caveats)
+        return self.finding(
+            subject,
+            sentences(found, self.alpha) + old_sentence(layers),
+            tables,
+            caveats,
+            concludes=found.testable,
+        )
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Separation by depth."""

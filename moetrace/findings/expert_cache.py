@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
-from moetrace.analysis.cache import POLICIES
-from moetrace.errors import UsageError
+from moetrace.analysis.placement.cache import POLICIES, expert_cache
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import span
 from moetrace.host.options import human_size
 from moetrace.model.file import ModelFile
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from moetrace.numbers import numbers
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,7 @@ class ExpertCache(Question):
 
     name: ClassVar[str] = "expert-cache"
     title: ClassVar[str] = "A cache of experts"
+    place: ClassVar[int] = 200
 
     slots: str = parameter("", "slots per layer to try, as 4,8,16; default: from k to all experts")
     policies: str = parameter(",".join(POLICIES), "policies to simulate")
@@ -40,21 +38,16 @@ class ExpertCache(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Simulate."""
-        try:
-            slots = [int(part) for part in self.slots.split(",") if part.strip()]
-        except ValueError:
-            raise UsageError(
-                f"--slots {self.slots}: no numbers", fix="give numbers, as --slots 4,8,16"
-            ) from None
-        predictions = subject.analysis.predictions
+        slots = numbers(self.slots, "--slots") if self.slots else []
+        text = subject.routing.text
         sizes = None
         if subject.model is not None:
             with ModelFile(subject.model) as model:
-                sizes = [model.expert_bytes(layer) for layer in predictions.text.layers.tolist()]
-        found = predictions.expert_cache(
+                sizes = [model.expert_bytes(layer) for layer in text.layers.tolist()]
+        found = expert_cache(
+            text if self.max_tokens == 0 else text.some(self.max_tokens, (subject.seed, 7)),
             slots,
             policies=[name.strip() for name in self.policies.split(",")],
-            max_tokens=self.max_tokens,
             expert_bytes=sizes,
             seed=subject.seed,
         )
@@ -86,13 +79,8 @@ class ExpertCache(Question):
             )
         used = int(layer["tokens"].iloc[0])
         caveats = [
-            subject.phase_note,
             f"Hits are counted on {used:,} tokens of held-out prompts, after the others warmed the caches up"
-            + (
-                f"; of {len(predictions.text):,} tokens"
-                if len(predictions.text) > 2 * used + self.max_tokens
-                else ""
-            )
+            + (f"; of {len(text):,} tokens" if len(text) > 2 * used + self.max_tokens else "")
             + ".",
             "Tokens are computed one at a time, prompt after prompt; those computed together share what is fetched.",
             "A miss is counted, not timed: what it costs depends on the link, and fetching ahead can hide it"
@@ -101,44 +89,21 @@ class ExpertCache(Question):
         if sizes is None:
             caveats.append("In experts; give the model for bytes: -m model.gguf.")
         tables = {"cache": found.curve, "by_layer": found.layers, "hot_set": found.hot}
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Hit rate against memory, for both kinds of cache."""
-        from moetrace.plot.style import OKABE_ITO, axes, band, faint, legend_above
+        from moetrace import plot
 
         curve = finding.tables["cache"]
-
-        def drawing(cache: str) -> Figure:
-            table = curve[curve["cache"] == cache]
-
-            def draw(ax: Axes) -> Axes:
-                ax = axes(ax)
-                ax.plot(
-                    [0, 1],
-                    [0, 1],
-                    color=faint(),
-                    linestyle="--",
-                    linewidth=0.9,
-                    label="pinned, if usage were even",
-                )
-                for color, name in zip(OKABE_ITO, POLICIES, strict=False):
-                    mine = table[table["policy"] == name]
-                    if len(mine):
-                        ax.plot(mine["memory"], mine["hit_rate"], color=color, marker="o", label=name)
-                        band(ax, mine["memory"], mine["low"], mine["high"], color)
-                ax.set(
-                    xlabel="share of all experts in memory", ylabel="hit rate", xlim=(0, 1), ylim=(0, 1.02)
-                )
-                legend_above(ax, 3)
-                return ax
-
-            where = "with slots of its own for each layer" if cache == "layer" else "shared by all layers"
-            return Figure(
-                draw, f"Hit rate of a cache of experts {where} against its size, on prompts held out."
+        where = {"layer": "with slots of its own for each layer", "shared": "shared by all layers"}
+        return {
+            f"{cache}_slots": Figure(
+                lambda ax, cache=cache: plot.hit_rates(curve[curve["cache"] == cache], POLICIES, ax=ax),  # type: ignore[misc]
+                f"Hit rate of a cache of experts {where[cache]} against its size, on prompts held out.",
             )
-
-        return {f"{cache}_slots": drawing(cache) for cache in dict.fromkeys(curve["cache"])}
+            for cache in dict.fromkeys(curve["cache"])
+        }
 
 
 _WORDS = {

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 
-from moetrace.analysis.expert_circuits import PublishedCircuits, as_published_circuits, expert_circuits
-from moetrace.analysis.routed import RoutedText
-from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.analysis.circuits import expert_circuits
+from moetrace.analysis.counts.routed import RoutedText
+from moetrace.analysis.published.dynamics import PublishedCircuits, as_published_circuits
+from moetrace.findings.finding import Figure, Finding, Method, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, number
-from moetrace.plot.style import axes, faint, ink, layer_axis, legend_above
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,16 @@ class ExpertCircuits(Question):
 
     name: ClassVar[str] = "expert-circuits"
     title: ClassVar[str] = "Circuits of experts"
+    place: ClassVar[int] = 150
+    methods: ClassVar[tuple[Method, ...]] = (
+        Method(
+            "information",
+            "Mutual information",
+            r"mutual information|out of step",
+            "How many bits the expert of one layer tells about that of another. Few tokens make it larger than it is,"
+            " so it stands beside the same with one of the two series turned round within its prompt.",
+        ),
+    )
 
     max_gap: int = parameter(1, "compare each layer with so many of the following")
     min_support: int = parameter(5, "experts used by fewer tokens are left out")
@@ -41,7 +48,7 @@ class ExpertCircuits(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Answer it."""
-        text = subject.analysis.text
+        text = subject.routing.text
         found = expert_circuits(
             text,
             max_gap=self.max_gap,
@@ -61,10 +68,11 @@ class ExpertCircuits(Question):
         ]
         row = best(found.layers, "excess_bits")
         if row is not None:
+            # one expert does all in one of the layers: then there is nothing to be known
+            share = "" if np.isnan(row["share"]) else f"{row['share']:.0%} of what could be known; "
             said.append(
                 f"Most between layers {row['layer']:.0f} and {row['to_layer']:.0f}: {row['excess_bits']:.2f} bits more"
-                f" than with the tokens out of step ({row['share']:.0%} of what could be known; p ="
-                f" {row['p_family']:.2g})."
+                f" than with the tokens out of step ({share}p = {row['p_family']:.2g})."
             )
         said.append(
             f"{len(sure):,} of {found.edges_tested:,} pairs of experts follow each other more often than that."
@@ -85,7 +93,6 @@ class ExpertCircuits(Question):
                 f" {len(held)} of {len(found.paths)} tested ones hold in the other half."
             )
         caveats = [
-            subject.phase_note,
             "Experts that follow each other need not pass anything on: both may answer to the same word. given_token"
             " is 1 where the word explains it; whether one causes the other shows when it is ablated.",
         ]
@@ -106,26 +113,15 @@ class ExpertCircuits(Question):
                 ),
             }
             caveats.append(note)
-        return self.finding(said, tables, caveats)
+        return self.finding(subject, said, tables, caveats)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Mutual information by layer, and its null."""
-        if "layers" not in finding.tables:
-            return {}
+        from moetrace import plot
+
         table = finding.tables["layers"]
-
-        def draw(ax: Axes) -> Axes:
-            ax = axes(ax)
-            near = table[table["to_layer"] == table.groupby("layer")["to_layer"].transform("min")]
-            ax.plot(near["layer"], near["mi_bits"], marker="o", color=ink(), label="observed")
-            ax.plot(near["layer"], near["mi_null_bits"], linestyle="--", color=faint(), label="out of step")
-            ax.set(ylabel="mutual information with the next layer (bits)", ylim=(0, None))
-            layer_axis(ax, near["layer"].to_numpy())
-            legend_above(ax)
-            return ax
-
         caption = "Mutual information between the first experts of neighbouring layers, and with tokens out of step."
-        return {"information": Figure(draw, caption)}
+        return {"information": Figure(lambda ax: plot.information(table, ax=ax), caption)}
 
 
 def _published(text: RoutedText) -> tuple[PublishedCircuits | None, str]:

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import pandas as pd
 
-from moetrace.analysis import published
+from moetrace.analysis import expert_frequency, expert_usage
+from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
-from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, Widget, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, span
 
@@ -27,14 +28,16 @@ class ExpertFrequency(Question):
 
     name: ClassVar[str] = "expert-frequency"
     title: ClassVar[str] = "Expert frequency"
+    place: ClassVar[int] = 70
+    widgets: ClassVar[tuple[Widget, ...]] = (Widget("explore", replaces=("all", "domain")),)
 
     top: int = parameter(10, "most used experts to list per layer")
     bottom: int = parameter(5, "least used experts to list per layer")
 
     def answer(self, subject: Subject) -> Finding:
         """Count."""
-        analysis = subject.analysis
-        usage = analysis.expert_usage()
+        counts = subject.counts
+        usage = expert_usage(counts.included, counts.tokens, layers=counts.layers, n_expert=subject.n_expert)
         size = usage.groupby("layer")["rank"].transform("max")
         tables: dict[str, pd.DataFrame] = {
             "usage": usage,
@@ -68,21 +71,26 @@ class ExpertFrequency(Question):
                 else "."
             )
         )
-        caveats = [subject.phase_note, "Intervals are over prompts: they hold for prompts like these."]
+        caveats = ["Intervals are over prompts: they hold for prompts like these."]
         try:
-            frequency = analysis.expert_frequency()
+            own = subject.labelled
         except UsageError as e:
             caveats.append(f"Not by domain: {e.what}.")
         else:
+            frequency = expert_frequency(own.included, own.tokens, own.labels, own.layers, subject.n_expert)
             tables["expert_frequency"] = frequency
             sentences += _by_domain(frequency)
-            tables |= _notebook(analysis.published())
-        tables |= _script(analysis.published_frequency())
+            tables |= _notebook(subject.activations)
+        tables |= _script(
+            published.frequency_of_rows(subject.routing)
+            if subject.table is None
+            else published.frequency_of_table(counts)
+        )
         caveats.append(
             "As published: percentages leave unused experts out, and as_published_world adds up unrelated experts of"
             " different layers that share a number; 'global' ranks (layer, expert) instead."
         )
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Layer by expert, for all prompts and for each domain."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
-from moetrace.analysis import interference, nulls
-from moetrace.analysis.experts import chosen_outputs
+from moetrace.analysis.experts import interference
+from moetrace.analysis.experts.outputs import chosen_outputs, layer_rows
+from moetrace.analysis.published import experts as published
+from moetrace.analysis.statistics import nulls
 from moetrace.errors import ChannelMissingError, UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.held_out import CHOSEN_NOTE, TEXT_HELP, compared_with
@@ -20,9 +22,7 @@ from moetrace.findings.wording import of_layers, span
 from moetrace.host.llama import Llama
 from moetrace.model.experts import LayerExperts
 from moetrace.model.file import ModelFile
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from moetrace.numbers import numbers
 
 _TOO_FAR = 0.05  # quantised activations cost about 1 %
 
@@ -41,6 +41,7 @@ class ExpertInterference(Question):
 
     name: ClassVar[str] = "expert-interference"
     title: ClassVar[str] = "Expert interference"
+    place: ClassVar[int] = 220
     channels: ClassVar[tuple[str, ...]] = ("gate_input", "tensor:ffn_moe_out-*")
     needs_model: ClassVar[bool] = True
 
@@ -90,25 +91,21 @@ class ExpertInterference(Question):
             if lengths is None:
                 caveats.append("The published comparison needs prompts, and k = 1 among the k tried.")
             else:
-                tables["as_published_lengths"] = interference.as_published_interference(lengths, default)
+                tables["as_published_lengths"] = published.as_published_interference(lengths, default)
         sentences = [*_k_sentences(table, default), *_layer_sentences(layers, pairs)]
         caveats = [
-            subject.phase_note,
             "A model was trained with its own k. Where mixing weights are not normalised over the chosen experts, fewer"
             " experts also mean a smaller output.",
             CHOSEN_NOTE,
             "Some tokens are predicted better with another k by chance alone.",
             *caveats,
         ]
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def _ks(self, model: ModelFile) -> list[int]:
         default, most = model.n_expert_used, model.n_expert
         if self.k:
-            try:
-                chosen = {int(part) for part in self.k.split(",")}
-            except ValueError:
-                raise UsageError(f"--k {self.k!r} are no numbers", fix="write them like 1,2,4") from None
+            chosen = set(numbers(self.k, "--k"))
             if not all(1 <= k <= most for k in chosen):
                 raise UsageError(f"--k {self.k} cannot be", fix=f"give 1 to {most}")
         else:
@@ -119,7 +116,7 @@ class ExpertInterference(Question):
         self, subject: Subject, model: ModelFile
     ) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
         trace, rows, pairs, caveats = subject.trace, [], [], []
-        numbers = [int(number) for number in subject.analysis.counts.layers]
+        numbers = [int(number) for number in subject.routing.counts.layers]
         if not LayerExperts(model, numbers[0]).reads_gate_input:
             trace.gate_input  # noqa: B018  # raises ChannelMissingError
             names = [
@@ -144,7 +141,7 @@ class ExpertInterference(Question):
         checked = True
         for index, layer in enumerate(numbers):
             subject.progress(f"what the experts of layer {layer} contribute")
-            experts, chosen = LayerExperts(model, layer), subject.analysis.layer_rows(index, self.tokens)
+            experts, chosen = LayerExperts(model, layer), layer_rows(subject.routing, index, self.tokens)
             parts = chosen_outputs(
                 experts,
                 chosen.gate_input,
@@ -217,32 +214,17 @@ class ExpertInterference(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """NLL by k, and whether experts add up, by layer."""
+        from moetrace import plot
+
         k, layers = finding.tables["k"], finding.tables["layers"]
-
-        def draw_k(ax: Axes) -> Axes:
-            reach = [k["change"] - k["change_low"], k["change_high"] - k["change"]]
-            ax.errorbar(k["k"], k["change"], yerr=reach, marker="o", capsize=2)
-            ax.axhline(0, color="0.6", linewidth=0.8)
-            ax.set_xscale("log", base=2)
-            ax.set_xticks(k["k"], [str(n) for n in k["k"]])
-            ax.set(xlabel="experts per token", ylabel="change in NLL (nats per token)")
-            return ax
-
-        def draw_gain(ax: Axes) -> Axes:
-            ax.fill_between(layers["layer"], layers["low"], layers["high"], alpha=0.25, linewidth=0)
-            ax.plot(layers["layer"], layers["gain"], marker="o", markersize=3)
-            ax.axhline(1, color="0.6", linewidth=0.8)
-            ax.set(xlabel="layer", ylabel="‖sum‖² / sum of ‖·‖²")
-            return ax
-
         return {
             "k": Figure(
-                draw_k,
+                lambda ax: plot.change_by_k(k, ax=ax),
                 "Change in held-out negative log-likelihood with k experts per token instead of the model's own number,"
                 " with 95 % intervals over texts.",
             ),
             "gain": Figure(
-                draw_gain,
+                lambda ax: plot.gain(layers, ax=ax),
                 "Whether the contributions of a token's experts add up (above 1) or cancel (below), by layer, with 95 %"
                 " intervals over prompts.",
             ),

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
-from moetrace.analysis import merging
-from moetrace.analysis.experts import expert_outputs
-from moetrace.analysis.likelihood import likelihood_change
+from moetrace.analysis.experts import merging
+from moetrace.analysis.experts.outputs import expert_outputs, layer_rows
+from moetrace.analysis.published.experts import as_published_similarity
+from moetrace.analysis.statistics.likelihood import likelihood_change
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.held_out import CHOSEN_NOTE, TEXT_HELP, compared_with
@@ -23,9 +24,7 @@ from moetrace.findings.wording import layer_list, span
 from moetrace.model.experts import LayerExperts
 from moetrace.model.file import ModelFile
 from moetrace.model.merged import write_merged
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from moetrace.numbers import numbers
 
 _OUTPUT_BYTES = 512 << 20  # of all experts' outputs of a layer
 _ROUTING_TOKENS = 8192
@@ -45,6 +44,7 @@ class ExpertMerging(Question):
 
     name: ClassVar[str] = "expert-merging"
     title: ClassVar[str] = "Expert merging"
+    place: ClassVar[int] = 230
     channels: ClassVar[tuple[str, ...]] = ("gate_input",)
     needs_model: ClassVar[bool] = True
 
@@ -113,25 +113,19 @@ class ExpertMerging(Question):
             "as_published": published,
         }
         caveats = [
-            subject.phase_note,
             *caveats,
             *notes,
             CHOSEN_NOTE,
             "Experts that are far apart one by one can still be spared together, and the other way round: the curve"
             " is what counts. No training follows the merging.",
         ]
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def _counts(self, model: ModelFile) -> list[int]:
         n, least = model.n_expert, model.n_expert_used
         blocks = int(model.field("{arch}.expert_group_count", 1) or 1)
         if self.counts:
-            try:
-                counts = [int(part) for part in self.counts.split(",")]
-            except ValueError:
-                raise UsageError(
-                    f"--counts {self.counts!r} are no numbers", fix="write them like 28,24,16"
-                ) from None
+            counts = numbers(self.counts, "--counts")
             if not all(least <= count <= n and count % blocks == 0 for count in counts):
                 raise UsageError(
                     f"--counts {self.counts} cannot be",
@@ -145,9 +139,9 @@ class ExpertMerging(Question):
         self, subject: Subject, model: ModelFile
     ) -> tuple[pd.DataFrame, pd.DataFrame, dict[int, np.ndarray[Any, Any]], list[str]]:
         """All pairs of all layers; the published comparison; how often each expert was used."""
-        analysis = subject.analysis
-        numbers = [int(number) for number in analysis.counts.layers]
-        included = analysis.counts.included.sum(axis=0)
+        routing = subject.routing
+        numbers = [int(number) for number in routing.counts.layers]
+        included = routing.counts.included.sum(axis=0)
         parts, published, use, caveats = [], [], {}, []
         unseen = sorted(set(model.moe_layers) - set(numbers))
         if unseen:
@@ -159,14 +153,14 @@ class ExpertMerging(Question):
             experts = LayerExperts(model, layer)
             chosen = self._chosen_pairs(model, layer)
             use[layer] = np.ones(len(experts))
-            routing = outputs = None
+            routed = outputs = None
             if layer in numbers:
                 index = numbers.index(layer)
                 use[layer] = np.asarray(included[index, : len(experts)], np.float64)
-                rows = analysis.layer_rows(index, _ROUTING_TOKENS)
+                rows = layer_rows(routing, index, _ROUTING_TOKENS)
                 router = model.router(layer)
                 logits = rows.gate_input @ router.weight.T + (0 if router.bias is None else router.bias)
-                routing = (rows.experts, logits)
+                routed = (rows.experts, logits)
                 if experts.reads_gate_input:
                     at = self._spread(len(rows.rows), len(experts) * rows.gate_input.shape[1])
                     made = expert_outputs(experts, rows.gate_input[at], experts.activation)
@@ -177,13 +171,13 @@ class ExpertMerging(Question):
                 pairs=chosen,
                 n_null=self.null,
                 seed=subject.seed,
-                routing=routing,
+                routing=routed,
                 outputs=outputs,
             )
             table.insert(0, "layer", layer)
             parts.append(table)
-            old = merging.as_published_similarity(experts, self.threshold)
-            batched = merging.as_published_similarity(experts, self.threshold, batched=True)
+            old = as_published_similarity(experts, self.threshold)
+            batched = as_published_similarity(experts, self.threshold, batched=True)
             published.append(
                 {
                     "layer": layer,
@@ -255,20 +249,17 @@ class ExpertMerging(Question):
                         change = likelihood_change(
                             comparison.base.nll, found.nll, found.text, kl=apart.kl, same_top=apart.same_top
                         )
-                        row = {
-                            "criterion": criterion,
-                            "n_expert": count,
-                            "in_place": in_place,
-                            "bytes": file.n_bytes,
-                            "size": file.n_bytes / file.n_bytes_before,
-                            "nll": found.mean,
-                        }
-                        for name in ("change", "kl", "same_top"):
-                            interval = getattr(change, name)
-                            for ending in ("estimate", "low", "high"):
-                                value = np.nan if interval is None else float(getattr(interval, ending))
-                                row[name if ending == "estimate" else f"{name}_{ending}"] = value
-                        rows.append(row)
+                        rows.append(
+                            {
+                                "criterion": criterion,
+                                "n_expert": count,
+                                "in_place": in_place,
+                                "bytes": file.n_bytes,
+                                "size": file.n_bytes / file.n_bytes_before,
+                                "nll": found.mean,
+                                **change.columns,
+                            }
+                        )
                         if file.types and not notes:
                             name, (before, now) = next(iter(file.types.items()))
                             notes.append(
@@ -283,34 +274,18 @@ class ExpertMerging(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Compression against quality, and how alike pairs are."""
+        from moetrace import plot
+
         curve, pairs = finding.tables["curve"], finding.tables["pairs"]
-
-        def draw_curve(ax: Axes) -> Axes:
-            for criterion, part in curve[~curve["in_place"].astype(bool)].groupby("criterion", sort=False):
-                part = part.sort_values("size")
-                reach = [part["change"] - part["change_low"], part["change_high"] - part["change"]]
-                ax.errorbar(
-                    part["size"], part["change"], yerr=reach, marker="o", capsize=2, label=str(criterion)
-                )
-            ax.axhline(0, color="0.6", linewidth=0.8)
-            ax.set(xlabel="size of the file, of the original's", ylabel="change in NLL (nats per token)")
-            ax.legend(title="merged by")
-            return ax
-
-        def draw_pairs(ax: Axes) -> Axes:
-            layers = ax.scatter(pairs["cosine_aligned"], pairs["output_distance"], s=4, c=pairs["layer"])
-            ax.figure.colorbar(layers, ax=ax, label="layer")
-            ax.set(xlabel="cosine of weights, neurons matched", ylabel="output distance (1: right angles)")
-            return ax
-
         return {
             "curve": Figure(
-                draw_curve,
+                lambda ax: plot.merging_curve(curve, ax=ax),
                 "Change in held-out negative log-likelihood against the size of the merged file, with 95 % intervals"
                 " over texts, by what experts were merged by.",
             ),
             "pairs": Figure(
-                draw_pairs, "Every pair of experts: distance of outputs against cosine of weights."
+                lambda ax: plot.alike(pairs, ax=ax),
+                "Every pair of experts: distance of outputs against cosine of weights.",
             ),
         }
 

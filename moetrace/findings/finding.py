@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -42,7 +42,11 @@ class Finding:
         formulas, faults included, begin with ``as_published``.
     parameters
         With which it was asked: JSON values.
-    missing
+    concludes
+        Whether the first sentence is a conclusion, not that the question is left open.
+    phase_note
+        Which rows were looked at; "" if that is not one phase of a subject.
+    not_answered
         If it could not be answered: why, and what would help. Then there are no tables.
     """
 
@@ -52,7 +56,9 @@ class Finding:
     caveats: tuple[str, ...] = ()
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    missing: str | None = None
+    concludes: bool = True
+    phase_note: str = ""
+    not_answered: str | None = None
 
     def __post_init__(self) -> None:
         for name, table in self.tables.items():
@@ -110,6 +116,43 @@ class Figure:
     size: tuple[float, float] = (7.0, 4.0)
 
 
+@dataclass(frozen=True)
+class Widget:
+    """An interactive figure of the report.
+
+    Attributes
+    ----------
+    name
+        As the page's script knows it; "explore" is the one of the page itself.
+    table
+        The finding's table that it is drawn from; "": from the subject's counts.
+    replaces
+        Beginnings of the names of static figures whose place it takes.
+    """
+
+    name: str
+    table: str = ""
+    replaces: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """How numbers are made: an entry of the report's appendix.
+
+    Attributes
+    ----------
+    anchor, title, text
+        Of the entry.
+    words
+        A regular expression: the first of these words in a text of the report leads to the entry.
+    """
+
+    anchor: str
+    title: str
+    words: str
+    text: str
+
+
 def parameter(default: Any, help: str, **metadata: Any) -> Any:  # noqa: A002
     """A field of a question that users may set: an option of the command line, an argument in Python.
 
@@ -135,6 +178,10 @@ class Question(ABC):
         Whether it runs or reads the model (``subject.model``), so that a trace alone does not answer it.
     compares
         Whether it sets two traces against each other (``subject.pair``); others take traces together.
+    place
+        Where it stands in the report: the smaller the earlier; moetrace's own are 10, 20, ….
+    widgets, methods
+        Interactive figures of the report, and entries of its appendix, that it brings.
     """
 
     name: ClassVar[str]
@@ -142,6 +189,9 @@ class Question(ABC):
     channels: ClassVar[tuple[str, ...]] = ()
     needs_model: ClassVar[bool] = False
     compares: ClassVar[bool] = False
+    place: ClassVar[int] = 1000
+    widgets: ClassVar[tuple[Widget, ...]] = ()
+    methods: ClassVar[tuple[Method, ...]] = ()
 
     @abstractmethod
     def answer(self, subject: Subject) -> Finding:
@@ -156,14 +206,28 @@ class Question(ABC):
         try:
             return self.answer(subject)
         except MoetraceError as e:
-            return Finding(self.name, self.title, parameters=self.parameters, missing=str(e))
+            return Finding(self.name, self.title, parameters=self.parameters, not_answered=str(e))
 
     def finding(
-        self, sentences: list[str], tables: Mapping[str, pd.DataFrame], caveats: list[str] | None = None
+        self,
+        subject: Subject,
+        sentences: Sequence[str],
+        tables: Mapping[str, pd.DataFrame],
+        caveats: Sequence[str] = (),
+        *,
+        concludes: bool = True,
+        of_phase: bool = True,
     ) -> Finding:
-        """Make this question's finding."""
+        """Make this question's finding; ``of_phase``: it is about the rows of the subject's phase."""
         return Finding(
-            self.name, self.title, tuple(sentences), tuple(caveats or ()), dict(tables), self.parameters
+            self.name,
+            self.title,
+            tuple(sentences),
+            tuple(caveats),
+            dict(tables),
+            self.parameters,
+            concludes=concludes and bool(sentences),
+            phase_note=subject.phase_note if of_phase else "",
         )
 
     @property

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from moetrace.analysis.experts import gate
+from moetrace.analysis.published.notebook import gate_steps
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, span
@@ -22,14 +24,15 @@ class GateDistances(Question):
 
     name: ClassVar[str] = "gate-distances"
     title: ClassVar[str] = "Gate inputs from layer to layer"
+    place: ClassVar[int] = 120
     channels: ClassVar[tuple[str, ...]] = ("gate_input",)
 
     tokens: int = parameter(200, "tokens to list one by one")
 
     def answer(self, subject: Subject) -> Finding:
         """Measure every pair of consecutive layers."""
-        analysis = subject.analysis
-        summary = analysis.gate_summary()
+        chosen = subject.routing.chosen
+        summary = gate.summary_by_prompt(chosen)
         wide = summary.pivot(index=["layer", "next_layer"], columns="metric", values="mean").reset_index()
         cosine = summary[summary["metric"] == "cosine_similarity"]
         sentences = []
@@ -50,11 +53,11 @@ class GateDistances(Question):
             if ends["low"]["cosine_similarity"].notna().any()
             else "With a single prompt there are no intervals."
         )
-        each = analysis.gate_distances(self.tokens).drop(columns="row")
+        each = gate.distances_by_prompt(chosen, self.tokens).drop(columns="row")
         token = each.groupby(["prompt", "layer"], sort=False).cumcount()
         each.insert(0, "token", token)
         each.insert(0, "prompt", each.pop("prompt"))
-        steps, aggregate = analysis.published_gate(self.tokens)
+        steps, aggregate = gate_steps(subject.routing, self.tokens)
         tables = {
             "summary": summary,
             "per_token": each,
@@ -62,12 +65,11 @@ class GateDistances(Question):
             "as_published_aggregate": aggregate,
         }
         caveats = [
-            subject.phase_note,
             "A cosine says something about the token as far as it is above that between different tokens (here: the"
             " next one of the same text).",
             f"per_token and as_published_steps list the first {self.tokens} tokens.",
         ]
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Cosine and Euclidean distance between consecutive layers."""

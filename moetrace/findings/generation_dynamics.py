@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
-from moetrace.analysis import generation_dynamics as dynamics
-from moetrace.analysis.domain import domain_test
+from moetrace.analysis.domains.domain import domain_test
+from moetrace.analysis.dynamics import generation as dynamics
+from moetrace.analysis.dynamics import temporal
+from moetrace.analysis.published import dynamics as published
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import number, of_layers, p_value, span
-from moetrace.plot.style import axes, faint, ink, layer_axis, legend_above
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _Tables = dict[str, pd.DataFrame]
 
@@ -35,6 +33,7 @@ class GenerationDynamics(Question):
 
     name: ClassVar[str] = "generation-dynamics"
     title: ClassVar[str] = "Dynamics of generation"
+    place: ClassVar[int] = 160
 
     max_lag: int = parameter(8, "lags to list, up to 32")
     min_steps: int = parameter(8, "shortest phase")
@@ -44,11 +43,11 @@ class GenerationDynamics(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Answer it."""
-        analysis = subject.analysis
-        text = analysis.text
-        persistence = analysis.persistence()
+        routing = subject.routing
+        text = routing.text
+        persistence = temporal.persistence(routing.counts)
         persistence = persistence[persistence["lag"] <= self.max_lag].reset_index(drop=True)
-        changes = dynamics.handoffs(analysis.counts)
+        changes = dynamics.handoffs(routing.counts)
         phases = dynamics.generation_phases(
             text,
             min_steps=self.min_steps,
@@ -64,34 +63,40 @@ class GenerationDynamics(Question):
             "phase_curve": phases.curve,
         }
         said = _of_handoffs(changes) + _of_phases(phases, self.alpha)
-        caveats = [subject.phase_note]
+        caveats: list[str] = []
         if len(subject.traces) == 1:
-            tables["order_test"] = analysis.shuffle_test(
+            tables["order_test"] = temporal.shuffle_chosen(
+                routing.whole("a shuffle test"),
                 max_lag=min(self.max_lag, 8),
                 n_permutations=self.permutations,
                 max_rows=self.max_tokens,
                 seed=subject.seed,
             )
+        else:
+            caveats.append(
+                "Whether the order of tokens matters was not tested (order_test): that takes one trace; ask about them"
+                " one by one."
+            )
         tables |= self._phases_of_work(subject, said, caveats)
         tables |= self._answers(subject, said, caveats)
         for primary in ("router", "arbitrary"):
-            published = dynamics.as_published_dynamics(text, primary=primary, seed=subject.seed)
+            old_one = published.as_published_dynamics(text, primary=primary, seed=subject.seed)
             row = pd.DataFrame(
                 {
                     "primary": [primary],
-                    "consistency": [published.consistency],
-                    "handoffs_per_token": [published.handoffs_per_token],
-                    "phase_boundaries_per_step": [published.boundary_rate],
+                    "consistency": [old_one.consistency],
+                    "handoffs_per_token": [old_one.handoffs_per_token],
+                    "phase_boundaries_per_step": [old_one.boundary_rate],
                 }
             )
             old = tables.get("as_published_summary")
             tables["as_published_summary"] = row if old is None else pd.concat([old, row], ignore_index=True)
-            tables[f"as_published_stability_{primary}"] = published.layers
+            tables[f"as_published_stability_{primary}"] = old_one.layers
         caveats.append(
             "As published, a phase boundary compares k experts with up to 3k of the window before, so that it fires"
             " almost always; the published primary expert is an arbitrary one of the chosen (row `arbitrary`)."
         )
-        return self.finding(said, tables, caveats)
+        return self.finding(subject, said, tables, caveats, concludes=bool(changes.iloc[-1]["pairs"]))
 
     def _phases_of_work(self, subject: Subject, said: list[str], caveats: list[str]) -> _Tables:
         try:
@@ -116,7 +121,7 @@ class GenerationDynamics(Question):
         return {"prefill_decode": table}
 
     def _answers(self, subject: Subject, said: list[str], caveats: list[str]) -> _Tables:
-        answers = {} if subject.table is not None else subject.analysis.request_column("answer")
+        answers = subject.routing.request_column("answer")
         if not answers:
             caveats.append(
                 "Right and wrong outputs were not compared: no prompt has an `answer` (a key of its line in the prompts"
@@ -171,38 +176,17 @@ class GenerationDynamics(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """The divergence at each step, and persistence by layer."""
-        if "phase_curve" not in finding.tables or "handoffs" not in finding.tables:
-            return {}
+        from moetrace import plot
+
         curve, changes = finding.tables["phase_curve"], finding.tables["handoffs"]
-
-        def draw_phases(ax: Axes) -> Axes:
-            ax = axes(ax)
-            ax.plot(curve["step"], curve["jsd_bits"], color=ink(), label="before against after the step")
-            ax.plot(
-                curve["step"],
-                curve["null_q95"],
-                color=faint(),
-                linestyle="--",
-                label="some prompts read backwards, 95 % quantile",
-            )
-            ax.set(xlabel="step", ylabel="divergence (bits)")
-            legend_above(ax)
-            return ax
-
-        def draw_handoffs(ax: Axes) -> Axes:
-            ax = axes(ax)
-            rows = changes[changes["layer"] >= 0]
-            ax.plot(rows["layer"], rows["handoffs"], marker="o", color=ink(), label="observed")
-            ax.plot(rows["layer"], rows["shuffle"], linestyle="--", color=faint(), label="random order")
-            ax.set(ylabel="handoffs per token", ylim=(0, 1))
-            layer_axis(ax, rows["layer"].to_numpy())
-            legend_above(ax)
-            return ax
-
         return {
-            "phases": Figure(draw_phases, "How far usage before a step differs from usage after it."),
+            "phases": Figure(
+                lambda ax: plot.phases(curve, ax=ax),
+                "How far usage before a step differs from usage after it.",
+            ),
             "handoffs": Figure(
-                draw_handoffs, "How often the first expert changes, and would in random order."
+                lambda ax: plot.handoffs(changes, ax=ax),
+                "How often the first expert changes, and would in random order.",
             ),
         }
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from moetrace.analysis import load_balance
 from moetrace.errors import UsageError
-from moetrace.findings.finding import Figure, Finding, Question
+from moetrace.findings.finding import Figure, Finding, Method, Question
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, number, span
 
@@ -21,10 +22,23 @@ class LoadBalance(Question):
 
     name: ClassVar[str] = "load-balance"
     title: ClassVar[str] = "Load balance"
+    place: ClassVar[int] = 90
+    methods: ClassVar[tuple[Method, ...]] = (
+        Method(
+            "jain",
+            "Load",
+            r"Jain\S*|fairness|coefficient of variation",
+            "Jain's index is (Σ load)² / (E · Σ load²): 1 if all E experts carry the same, 1/E if one carries all. For"
+            " an expert that was never chosen among n tokens the rule of three bounds its rate: up to 3/n is still"
+            " compatible with that.",
+        ),
+    )
 
     def answer(self, subject: Subject) -> Finding:
         """Answer it, for each layer."""
-        table = subject.analysis.load_balance()
+        counts = subject.counts
+        tokens = counts.tokens if subject.table is None else None
+        table = load_balance(counts.included, tokens, layers=counts.layers, n_expert=subject.n_expert)
         peak, uneven = best(table, "peak"), best(table, "jain", least=True)
         if peak is None or uneven is None:
             raise UsageError("no layer has any routing", fix="choose rows that have some: --phase, --layers")
@@ -42,7 +56,7 @@ class LoadBalance(Question):
                 f"{number(int(unused['unused'].sum()), 'expert')} in {number(len(unused), 'layer')} never came up"
                 + (f"; one may still be chosen by up to {bound:.2%} of tokens." if bound > 0 else ".")
             )
-        return self.finding(sentences, {"load_balance": table}, [subject.phase_note])
+        return self.finding(subject, sentences, {"load_balance": table})
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Jain's index by layer, with its interval."""

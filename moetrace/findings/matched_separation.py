@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.analysis import matched_separation
+from moetrace.findings.finding import Figure, Finding, Method, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, of_layers
 
@@ -23,17 +24,30 @@ class MatchedSeparation(Question):
 
     name: ClassVar[str] = "matched-separation"
     title: ClassVar[str] = "Separation at the same words"
+    place: ClassVar[int] = 30
+    methods: ClassVar[tuple[Method, ...]] = (
+        Method(
+            "matched",
+            "Words or domains?",
+            r"matched|token ids?|vocabular\w+",
+            "Domains use different words, and routing follows words. Separation at matched token ids compares only how"
+            " the same token is routed in different domains; its coverage says how much of the text that is.",
+        ),
+    )
 
     permutations: int = parameter(999, "arrangements to draw")
     alpha: float = parameter(0.05, "false discoveries to allow")
 
     def answer(self, subject: Subject) -> Finding:
         """Test every layer."""
-        found = subject.analysis.matched_separation(n_permutations=self.permutations, seed=subject.seed)
+        found = matched_separation(
+            subject.routing.token_counts, n_permutations=self.permutations, seed=subject.seed
+        )
         table = found.table
         tested = table[table["p_value"].notna()]
         sentences = []
-        if found.verdict and not len(tested):
+        is_open = bool(found.verdict) and not len(tested)
+        if is_open:
             sentences.append(f"Whether domains differ beyond their words {found.verdict}.")
         else:
             differ = tested[tested["q_value"] <= self.alpha]
@@ -60,13 +74,12 @@ class MatchedSeparation(Question):
                 f" {found.n_prompts} prompts are connected by such ids."
             )
         caveats = [
-            subject.phase_note,
             "A token id is taken to route alike wherever it stands, but for its prompt: context that goes with a domain"
             " counts as domain. Published analyses have nothing of the kind.",
         ]
         if found.verdict and len(tested):
             caveats.append(f"Some layers {found.verdict}.")
-        return self.finding(sentences, {"matched_separation": table}, caveats)
+        return self.finding(subject, sentences, {"matched_separation": table}, caveats, concludes=not is_open)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Separation with and without the words' part."""

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import pandas as pd
 
-from moetrace.analysis import overview, published
+from moetrace.analysis.published import notebook as published
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Finding, Question
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import events_lost, layer_list, number
+from moetrace.findings.wording import events_lost, not_computed, number
 from moetrace.trace import naming
 
 
@@ -27,6 +27,7 @@ class Overview(Question):
 
     name: ClassVar[str] = "overview"
     title: ClassVar[str] = "What was captured"
+    place: ClassVar[int] = 10
 
     def answer(self, subject: Subject) -> Finding:
         """Count rows, entries, requests, prompts."""
@@ -34,8 +35,8 @@ class Overview(Question):
             return self._of_table(subject)
         if not subject.traces:
             raise UsageError("there is no trace to look at", fix="give at least one")
-        analysis = subject.analysis
-        loss = sum((trace.loss for trace in subject.traces[1:]), subject.traces[0].loss)
+        subject.routing  # noqa: B018  # raises by itself
+        loss, phases, domains, layers = subject.loss, subject.phases, subject.domains, subject.entries
         completeness = pd.DataFrame(
             [
                 ("produced", loss.rows_produced, loss.produced),
@@ -48,15 +49,6 @@ class Overview(Question):
             ],
             columns=["what", "rows", "entries"],
         ).astype({"rows": "Int64", "entries": "Int64"})
-        phases = sum_up([overview.phases(t.phase, t.state, t.request) for t in subject.parts], ["phase"])
-        domains = overview.domains([trace.requests for trace in subject.traces])
-        layers = sum_up(
-            [
-                overview.layers(t.state, layers=t.layers, n_expert=t.n_expert, n_expert_used=t.n_expert_used)
-                for t in subject.parts
-            ],
-            ["layer", "n_expert", "n_expert_used"],
-        )
         n_prompts = int(domains["prompts"].sum())
         labelled = domains[domains["domain"] != ""]
         known = phases.set_index("phase")["tokens"]
@@ -85,7 +77,7 @@ class Overview(Question):
             sentences.append(
                 f"{number(len(labelled), 'domain')} ({', '.join(labelled['domain'])}), {each} prompt{plural} each."
             )
-        caveats = [*subject.left_out, subject.phase_note]
+        caveats = [*subject.left_out]
         if loss.events_lost:
             caveats.append(events_lost(subject.traces))
         for trace in subject.traces:
@@ -97,12 +89,8 @@ class Overview(Question):
         kinds = {text for t in subject.traces if (text := str(naming.said(t.facts).get("description") or ""))}
         if len(kinds) > 1:
             caveats.append(f"The traces are of different files of the model: {', '.join(sorted(kinds))}.")
-        if loss.not_computed:
-            some = layers[layers["not_computed"] > 0]["layer"]
-            caveats.append(
-                f"Layer {layer_list(some)} lacks entries that llama.cpp did not compute, because no output was"
-                " asked for there: its numbers rest on fewer tokens."
-            )
+        if text := not_computed(layers):
+            caveats.append(text)
         missing = [name for t in subject.traces for name in t.meta.get("import", {}).get("missing", [])]
         if missing:
             caveats.append(
@@ -115,13 +103,13 @@ class Overview(Question):
             )
         tables = {"completeness": completeness, "phases": phases, "domains": domains, "layers": layers}
         try:
-            tables |= published_overview(analysis.published())
+            tables |= published_overview(subject.activations)
         except MoetraceError as e:
             caveats.append(f"The published overview cannot be given: {e.what}.")
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def _of_table(self, subject: Subject) -> Finding:
-        counts = subject.analysis.counts
+        counts = subject.counts
         picks = counts.included.sum(axis=2)
         domains = pd.DataFrame({"domain": counts.prompts, "picks": picks.sum(axis=1)})
         layers = pd.DataFrame(
@@ -132,18 +120,12 @@ class Overview(Question):
             f" ({', '.join(domains['domain'])}), {number(len(layers), 'layer')}, {counts.n_expert} experts."
         )
         caveats = [
-            subject.phase_note,
             "Without prompts there are values, but neither intervals nor tests; without tokens nothing about"
             " time, words or gate inputs.",
             "The number of experts is the highest id in the table + 1.",
         ]
         tables = {"domains": domains, "layers": layers}
-        return self.finding([sentence], tables | published_overview(subject.analysis.published()), caveats)
-
-
-def sum_up(parts: list[pd.DataFrame], keys: list[str]) -> pd.DataFrame:
-    """Frames of several traces added up, row by key."""
-    return pd.concat(parts).groupby(keys, sort=False).sum().reset_index()
+        return self.finding(subject, [sentence], tables | published_overview(subject.activations), caveats)
 
 
 def published_overview(a: published.Activations) -> dict[str, pd.DataFrame]:

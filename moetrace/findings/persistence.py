@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import pandas as pd
 
-from moetrace.analysis import published
+from moetrace.analysis.dynamics import temporal
+from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
-from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Method, Question, Widget, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, layer_list, of_layers, span
 
@@ -27,13 +28,25 @@ class Persistence(Question):
 
     name: ClassVar[str] = "persistence"
     title: ClassVar[str] = "Persistence over time"
+    place: ClassVar[int] = 100
+    methods: ClassVar[tuple[Method, ...]] = (
+        Method(
+            "time",
+            "Persistence and its two baselines",
+            r"persistence|marginal|shuffled?|random order|lags?",
+            "Tokens d apart in an unbroken run of one request are compared: the share of experts in common, or whether"
+            " the first is the same. Two baselines: any two tokens of the layer (beating it only means that prompts"
+            " differ), and the same prompt's tokens in random order (beating it means that order matters). The excess"
+            " over the second has the interval.",
+        ),
+    )
+    widgets: ClassVar[tuple[Widget, ...]] = (Widget("persistence", "persistence", replaces=("by_lag",)),)
 
     permutations: int = parameter(0, "orders to draw for p-values (one trace); 0: intervals only")
 
     def answer(self, subject: Subject) -> Finding:
         """Measure every layer and lag."""
-        analysis = subject.analysis
-        table = analysis.persistence()
+        table = temporal.persistence(subject.routing.counts)
         tables = {"persistence": table}
         sentences = []
         first = table[(table["lag"] == 1) & (table["pairs"] > 0)]
@@ -66,19 +79,18 @@ class Persistence(Question):
                 )
                 sentences += _reach(table, row["layer"])
         caveats = [
-            subject.phase_note,
             "Chat templates and loops repeat text; what repeats routes alike. Lags beyond a prompt's length have few"
             " pairs (column pairs, prompts).",
         ]
         if self.permutations:
-            tables["shuffle_test"] = analysis.shuffle_test(
-                n_permutations=self.permutations, seed=subject.seed
+            tables["shuffle_test"] = temporal.shuffle_chosen(
+                subject.routing.whole("a shuffle test"), n_permutations=self.permutations, seed=subject.seed
             )
         try:
-            tables["as_published_lag1"] = published_lag1(analysis.published(), int(max(analysis.n_expert)))
+            tables["as_published_lag1"] = published_lag1(subject.activations, int(max(subject.n_expert)))
         except UsageError as e:
             caveats.append(f"The published lag 1 needs domains: {e.what}.")
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats, concludes=not first.empty)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """The strongest layer by lag, and all layers at lag 1."""

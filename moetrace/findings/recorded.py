@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetrace.analysis.from_trace import Analysis, from_trace
+from moetrace.analysis.counts.from_trace import Routing, from_trace
 
 if TYPE_CHECKING:
     from moetrace.findings.subject import Subject
@@ -20,8 +20,8 @@ def recorded(
     subject: Subject,
     prompts: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]],
     n_predict: int = 0,
-) -> Iterator[Analysis]:
-    """Give the analyses of prompts run through the subject's model: of the generated tokens, or without any
+) -> Iterator[Routing]:
+    """Give the routing of prompts run through the subject's model: of the generated tokens, or without any
     (``n_predict`` 0) of the prompts'. The recording is deleted afterwards.
 
     Raises MoetraceError as :func:`moetrace.capture` does, and UsageError if there is no model.

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from moetrace.analysis import manipulation
-from moetrace.analysis.manipulation import Edit, Path
+from moetrace.analysis.experts import manipulation
+from moetrace.analysis.experts.manipulation import Edit, Path
+from moetrace.analysis.published import experts as published
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.held_out import CHOSEN_NOTE
@@ -20,11 +21,6 @@ from moetrace.findings.subject import Subject
 from moetrace.findings.wording import span
 from moetrace.host.probe import RoutingProbe
 from moetrace.model.file import ModelFile
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from moetrace.trace.trace import Trace
 
 _NORMAL_TOKEN = 1  # llama.cpp's LLAMA_TOKEN_TYPE_NORMAL
 _PUBLISHED_POOL, _PUBLISHED_TEMPLATES = 49, ("{}", "The {}", "{} is", "What is {}?")
@@ -43,6 +39,7 @@ class RoutingManipulation(Question):
 
     name: ClassVar[str] = "routing-manipulation"
     title: ClassVar[str] = "Routing manipulation"
+    place: ClassVar[int] = 240
     needs_model: ClassVar[bool] = True
 
     target: str | None = parameter(
@@ -60,14 +57,14 @@ class RoutingManipulation(Question):
     def answer(self, subject: Subject) -> Finding:
         """Answer it."""
         path = subject.need_model("routing manipulation")
-        trace = subject.trace
         rng = np.random.default_rng(subject.seed)
         with ModelFile(path) as model:
             kinds = np.asarray(
                 model.field("tokenizer.ggml.token_type", [_NORMAL_TOKEN] * len(model.vocabulary))
             )
         words = np.flatnonzero(kinds == _NORMAL_TOKEN)
-        texts = [(str(r.id), r.prompt) for r in trace.requests.itertuples() if isinstance(r.prompt, str)]
+        said = subject.routing.request_column("prompt").items()
+        texts = [(name, prompt) for name, prompt in said if isinstance(prompt, str)]
         texts = (
             [texts[i] for i in np.unique(np.linspace(0, len(texts) - 1, self.prompts).astype(int))]
             if texts
@@ -81,8 +78,10 @@ class RoutingManipulation(Question):
             edits = _edits(probe, texts, words, rng)
             n_expert = max(layout.n_expert)
             first = targets[0][0]
-            triggers, control = self._published_triggers(probe, trace, words, first[0])
-        counts = subject.analysis.counts
+            triggers, control = self._published_triggers(
+                probe, subject.in_phase("all").text.tokens, words, first[0]
+            )
+        counts = subject.routing.counts
         rates = counts.included.sum(axis=0) / np.maximum(counts.tokens.sum(axis=0), 1)[:, None]
         seen = {int(layer): rates[i] for i, layer in enumerate(counts.layers)}
         inputs["rarest_rate"] = [
@@ -110,14 +109,14 @@ class RoutingManipulation(Question):
             robust = manipulation.expert_robustness(
                 edits, n_expert, layers=layout.layers, min_tokens=self.min_tokens
             )
-            changed, stability = manipulation.as_published_robustness(edits, n_expert)
+            changed, stability = published.as_published_robustness(edits, n_expert)
             tables |= {"edits": effect, "robustness": robust, "as_published_robustness": stability}
             sentences += _edit_sentences(effect, robust, changed, stability)
         else:
             caveats.append(
                 "The trace has no prompt texts to edit: record with `moetrace capture -f` or `moetrace drive`."
             )
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats, of_phase=False)
 
     def _targets(
         self, layers: tuple[int, ...], n_expert: tuple[int, ...], rng: np.random.Generator
@@ -202,10 +201,10 @@ class RoutingManipulation(Question):
         return manipulation.routing_manipulation(table, budget=self.budget), table, pd.DataFrame(best)
 
     def _published_triggers(
-        self, probe: RoutingProbe, trace: Trace, words: npt.NDArray[Any], layer: int
+        self, probe: RoutingProbe, tokens: npt.NDArray[Any], words: npt.NDArray[Any], layer: int
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
         """The published trigger scores of one layer, with the most frequent tokens of the trace as the pool."""
-        ids, count = np.unique(np.asarray(trace.token_ids), return_counts=True)
+        ids, count = np.unique(tokens, return_counts=True)
         ids = ids[np.argsort(-count, kind="stable")]
         ids = ids[np.isin(ids, words)]
         pieces = [probe.model.piece(int(t)).decode("utf-8", "replace").strip() for t in ids]
@@ -217,12 +216,12 @@ class RoutingManipulation(Question):
         chosen = np.zeros((len(routed), max(probe.layout.n_expert)), bool)
         for i, one in enumerate(routed):
             chosen[i, np.unique(one.experts[:, layer, : probe.layout.n_expert_used[layer]])] = True
-        triggers = manipulation.as_published_triggers(chosen.reshape(len(pool), n, -1))
+        triggers = published.as_published_triggers(chosen.reshape(len(pool), n, -1))
         best = triggers.sort_values(["score", "specificity"], ascending=False).drop_duplicates("expert")
         control = []
         for token, expert in best[["token", "expert"]].to_numpy().tolist():
             hits = [
-                manipulation.as_published_control(one.experts[:, layer], one.weights[:, layer], expert)
+                published.as_published_control(one.experts[:, layer], one.weights[:, layer], expert)
                 for one in routed[token * n : (token + 1) * n]
             ]
             control.append({"expert": expert, "trigger": pool[token], "success": float(np.mean(hits))})
@@ -235,44 +234,23 @@ class RoutingManipulation(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Success against budget, and what edits leave."""
-        searches = finding.tables["searches"]
+        from moetrace import plot
 
-        def draw_success(ax: Axes) -> Axes:
-            for method, part in searches.groupby("method", sort=False):
-                reached = np.sort(part["reached_at"].dropna().to_numpy(np.float64))
-                steps = np.concatenate([[0], reached, [self._budget(finding)]])
-                share = np.arange(len(reached) + 1) / len(part)
-                ax.step(steps, [*share, share[-1]], where="post", label=str(method))
-            ax.set(xlabel="inputs tried", ylabel="targets reached", ylim=(0, 1.02))
-            ax.legend()
-            return ax
-
+        searches, budget = finding.tables["searches"], int(finding.parameters.get("budget", self.budget))
         figures = {
             "success": Figure(
-                draw_success, "Share of the targets that each search reached, by the number of inputs tried."
+                lambda ax: plot.success(searches, budget, ax=ax),
+                "Share of the targets that each search reached, by the number of inputs tried.",
             )
         }
         if "edits" in finding.tables:
             edits = finding.tables["edits"]
-            after = edits[edits["region"] == "after"]
-
-            def draw_edits(ax: Axes) -> Axes:
-                for kind, part in after.groupby("kind"):
-                    ax.fill_between(part["layer"], part["low"], part["high"], alpha=0.2, linewidth=0)
-                    ax.plot(part["layer"], part["jaccard"], marker="o", markersize=3, label=str(kind))
-                ax.set(xlabel="layer", ylabel="Jaccard of a token's experts", ylim=(0, 1.02))
-                ax.legend()
-                return ax
-
             figures["edits"] = Figure(
-                draw_edits,
+                lambda ax: plot.kept(edits[edits["region"] == "after"], ax=ax),
                 "How much of its routing a token keeps when the text before it is edited, by layer, with 95 % intervals"
                 " over prompts.",
             )
         return figures
-
-    def _budget(self, finding: Finding) -> int:
-        return int(finding.parameters.get("budget", self.budget))
 
 
 def _edits(

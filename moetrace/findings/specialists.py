@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import pandas as pd
 
-from moetrace.analysis import domain, published
+from moetrace.analysis.domains import domain
+from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
-from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Method, Question, Widget, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, span
 
@@ -27,6 +28,18 @@ class Specialists(Question):
 
     name: ClassVar[str] = "specialists"
     title: ClassVar[str] = "Specialists and generalists"
+    place: ClassVar[int] = 40
+    methods: ClassVar[tuple[Method, ...]] = (
+        Method(
+            "specialist",
+            "Specialist, generalist, undecided",
+            r"specialists?|generalists?|undecided",
+            "A specialist's lift is larger than chance allows (p ≤ 0.05 over all experts and domains of its layer). A"
+            " generalist's intervals all lie within 1/1.5 and 1.5. About the others the data cannot say; a quartile cut"
+            " would have named a quarter of them either way.",
+        ),
+    )
+    widgets: ClassVar[tuple[Widget, ...]] = (Widget("forest", "domain_lift"),)
 
     alpha: float = parameter(0.05, "chance of any false specialist in a layer")
     margin: float = parameter(1.5, "lift that still counts as alike")
@@ -39,12 +52,18 @@ class Specialists(Question):
             raise UsageError(
                 f"a margin of {self.margin:g} leaves no room", fix="give more than 1, such as 1.5"
             )
-        analysis = subject.analysis
-        lift = analysis.domain_lift(
-            n_boot=self.resamples, n_permutations=self.permutations, seed=subject.seed
+        counts = subject.labelled
+        lift = domain.domain_lift(
+            counts.included,
+            counts.labels,
+            layers=counts.layers,
+            n_expert=subject.n_expert,
+            n_boot=self.resamples,
+            n_permutations=self.permutations,
+            seed=subject.seed,
         )
         kinds = domain.specialists(lift, alpha=self.alpha, margin=self.margin)
-        classes, preferred = _published(analysis.published())
+        classes, preferred = _published(subject.activations)
         tables = {
             "specialists": kinds,
             "domain_lift": lift,
@@ -56,7 +75,7 @@ class Specialists(Question):
             .value_counts()
             .reindex(["specialist", "generalist", "undecided", "unused"], fill_value=0)
         )
-        test = analysis.domain_test(n_permutations=1, seed=subject.seed)
+        test = subject.domain_test(n_permutations=1)
         if not test.testable:
             out = [
                 f"Which experts are specialists {test.verdict}.",
@@ -79,11 +98,10 @@ class Specialists(Question):
             f" {named.get('generalist', 0)} generalists, as it would of any data."
         )
         caveats = [
-            subject.phase_note,
             "The strongest is the one whose interval begins highest. Words can be the reason why a domain prefers an"
             " expert (matched-separation). Intervals cover slightly less than 95 % (docs/statistics.md).",
         ]
-        return self.finding(out, tables, caveats)
+        return self.finding(subject, out, tables, caveats, concludes=test.testable)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """The surest specialists, and how many there are by layer."""

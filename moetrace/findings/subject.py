@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
+import pandas as pd
 
-from moetrace.analysis.from_counts import TableAnalysis
-from moetrace.analysis.from_trace import Analysis, Phase, from_trace
+from moetrace.analysis import DomainTest, Routing, RoutingCounts, domain_test, from_trace
+from moetrace.analysis.counts import overview
+from moetrace.analysis.counts.from_trace import LABEL_THEM, NO_DOMAIN, Phase
+from moetrace.analysis.published.notebook import Activations, activations
 from moetrace.errors import UsageError
 from moetrace.model.file import ModelFile
 from moetrace.model.identity import refuse_other_model
 from moetrace.trace import naming
 from moetrace.trace.importers.counts import CountTable
+from moetrace.trace.loss import Loss
 from moetrace.trace.trace import Trace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+NO_PROMPTS = "cannot be tested: counts do not tell the prompts of a domain apart"
 
 # Decode rows first: what was generated. A recording by others may not know its phases.
 _PHASES: tuple[tuple[Phase, int], ...] = (("decode", 1), ("prefill", 0), ("unknown", 2))
@@ -98,6 +106,32 @@ class Subject:
         """The contexts of all traces, one by one: their columns are views (:attr:`Trace.parts`)."""
         return tuple(part for trace in self.traces for part in trace.parts)
 
+    @cached_property
+    def loss(self) -> Loss:
+        """What became of everything that the model computed, in all traces."""
+        return sum((trace.loss for trace in self.traces[1:]), self.traces[0].loss)
+
+    @cached_property
+    def phases(self) -> pd.DataFrame:
+        """Tokens and entries by phase: :func:`moetrace.analysis.counts.overview.phases` of all traces."""
+        parts = [overview.phases(t.phase, t.state, t.request) for t in self.parts]
+        return pd.concat(parts).groupby("phase", sort=False).sum().reset_index()
+
+    @cached_property
+    def domains(self) -> pd.DataFrame:
+        """Prompts by domain: :func:`moetrace.analysis.counts.overview.domains` of all traces."""
+        return overview.domains([trace.requests for trace in self.traces])
+
+    @cached_property
+    def entries(self) -> pd.DataFrame:
+        """Entries by layer: :func:`moetrace.analysis.counts.overview.layers` of all traces."""
+        parts = [
+            overview.layers(t.state, layers=t.layers, n_expert=t.n_expert, n_expert_used=t.n_expert_used)
+            for t in self.parts
+        ]
+        keys = ["layer", "n_expert", "n_expert_used"]
+        return pd.concat(parts).groupby(keys, sort=False).sum().reset_index()
+
     @property
     def left_out(self) -> list[str]:
         """A sentence for each context of a trace that is not looked at."""
@@ -131,17 +165,68 @@ class Subject:
         return chosen
 
     @cached_property
-    def analysis(self) -> Analysis:
-        """The analyses of these rows; counts are made once for all questions."""
-        return self._analyse(self.traces, self.phase)
-
-    def in_phase(self, phase: Phase) -> Analysis:
-        """The analyses of another phase's rows."""
-        return self.analysis if phase == self.phase else self._analyse(self.traces, phase)
+    def routing(self) -> Routing:
+        """The chosen rows, their counts and texts, made once for all questions. Raises UsageError for a count table."""
+        if self.table is not None:
+            raise UsageError(
+                "a count table does not say which token chose what", fix="give a recording of tokens"
+            )
+        return self._choose(self.traces, self.phase)
 
     @cached_property
-    def pair(self) -> tuple[Analysis, Analysis]:
-        """The analyses of two captures, each by itself, of all phases unless one was chosen.
+    def counts(self) -> RoutingCounts:
+        """Counts of the chosen rows, or those of the table, each domain as one prompt."""
+        if self.table is None:
+            return self.routing.counts
+        counts, numbers = self.table.counts, self.table.layers
+        if self.layers is not None:
+            chosen = np.flatnonzero(np.isin(numbers, self.layers))
+            if chosen.size < len(set(self.layers)):
+                raise UsageError(
+                    "the table lacks a layer that was asked for",
+                    fix=f"choose among: {', '.join(map(str, numbers.tolist()))}",
+                )
+            counts, numbers = counts[:, chosen], numbers[chosen]
+        return RoutingCounts.of_table(counts, self.table.domains, numbers)
+
+    @cached_property
+    def labelled(self) -> RoutingCounts:
+        """:attr:`counts` of the prompts that have a domain. Raises UsageError if none has."""
+        counts = self.counts.labelled()
+        if not counts.prompts.size:
+            raise UsageError(NO_DOMAIN, fix=LABEL_THEM)
+        return counts
+
+    @cached_property
+    def activations(self) -> Activations:
+        """:attr:`labelled` as the published notebook's table."""
+        if self.table is None:
+            return activations(self.routing)
+        counts = self.counts
+        return Activations.from_counts(counts.included, counts.prompts.tolist(), layers=counts.layers)
+
+    @property
+    def n_expert(self) -> npt.NDArray[np.int64]:
+        """(L,) experts that each layer has."""
+        counts = self.counts
+        return self.routing.n_expert if self.table is None else np.full(counts.layers.size, counts.n_expert)
+
+    def domain_test(self, **options: Any) -> DomainTest:
+        """:func:`moetrace.analysis.domain_test` of the labelled prompts, with its options and this seed.
+
+        Of a table there is none: its domains stand where single prompts would.
+        """
+        counts = self.labelled
+        test = domain_test(counts.included, counts.labels, layers=counts.layers, seed=self.seed, **options)
+        return test if self.table is None else replace(test, verdict=NO_PROMPTS)
+
+    def in_phase(self, phase: Phase) -> Routing:
+        """The rows of another phase."""
+        return self.routing if phase == self.phase else self._choose(self.traces, phase)
+
+    @cached_property
+    def pair(self) -> tuple[Routing, Routing]:
+        """Two captures, each by itself, of all phases unless one was chosen.
 
         Raises UsageError if there are not two traces.
         """
@@ -152,20 +237,9 @@ class Subject:
             )
         one, two = self.traces
         phase = self._phase or "all"
-        return self._analyse([one], phase), self._analyse([two], phase)
+        return self._choose([one], phase), self._choose([two], phase)
 
-    def _analyse(self, traces: Sequence[Trace], phase: Phase) -> Analysis:
-        if self.table is not None:
-            counts, numbers = self.table.counts, self.table.layers
-            if self.layers is not None:
-                chosen = np.flatnonzero(np.isin(numbers, self.layers))
-                if chosen.size < len(set(self.layers)):
-                    raise UsageError(
-                        "the table lacks a layer that was asked for",
-                        fix=f"choose among: {', '.join(map(str, numbers.tolist()))}",
-                    )
-                counts, numbers = counts[:, chosen], numbers[chosen]
-            return TableAnalysis(counts, self.table.domains, numbers)
+    def _choose(self, traces: Sequence[Trace], phase: Phase) -> Routing:
         for trace in traces[1:]:
             self._refuse_another_model(traces[0], trace)
         rows = traces if self.layers is None else [trace.sel(layer=self.layers) for trace in traces]
@@ -189,5 +263,7 @@ class Subject:
     def need_model(self, what: str) -> Path:
         """The model's file. Raises UsageError, saying what needs it, if none was given."""
         if self.model is None:
-            raise UsageError(f"{what} needs the model", fix="give it: -m model.gguf")
+            raise UsageError(
+                f"{what} needs the model", fix="give it to moetrace analyze or report: -m model.gguf"
+            )
         return self.model

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import pandas as pd
 
+from moetrace.analysis.prediction.by_layer import task_by_layer
+from moetrace.analysis.published import prediction as published
 from moetrace.errors import MoetraceError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, of_layers, p_value, span
 from moetrace.model.file import ModelFile, Router
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class TaskPrediction(Question):
 
     name: ClassVar[str] = "task-prediction"
     title: ClassVar[str] = "Later experts from an early layer"
+    place: ClassVar[int] = 190
     channels: ClassVar[tuple[str, ...]] = ("gate_input",)
 
     early_layer: int = parameter(
@@ -42,12 +42,13 @@ class TaskPrediction(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Predict every later layer."""
-        predictions = subject.analysis.predictions
-        have = predictions.text.layers.tolist()[:-1]
+        columns = subject.routing.columns
+        have = columns.text.layers.tolist()[:-1]
         early = max((layer for layer in have if layer <= self.early_layer), default=have[0] if have else 0)
-        recall, gains = predictions.task_prediction(
+        recall, gains = task_by_layer(
+            columns,
             early,
-            routers=_routers(subject, predictions.text.layers.tolist()),
+            routers=_routers(subject, columns.text.layers.tolist()),
             max_tokens=self.max_tokens,
             n_permutations=self.permutations,
             seed=subject.seed,
@@ -102,7 +103,6 @@ class TaskPrediction(Question):
                 " already: see expert-cache."
             )
         caveats = [
-            subject.phase_note,
             "Recall depends on m, k and what is predicted from: figures of other work are comparable only at the same.",
         ]
         if early != self.early_layer:
@@ -116,47 +116,27 @@ class TaskPrediction(Question):
         elif "gate" not in wide:
             caveats.append("The later router on the early input needs the model: -m model.gguf.")
         try:
-            tables["as_published"] = predictions.as_published_task_prediction(early, seed=subject.seed)
+            tables["as_published"] = published.task_by_layer(columns, early, seed=subject.seed)
         except MoetraceError as e:
             caveats.append(f"The published figures cannot be given: {e.what}. {e.fix}")
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Recall@k by layer; recall against how many are fetched, in the last layer."""
-        from moetrace.plot.style import OKABE_ITO, axes, band, faint, layer_axis, legend_above
+        from moetrace import plot
 
         recall = finding.tables["recall"]
         names = list(dict.fromkeys(recall["predictor"]))
         first = recall[recall["m"] == recall.groupby("layer")["m"].transform("min")]
         last = recall[recall["layer"] == recall["layer"].max()]
-
-        def lines(ax: Axes, table: pd.DataFrame, x: str) -> Axes:
-            ax = axes(ax)
-            alone = table[table["predictor"] == names[0]]
-            ax.plot(alone[x], alone["chance"], color=faint(), linestyle="--", label="chance")
-            for color, name in zip(OKABE_ITO, names, strict=False):
-                mine = table[table["predictor"] == name]
-                ax.plot(mine[x], mine["recall"], color=color, marker="o", label=name)
-                band(ax, mine[x], mine["low"], mine["high"], color)
-            ax.set(ylim=(0, 1))
-            legend_above(ax)
-            return ax
-
-        def by_layer(ax: Axes) -> Axes:
-            ax = lines(ax, first, "layer")
-            layer_axis(ax, first["layer"].to_numpy())
-            ax.set(ylabel="recall of k experts among k predicted")
-            return ax
-
-        def by_size(ax: Axes) -> Axes:
-            ax = lines(ax, last, "m")
-            ax.set(xlabel="experts fetched ahead (m)", ylabel="recall@m")
-            return ax
-
         return {
-            "recall": Figure(by_layer, "What tells a token's experts in later layers, on prompts held out."),
+            "recall": Figure(
+                lambda ax: plot.recall(first, names, ax=ax),
+                "What tells a token's experts in later layers, on prompts held out.",
+            ),
             "fetched": Figure(
-                by_size, "Recall against the number of experts fetched ahead, in the last layer."
+                lambda ax: plot.recall(last, names, x="m", ax=ax),
+                "Recall against the number of experts fetched ahead, in the last layer.",
             ),
         }
 

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 
 from moetrace import data
-from moetrace.analysis import token_patterns as patterns
-from moetrace.analysis.from_trace import Analysis
-from moetrace.analysis.routed import RoutedText
+from moetrace.analysis.counts.from_trace import Routing
+from moetrace.analysis.counts.routed import RoutedText
+from moetrace.analysis.published import patterns as published
+from moetrace.analysis.text import lexicon
+from moetrace.analysis.text import token_patterns as patterns
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.recorded import recorded
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, number, of_layers
-from moetrace.plot.style import faint, layer_axis, legend_above
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 ANALYSES = ("pattern_summary", "semantic_patterns", "sequence_patterns", "combined_analysis")
 RELATIONS = ("synonyms", "antonyms", "analogies", "arithmetic")
@@ -45,6 +43,7 @@ class TokenPatterns(Question):
 
     name: ClassVar[str] = "token-patterns"
     title: ClassVar[str] = "Token patterns"
+    place: ClassVar[int] = 130
 
     analyses: str = parameter(",".join(ANALYSES), "which of these, separated by commas", metavar="LIST")
     num_prompts: int = parameter(100, "prompts to look at: the first so many")
@@ -60,12 +59,11 @@ class TokenPatterns(Question):
         for name in wanted:
             if name not in ANALYSES:
                 raise UsageError(f"there is no analysis {name!r}", fix=f"choose among: {', '.join(ANALYSES)}")
-        analysis = subject.analysis
-        whole = analysis.text
+        routing = subject.routing
+        whole = routing.text
         text = whole if whole.n_requests <= self.num_prompts else whole.of(np.arange(self.num_prompts))
         sentences: list[str] = []
         caveats = [
-            subject.phase_note,
             "A type is found by spelling alone. That an expert takes a kind of token does not say what it computes.",
         ]
         if text.n_requests < 6:
@@ -76,18 +74,21 @@ class TokenPatterns(Question):
         tables: _Tables = {}
         every = "combined_analysis" in wanted
         if "pattern_summary" in wanted or every:
-            tables |= self._summary(analysis, text, subject.seed, sentences)
+            tables |= self._summary(routing, text, subject.seed, sentences)
         if "sequence_patterns" in wanted or every:
             tables |= self._sequence(text, subject.seed, sentences)
         if "semantic_patterns" in wanted or every:
             tables |= self._semantic(subject, text, sentences, caveats)
         if every:
             tables["combined_analysis"] = self._combined(tables)
-        return self.finding(sentences, tables, caveats)
+        # relations come last: where nothing else was asked for they may be all there is, and not testable
+        alone = next(iter(tables), "") == "semantic_relations"
+        concludes = not alone or bool(tables["semantic_relations"]["p_value"].notna().any())
+        return self.finding(subject, sentences, tables, caveats, concludes=concludes)
 
-    def _summary(self, analysis: Analysis, text: RoutedText, seed: int, say: list[str]) -> _Tables:
-        pieces = analysis.pieces(text)
-        typed = patterns.type_words(patterns.join_words(pieces, text.starts))
+    def _summary(self, routing: Routing, text: RoutedText, seed: int, say: list[str]) -> _Tables:
+        pieces = routing.pieces(text)
+        typed = lexicon.type_words(lexicon.join_words(pieces, text.starts))
         found = patterns.pattern_summary(
             text,
             typed,
@@ -134,10 +135,10 @@ class TokenPatterns(Question):
             "trigrams": found.trigrams,
             "vocabulary_specialisation": vocabulary,
             "coactivation": patterns.coactivation(text, min_activity=self.min_activity),
-            "as_published_specialists": patterns.as_published_pattern_summary(
+            "as_published_specialists": published.as_published_pattern_summary(
                 text, texts, min_activity=self.min_activity
             ),
-            "as_published_coactivation": patterns.as_published_coactivation(text),
+            "as_published_coactivation": published.as_published_coactivation(text),
         }
 
     def _sequence(self, text: RoutedText, seed: int, say: list[str]) -> _Tables:
@@ -161,9 +162,8 @@ class TokenPatterns(Question):
     def _semantic(self, subject: Subject, text: RoutedText, say: list[str], caveats: list[str]) -> _Tables:
         labels = np.array(list(text.labels or ()), dtype=object)
         mine = np.flatnonzero(np.isin(labels, RELATIONS))
-        analysis = subject.analysis
         if len(set(labels[mine])) >= 2:
-            return self._relations(text.of(mine), analysis.pieces, subject.seed, say)
+            return self._relations(text.of(mine), subject.routing.pieces, subject.seed, say)
         if subject.model is None:
             caveats.append(
                 "Synonyms, antonyms, analogies and arithmetic were not looked at: the trace has no such prompts. Give"
@@ -181,8 +181,8 @@ class TokenPatterns(Question):
         self, text: RoutedText, pieces_of: Callable[[RoutedText], list[bytes]], seed: int, say: list[str]
     ) -> _Tables:
         pieces = pieces_of(text)
-        joined = patterns.join_words(pieces, text.starts)
-        typed = patterns.type_words(joined, patterns.semantic_type, patterns.SEMANTIC_TYPES)
+        joined = lexicon.join_words(pieces, text.starts)
+        typed = lexicon.type_words(joined, lexicon.semantic_type, lexicon.SEMANTIC_TYPES)
         found = patterns.semantic_patterns(
             text,
             typed,
@@ -205,7 +205,7 @@ class TokenPatterns(Question):
             "semantic_relations": found.relations,
             "semantic_experts": found.experts,
             "semantic_words": found.words,
-            "as_published_semantic": patterns.as_published_semantic_patterns(text, texts),
+            "as_published_semantic": published.as_published_semantic_patterns(text, texts),
         }
 
     def _combined(self, tables: _Tables) -> pd.DataFrame:
@@ -223,29 +223,15 @@ class TokenPatterns(Question):
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Specialists by layer and type."""
+        from moetrace import plot
+
         if "specialists" not in finding.tables:
             return {}
-        special, layers = (
-            finding.tables["specialists"],
-            finding.tables["vocabulary_specialisation"]["layer"].to_numpy(),
-        )
-
-        def draw(ax: Axes) -> Axes:
-            rows = special[special["of"] == "type"]
-            below = np.zeros(len(layers))
-            for name in [t for t in patterns.TYPES if (rows["pattern"] == t).any()]:
-                count = np.array([((rows["layer"] == n) & (rows["pattern"] == name)).sum() for n in layers])
-                ax.bar(layers, count, bottom=below, label=name)
-                below += count
-            if not below.any():
-                ax.text(0.5, 0.5, "no specialists", transform=ax.transAxes, ha="center", color=faint())
-            ax.set_ylabel("specialists of a type")
-            layer_axis(ax, layers)
-            legend_above(ax, 6)
-            return ax
-
+        special = finding.tables["specialists"]
+        rows, layers = special[special["of"] == "type"], finding.tables["vocabulary_specialisation"]["layer"]
         return {
             "specialists": Figure(
-                draw, "Experts that prefer a type of token more than exchanged prompts allow, by layer."
+                lambda ax: plot.patterns(rows, lexicon.TYPES, layers.to_numpy(), ax=ax),
+                "Experts that prefer a type of token more than exchanged prompts allow, by layer.",
             )
         }

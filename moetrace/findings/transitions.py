@@ -8,9 +8,10 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
-from moetrace.analysis import published
+from moetrace.analysis import transitions
+from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
-from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.finding import Figure, Finding, Question, Widget, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, number
 
@@ -27,16 +28,18 @@ class Transitions(Question):
 
     name: ClassVar[str] = "transitions"
     title: ClassVar[str] = "Transitions between experts"
+    place: ClassVar[int] = 110
+    widgets: ClassVar[tuple[Widget, ...]] = (Widget("transitions", replaces=("probability", "lift")),)
 
     layer: int = parameter(-1, "layer of the published matrices; -1: the first")
     support: int = parameter(20, "expected transitions that a pair must have to be named in a sentence")
 
     def answer(self, subject: Subject) -> Finding:
         """Count transitions in every layer."""
-        analysis = subject.analysis
+        counts = subject.routing.counts
         parts, stay = [], []
-        for layer in analysis.counts.layers.tolist():
-            found = analysis.transitions(layer)
+        for layer in counts.layers.tolist():
+            found = transitions(counts, layer)
             matrix = found.counts.to_numpy()
             a, b = np.nonzero((matrix > 0) | (found.expected.to_numpy() >= 1))
             parts.append(
@@ -75,16 +78,16 @@ class Transitions(Question):
                 f" {row['lift']:.1f} times as often as in random order."
             )
         caveats = [
-            subject.phase_note,
             "Pairs that are not listed never occurred and were expected less than once. The largest of many lifts is"
             " large by chance too; no test is made of single pairs.",
         ]
         try:
-            old = analysis.published()
-            tables["as_published_transitions"] = _published(old, self.layer, int(max(analysis.n_expert)))
+            tables["as_published_transitions"] = _published(
+                subject.activations, self.layer, int(max(subject.n_expert))
+            )
         except UsageError as e:
             caveats.append(f"The published matrices need domains: {e.what}.")
-        return self.finding(sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, caveats)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Probability and lift in the layer where the first expert stays most above random order."""

@@ -11,9 +11,6 @@ import pandas as pd
 if TYPE_CHECKING:
     from moetrace.trace.trace import Trace
 
-#: Words by which a sentence says that a question is left open: it is no conclusion.
-CANNOT = ("cannot be tested", "cannot be said", "remains open", "nothing can be said")
-
 
 def span(value: float, low: float, high: float, form: str = ".3f") -> str:
     """``0.054 (0.012 to 0.096)``; without an interval ``0.054 (no interval)``."""
@@ -40,6 +37,20 @@ def events_lost(traces: Iterable[Trace]) -> str:
         " left blank."
         if all(trace.layout.numbered for trace in lossy)
         else "this recording does not tell where, so tokens of one request may be counted to another."
+    )
+
+
+def not_computed(entries: pd.DataFrame) -> str:
+    """Which layers lack entries that were not computed, a sentence; empty if none does.
+
+    ``entries`` is of :func:`moetrace.analysis.counts.overview.layers`.
+    """
+    some = entries[entries["not_computed"] > 0]["layer"]
+    return (
+        f"Layer {layer_list(some)} lacks entries that llama.cpp did not compute, because no output was asked for"
+        " there: its numbers rest on fewer tokens."
+        if len(some)
+        else ""
     )
 
 

@@ -2,7 +2,7 @@
 
 Everything comes from llama.cpp's logits, computed in this process. Two evaluations of the same texts line up
 token by token, whatever was changed in between (the model file, experts per token, an intervention), so that
-differences are paired; :mod:`moetrace.analysis.likelihood` gives them with their standard errors.
+differences are paired; :mod:`moetrace.analysis.statistics.likelihood` gives them with their standard errors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from moetrace.errors import InputError, MoetraceError, UsageError
 from moetrace.host import llama
 from moetrace.host.inprocess import prompt_tokens, tracing
 from moetrace.host.intervene import Given, Interventions
-from moetrace.host.model import store_models
 from moetrace.host.options import CaptureOptions
 from moetrace.host.prompts import Prompt, read_prompts
 from moetrace.model.file import ModelFile
@@ -284,9 +283,7 @@ class Evaluator:
                     trace, command=["moetrace", "evaluate"], model_path=self._model_path, force=force
                 )
                 self._folder = writer.path
-                self._stack.callback(writer.close)
-                self._stack.callback(store_models, writer, self._model_path)
-                self._stack.enter_context(tracing(writer, chosen))
+                self._stack.enter_context(tracing(writer, chosen, self._model_path))
                 self._control = writer.path
             else:
                 self._control = self._stack.enter_context(_watching())

@@ -187,16 +187,26 @@ def _label_line(job: _Job) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def tracing(trace: TraceWriter, options: CaptureOptions) -> Iterator[Drain]:
-    """Trace what llama.cpp computes in this process within the block, into ``trace``."""
-    llama.start(options.settings(trace.path))
+def tracing(trace: TraceWriter, options: CaptureOptions, model: str) -> Iterator[Drain]:
+    """Trace what llama.cpp computes in this process within the block, into ``trace``, and close that.
+
+    A trace in which nothing was recorded is removed again.
+    """
     drain = Drain(trace)
-    drain.start()
     try:
-        yield drain
+        llama.start(options.settings(trace.path))
+        drain.start()
+        try:
+            yield drain
+        finally:
+            llama.stop()
+            drain.stop()
     finally:
-        llama.stop()
-        drain.stop()
+        if not trace.detached and (drain.contexts or not trace.discard()):
+            try:
+                store_models(trace, model)
+            finally:
+                trace.close()
 
 
 def capture(
@@ -263,7 +273,7 @@ def capture(
     ------
     MoetraceError
         If the model or a prompt does not fit, an intervention is refused, or the trace cannot be written. What
-        was captured is kept.
+        was captured is kept; where nothing was, no trace is.
     UsageError
         If a number makes no sense, or ``n_parallel`` prompts do not fit into a batch.
     """
@@ -283,52 +293,53 @@ def capture(
     interventions = Interventions(folder, intervene, os.fspath(model))
     n_ctx = n_ctx or _context_size(items, n_predict, n_parallel)
     llama.check_sizes(n_ctx=n_ctx, n_seq=n_parallel, n_batch=n_batch, n_ubatch=n_ubatch)
-    trace = TraceWriter(folder, command=["moetrace", "capture"], model_path=str(model), force=force)
+    trace = TraceWriter(
+        folder, command=["moetrace", "capture"], model_path=str(model), prompts=len(items), force=force
+    )
     done = 0
+    trace.count_done(done)
 
     def on_done(line: dict[str, Any]) -> None:
         nonlocal done
+        trace.stay()
         append_labels(trace.path, [line])
         done += 1
+        trace.count_done(done)
         if on_progress is not None:
             on_progress(done, len(items))
 
     wide = "attention" in chosen.channels
-    try:
-        with (
-            tracing(trace, chosen) as drain,
-            llama.Llama(
-                model,
-                n_ctx=n_ctx,
-                n_seq=n_parallel,
-                n_batch=n_batch,
-                n_ubatch=n_ubatch,
-                n_threads=n_threads,
-                n_gpu_layers=n_gpu_layers,
-                n_cpu_moe=n_cpu_moe,
-                flash_attention=False if wide else None,
-                verbose=verbose,
-            ) as loaded,
-        ):
-            generator = Generator(
-                loaded,
-                n_parallel=n_parallel,
-                temperature=temperature,
-                seed=seed,
-                all_outputs=all_outputs,
-                interventions=interventions,
-            )
-            generator.run(items, n_predict, on_done)
-        if not drain.contexts:
-            raise MoetraceError(
-                f"{os.fspath(model)} routed no token to an expert",
-                why="it is a dense model, or the tracer does not understand this llama.cpp",
-                fix="use a Mixture-of-Experts model; `moetrace doctor` checks llama.cpp",
-            )
-        store_models(trace, str(model))
-    finally:
-        trace.close()
-    return open_trace(folder)
+    with (
+        tracing(trace, chosen, str(model)) as drain,
+        llama.Llama(
+            model,
+            n_ctx=n_ctx,
+            n_seq=n_parallel,
+            n_batch=n_batch,
+            n_ubatch=n_ubatch,
+            n_threads=n_threads,
+            n_gpu_layers=n_gpu_layers,
+            n_cpu_moe=n_cpu_moe,
+            flash_attention=False if wide else None,
+            verbose=verbose,
+        ) as loaded,
+    ):
+        generator = Generator(
+            loaded,
+            n_parallel=n_parallel,
+            temperature=temperature,
+            seed=seed,
+            all_outputs=all_outputs,
+            interventions=interventions,
+        )
+        generator.run(items, n_predict, on_done)
+    if not drain.contexts:
+        raise MoetraceError(
+            f"{os.fspath(model)} routed no token to an expert",
+            why="it is a dense model, or the tracer does not understand this llama.cpp",
+            fix="use a Mixture-of-Experts model; `moetrace doctor` checks llama.cpp",
+        )
+    return open_trace(trace.path)
 
 
 def _check_numbers(**numbers: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -13,6 +14,7 @@ from moetrace.errors import InputError, MoetraceError, TraceError, UsageError
 from moetrace.host import llama
 from moetrace.model.file import ModelFile
 from moetrace.trace import naming
+from moetrace.trace.control import remember, remember_for_all
 from moetrace.trace.intervention import (
     NO_EXPERT,
     Intervention,
@@ -27,6 +29,7 @@ from moetrace.trace.intervention import (
 )
 from moetrace.trace.record import State
 from moetrace.trace.ring import Ring, live_rings, ring_is_ready, ring_paths
+from moetrace.trace.storage import is_locked
 from moetrace.trace.trace import Trace, open_trace
 
 Given = str | Intervention | Iterable[str | Intervention] | None
@@ -196,6 +199,10 @@ def switch(trace: Path, given: Given, *, model: str | None = None, context: str 
     """
     interventions = parse_interventions(given)
     data = _encoded(interventions)
+    if not interventions and model is None and context is None and may_begin(trace):
+        remember_for_all(trace, intervention=0)
+        if not has_live(trace):
+            return 0
     # to switch off there is nothing to choose
     paths = _chosen(trace, model, context, several=not interventions)
     for path in paths:
@@ -211,6 +218,7 @@ def restore(numbers: Mapping[Path, int]) -> None:
     for path, number in numbers.items():
         if ring_is_ready(path):
             with Ring(path) as ring:
+                remember(ring, intervention=number)
                 ring.intervention = number
 
 
@@ -245,6 +253,22 @@ def _chosen(trace: Path, model: str | None, context: str | None, *, several: boo
             fix="name one with --model NAME or --context NAME: layers and experts are a model's own",
         )
     return [path for path, _ in rings]
+
+
+def has_live(trace: Path) -> bool:
+    """Whether a context is there whose host goes on."""
+    for path in ring_paths(trace):
+        with contextlib.suppress(TraceError):  # its reader has just removed it
+            if ring_is_ready(path):
+                with Ring(path) as ring:
+                    if not ring.closed:
+                        return True
+    return False
+
+
+def may_begin(trace: Path) -> bool:
+    """Whether contexts may be recorded later: somebody records, or a host goes on without."""
+    return is_locked(trace) or has_live(trace)
 
 
 def live_among(trace: Path, model: str | None, context: str | None) -> list[tuple[Path, dict[str, object]]]:
@@ -301,9 +325,12 @@ def refuse_if_refused(trace: Path, numbers: Container[int]) -> None:
             with Ring(path) as ring:
                 refused, why = ring.intervention_refused
             if refused and refused in numbers:
-                raise MoetraceError(
-                    f"llama.cpp did not take intervention {refused}: the routing was left alone", why=why
-                )
+                raise refusal(refused, why)
+
+
+def refusal(number: int, why: str) -> MoetraceError:
+    """Say that a host has refused an intervention."""
+    return MoetraceError(f"llama.cpp did not take intervention {number}: the routing was left alone", why=why)
 
 
 def _encoded(interventions: Iterable[Intervention]) -> bytes:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrace.errors import MoetraceError, RuntimeMissingError, UsageError
-from moetrace.host.runtime import preload_path
+from moetrace.host.runtime import is_preloaded, load_tracer, preload_path
 
 _tracer: ctypes.CDLL | None = None
 _started = False
@@ -37,16 +37,14 @@ def tracer() -> ctypes.CDLL:
     """
     global _tracer
     if _tracer is None:
-        path = preload_path()
-        preloaded = str(path) in os.environ.get("LD_PRELOAD", "").split(":")
-        if "llama_cpp" in sys.modules and not preloaded:
+        if "llama_cpp" in sys.modules and not is_preloaded():
             raise RuntimeMissingError(
                 "llama_cpp was imported before moetrace's tracer",
                 why="its calls are bound already, so the tracer would see none of them",
                 fix="call moetrace.capture() before anything imports llama_cpp, or start Python with "
-                f"LD_PRELOAD={path}",
+                f"LD_PRELOAD={preload_path()}",
             )
-        _tracer = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        _tracer = load_tracer(ctypes.RTLD_GLOBAL)
         _tracer.moetrace_symbol.restype = ctypes.c_void_p
     return _tracer
 

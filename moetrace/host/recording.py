@@ -44,7 +44,10 @@ def record(
         nonlocal done
         append_labels(output, [answer.label_line()])
         done += 1
+        server.count_done(done)
         on_progress(done, len(prompts))
 
     with serve(model, output=output, arguments=arguments, **options) as server:
+        server.count_prompts(len(prompts))
+        server.count_done(0)
         drive(server.client, prompts, n_predict=n_predict, on_answer=on_answer)

@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable
 
 from moetrace.errors import MoetraceError, TraceError
-from moetrace.host.drain import Drain
+from moetrace.host.drain import Drain, tell
+from moetrace.host.hosts import running_hosts
 from moetrace.host.model import store_models
-from moetrace.trace.ring import peek_host, peek_reader, process_alive, ring_paths
+from moetrace.trace.ring import peek_reader, peek_writer, process_alive, ring_paths
+from moetrace.trace.storage import is_locked
 from moetrace.trace.store import TraceStore
 from moetrace.trace.writer import TraceWriter
 
@@ -27,8 +29,8 @@ class ResumedRecording:
     ----------
     path
         The trace.
-    on_error
-        Called once, in the drain's thread, when draining fails.
+    on_error, on_note
+        See :class:`moetrace.host.drain.Drain`.
 
     Attributes
     ----------
@@ -44,12 +46,15 @@ class ResumedRecording:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], on_error: Callable[[MoetraceError], None] | None = None
+        self,
+        path: str | os.PathLike[str],
+        on_error: Callable[[MoetraceError], None] = tell,
+        on_note: Callable[[str], None] = tell,
     ) -> None:
         store = TraceStore(path)
         self._hosts = _hosts(store)
         self.trace = TraceWriter.resume(store.path)
-        self.drain = Drain(self.trace, on_error)
+        self.drain = Drain(self.trace, on_error, on_note)
         try:
             self.drain.attach()
         except BaseException:
@@ -62,6 +67,8 @@ class ResumedRecording:
     @property
     def host_alive(self) -> bool:
         """Whether the process that is recorded still runs."""
+        if not any(process_alive(pid) for pid in self._hosts):
+            self._hosts |= running_hosts(self.trace.path).keys()  # what the server started meanwhile
         return any(process_alive(pid) for pid in self._hosts)
 
     def wait(self) -> None:
@@ -79,11 +86,11 @@ class ResumedRecording:
         """
         try:
             self.drain.stop()
+            self.trace.stay()
             store_models(self.trace, self._model_path)
-        except MoetraceError:
+            self.trace.close()
+        finally:
             self.trace.detach()
-            raise
-        self.trace.close()
 
     def detach(self) -> None:
         """Let go; the host goes on, and may be taken up again."""
@@ -98,15 +105,18 @@ def _hosts(store: TraceStore) -> set[int]:
             f"{store.path} is closed", why="its recording has ended", fix="record into another trace"
         )
     rings = ring_paths(store.path)
-    for ring in rings:
-        reader = peek_reader(ring)
-        if reader and reader != os.getpid() and process_alive(reader):
-            raise TraceError(
-                f"{store.path} is being recorded",
-                why=f"process {reader} writes it",
-                fix=f"there is nothing to take up; to replace that process, end it first: kill {reader}",
-            )
-    hosts = {pid for ring in rings if (pid := peek_host(ring)) and process_alive(pid)}
+    readers = [
+        pid for ring in rings if (pid := peek_reader(ring)) and pid != os.getpid() and process_alive(pid)
+    ]
+    if readers or is_locked(store.path):
+        raise TraceError(
+            f"{store.path} is being recorded",
+            why=f"process {readers[0]} writes it" if readers else "another process writes it",
+            fix="there is nothing to take up: it goes on by itself, also when a full disk has room again; "
+            f"see moetrace status {store.path}",
+        )
+    hosts = {pid for ring in rings if process_alive(pid := peek_writer(ring))}
+    hosts |= running_hosts(store.path).keys()
     if not hosts:
         raise TraceError(
             f"the server of {store.path} has ended",
@@ -118,6 +128,6 @@ def _hosts(store: TraceStore) -> set[int]:
             raise TraceError(
                 f"{name} of {store.path} is damaged",
                 why=table.hidden,
-                fix=f"stop the server (kill {min(hosts)}), then see what `{recover}` says",
+                fix=f"let the server serve on; when it has ended, see what `{recover}` says",
             )
     return hosts

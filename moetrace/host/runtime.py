@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import json
@@ -9,13 +10,21 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from moetrace.errors import RuntimeMissingError
 
-_PRELOAD = "DYLD_INSERT_LIBRARIES" if sys.platform == "darwin" else "LD_PRELOAD"
+PRELOAD = "DYLD_INSERT_LIBRARIES" if sys.platform == "darwin" else "LD_PRELOAD"
+#: what the tracer reads from its environment (csrc/config.cpp)
+VARIABLES = tuple(
+    f"MOETRACE_{key}"
+    for key in (
+        *("TRACE", "CAPTURE", "LAYERS", "COLLECTOR", "ON_FULL", "RING_SIZE", "BLOCK_MS", "PAUSED"),
+        "INTERVENTION",
+    )
+)
 _INSTALL = "install the pinned runtime with `llama.cpp/install.sh`, or name your own binary by its path"
 
 
@@ -70,9 +79,30 @@ def find_tool(name: str) -> Path:
 
 
 def preload_environment(base: Mapping[str, str]) -> dict[str, str]:
-    """Give ``base`` with the tracer's library added to the preload list."""
-    libraries = [str(preload_path()), base.get(_PRELOAD, "")]
-    return {**base, _PRELOAD: ":".join(filter(None, libraries))}
+    """Give ``base`` with the tracer's library added to the preload list, and without variables that steer it."""
+    libraries = [str(preload_path()), base.get(PRELOAD, "")]
+    kept = {name: value for name, value in base.items() if name not in VARIABLES}
+    return {**kept, PRELOAD: ":".join(filter(None, libraries))}
+
+
+def is_preloaded() -> bool:
+    """Whether this process was started with the tracer's library."""
+    return str(preload_path()) in os.environ.get(PRELOAD, "").split(":")
+
+
+def load_tracer(mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:
+    """Load the tracer's library into this process; what its environment says is not for it."""
+    with _hidden(() if is_preloaded() else VARIABLES):
+        return ctypes.CDLL(str(preload_path()), mode=mode)
+
+
+@contextlib.contextmanager
+def _hidden(names: tuple[str, ...]) -> Iterator[None]:
+    old = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(old)
 
 
 def loaded_libraries(program: Path) -> dict[str, str]:
@@ -141,7 +171,7 @@ def probe(libraries: Mapping[str, str]) -> Probe:
 def _probe_here(paths: list[str]) -> None:
     for path in paths:
         ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
-    tracer = ctypes.CDLL(str(preload_path()))
+    tracer = load_tracer()
     tracer.moetrace_probe.restype = ctypes.c_size_t
     buffer = ctypes.create_string_buffer(1 << 16)
     tracer.moetrace_probe(buffer, ctypes.c_size_t(len(buffer)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import signal
@@ -10,31 +11,57 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
 
 from moetrace.errors import MoetraceError, RuntimeMissingError
 from moetrace.host.client import ServerClient
-from moetrace.host.drain import Drain
-from moetrace.host.intervene import Given, begin, check_model, in_force, refuse_if_refused, restore, switch
+from moetrace.host.drain import Drain, tell
+from moetrace.host.hosts import Process, llama_processes, running_hosts, starting_hosts
+from moetrace.host.intervene import (
+    Given,
+    begin,
+    check_model,
+    in_force,
+    refusal,
+    refuse_if_refused,
+    restore,
+    switch,
+)
 from moetrace.host.model import store_models
 from moetrace.host.options import CaptureOptions
-from moetrace.host.runtime import find_tool, loaded_libraries, preload_environment
+from moetrace.host.runtime import PRELOAD, find_tool, loaded_libraries, preload_environment
+from moetrace.host.secrets import redacted
+from moetrace.model.file import ModelFile
 from moetrace.trace.intervention import Intervention, parse_interventions
 from moetrace.trace.labels import append_labels
+from moetrace.trace.ring import process_alive
+from moetrace.trace.storage import disk_error, more_files
 from moetrace.trace.trace import Trace, open_trace
 from moetrace.trace.writer import TraceWriter
 
-_FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+#: signals that are passed on to the program; those of the first line a terminal sends to it by itself
+_FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
+_PASSED_ON = (*_FROM_TERMINAL, signal.SIGTERM, signal.SIGHUP)
+#: how long the program may take to end of a signal that its whole process group may have got, seconds: a second one
+#: would end llama-server at once
+GRACE_SECONDS = 0.5
+#: the same for a server that the program has left behind
+GRACE_SECONDS_LEFT = 2.0
+POLL_SECONDS = 0.05
+#: how often processes are looked for, while nothing was recorded yet and after the program has ended
+WATCH_SECONDS = 0.5
+#: how long the program may take to load llama.cpp after whoever started it has ended
+START_SECONDS = 2.0
 
 
 class TracedProcess:
     """A program of llama.cpp that runs with the tracer loaded, and the drain that follows it.
 
     The program inherits standard input, output and error; its arguments are not touched. If this process dies,
-    the program goes on.
+    the program goes on. What the program starts is recorded, too.
 
     Parameters
     ----------
@@ -47,11 +74,24 @@ class TracedProcess:
     force
         Replace an existing trace.
     log
-        Where the program's output goes; by default where ours goes.
+        File that the program's output is appended to; by default it goes where ours goes.
     intervene
         What to change about the routing from the first token on.
-    on_error
-        Called once, in the drain's thread, when draining fails while the program runs.
+    on_error, on_note
+        See :class:`moetrace.host.drain.Drain`; also called for a program that runs without the tracer, and when it
+        leaves a server behind.
+
+    Attributes
+    ----------
+    trace
+        What is written; its path is where the trace is now, should it have been moved.
+    log_start
+        Where in the log this program's output begins.
+
+    Raises
+    ------
+    MoetraceError
+        If the program or the trace cannot be had. Nothing is left behind then.
     """
 
     def __init__(
@@ -61,99 +101,264 @@ class TracedProcess:
         options: CaptureOptions,
         *,
         force: bool = False,
-        log: IO[bytes] | None = None,
+        log: Path | None = None,
         intervene: Given = None,
-        on_error: Callable[[MoetraceError], None] | None = None,
+        on_error: Callable[[MoetraceError], None] = tell,
+        on_note: Callable[[str], None] = tell,
     ) -> None:
         program = find_tool(command[0])
         self.command = [str(program), *command[1:]]
         environment = preload_environment(os.environ)
         self._model_path = model_argument(command)
+        self._on_error, self._on_note = on_error, on_note
+        self._signals_got: list[tuple[int, float]] = []
+        self._signal_sent = 0
+        self._llama: dict[int, Process] = {}  # processes that have loaded llama.cpp
+        self._untraced: MoetraceError | None = None
+        self._next_watch = 0.0
+        self._exit_code: int | None = None
+        self._closed = False
         interventions = parse_interventions(intervene)
         check_model(interventions, None if "--override-kv" in command else self._model_path)
-        self.trace = TraceWriter(output, command=command, model_path=self._model_path, force=force)
-        environment.update(options.environment(self.trace.path))
-        self.intervention = begin(self.trace.path, interventions) if interventions else 0
-        if self.intervention:
-            environment["MOETRACE_INTERVENTION"] = str(self.intervention)
-        self.drain = Drain(self.trace, on_error)
+        self.trace = TraceWriter(output, command=redacted(command), model_path=self._model_path, force=force)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.trace.discard)
+            environment.update(options.environment(self.trace.path))
+            self.intervention = begin(self.trace.path, interventions) if interventions else 0
+            if self.intervention:
+                environment["MOETRACE_INTERVENTION"] = str(self.intervention)
+            stream = None if log is None else undo.enter_context(_open_log(log))
+            self.log_start = 0 if stream is None else stream.tell()
+            try:
+                self.process = subprocess.Popen(self.command, env=environment, stdout=stream, stderr=stream)
+            except OSError as e:
+                raise RuntimeMissingError(
+                    f"cannot start {program}", why=e.strerror or str(e), fix="check the program's path"
+                ) from e
+            undo.pop_all()
+            if stream is not None:
+                stream.close()
+        more_files()  # the program runs already, and keeps its own limit
+        self.drain = Drain(self.trace, on_error, on_note)
         self.drain.start()
-        try:
-            self.process = subprocess.Popen(self.command, env=environment, stdout=log, stderr=log)
-        except OSError as e:
-            self.drain.stop()
-            self.trace.close(state="closed")
-            raise RuntimeMissingError(
-                f"cannot start {program}", why=str(e), fix="check the program's path"
-            ) from e
 
     def wait(self) -> int:
-        """Wait for the program; signals that reach us are passed on. Gives its exit code, 128 + n for signal n."""
+        """Wait for the program, and for servers that it leaves behind; signals that reach us are passed on.
+
+        Gives the program's exit code, 128 + n for signal n.
+        """
         with self._signals():
-            while True:
-                try:
-                    code = self.process.wait(timeout=0.5)
-                    break
-                except subprocess.TimeoutExpired:
-                    continue
-        return code if code >= 0 else 128 - code
+            while (code := self.process.poll()) is None:
+                self._pass_on([self.process.pid], GRACE_SECONDS)
+                self._watch()
+                time.sleep(POLL_SECONDS)
+            self._exit_code = code if code >= 0 else 128 - code
+            self._wait_for_left()
+        return self._exit_code
 
     def finish(self, exit_code: int | None) -> None:
-        """Drain what is left and close the trace.
+        """Drain what is left and close the trace; one that holds nothing is removed again.
 
         Raises
         ------
         MoetraceError
             If draining failed: what was sealed is in the trace, the rest stays in the rings. Or if the host
-            refused what it was to change about the routing.
+            refused what it was to change about the routing, or a ring could not be read; the trace is closed then.
         """
-        refused: MoetraceError | None = None
-        try:
-            refuse_if_refused(self.trace.path, {self.intervention})
-        except MoetraceError as e:
-            refused = e
+        self._exit_code = exit_code
         try:
             self.drain.stop()
+            if not self.drain.contexts and self.trace.discard():
+                return
+            self.trace.stay()
             store_models(self.trace, self._model_path)
-        except MoetraceError:
-            with contextlib.suppress(MoetraceError):
-                self.trace.close(exit_code=exit_code, state="live")
-            raise
-        self.trace.close(exit_code=exit_code)
-        if refused is not None:
-            raise refused
+            self.trace.close(exit_code=exit_code)
+            self._closed = bool(self.drain.contexts)
+        finally:
+            self.trace.detach()
+        for context in self.drain.contexts:
+            number, why = context.refused
+            if number and number == self.intervention:
+                raise refusal(number, why)
+        if self.drain.left_alone:
+            raise self.drain.left_alone[0]
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the trace is closed and holds something."""
+        return self._closed
 
     def nothing_seen(self) -> MoetraceError | None:
-        """Give the reason why no context was recorded; None if one was."""
+        """Give the reason why no context was recorded, as far as it is known; None if one was."""
         if self.drain.contexts:
             return None
-        libraries = loaded_libraries(Path(self.command[0]))
-        if not any("ggml" in name or "llama" in name for name in libraries):
+        if self.drain.left_alone:
+            return self.drain.left_alone[0]
+        untraced = [process for process in self._llama.values() if not process.traced]
+        if self._untraced is not None and len(untraced) == len(self._llama):
+            return self._untraced
+        if self._llama:
+            process = next(process for process in self._llama.values() if process.traced)
             return MoetraceError(
-                f"{self.command[0]} computed nothing that the tracer could see",
-                why="it does not load ggml as a shared library, so there is nothing to take over",
-                fix="build llama.cpp with -DBUILD_SHARED_LIBS=ON; `moetrace doctor` checks a binary",
+                "no expert routing was seen",
+                why=f"{process.name} (process {process.pid}) loaded llama.cpp and the tracer, and computed no graph "
+                f"with experts{_no_experts(self._model_path)}",
+                fix="send it a request, use a Mixture-of-Experts model, and see its messages above",
+            )
+        program = self.command[0]
+        linked = any("ggml" in name or "llama" in name for name in loaded_libraries(Path(program)))
+        if linked or self._exit_code:
+            ended = f"it ended with exit code {self._exit_code}" if self._exit_code else "it ended"
+            return MoetraceError(
+                f"no expert routing was seen in {program}",
+                why=f"{ended} before a graph with experts was computed{_no_experts(self._model_path)}",
+                fix="see its messages above; `moetrace doctor` checks a binary",
             )
         return MoetraceError(
-            "no expert routing was seen",
-            why="no graph with experts was computed: a dense model, no request, or an unknown llama.cpp",
-            fix="check the model and the messages above; `moetrace doctor` checks the binary",
+            f"no expert routing was seen in {program}",
+            why="neither it nor a program that it started was seen to load llama.cpp as a shared library",
+            fix="if it is llama.cpp itself, build it with -DBUILD_SHARED_LIBS=ON; if it starts a server with another "
+            "environment (sudo, env -i), put `moetrace run` behind that; `moetrace doctor` checks a binary",
         )
+
+    # -- signals -----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        def forward(number: int, _frame: FrameType | None) -> None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.send_signal(number)
+        def note(number: int, _frame: FrameType | None) -> None:
+            self._signals_got.append((number, time.monotonic()))
 
-        old = {number: signal.signal(number, forward) for number in _FORWARDED}
-        # a Ctrl-C at the terminal reaches the program by itself
-        old[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        old = {number: signal.signal(number, note) for number in _PASSED_ON}
         try:
             yield
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+    def _pass_on(self, pids: Collection[int], grace: float) -> None:
+        """Pass on to these processes what reached us, and by then has not reached them."""
+        for number, at in list(self._signals_got):
+            apart = [pid for pid in pids if not _shares_group(pid)]
+            if len(apart) < len(pids) and time.monotonic() - at < grace:
+                continue
+            self._signals_got.remove((number, at))
+            by_terminal = number in _FROM_TERMINAL and _in_foreground()
+            _send(apart if by_terminal else pids, number)
+            if not by_terminal:
+                self._signal_sent = number
+
+    def _wait_for_left(self) -> None:
+        """Go on recording what the program has left behind, until it ends."""
+        since = time.monotonic()
+        hosts = running_hosts(self.trace.path)
+        while not hosts and starting_hosts(self.trace.path) and time.monotonic() - since < START_SECONDS:
+            time.sleep(POLL_SECONDS)
+            hosts = running_hosts(self.trace.path)
+        told = False
+        while hosts:
+            waited = time.monotonic() - since
+            if self._signal_sent and waited > GRACE_SECONDS_LEFT:  # the program kept it to itself
+                _send(hosts, self._signal_sent)
+                self._signal_sent = 0
+            elif not self._signal_sent and not told and waited > GRACE_SECONDS:
+                told = True
+                names = ", ".join(f"{name} (process {pid})" for pid, name in hosts.items())
+                self._on_note(
+                    f"{Path(self.command[0]).name} has ended with exit code {self._exit_code}; {names} runs on and is "
+                    "recorded until it ends"
+                )
+            self._pass_on(hosts, GRACE_SECONDS_LEFT)
+            time.sleep(POLL_SECONDS)
+            if not all(process_alive(pid) for pid in hosts) or time.monotonic() > self._next_watch:
+                self._next_watch = time.monotonic() + WATCH_SECONDS
+                hosts = running_hosts(self.trace.path)
+        self._signal_sent = 0
+
+    def _watch(self) -> None:
+        """Note who loads llama.cpp, until something is recorded; say at once if it runs without the tracer."""
+        now = time.monotonic()
+        if self.drain.contexts or now < self._next_watch:
+            return
+        self._next_watch = now + WATCH_SECONDS
+        for process in llama_processes(self.process.pid):
+            if process.pid not in self._llama and not process.traced:
+                self._untraced = _untraced(process, self.command)
+                self._on_error(self._untraced)
+            self._llama[process.pid] = process
+
+
+def _open_log(path: Path) -> IO[bytes]:
+    """Open a log to append to it; never through a link."""
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+        stream = os.fdopen(os.open(path, flags, 0o600), "ab")
+    except OSError as e:
+        if e.errno == errno.ELOOP:
+            raise MoetraceError(
+                f"cannot write the log {path}",
+                why="it is a link, and a log is never written through links",
+                fix="remove it, or choose another name for the trace",
+            ) from e
+        raise disk_error(path, e) from e
+    stream.seek(0, os.SEEK_END)
+    return stream
+
+
+def _shares_group(pid: int) -> bool:
+    """Whether a process is in our process group."""
+    try:
+        return os.getpgid(pid) == os.getpgrp()
+    except ProcessLookupError:
+        return True
+
+
+def _in_foreground() -> bool:
+    """Whether our process group is the one that our terminal sends its signals to."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)
+
+
+def _send(pids: Iterable[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
+
+def _untraced(process: Process, command: Sequence[str]) -> MoetraceError:
+    program = Path(command[0]).name
+    if process.told:
+        why = (
+            "its environment names the tracer, and the dynamic linker did not load it: another architecture or C "
+            "library, or a program with more rights than its user's"
+        )
+        fix = "`moetrace doctor` checks a binary"
+    else:
+        why = f"{program} started it with another environment, without {PRELOAD} (as env -i, sudo and su do)"
+        fix = f"put `moetrace run` behind that: {program} ... moetrace run -o ... -- {process.name} ..."
+    return MoetraceError(
+        f"{process.name} (process {process.pid}) runs without the tracer: nothing of it is recorded",
+        why=why,
+        fix=fix,
+    )
+
+
+def _no_experts(model: str | None) -> str:
+    """Say that the model has no experts, if that is known."""
+    if model is None:
+        return ""
+    try:
+        with ModelFile(model) as file:
+            return "" if file.n_expert else f": {model} has no experts"
+    except MoetraceError:
+        return ""
 
 
 def model_argument(command: Sequence[str]) -> str | None:
@@ -193,6 +398,7 @@ class TracedServer:
 
     def label(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Append label lines (docs/format.md, labels.jsonl)."""
+        self._process.trace.stay()
         append_labels(self._process.trace.path, lines)
 
     @contextlib.contextmanager
@@ -243,7 +449,17 @@ class TracedServer:
 
     def log_tail(self, n_lines: int = 8) -> str:
         """Give the last lines of the server's log."""
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-n_lines:])
+        with self._log.open("rb") as log:
+            log.seek(self._process.log_start)
+            return "\n".join(log.read().decode("utf-8", "replace").splitlines()[-n_lines:])
+
+    def count_prompts(self, asked: int) -> None:
+        """Note in the trace how many prompts shall be sent, so that it can tell whether all were."""
+        self._process.trace.count_prompts(asked)
+
+    def count_done(self, done: int) -> None:
+        """Note how many of them were answered."""
+        self._process.trace.count_done(done)
 
     def stop(self, timeout: float = 30.0) -> None:
         """Stop the server and close the trace."""
@@ -255,6 +471,14 @@ class TracedServer:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        deadline = time.monotonic() + timeout
+        number = signal.SIGINT  # what the program started and left behind
+        while hosts := running_hosts(self._process.trace.path):
+            _send(hosts, number)
+            while any(process_alive(pid) for pid in hosts) and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
+            number = signal.SIGKILL
         self._process.finish(process.returncode)
 
     def __enter__(self) -> TracedServer:
@@ -293,7 +517,8 @@ def serve(
     model
         GGUF file.
     output
-        Trace folder to make; by default one in the system's temporary folder.
+        Trace folder to make; by default one in the system's temporary folder. The server's output is appended to a
+        file ``.log`` beside it.
     channels, options
         See :class:`moetrace.host.options.CaptureOptions`.
     arguments
@@ -316,7 +541,7 @@ def serve(
     ------
     MoetraceError
         If the server cannot be started, does not get ready within ``timeout`` seconds, or refuses the
-        intervention.
+        intervention. No trace is left behind then unless something was recorded.
     """
     if not Path(model).is_file():
         raise MoetraceError(f"there is no model {model}", fix="check the path")
@@ -324,20 +549,20 @@ def serve(
     number = port or free_port()
     command = [program, "-m", str(model), "--host", "127.0.0.1", "--port", str(number), *arguments]
     log_path = folder.with_name(folder.name + ".log")
-    with log_path.open("wb") as log:
-        process = TracedProcess(
-            command,
-            folder,
-            CaptureOptions.of(channels, **options),
-            force=force,
-            log=log,
-            intervene=intervene,
-        )
+    process = TracedProcess(
+        command,
+        folder,
+        CaptureOptions.of(channels, **options),
+        force=force,
+        log=log_path,
+        intervene=intervene,
+    )
     server = TracedServer(process, f"http://127.0.0.1:{number}", log_path)
     try:
         server.wait_ready(timeout)
         refuse_if_refused(folder, {process.intervention})
     except BaseException:
-        server.stop()
+        with contextlib.suppress(MoetraceError):
+            server.stop()
         raise
     return server

@@ -17,7 +17,7 @@ from moetrace.model.experts import Activation, Expert, LayerExperts
 from moetrace.model.file import ModelFile
 from moetrace.model.grouping import Grouping
 
-#: one expert from several, by their shares: :func:`moetrace.analysis.merging.merge`
+#: one expert from several, by their shares: :func:`moetrace.analysis.experts.merging.merge`
 Merge = Callable[[Sequence[Expert], NDArray[np.float64], Activation], Expert]
 
 # what has one entry per expert on its outermost axis
@@ -74,7 +74,7 @@ def write_merged(
     groups
         llama.cpp's layer number -> grouping, for every layer with experts and with the same number of experts each.
     merge
-        Makes one expert of several: :func:`moetrace.analysis.merging.merge`.
+        Makes one expert of several: :func:`moetrace.analysis.experts.merging.merge`.
     keep_count
         Write each group's expert in the place of all its members instead, and leave the routers as they are: the
         file stays as large, and shows what merging costs if tokens go on to be routed as before.

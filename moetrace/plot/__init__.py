@@ -10,37 +10,15 @@ from __future__ import annotations
 from moetrace.plot.agreement import agreement
 from moetrace.plot.components import components
 from moetrace.plot.depth import depth_contrast
+from moetrace.plot.dynamics import handoffs, information, phases
 from moetrace.plot.entropy import entropy
+from moetrace.plot.experts import alike, change_by_k, gain, kept, merging_curve, patterns, rates, success
 from moetrace.plot.gate import gate_distances
 from moetrace.plot.heatmap import Measure, heatmap, usage
 from moetrace.plot.load import load_balance
 from moetrace.plot.persistence import persistence, persistence_by_layer, strongest_layer
+from moetrace.plot.prediction import correlation, gains, hit_rates, recall
 from moetrace.plot.separation import matched_separation, separation
 from moetrace.plot.specialists import kinds, specialists
 from moetrace.plot.style import DARK, LIGHT, OKABE_ITO, Theme, style
 from moetrace.plot.transitions import transitions
-
-__all__ = [
-    "DARK",
-    "LIGHT",
-    "OKABE_ITO",
-    "Measure",
-    "Theme",
-    "agreement",
-    "components",
-    "depth_contrast",
-    "entropy",
-    "gate_distances",
-    "heatmap",
-    "kinds",
-    "load_balance",
-    "matched_separation",
-    "persistence",
-    "persistence_by_layer",
-    "separation",
-    "specialists",
-    "strongest_layer",
-    "style",
-    "transitions",
-    "usage",
-]

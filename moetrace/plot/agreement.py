@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 
-from moetrace.plot.style import OKABE_ITO, axes, band, layer_axis, legend_above, marker
+from moetrace.plot.style import OKABE_ITO, axes, by_layer, line, marker
 
 _NAMES = {
     "overlap": "experts shared, |A ∩ B|/k",
@@ -26,12 +26,8 @@ def agreement(summary: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         t = summary[summary["metric"] == metric]
         if not t["mean"].notna().any():
             continue
-        ax.plot(t["layer"], t["mean"], color=OKABE_ITO[i], marker=marker(len(t)), label=name)
-        band(ax, t["layer"], t["low"], t["high"], OKABE_ITO[i])
+        line(ax, t, "layer", "mean", OKABE_ITO[i], marker=marker(len(t)), label=name)
         if metric != "kendall_tau":
             ax.plot(t["layer"], t["chance"], color=OKABE_ITO[i], linestyle=":", linewidth=1)
-    layer_axis(ax, summary["layer"].to_numpy())
-    ax.set_ylabel("agreement (chance dotted)")
-    ax.set_ylim(min(0.0, float(summary["low"].min(skipna=True) or 0.0)), 1.03)
-    legend_above(ax, 2)
-    return ax
+    least = min(0.0, float(summary["low"].min(skipna=True) or 0.0))
+    return by_layer(ax, summary["layer"], "agreement (chance dotted)", 2, ylim=(least, 1.03))

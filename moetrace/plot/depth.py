@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 
-from moetrace.analysis.layers import DepthContrast
+from moetrace.analysis.domains.layers import DepthContrast
 from moetrace.plot.style import OKABE_ITO, axes, faint, ink
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 
-from moetrace.plot.style import OKABE_ITO, axes, band, faint, layer_axis, legend_above, marker, short
+from moetrace.plot.style import OKABE_ITO, axes, band, by_layer, faint, marker, short
 
 
 def entropy(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -23,7 +23,4 @@ def entropy(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             t["layer"], bits, color=color, marker=marker(len(t)), markersize=2.5, label=short(str(domain))
         )
         band(ax, t["layer"], t["low"], t["high"], color)
-    layer_axis(ax, table["layer"].to_numpy())
-    ax.set_ylabel("entropy of expert use (bits)")
-    legend_above(ax, 6)
-    return ax
+    return by_layer(ax, table["layer"], "entropy of expert use (bits)", 6)

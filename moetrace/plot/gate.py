@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 
-from moetrace.plot.style import OKABE_ITO, axes, band, faint, layer_axis, legend_above, marker
+from moetrace.plot.style import OKABE_ITO, axes, by_layer, faint, line, marker
 
 _UNITS = {
     "cosine_similarity": "cosine similarity",
@@ -36,11 +36,8 @@ def gate_distances(
     shown = {metric: (OKABE_ITO[0], "-", "same token")}
     if metric == "cosine_similarity":
         shown["cosine_unpaired"] = (faint(), "--", "another token (no relation)")
-    for name, (color, line, label) in shown.items():
+    for name, (color, dashes, label) in shown.items():
         t = summary[summary["metric"] == name]
-        ax.plot(t["layer"], t["mean"], color=color, linestyle=line, marker=marker(len(t)), label=label)
-        band(ax, t["layer"], t["low"], t["high"], color)
-    layer_axis(ax, summary["layer"].to_numpy())
-    ax.set(xlabel="layer (to the next one)", ylabel=f"{_UNITS.get(metric, metric)} of gate inputs")
-    legend_above(ax, 2)
-    return ax
+        line(ax, t, "layer", "mean", color, linestyle=dashes, marker=marker(len(t)), label=label)
+    what = f"{_UNITS.get(metric, metric)} of gate inputs"
+    return by_layer(ax, summary["layer"], what, 2, xlabel="layer (to the next one)")

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from moetrace.plot.style import OKABE_ITO, axes, band, faint, layer_axis, legend_above, marker
+from moetrace.plot.style import OKABE_ITO, axes, band, by_layer, faint, legend_above, line, marker
 
 Family = Literal["overlap", "top1"]
 _NAMES = {"overlap": "experts shared, |A ∩ B|/k", "top1": "same first expert"}
@@ -56,18 +56,10 @@ def persistence_by_layer(
     ax = axes(ax)
     t = table[table["lag"] == lag]
     ax.axhline(0.0, color=faint(), linewidth=0.9, linestyle="--", label="random order of the prompt's tokens")
-    ax.plot(
-        t["layer"],
-        t[f"{family}_excess"],
-        color=OKABE_ITO[0],
-        marker=marker(len(t)),
-        label="excess, 95 % interval",
-    )
-    band(ax, t["layer"], t[f"{family}_low"], t[f"{family}_high"], OKABE_ITO[0])
-    layer_axis(ax, t["layer"].to_numpy())
-    ax.set_ylabel(f"{_NAMES[family]},\nexcess at lag {lag}")
-    legend_above(ax, 2)
-    return ax
+    excess, low, high = (f"{family}_{part}" for part in ("excess", "low", "high"))
+    how = {"marker": marker(len(t)), "label": "excess, 95 % interval"}
+    line(ax, t, "layer", excess, OKABE_ITO[0], low, high, **how)
+    return by_layer(ax, t["layer"], f"{_NAMES[family]},\nexcess at lag {lag}", 2)
 
 
 def strongest_layer(table: pd.DataFrame, family: Family = "overlap") -> int:

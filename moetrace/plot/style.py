@@ -10,6 +10,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
@@ -115,6 +116,35 @@ def short(text: str, at_most: int = 24) -> str:
     """Give a name that others chose as one that fits a legend, and in which $ is no mathematics."""
     text = text if len(text) <= at_most else text[: at_most - 1] + "…"
     return text.replace("$", r"\$")
+
+
+def line(
+    ax: Axes,
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    color: str,
+    low: str = "low",
+    high: str = "high",
+    **options: Any,
+) -> None:
+    """Draw a column against another, and its interval (``low``, ``high``; "": none)."""
+    ax.plot(table[x], table[y], color=color, **options)
+    if low:
+        band(ax, table[x], table[low], table[high], color)
+
+
+def by_layer(ax: Axes, layers: pd.Series[int], ylabel: str, columns: int = 4, **more: Any) -> Axes:
+    """Finish a drawing whose x is the layer: the axis, its label, what else :meth:`Axes.set` takes, the legend."""
+    layer_axis(ax, layers.to_numpy())
+    ax.set(ylabel=ylabel, **more)
+    legend_above(ax, columns)
+    return ax
+
+
+def zero_line(ax: Axes, at: float = 0.0) -> None:
+    """Draw a faint line that others are read against."""
+    ax.axhline(at, color=faint(), linewidth=0.9)
 
 
 def band(

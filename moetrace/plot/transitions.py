@@ -7,7 +7,7 @@ from typing import Literal
 import pandas as pd
 from matplotlib.axes import Axes
 
-from moetrace.analysis.temporal import Transitions
+from moetrace.analysis.dynamics.temporal import Transitions
 from moetrace.plot.heatmap import heatmap
 
 

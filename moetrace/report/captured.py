@@ -8,10 +8,10 @@ from typing import Literal
 
 import pandas as pd
 
-from moetrace.analysis import nulls, overview
+from moetrace.analysis.statistics import nulls
 from moetrace.findings import Subject
 from moetrace.findings.wording import events_lost
-from moetrace.trace.loss import Loss
+from moetrace.trace.remarks import remarks
 from moetrace.trace.trace import Trace
 
 Weight = Literal["bad", "warn", "good", "note"]
@@ -40,7 +40,7 @@ class Captured:
     completeness
         What became of everything that the model computed; the first remark says whether all of it is here.
     domains
-        One row per domain, as :func:`moetrace.analysis.overview.domains`; no rows for a count table.
+        One row per domain, as :func:`moetrace.analysis.counts.overview.domains`; no rows for a count table.
     gaps
         One row per layer of which an entry is missing: ``layer``, ``present``, ``not_computed``, ``lost``.
     limits
@@ -61,8 +61,7 @@ def captured(subject: Subject, names: Sequence[str] = ()) -> Captured:
     if subject.table is not None:
         return _of_table(subject, tuple(names) or ("count table",))
     traces = subject.traces
-    loss = sum((trace.loss for trace in traces[1:]), traces[0].loss)
-    domains = overview.domains([trace.requests for trace in traces])
+    loss, domains = subject.loss, subject.domains
     facts = _facts(subject, traces)
     named = int((domains["domain"] != "").sum())
     return Captured(
@@ -72,19 +71,19 @@ def captured(subject: Subject, names: Sequence[str] = ()) -> Captured:
             (f"{sum(len(t) for t in traces):,}", "tokens"),
             (f"{domains['prompts'].sum():,}", "prompt" if domains["prompts"].sum() == 1 else "prompts"),
             (f"{named}", "domain" if named == 1 else "domains"),
-            (f"{subject.analysis.layers.size}", "MoE layers"),
+            (f"{subject.counts.layers.size}", "MoE layers"),
             (dict(facts)["experts"].removeprefix("top-"), "experts per token"),
             (f"{loss.lost:,}", "entries lost"),
         ),
-        completeness=_completeness(traces, loss),
+        completeness=_completeness(subject),
         domains=domains.assign(domain=domains["domain"].replace("", "(no label)")),
-        gaps=_gaps(traces),
-        limits=_limits(subject, loss),
+        gaps=_gaps(subject),
+        limits=_limits(subject),
     )
 
 
 def _of_table(subject: Subject, names: tuple[str, ...]) -> Captured:
-    counts = subject.analysis.counts
+    counts = subject.counts
     picks = int(counts.included.sum())
     layers, n_expert = counts.layers.size, counts.n_expert
     return Captured(
@@ -115,8 +114,7 @@ def _facts(subject: Subject, traces: Sequence[Trace]) -> tuple[tuple[str, str], 
     told = dict(traces[0].summary())
     channels = [c for c in traces[0].channels if all(c in trace.channels for trace in traces)]
     versions = sorted({str(t.facts.get("ggml") or "") for t in traces} - {""})
-    phases = pd.concat([overview.phases(t.phase, t.state, t.request) for t in subject.parts])
-    by_phase = phases.groupby("phase", sort=False)["tokens"].sum()
+    by_phase = subject.phases.set_index("phase")["tokens"]
     names = {
         "prefill": "of prompts (prefill)",
         "decode": "generated (decode)",
@@ -143,9 +141,9 @@ def _contexts(traces: Sequence[Trace]) -> str:
     return "; ".join(f"{trace.path.name}: {trace.shown_as}" for trace in several)
 
 
-def _completeness(traces: Sequence[Trace], loss: Loss) -> tuple[Remark, ...]:
+def _completeness(subject: Subject) -> tuple[Remark, ...]:
+    traces, loss, left_out = subject.traces, subject.loss, subject.left_out
     said: list[Remark] = []
-    left_out = [f"{trace.path.name}: {sentence}." for trace in traces for sentence in trace.left_out]
     if loss.lost:
         rows = f"{loss.rows_lost:,} of {loss.rows_produced:,} tokens" if loss.rows_lost else ""
         entries = f"{loss.lost:,} of {loss.produced:,} (token, layer) entries"
@@ -180,6 +178,7 @@ def _completeness(traces: Sequence[Trace], loss: Loss) -> tuple[Remark, ...]:
     if live and not loss.waiting:
         said.append(Remark("warn", f"Not closed: {', '.join(live)}. This is what it held when it was read."))
     for trace in traces:
+        said += [Remark("warn", f"{trace.path.name}: {text}.") for text in remarks(trace.store)]
         for part in trace.parts:
             if status := part.facts.get("status"):
                 said.append(Remark("bad", f"The tracer stopped early: {status}"))
@@ -211,21 +210,16 @@ def _completeness(traces: Sequence[Trace], loss: Loss) -> tuple[Remark, ...]:
     return tuple(said)
 
 
-def _gaps(traces: Sequence[Trace]) -> pd.DataFrame:
-    parts = [
-        overview.layers(t.state, layers=t.layers, n_expert=t.n_expert, n_expert_used=t.n_expert_used)
-        for trace in traces
-        for t in trace.parts
-    ]
-    table = pd.concat(parts).groupby("layer")[["present", "not_computed", "lost"]].sum().reset_index()
-    table["lost"] += sum(trace.loss.rows_lost for trace in traces)
+def _gaps(subject: Subject) -> pd.DataFrame:
+    table = subject.entries.groupby("layer")[["present", "not_computed", "lost"]].sum().reset_index()
+    table["lost"] += subject.loss.rows_lost
     missing = (table["not_computed"] > 0) | (table["lost"] > 0)
     return table[missing].reset_index(drop=True)
 
 
-def _limits(subject: Subject, loss: Loss) -> tuple[str, ...]:
+def _limits(subject: Subject) -> tuple[str, ...]:
     said = []
-    counts = subject.analysis.counts
+    counts = subject.counts
     labelled = counts.labelled()
     if not labelled.prompts.size:
         said.append("Nothing can be said about domains: no request has a label (moetrace drive --label-key).")
@@ -241,6 +235,6 @@ def _limits(subject: Subject, loss: Loss) -> tuple[str, ...]:
             "Everything below is about one prompt: no interval over prompts can be given, and nothing carries"
             " over to other texts."
         )
-    if loss.lost:
-        said.append(f"Nothing is known of the {loss.lost:,} entries that were lost.")
+    if lost := subject.loss.lost:
+        said.append(f"Nothing is known of the {lost:,} entries that were lost.")
     return tuple(said)

@@ -19,12 +19,9 @@ import pandas as pd
 from moetrace.analysis import transitions
 from moetrace.errors import MoetraceError
 from moetrace.findings import Finding, Subject
+from moetrace.report.files import widget_tables
 
 Arrays = dict[str, npt.NDArray[Any]]
-
-_LIFT = {"layer", "domain", "expert", "share", "lift", "low", "high", "p_family"}
-_PERSISTENCE = {"layer", "lag", "pairs", "overlap", "overlap_shuffle", "overlap_marginal", "overlap_low"}
-_SEPARATION = {"layer", "jsd_bits", "jsd_null_q95", "jsd_jackknife", "jsd_low", "jsd_high", "q_value"}
 
 
 def explorer(
@@ -32,7 +29,7 @@ def explorer(
 ) -> tuple[dict[str, Any], Arrays]:
     """Gather header and arrays of the interactive figures.
 
-    Counts come from the subject's analysis, whatever needed permutations or a bootstrap from the findings'
+    Counts come from the subject, whatever needed permutations or a bootstrap from the findings'
     tables, so that the page shows the very numbers of its sentences. ``max_experts`` bounds the transition
     matrices: the most used first experts of a layer.
 
@@ -41,7 +38,7 @@ def explorer(
     lags) f4; ``separation`` (6, L) f4; ``steps``, (L, T, T) u4, ``steps_lift`` (L, T, T) f2 and
     ``steps_expert`` (L, T) u2, first experts of neighbours.
     """
-    counts = subject.analysis.counts
+    counts = subject.counts
     domains = sorted({str(label) for label in counts.labels.tolist()} - {""})
     labels = np.asarray(counts.labels).astype(str)
     groups = [np.ones(labels.size, bool), *(labels == name for name in domains)]
@@ -57,13 +54,14 @@ def explorer(
         "domains": domains,
         "layers": counts.layers.tolist(),
         "start": 0,
-        "n_expert": np.asarray(subject.analysis.n_expert).tolist(),
+        "n_expert": np.asarray(subject.n_expert).tolist(),
         "k": k.tolist(),
         "unit": "tokens" if k is counts.n_expert_used else "picks",
     }
-    if (lift := _table(findings, _LIFT)) is not None and domains:
+    tables = widget_tables(findings)
+    if (lift := tables.get("forest")) is not None and domains:
         arrays |= _lift_arrays(lift, domains, counts.layers.tolist(), counts.n_expert)
-    if (table := _table(findings, _PERSISTENCE)) is not None:
+    if (table := tables.get("persistence")) is not None:
         names = [
             f"{f}{part}"
             for f in ("overlap", "top1")
@@ -75,7 +73,7 @@ def explorer(
         if len(ordered) == shape[1] * shape[2]:
             head["lags"] = lags
             arrays["persistence"] = _numbers(ordered[names]).T.reshape(shape).astype("<f4")
-    if (table := _table(findings, _SEPARATION)) is not None and len(table) == counts.layers.size:
+    if (table := tables.get("separation")) is not None and len(table) == counts.layers.size:
         names = ["jsd_bits", "jsd_null_q95", "jsd_jackknife", "jsd_low", "jsd_high", "q_value"]
         arrays["separation"] = _numbers(table.sort_values("layer")[names]).T.astype("<f4")
         strongest = np.nan_to_num(arrays["separation"][[2, 0]], nan=-1.0)
@@ -160,15 +158,6 @@ def unpack(data: bytes) -> tuple[dict[str, Any], Arrays]:
         planes = np.frombuffer(raw, np.uint8, size * kind.itemsize, start).reshape(kind.itemsize, size)
         arrays[name] = np.ascontiguousarray(planes.T).reshape(-1).view(kind).reshape(spec["shape"])
     return head, arrays
-
-
-def _table(findings: Sequence[Finding], columns: set[str]) -> pd.DataFrame | None:
-    """The first table that has these columns and was made by no published formula."""
-    for finding in findings:
-        for name, table in finding.tables.items():
-            if not name.startswith("as_published") and columns <= set(table.columns):
-                return table
-    return None
 
 
 def _numbers(table: pd.DataFrame) -> npt.NDArray[np.float64]:

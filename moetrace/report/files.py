@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +11,7 @@ from moetrace.errors import InputError, MoetraceError
 from moetrace.findings import QUESTIONS, Figure, Finding, question
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure as Canvas
 
 
@@ -40,14 +43,31 @@ def write_finding(finding: Finding, folder: Path) -> list[Path]:
 
 
 def figures_of(finding: Finding) -> dict[str, Figure]:
-    """Figures of a finding; none if it was not answered, or is of a question that is not ours.
+    """Figures of a finding; none if it was not answered, or is of a question that is not known.
 
     Raises InputError if it lacks a table or column that its figures are drawn from.
     """
-    if finding.missing is not None or finding.name not in QUESTIONS:
+    if finding.not_answered is not None or finding.name not in QUESTIONS:
         return {}
-    try:
+    with _whole(finding):
         return question(finding.name)().figures(finding)
+
+
+def widget_tables(findings: Sequence[Finding]) -> dict[str, pd.DataFrame]:
+    """The tables that interactive figures are drawn from, by the figure's name. Raises as :func:`figures_of`."""
+    out: dict[str, pd.DataFrame] = {}
+    for finding in findings:
+        if finding.not_answered is None and finding.name in QUESTIONS:
+            with _whole(finding):
+                widgets = question(finding.name).widgets
+                out |= {widget.name: finding.tables[widget.table] for widget in widgets if widget.table}
+    return out
+
+
+@contextmanager
+def _whole(finding: Finding) -> Iterator[None]:
+    try:
+        yield
     except KeyError as e:
         raise InputError(
             f"the finding {finding.name} has no {e}",

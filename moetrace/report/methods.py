@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import ClassVar
+from functools import cache
 
 from markupsafe import Markup, escape
 
+from moetrace.findings import QUESTIONS, Method
 
-@dataclass(frozen=True)
-class Method:
-    """An entry of the appendix: its anchor, its title, the words that lead to it, and its text."""
-
-    anchor: str
-    title: str
-    words: str
-    text: str
-
-    every: ClassVar[tuple[Method, ...]]
-
-
-Method.every = (
+#: entries that no single question brings
+GENERAL = (
     Method(
         "unit", "Prompts are the unit", r"over prompts|whole prompts?|independent prompts",
         "Tokens of one prompt share its topic and follow each other, so ten thousand tokens of one prompt are one"
@@ -82,50 +71,16 @@ Method.every = (
         " often. Every domain weighs the same, however many tokens it has.",
     ),
     Method(
-        "specialist", "Specialist, generalist, undecided", r"specialists?|generalists?|undecided",
-        "A specialist's lift is larger than chance allows (p ≤ 0.05 over all experts and domains of its layer). A"
-        " generalist's intervals all lie within 1/1.5 and 1.5. About the others the data cannot say; a quartile cut"
-        " would have named a quarter of them either way.",
-    ),
-    Method(
         "entropy", "Entropy", r"entrop(?:y|ies)|Miller-Madow|perplexity",
         "How many experts the picks spread over, in bits: log₂ of the number of experts if all are used alike. The"
         " plain estimate is too low for few tokens; Miller-Madow and the jackknife correct that. 2 to the entropy is"
         " the effective number of experts.",
     ),
     Method(
-        "jain", "Load", r"Jain\S*|fairness|coefficient of variation",
-        "Jain's index is (Σ load)² / (E · Σ load²): 1 if all E experts carry the same, 1/E if one carries all. For an"
-        " expert that was never chosen among n tokens the rule of three bounds its rate: up to 3/n is still"
-        " compatible with that.",
-    ),
-    Method(
-        "time", "Persistence and its two baselines", r"persistence|marginal|shuffled?|random order|lags?",
-        "Tokens d apart in an unbroken run of one request are compared: the share of experts in common, or whether"
-        " the first is the same. Two baselines: any two tokens of the layer (beating it only means that prompts"
-        " differ), and the same prompt's tokens in random order (beating it means that order matters). The excess"
-        " over the second has the interval.",
-    ),
-    Method(
-        "matched", "Words or domains?", r"matched|token ids?|vocabular\w+",
-        "Domains use different words, and routing follows words. Separation at matched token ids compares only how"
-        " the same token is routed in different domains; its coverage says how much of the text that is.",
-    ),
-    Method(
         "heldout", "Held-out prompts, recall", r"held[ -]out|recall\S*|prompts held",
         "What is learned (a popular set, a table, a regression) is learned from some of the prompts and judged on the"
         " others. Recall@m is the share of a token's k experts among m that were predicted; with m = k it is precision"
         " too. Baselines that cost nothing, such as the most popular experts, stand beside it.",
-    ),
-    Method(
-        "information", "Mutual information", r"mutual information|out of step",
-        "How many bits the expert of one layer tells about that of another. Few tokens make it larger than it is, so it"
-        " stands beside the same with one of the two series turned round within its prompt.",
-    ),
-    Method(
-        "mantel", "Mantel test", r"Mantel\S*",
-        "Whether two tables of pairwise likeness go together: the correlation over pairs, against that with the items"
-        " of one table exchanged.",
     ),
     Method(
         "published", "As published", r"as published|published formulas?|notebook",
@@ -135,13 +90,22 @@ Method.every = (
     ),
 )  # fmt: skip
 
-_WORDS = [(method, re.compile(rf"\b(?:{method.words})", re.IGNORECASE)) for method in Method.every]
+
+@cache
+def methods() -> tuple[Method, ...]:
+    """The entries of the appendix: the general ones, and those that questions bring."""
+    return (*GENERAL, *(method for asked in QUESTIONS.values() for method in asked.methods))
+
+
+@cache
+def _words() -> list[tuple[Method, re.Pattern[str]]]:
+    return [(method, re.compile(rf"\b(?:{method.words})", re.IGNORECASE)) for method in methods()]
 
 
 def linked(text: str) -> Markup:
     """Escape ``text`` and make the first word of each method a link to its entry in the appendix."""
     found: list[tuple[int, int, str]] = []
-    for method, words in _WORDS:
+    for method, words in _words():
         for match in words.finditer(text):
             if not any(match.start() < b and a < match.end() for a, b, _ in found):
                 found.append((match.start(), match.end(), method.anchor))

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -20,28 +20,16 @@ from markupsafe import Markup
 import moetrace
 from moetrace.errors import MoetraceError
 from moetrace.findings import QUESTIONS, Finding, Subject, question
-from moetrace.findings.wording import CANNOT
 from moetrace.report.captured import Captured, captured
 from moetrace.report.explorer import explorer, pack, table_json
 from moetrace.report.files import figures_of, write_finding
-from moetrace.report.methods import Method, linked
+from moetrace.report.methods import linked, methods
 from moetrace.report.script import page_script
 from moetrace.report.svg import inline_svg
 
 #: The page is made smaller until it is at most this large: fewer experts in transition matrices, fewer rows.
 MAX_BYTES = 5_000_000
 _SMALLER = ((64, 1000), (48, 300), (24, 60), (8, 20))
-
-# Question -> interactive figures in its section, each with the static ones whose place it takes ("": all).
-_WIDGETS: dict[str, dict[str, tuple[str, ...]]] = {
-    "domain-separation": {"separation": ("by_layer",)},
-    "specialists": {"forest": ()},
-    "expert-frequency": {"": ("",)},
-    "persistence": {"persistence": ("by_lag",)},
-    "transitions": {"transitions": ("",)},
-}
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -56,47 +44,21 @@ class Report:
     @property
     def answered(self) -> tuple[Finding, ...]:
         """Findings of the questions that could be answered."""
-        return tuple(f for f in self.findings if f.missing is None)
+        return tuple(f for f in self.findings if f.not_answered is None)
 
     @property
-    def missing(self) -> tuple[tuple[str, str], ...]:
+    def not_answered(self) -> tuple[tuple[str, str], ...]:
         """Reason and fix why questions could not be answered, and the titles of those."""
         return unanswered(self.findings)
-
-
-def concludes(finding: Finding) -> bool:
-    """Say whether an answer begins with a conclusion, not with what cannot be said."""
-    return bool(finding.sentences) and not any(words in finding.sentences[0] for words in CANNOT)
 
 
 def unanswered(findings: Sequence[Finding]) -> tuple[tuple[str, str], ...]:
     """Titles of the questions that could not be answered, those of one reason together; and the reason."""
     why: dict[str, list[str]] = {}
     for finding in findings:
-        if finding.missing is not None:
-            why.setdefault(finding.missing, []).append(finding.title)
+        if finding.not_answered is not None:
+            why.setdefault(finding.not_answered, []).append(finding.title)
     return tuple((", ".join(titles), reason) for reason, titles in why.items())
-
-
-def ask_all(
-    subject: Subject, given: Sequence[Finding] = (), progress: Progress | None = None
-) -> tuple[Finding, ...]:
-    """Ask every question of the subject, in the order of the report.
-
-    Findings in ``given`` (made elsewhere, of questions that need the model, say) are not asked again.
-    Questions that need a model are asked only if the subject has one; without, they are among the missing.
-    """
-    by_name = {finding.name: finding for finding in given}
-    out = []
-    for done, name in enumerate(QUESTIONS):
-        asked = question(name)
-        if name in by_name:
-            out.append(by_name.pop(name))
-        elif not asked.compares or len(subject.traces) == 2:
-            out.append(asked().ask(subject))
-        if progress:
-            progress(done + 1, len(QUESTIONS))
-    return (*out, *by_name.values())
 
 
 def write_report(
@@ -111,7 +73,7 @@ def write_report(
     about = captured(subject, names)
     files: list[Path] = []
     for finding in findings:
-        if finding.missing is None:
+        if finding.not_answered is None:
             files += write_finding(finding, folder)
     text = render_page(subject, findings, about)
     page = folder / "report.html"
@@ -125,8 +87,8 @@ def write_report(
 
 def render_page(subject: Subject, findings: Sequence[Finding], about: Captured) -> str:
     """Give the page as HTML, at most :data:`MAX_BYTES` if that can be reached by leaving out detail."""
-    answered = [f for f in findings if f.missing is None]
-    sections = [_section(f, subject.phase_note) for f in answered]
+    answered = [f for f in findings if f.not_answered is None]
+    sections = [_section(f) for f in answered]
     opening = next((s for s in sections if s["name"] == "overview"), None)
     sections = [s for s in sections if s is not opening]
     for max_experts, max_rows in _SMALLER:
@@ -164,8 +126,8 @@ def _render(
         phase_note=subject.phase_note,
         sections=sections,
         missing=unanswered(findings),
-        n_missing=sum(f.missing is not None for f in findings),
-        methods=Method.every,
+        n_missing=sum(f.not_answered is not None for f in findings),
+        methods=methods(),
         linked=linked,
         plain_table=plain_table,
         version=moetrace.__version__,
@@ -192,27 +154,27 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def _section(finding: Finding, phase_note: str) -> dict[str, Any]:
+def _section(finding: Finding) -> dict[str, Any]:
     """What the template needs of an answered question; the note on phases is said once, not everywhere."""
     known = finding.name in QUESTIONS
     doc = inspect.cleandoc(question(finding.name).__doc__ or "") if known else ""
     asks, _, how = doc.partition("\n")
-    widgets = _WIDGETS.get(finding.name, {})
-    replaced = {name for names in widgets.values() for name in names}
+    widgets = question(finding.name).widgets if known else ()
+    replaced = tuple(name for widget in widgets for name in widget.replaces)
     return {
         "name": finding.name,
         "title": finding.title,
         "asks": asks,
         "how": " ".join(how.split()),
         "sentences": finding.sentences,
-        "concludes": concludes(finding),
-        "caveats": [text for text in finding.caveats if text and text != phase_note],
+        "concludes": finding.concludes,
+        "caveats": finding.caveats,
         "parameters": ", ".join(f"{n} {v}" for n, v in finding.parameters.items() if v not in ("", -1, None)),
-        "widgets": [name for name in widgets if name],
+        "widgets": [widget.name for widget in widgets],
         "figures": [
             {"svg": inline_svg(figure, f"{finding.name}-{name}-"), "caption": figure.caption}
             for name, figure in figures_of(finding).items()
-            if not replaced & {name, ""}
+            if not name.startswith(replaced)
         ],
         "tables": [
             {

@@ -6,8 +6,8 @@ import os
 import textwrap
 from collections.abc import Callable
 
-from moetrace.report.page import Report, concludes
-from moetrace.report.text import printable
+from moetrace.printable import printable
+from moetrace.report.page import Report
 
 _TITLE = 32  # columns of titles
 _SIGNS = {"bad": ("✕", "1;31"), "warn": ("!", "1;33"), "good": ("✓", "1;32"), "note": ("·", "2")}
@@ -39,22 +39,22 @@ def summary(
         else:
             out += [f"  {paint(sign, code)} {first[4:]}", *others]
     shown = [f for f in report.answered if f.sentences and f.name != "overview"]
-    if any(concludes(f) for f in shown):
+    if any(f.concludes for f in shown):
         out += ["", paint("What can be concluded", "1")]
         if "looked at here" in facts:
             out += _wrapped(facts["looked at here"], "  ", width)
     for finding in shown:
-        if concludes(finding):
+        if finding.concludes:
             out += _entry(finding.title, [finding.sentences[0]], width, lambda text: paint(text, "36"))
-    open_ones = [f for f in shown if not concludes(f)]
-    if about.limits or report.missing or open_ones:
+    open_ones = [f for f in shown if not f.concludes]
+    if about.limits or report.not_answered or open_ones:
         out += ["", paint("What cannot", "1")]
     for limit in about.limits:
         lines = _wrapped(limit, "    ", width)
         out += [f"  {paint('!', '1;33')} {lines[0][4:]}", *lines[1:]]
     for finding in open_ones:
         out += _entry(finding.title, [finding.sentences[0]], width, lambda text: paint(text, "33"))
-    for titles, reason in report.missing:
+    for titles, reason in report.not_answered:
         out += _entry(titles, reason.split("\n"), width, lambda text: paint(text, "2"))
     folder = report.page.parent
     count = {ending: sum(file.suffix == ending for file in report.files) for ending in (".png", ".csv")}

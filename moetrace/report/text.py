@@ -11,6 +11,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from moetrace.findings import Finding
+from moetrace.printable import printable
 
 FORMATS = ("table", "md", "csv", "json")
 
@@ -34,10 +35,10 @@ def render(findings: Sequence[Finding], form: str, *, max_rows: int | None = Non
         out.write(
             f"## {finding.title}\n\n" if form == "md" else f"{finding.title}\n{'─' * len(finding.title)}\n"
         )
-        if finding.missing is not None:
-            out.write(f"Not answered: {finding.missing}\n\n")
+        if finding.not_answered is not None:
+            out.write(f"Not answered: {finding.not_answered}\n\n")
             continue
-        for text in (*finding.sentences, *finding.caveats):
+        for text in (*finding.sentences, *filter(None, [finding.phase_note]), *finding.caveats):
             out.write(f"- {printable(text)}\n" if form == "md" else _bullet(text, width))
         for name, table in finding.tables.items():
             out.write(f"\n{f'### {name}' if form == 'md' else name}\n")
@@ -72,11 +73,6 @@ def _cell(value: object) -> str:
     if isinstance(value, list | tuple | dict):
         return json.dumps(value, ensure_ascii=False)
     return str(value)
-
-
-def printable(text: str) -> str:
-    """The text without control characters: labels are what others wrote, and must not steer a terminal."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
 
 
 def _bullet(text: str, width: int) -> str:

@@ -7,6 +7,7 @@ bytes beyond it count for nothing.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 import zlib
@@ -32,7 +33,7 @@ from moetrace.trace.ledger import (
     row_crc,
 )
 from moetrace.trace.rows import ColumnSpec
-from moetrace.trace.storage import disk_error, write_at
+from moetrace.trace.storage import disk_error, files_error, more_files, write_at
 
 _CHUNK = 4 << 20
 
@@ -205,6 +206,21 @@ class TableWriter:
             raise disk_error(self.path, e) from e
         return n
 
+    def tampering(self) -> str:
+        """Say what somebody else did to its files since they were opened; empty if nothing."""
+        sizes = {name: COLUMN_HEADER + self.sealed * n for name, n in self._row_bytes.items()}
+        sizes[LEDGER_NAME] = self._ledger_header + self._n_blocks * self._dtype.itemsize
+        for name, fd in self._fds.items():
+            path, ours = column_path(self.path, name), os.fstat(fd)
+            try:
+                if not os.path.samestat(path.lstat(), ours):
+                    return f"{path} was replaced"
+            except OSError:
+                return f"{path} was deleted or moved"
+            if ours.st_size < sizes[name]:
+                return f"{path} was cut short"
+        return ""
+
     def close(self) -> None:
         """Close the files. Rows that were not sealed are lost."""
         for fd in self._fds.values():
@@ -362,8 +378,10 @@ class Table(Mapping[str, NDArray[Any]]):
             else:
                 path = column_path(self.path, name)
                 try:
-                    mapped = np.memmap(path, header.dtype, "r", offset=header.size, shape=shape)
+                    mapped = _mapped(path, header, shape)
                 except (OSError, ValueError) as e:
+                    if isinstance(e, OSError) and e.errno == errno.EMFILE:
+                        raise files_error(path, e) from e
                     raise TraceError(
                         f"cannot map {path}", why=str(e), fix="run `moetrace verify` on the trace"
                     ) from e
@@ -423,6 +441,15 @@ class Table(Mapping[str, NDArray[Any]]):
                         yield Damage(
                             str(path), f"block {i} ({rows}) does not fit its checksum", recoverable=False
                         )
+
+
+def _mapped(path: Path, header: Header, shape: tuple[int, ...]) -> NDArray[Any]:
+    try:
+        return np.memmap(path, header.dtype, "r", offset=header.size, shape=shape)
+    except OSError as e:  # Python's maps hold a file each
+        if e.errno != errno.EMFILE or not more_files():
+            raise
+    return np.memmap(path, header.dtype, "r", offset=header.size, shape=shape)
 
 
 def _row_bytes(dtype: str | np.dtype[Any], shape: tuple[int, ...]) -> int:

@@ -106,6 +106,7 @@ class Counter(IntEnum):
     COPIED_BYTES = 24
 
 
+COUNTERS = tuple(counter.name.lower() for counter in Counter)  # as files name them
 N_COUNTERS = 32  # room in the header; the Counter names so many of them
 
 

@@ -136,14 +136,14 @@ def _refuse_if_busy(ring: Path) -> None:
         raise TraceError(
             f"{ring.parent.parent} is being recorded",
             why=f"process {reader} writes it",
-            fix="stop the recording first",
+            fix="there is nothing to recover: it goes on by itself; see moetrace status",
         )
     host = peek_host(ring)
     if host and process_alive(host):
         raise MoetraceError(
             f"the host of {ring.parent} still runs",
             why=f"process {host} goes on writing to its ring",
-            fix=f"take the recording up again: moetrace resume {ring.parent.parent}; or stop it: kill {host}",
+            fix=f"take the recording up again: moetrace resume {ring.parent.parent}; or recover when it has ended",
         )
 
 

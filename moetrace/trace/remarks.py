@@ -43,6 +43,7 @@ def _prompts(store: TraceStore) -> str:
 def _unidentified(context: ContextStore) -> str:
     flags = context.rows["flags"]
     n = int(np.count_nonzero(flags & np.uint32(RowFlag.UNIDENTIFIED)))
+    context.rows.close()  # a map holds a file, and there may be a thousand contexts
     if not n:
         return ""
     if n < len(flags):
@@ -65,7 +66,8 @@ def _events_lost(context: ContextStore) -> str:
     certain = (
         "what is not certain of requests is marked" if context.layout.numbered else "requests may be mixed up"
     )
-    return f"{context.name}: {n:,} event{'s' if n > 1 else ''} of slots and their memory lost, by the counters; {certain}"
+    events = f"{n:,} event{'s' if n > 1 else ''}"
+    return f"{context.name}: {events} of slots and their memory lost, by the counters; {certain}"
 
 
 def _labels(store: TraceStore) -> str:

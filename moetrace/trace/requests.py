@@ -707,3 +707,55 @@ def replay(
             ),
         )
         start, fed = stop, upto
+
+
+def cut_off(
+    requests: Mapping[str, NDArray[Any]],
+    serial: NDArray[np.uint64],
+    events: Mapping[str, NDArray[Any]],
+    n_produced: int,
+) -> NDArray[np.bool_]:
+    """Say of which requests the last rows may be missing: rows were lost, or recording stopped, before it ended.
+
+    A request ends with the next LAUNCH of its sequence, or the next row of another request in it.
+
+    Parameters
+    ----------
+    requests
+        Columns ``sequence``, ``first_serial`` and ``last_serial``, each (n,): of one context, in any order.
+    serial
+        (N,), ascending: the rows that are there.
+    events
+        Columns ``serial`` (ascending), ``code`` and ``sequence``, each (M,).
+    n_produced
+        How many rows the host counted.
+
+    Returns
+    -------
+    NDArray
+        bool (n,).
+    """
+    after = requests["last_serial"].astype(np.int64) + 1
+    # row that follows in the sequence, and LAUNCH or CONTEXT that ends it before that
+    until = np.full(len(after), n_produced, np.int64)
+    order = np.lexsort((requests["first_serial"], requests["sequence"]))
+    same = requests["sequence"][order][1:] == requests["sequence"][order][:-1]
+    until[order[:-1][same]] = requests["first_serial"][order[1:][same]]
+    at, code = np.asarray(events["serial"]).astype(np.int64), np.asarray(events["code"])
+    begin, end = np.searchsorted(at, after), np.searchsorted(at, until, side="right")
+    of_all = np.flatnonzero(code == EventCode.CONTEXT)
+    for sequence in np.unique(requests["sequence"]).tolist():
+        mine = np.flatnonzero(requests["sequence"] == sequence)
+        launches = np.flatnonzero((code == EventCode.LAUNCH) & (events["sequence"] == sequence))
+        ends = np.sort(np.concatenate([launches, of_all]))
+        k = np.searchsorted(ends, begin[mine])
+        found = np.append(ends, len(code))[k]
+        earlier = found < end[mine]
+        end[mine] = np.where(earlier, found, end[mine])
+        until[mine] = np.where(earlier, np.append(at, n_produced)[found], until[mine])
+    present = np.searchsorted(serial, until.astype(np.uint64)) - np.searchsorted(
+        serial, after.astype(np.uint64)
+    )
+    pauses = np.flatnonzero(code == EventCode.PAUSE)
+    paused = np.searchsorted(pauses, end) > np.searchsorted(pauses, begin)
+    return np.asarray((until - after > present) | paused)

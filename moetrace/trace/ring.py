@@ -7,12 +7,13 @@ views of the mapped file, valid until :meth:`Ring.release` hands their slots bac
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import mmap
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, cast
@@ -21,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrace.errors import MoetraceError, RuntimeMissingError, TraceError
-from moetrace.trace.jsonfile import parse_json
+from moetrace.trace.jsonfile import parse_json, read_json
 from moetrace.trace.record import (
+    COUNTERS,
     N_COUNTERS,
     RECORD_HEAD,
     RING_FIELD,
@@ -30,13 +32,13 @@ from moetrace.trace.record import (
     RING_MAGIC,
     RING_VERSION_MAJOR,
     RING_VERSION_MINOR,
-    Counter,
     Field,
     OnFull,
     field_offset,
     record_dtype,
 )
-from moetrace.trace.store import RING_NAME
+from moetrace.trace.storage import disk_error, files_error, is_locked
+from moetrace.trace.store import META_NAME, RING_NAME
 
 _FACTS = (
     *("header_size", "file_size", "data_offset", "capacity", "stride", "n_fields", "fields_offset"),
@@ -114,6 +116,12 @@ def peek_host(path: Path) -> int | None:
     return None if header is None else 0 if header["closed"] else int(header["host_pid"])
 
 
+def peek_writer(path: Path) -> int:
+    """Give the process number of a ring's host, whether it has closed the ring or not; 0 if there is no such ring."""
+    header = _peek(path)
+    return 0 if header is None else int(header["host_pid"])
+
+
 def process_alive(pid: int) -> bool:
     """Say whether a process of this number runs (its name is not looked at); a zombie does not."""
     if pid <= 0:
@@ -137,24 +145,60 @@ def ring_paths(trace: Path) -> list[Path]:
     return [path for path in sorted(trace.glob(f"ctx*/{RING_NAME}")) if not path.parent.is_symlink()]
 
 
-def live_rings(trace: Path) -> Iterator[Ring]:
-    """Give the rings of a trace that is being recorded, each open for the moment.
+def open_rings(trace: Path, stack: contextlib.ExitStack) -> list[Ring]:
+    """Give the rings of a trace that is being recorded, open until ``stack`` closes them.
 
     Raises
     ------
     TraceError
         If the trace is not being recorded.
     """
-    paths = [path for path in ring_paths(trace) if ring_is_ready(path)]
-    if not paths:
-        raise TraceError(
-            f"{trace} is not being recorded",
-            why="it has no live ring: the program has ended, or has not computed anything yet",
-            fix="start a recording with `moetrace run`, and send the server a request",
-        )
-    for path in paths:
-        with Ring(path) as ring:
-            yield ring
+    rings = []
+    for path in ring_paths(trace):
+        if ring_is_ready(path):
+            try:
+                rings.append(stack.enter_context(Ring(path)))
+            except TraceError:
+                if path.exists():  # else its context has just ended
+                    raise
+    if not rings:
+        raise _not_recorded(trace)
+    return rings
+
+
+def live_rings(trace: Path) -> Iterator[Ring]:
+    """Give the same one after the other."""
+    with contextlib.ExitStack() as stack:
+        yield from open_rings(trace, stack)
+
+
+def _not_recorded(trace: Path) -> TraceError:
+    why, fix = "there is no such trace", "give the folder that `moetrace run -o` writes"
+    with contextlib.suppress(TraceError):
+        state = read_json(trace / META_NAME).get("state")
+        if state != "live":
+            why = f"it is {state}: what was recorded has ended"
+            fix = "start a recording with `moetrace run`"
+        elif is_locked(trace):
+            why = (
+                "there is no llama context at the moment: the program has not computed anything yet, has freed its "
+                "model, or is ending"
+            )
+            fix = "send the server a request, then try again"
+        else:
+            why = "its recorder died, and no program writes to it"
+            fix = f"take what is left, and close it: moetrace recover {trace}"
+    return TraceError(f"{trace} is not being recorded", why=why, fix=fix)
+
+
+def stalled(rings: Sequence[Ring], seconds: float) -> list[Ring]:
+    """Give those rings whose records nobody takes for so many seconds; returns at once if none is as old."""
+    left = [(ring, ring.tail) for ring in rings if ring.oldest_s > seconds]
+    deadline = time.monotonic() + seconds
+    while left and time.monotonic() < deadline:
+        time.sleep(min(0.02, seconds))
+        left = [(ring, tail) for ring, tail in left if ring.tail == tail]
+    return [ring for ring, _ in left]
 
 
 class Ring:
@@ -196,18 +240,27 @@ class Ring:
         try:
             fd = os.open(self.path, flags)
         except OSError as e:
+            if e.errno in (errno.EMFILE, errno.ENFILE):
+                raise files_error(self.path, e) from e
             raise TraceError(
                 f"cannot open the ring {self.path}",
                 why=e.strerror or str(e),
                 fix="give the path of a trace that is being recorded, as the user who records it",
             ) from e
         try:
-            size = os.fstat(fd).st_size
+            self._stat = os.fstat(fd)
+            size = self._stat.st_size
             if size < RING_HEADER.itemsize:
                 raise self._bad(f"it is {size} bytes long, its header alone takes {RING_HEADER.itemsize}")
             try:
                 self._map = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
             except (OSError, ValueError, OverflowError) as e:
+                if isinstance(e, OSError) and e.errno == errno.ENOMEM:
+                    raise MoetraceError(
+                        f"cannot map the ring {self.path}",
+                        why=f"its {size / 2**20:.0f} MiB are more than this process may map (ulimit -v)",
+                        fix="raise that limit, or record with a smaller --ring-size",
+                    ) from e
                 raise self._bad(f"it cannot be mapped: {e}") from e
         finally:
             os.close(fd)
@@ -308,7 +361,7 @@ class Ring:
             raise TraceError(
                 f"the ring {self.path} already has a reader",
                 why=f"process {pid} reads it",
-                fix=f"stop that process first (kill {pid}), or read its trace instead of the ring",
+                fix="read its trace instead of the ring; a ring has one reader at a time",
             )
         self._native.store_release32(self._buffer, _offset("reader_pid"), os.getpid())
         self._claimed = True
@@ -322,6 +375,12 @@ class Ring:
     # -- what the header says now --------------------------------------------------------------------
 
     @property
+    def asleep(self) -> bool:
+        """Whether no llama context is there that writes to it: its server has unloaded the model for now."""
+        counters = self.counters
+        return 0 < counters.get("contexts", 0) == counters.get("contexts_freed", 0)
+
+    @property
     def counters(self) -> dict[str, int]:
         """The host's counters by name, in lower case (``rows_produced``, ...)."""
         offset = _offset("counters")
@@ -329,7 +388,7 @@ class Ring:
         if not (
             isinstance(names, list) and all(isinstance(n, str) for n in names) and len(names) <= N_COUNTERS
         ):
-            names = [counter.name.lower() for counter in Counter]
+            names = list(COUNTERS)
         return {name: self._native.load_acquire(self._buffer, offset + 8 * i) for i, name in enumerate(names)}
 
     @property
@@ -347,6 +406,21 @@ class Ring:
         """Why the tracer gave up; empty if it did not."""
         start = _offset("status")
         return self._buffer[start : start + 112].split(b"\0")[0].decode("utf-8", "replace")
+
+    @property
+    def oldest_s(self) -> float:
+        """Seconds since the ubatch of the oldest record that was not released began; 0 if there is none."""
+        head, tail = self.head, self.tail
+        if self._records is None or tail >= head:
+            return 0.0
+        began = int(self._records["time_ns"][max(tail, head - self.capacity) % self.capacity])
+        return max(0, time.monotonic_ns() - began) / 1e9
+
+    @property
+    def reader_silent_s(self) -> float:
+        """Seconds since the reader's last sign of life; it gives one every half second."""
+        beat = self._native.load_acquire(self._buffer, _offset("reader_beat_ns"))
+        return max(0, time.monotonic_ns() - beat) / 1e9
 
     @property
     def reader_pid(self) -> int:
@@ -478,6 +552,22 @@ class Ring:
             raise ValueError(f"cannot release {n} records, {self.head - tail} are pending")
         self._native.store_release(self._buffer, _offset("tail"), tail + n)
         self.beat()
+
+    def unlink(self) -> None:
+        """Delete the file, if it is still ours that lies there; the host's map of it stays good.
+
+        Raises
+        ------
+        MoetraceError
+            If the disk does not allow it.
+        """
+        try:
+            if os.path.samestat(self.path.lstat(), self._stat):
+                self.path.unlink()
+        except FileNotFoundError:
+            pass
+        except OSError as e:
+            raise disk_error(self.path, e) from e
 
     # -- end -----------------------------------------------------------------------------------------
 

@@ -24,8 +24,16 @@ from moetrace.trace.contexts import choose, is_alike, misfits, of_model
 from moetrace.trace.intervention import described
 from moetrace.trace.labels import Labelling, Recorded, read_labels, resolve_labels
 from moetrace.trace.loss import Loss, count_loss
-from moetrace.trace.record import Counter, EventCode
-from moetrace.trace.requests import REQUEST_TABLE, UNCERTAIN, Phase, RequestAssigner, allot_again, replay
+from moetrace.trace.record import COUNTERS, EventCode
+from moetrace.trace.requests import (
+    REQUEST_TABLE,
+    UNCERTAIN,
+    Phase,
+    RequestAssigner,
+    allot_again,
+    cut_off,
+    replay,
+)
 from moetrace.trace.ring import peek_counters
 from moetrace.trace.rows import Columns, Layout
 from moetrace.trace.selection import Rows
@@ -213,8 +221,9 @@ class Trace(Rows):
 
         Columns: ``id``, ``label`` and ``prompt`` as the client gave them (None where it did not), ``slot``,
         ``context``,
-        ``n_prompt`` (cached and computed; NA where either is not known), ``n_generated`` (as the client counted;
-        NA where it did not: the last token is never decoded), ``n_cached``, ``n_prefill``,
+        ``n_prompt`` (cached and computed; NA where either is not known, or the end of the prompt may be missing),
+        ``n_generated`` (as the client counted; NA where it did not: the last token is never decoded),
+        ``n_cached``, ``n_prefill``,
         ``n_decode``, ``n_lost``, ``n_rejected``, ``n_recomputed``, ``n_undecided``, ``n_shifts``,
         ``n_unrecorded``, ``n_events_lost``, ``first_serial``, ``last_serial``,
         ``start_ns``, ``end_ns``, ``running`` and ``label_unsure`` (a client's label may be this request's, but also
@@ -238,7 +247,11 @@ class Trace(Rows):
             result[name] = pd.Series([s.get(name) for s in said], index=frame.index, dtype=object)
         result["slot"] = frame["sequence"]
         result["context"] = np.array(self.contexts, object)[frame["context"].to_numpy()]
-        computed = frame["n_prefill"].mask((frame["n_lost"] > 0) | (frame["n_unrecorded"].fillna(0) > 0))
+        # a request that generated nothing, and lacks its end, may lack a piece of its prompt
+        part_only = frame["cut_off"] & (frame["n_decode"] == 0)
+        computed = frame["n_prefill"].mask(
+            (frame["n_lost"] > 0) | (frame["n_unrecorded"].fillna(0) > 0) | part_only
+        )
         result["n_prompt"] = (frame["n_cached"] + computed).astype("Int64")
         generated = [n if type(n := s.get("n_generated")) is int else None for s in said]
         result["n_generated"] = pd.array(generated, dtype="Int64")
@@ -284,6 +297,9 @@ class Trace(Rows):
                 )
                 for name, column in columns.items()
             }
+        serial, events = self.store_context.rows["serial"], self.store_context.events
+        counted = self.counters.get("rows_produced", 0)
+        columns["cut_off"] = cut_off(columns, serial, events, max(counted, int(serial[-1:].sum()) + 1))
         return columns
 
     @cached_property
@@ -391,7 +407,7 @@ class Trace(Rows):
         if isinstance(stored, dict) and stored:
             return {str(name): value for name, value in stored.items() if type(value) is int}
         live = peek_counters(self.store_context.ring)
-        return {} if live is None else {c.name.lower(): n for c, n in zip(Counter, live, strict=False)}
+        return {} if live is None else dict(zip(COUNTERS, live, strict=False))
 
     # -- attention -----------------------------------------------------------------------------------
 

@@ -22,11 +22,13 @@ from moetrace.trace.naming import same_model
 from moetrace.trace.record import EventCode, RowFlag, State
 from moetrace.trace.remarks import remarks
 from moetrace.trace.requests import Phase
-from moetrace.trace.ring import peek_counters, peek_reader, process_alive
+from moetrace.trace.ring import peek_counters, peek_reader, process_alive, ring_is_ready, ring_paths
 from moetrace.trace.rows import LAYER_COLUMNS, Layout
-from moetrace.trace.store import VOCABULARY_NAME, ContextStore, TraceStore, read_vocabulary
+from moetrace.trace.storage import is_locked
+from moetrace.trace.store import META_NAME, VOCABULARY_NAME, ContextStore, TraceStore, read_vocabulary
 
 _CHUNK = 1 << 14  # rows looked at together
+_TRIES = 5  # looks at a trace whose contexts come and go
 
 Progress = Callable[[str], None]
 
@@ -41,6 +43,8 @@ class Verification:
         The trace.
     findings
         What is wrong, in the order in which it was found; empty if nothing is.
+    remarks
+        What is no fault and yet must be known: see :mod:`moetrace.trace.remarks`.
     live
         True if the trace is being recorded right now: what is not sealed yet is no fault.
     rows
@@ -92,10 +96,29 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
     TraceError
         If there is no trace at ``path``, or it is newer than this moetrace. Damage is no exception.
     """
+    for _ in range(_TRIES):
+        before = _life(Path(path))
+        result = _verify(path, progress)
+        if not result.findings or _life(Path(path)) == before:
+            break  # else a context or the trace was closed meanwhile, and what was read does not fit together
+    return result
+
+
+def _life(path: Path) -> tuple[object, ...]:
+    """What changes in a trace when a context appears or is closed, or the trace is."""
+    rings = [ring.parent.name for ring in ring_paths(path)]
+    try:
+        stat = (path / META_NAME).stat()
+    except OSError:
+        return (rings,)
+    return rings, stat.st_ino, stat.st_mtime_ns, is_locked(path)
+
+
+def _verify(path: str | os.PathLike[str], progress: Progress | None) -> Verification:
     findings: list[Damage] = []
     rows = 0
-    live = False
     store = TraceStore(path, check=False)
+    live = store.live and is_locked(store.path)
     try:
         TraceStore(path)
     except TraceError as e:
@@ -148,6 +171,7 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
         findings += [
             Damage(context.name, what, live_only) for what, live_only in _completeness(context, store.live)
         ]
+        context.rows.close()  # a map holds a file, and there may be a thousand contexts
     if "requests" in tables:
         findings += [Damage("requests", what, recoverable=False) for what in _requests(store, contexts)]
     findings += [Damage(LABELS_NAME, what, recoverable=False) for what in read_labels(store.path)[1]]
@@ -189,6 +213,9 @@ def _closing(store: TraceStore, tables: dict[str, Table]) -> Iterator[Damage]:
     said = store.meta.get("tables")
     if store.live:
         return
+    for ring in ring_paths(store.path):
+        what = "a ring was left behind: what it holds may not be in the trace"
+        yield Damage(f"{ring.parent.name}/{ring.name}", what, recoverable=ring_is_ready(ring))
     if not isinstance(said, dict):
         yield Damage("meta.json", "it does not say how long the tables are", recoverable=False)
         return
@@ -395,6 +422,7 @@ def _requests(store: TraceStore, contexts: list[ContextStore]) -> Iterator[str]:
             pairs, n = np.unique(np.stack([request, phase]), axis=1, return_counts=True)
             for r, p, m in zip(*pairs.tolist(), n.tolist(), strict=True):
                 counts[r, p] = counts.get((r, p), 0) + m
+        context.rows.close()
         mine = order[np.asarray(table["context"])[order] == index]
         listed = set(numbers[mine].tolist())
         if not store.live:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import platform
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetrace.errors import MoetraceError, TraceError
+from moetrace.errors import GoneError, MoetraceError, TraceError
 from moetrace.trace.attention import ATTENTION_TABLE, VALUES_TABLE, AttentionAssembler
 from moetrace.trace.columns import Table, TableWriter
 from moetrace.trace.jsonfile import read_json, write_json
@@ -85,7 +86,10 @@ class ContextWriter:
 
     @classmethod
     def resume(cls, store: ContextStore, index: int, trace: TraceWriter) -> ContextWriter:
-        """Open the tables to go on after the last sealed row; what was not sealed is cut off."""
+        """Open the tables to go on after the last sealed row; what was not sealed is cut off.
+
+        Those of a context without a ring are closed again: nothing will be appended to them.
+        """
         rows, events = store.rows, store.events
         end = int(rows["serial"][-1]) + 1 if rows.n_rows else 0
         # events beyond the last sealed row come before rows that are not there yet
@@ -93,11 +97,14 @@ class ContextWriter:
         assigner = RequestAssigner(index, allot_again(rows["request"], trace.allot_request))
         for _ in replay(assigner, rows, {name: column[:before] for name, column in events.items()}):
             pass
-        tables = {
-            name: TableWriter.resume(store.path / name, fsync=trace.fsync)
-            for name in _TABLES
-            if (store.path / name).is_dir()
-        }
+        with contextlib.ExitStack() as opened:
+            tables = {
+                name: opened.enter_context(TableWriter.resume(store.path / name, fsync=trace.fsync))
+                for name in _TABLES
+                if (store.path / name).is_dir()
+            }
+            if store.ring.exists():
+                opened.pop_all()
         writer = cls(store.path, store.layout, store.facts, trace, assigner, tables)
         writer.end = end
         writer._waiting = {name: np.array(column[before:]) for name, column in events.items()}
@@ -175,6 +182,7 @@ class ContextWriter:
         self.seal()
         self._trace.seal_requests()
         if counters is not None:
+            self._trace.stay()
             self.meta.update(counters=dict(counters), status=status)
             write_json(self.path / CONTEXT_NAME, self.meta, fsync=self._trace.fsync)
         self.detach()
@@ -190,6 +198,16 @@ class ContextWriter:
         """Let go of the files; what was not sealed is lost from them, and still in the ring."""
         for table in self.tables.values():
             table.close()
+
+    def tampering(self) -> str:
+        """Say what somebody else did to its files; empty if nothing."""
+        return next(filter(None, (table.tampering() for table in self.tables.values())), "")
+
+    def move(self, path: Path) -> None:
+        """Take note that the context's folder is now at ``path``."""
+        self.path = path
+        for name, table in self.tables.items():
+            table.path = path / name
 
 
 def final_counters(ring: Ring, writer: ContextWriter) -> dict[str, int]:
@@ -213,8 +231,11 @@ class TraceWriter:
         The command that is traced, as an argument list.
     model_path
         The model file, if known.
+    prompts
+        How many prompts will be captured; None for a server, which answers whoever asks. See :meth:`count_done`.
     force
-        Replace an existing trace. Anything that is not a trace is left alone, forced or not.
+        Replace an existing trace; one that holds nothing is replaced in any case. Anything that is not a trace is
+        left alone, forced or not.
     fsync
         Wait for the disk at each seal: survives a power cut, and is slow.
 
@@ -230,6 +251,7 @@ class TraceWriter:
         *,
         command: Sequence[str] = (),
         model_path: str | None = None,
+        prompts: int | None = None,
         force: bool = False,
         fsync: bool = False,
     ) -> None:
@@ -252,16 +274,23 @@ class TraceWriter:
             "contexts": [],
             "tables": {},
         }
-        _make_room(self.path, force=force)
+        if prompts is not None:
+            self._meta["asked"] = {"prompts": prompts, "done": None}
+        self._folder_was_there = _make_room(self.path, force=force)
         try:
             self.path.mkdir(mode=0o700, parents=True)
             self._lock = lock_folder(self.path)
         except OSError as e:
             raise disk_error(self.path, e) from e
-        self.requests = TableWriter.create(self.path / "requests", REQUEST_TABLE, fsync=fsync)
         self._request_columns = tuple(REQUEST_TABLE)
         self._listed: NDArray[Any] = np.empty(0, np.int64)
-        self._write_meta()
+        try:
+            self.requests = TableWriter.create(self.path / "requests", REQUEST_TABLE, fsync=fsync)
+            self._write_meta()
+        except BaseException:  # nobody needs half a folder
+            os.close(self._lock)
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
 
     @classmethod
     def resume(cls, path: str | os.PathLike[str], *, fsync: bool = False) -> TraceWriter:
@@ -284,18 +313,79 @@ class TraceWriter:
             writer._lock = lock_folder(store.path)
         except OSError as e:
             raise disk_error(store.path, e) from e
+        writer.path, writer.fsync, writer._meta = store.path, fsync, dict(store.meta)
+        writer._folder_was_there = True
+        try:
+            writer._take_up(store)
+        except BaseException:
+            os.close(writer._lock)
+            raise
+        return writer
+
+    def reopen(self) -> None:
+        """Go back to the last sealed blocks, as :meth:`resume` does, after a write failed; the lock is kept.
+
+        The contexts are new ones afterwards; those that meta.json does not list yet are gone, and must be added
+        again.
+
+        Raises
+        ------
+        MoetraceError
+            If it cannot be done; it may be tried again.
+        """
+        self.stay()
+        self._let_go()
+        self._take_up(TraceStore(self.path))
+        self._meta["contexts"] = [context.path.name for context in self.contexts]
+
+    def _take_up(self, store: TraceStore) -> None:
         for name in ("", *store.context_names):
             refuse_links(store.path / name)
-        writer.path, writer.fsync, writer._meta = store.path, fsync, dict(store.meta)
-        writer._request_columns = tuple(store.request_columns)
-        writer._listed = np.array(store.requests["request"])
+        self._request_columns = tuple(store.request_columns)
+        self._listed = np.array(store.requests["request"])
         highest = [int(context.rows["request"].max(initial=-1)) for context in store.contexts]
-        writer._request_numbers = itertools.count(1 + max([*highest, int(writer._listed.max(initial=-1))]))
-        writer.requests = TableWriter.resume(store.path / "requests", fsync=fsync)
-        writer.contexts = []
-        for index, context in enumerate(store.contexts):
-            writer.contexts.append(ContextWriter.resume(context, index, writer))
-        return writer
+        self._request_numbers = itertools.count(1 + max([*highest, int(self._listed.max(initial=-1))]))
+        self.contexts = []
+        self.requests = TableWriter.resume(store.path / "requests", fsync=self.fsync)
+        try:
+            for index, context in enumerate(store.contexts):
+                self.contexts.append(ContextWriter.resume(context, index, self))
+        except BaseException:
+            self._let_go()
+            raise
+
+    def stay(self) -> bool:
+        """See to it that :attr:`path` is the folder that this writes to; gives whether it was moved.
+
+        Raises
+        ------
+        GoneError
+            If the folder was deleted, or nobody says where it is.
+        """
+        if self.detached:
+            raise GoneError(f"the trace {self.path} is not being written any more")
+        ours = os.fstat(self._lock)
+        with contextlib.suppress(OSError):
+            if os.path.samestat(self.path.lstat(), ours):
+                return False
+        try:
+            now = Path(f"/proc/self/fd/{self._lock}").readlink()
+            if os.path.samestat(now.lstat(), ours):
+                self._move(now)
+                return True
+        except OSError:
+            pass
+        raise GoneError(
+            f"the trace {self.path} was deleted or replaced while it was being recorded",
+            why="its folder is not there any more",
+            fix="record again, into another folder",
+        )
+
+    def _move(self, path: Path) -> None:
+        self.path = path
+        self.requests.path = path / "requests"
+        for context in self.contexts:
+            context.move(path / context.path.name)
 
     def context(self, name: str) -> ContextWriter | None:
         """Give a context by its folder's name, or None if the trace does not have it."""
@@ -331,6 +421,7 @@ class TraceWriter:
             "epoch_ns": epoch_ns,
             "status": "",
         }
+        self.stay()
         context = ContextWriter.create(self.path / name, len(self.contexts), layout, facts, self)
         write_json(context.path / CONTEXT_NAME, facts, fsync=self.fsync)
         self.contexts.append(context)
@@ -343,13 +434,31 @@ class TraceWriter:
         self._meta["model_path"] = model_path
         self._write_meta()
 
+    def count_prompts(self, asked: int) -> None:
+        """Note how many prompts shall be captured."""
+        self._meta["asked"] = {"prompts": asked, "done": None}
+        self._write_meta()
+
+    def count_done(self, done: int) -> None:
+        """Note how many of them are done; written when the trace is closed."""
+        self._meta["asked"]["done"] = done
+
     def end_requests(self, requests: Columns) -> None:
         """Append requests that have ended; those that a resumed trace lists already are left out."""
         fresh = ~np.isin(requests["request"], self._listed)
         self.requests.append({name: requests[name][fresh] for name in self._request_columns})
 
+    def tampering(self) -> str:
+        """Say what somebody else did to its table of requests; empty if nothing. For contexts, ask them."""
+        return self.requests.tampering()
+
     def seal_requests(self) -> None:
-        """Seal the requests that have ended so far."""
+        """Seal the requests that have ended so far, of all contexts, and before them their rows.
+
+        A request whose rows are not sealed would get another number from whoever takes them from the ring again.
+        """
+        for context in self.contexts:
+            context.seal()
         self.requests.seal()
 
     def close(self, *, exit_code: int | None = None, state: str = "closed") -> None:
@@ -365,16 +474,42 @@ class TraceWriter:
         self._write_meta()
         self.detach()
 
+    def discard(self) -> bool:
+        """Remove the trace again if it holds nothing, and let go of it; gives whether it is gone."""
+        try:
+            self.stay()
+            if not is_empty(self.path):
+                return False
+            shutil.rmtree(self.path)
+            if self._folder_was_there:
+                self.path.mkdir()
+        except GoneError:
+            pass
+        except OSError as e:
+            raise disk_error(self.path, e) from e
+        finally:
+            self.detach()
+        return True
+
     def detach(self) -> None:
         """Let go of the files and of the trace as it is: somebody else may :meth:`resume` it."""
-        self.requests.close()
-        for context in self.contexts:
-            context.detach()
+        self._let_go()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
+    @property
+    def detached(self) -> bool:
+        """Whether :meth:`detach` or :meth:`close` was called."""
+        return self._lock < 0
+
+    def _let_go(self) -> None:
+        self.requests.close()
+        for context in self.contexts:
+            context.detach()
+
     def _write_meta(self) -> None:
+        self.stay()
         write_json(self.path / META_NAME, self._meta, fsync=self.fsync)
 
 
@@ -386,12 +521,22 @@ def is_trace(path: Path) -> bool:
         return False
 
 
-def _make_room(path: Path, *, force: bool) -> None:
+def is_empty(path: Path) -> bool:
+    """Whether a trace of ours holds no context, and nothing that somebody else put there."""
+    try:
+        contexts = read_json(path / META_NAME, check=False).get("contexts")
+    except TraceError:
+        return False
+    return contexts == [] and {p.name for p in path.iterdir()} <= {META_NAME, "requests", "interventions"}
+
+
+def _make_room(path: Path, *, force: bool) -> bool:
+    """Remove what may be replaced; gives whether there was an empty folder."""
     if not path.is_symlink() and not path.exists():
-        return
+        return False
     if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
         path.rmdir()
-        return
+        return True
     if path.is_symlink() or not is_trace(path):
         raise MoetraceError(
             f"{path} exists and is not a moetrace trace",
@@ -402,7 +547,7 @@ def _make_room(path: Path, *, force: bool) -> None:
             f"the trace {path} belongs to another user",
             fix="choose another name with -o; it is never overwritten",
         )
-    if not force:
+    if not force and not is_empty(path):
         raise MoetraceError(
             f"the trace {path} exists", fix="choose another name with -o, or replace it with --force"
         )
@@ -411,3 +556,4 @@ def _make_room(path: Path, *, force: bool) -> None:
         shutil.rmtree(path)
     except OSError as e:
         raise disk_error(path, e) from e
+    return False

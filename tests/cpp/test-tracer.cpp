@@ -245,12 +245,13 @@ static void two_models_compute() {
                 h.decode();
                 context_on_event(h.ctx, EVENT_SEQ_RM, 0, 0, -1, 0);
             }
-            h.free();
         });
     }
     for (auto & t : threads) {
         t.join();
     }
+    host(1).free(); // not before: the other would go on in its recording
+    host(2).free();
     for (const auto & folder : contexts_in(trace)) {
         const ring_view ring(folder);
         CHECK(ring.count(COUNT_ROWS_COMMITTED) == 1000*N);
@@ -323,6 +324,32 @@ static void contexts_follow_each_other() {
         }
     }
     tidy(trace);
+}
+
+// What was set for a model holds for its contexts that begin later, in another process too.
+static void what_was_set_is_found() {
+    const std::string trace = begin("on_full=overwrite\n");
+    CHECK(mkdir((trace + "/control").c_str(), 0700) == 0);
+    FILE * f = fopen((trace + "/control/all").c_str(), "w");
+    CHECK(f && fputs("paused=1\nnonsense\nintervention=x\n", f) >= 0 && fclose(f) == 0);
+    host(1).decode();
+    const ring_view ring(contexts_in(trace)[0]);
+    CHECK(ring.count(COUNT_ROWS_PAUSED) == N && ring.count(COUNT_ROWS_PRODUCED) == 0);
+    CHECK(ring.header->paused == 1 && ring.header->intervention == 0);
+    unlink((trace + "/control/all").c_str());
+    rmdir((trace + "/control").c_str());
+    tidy(trace);
+}
+
+// A folder that was put in the trace's place is left alone.
+static void a_folder_in_its_place() {
+    const std::string trace = begin("on_full=overwrite\n");
+    const std::string moved = trace + "-moved";
+    CHECK(rename(trace.c_str(), moved.c_str()) == 0 && mkdir(trace.c_str(), 0700) == 0);
+    host(1).decode();
+    CHECK(contexts_in(trace).empty());
+    tidy(trace);
+    rmdir(moved.c_str());
 }
 
 // Tasks are numbered, and what was sampled is flagged, through shifts and across tasks.
@@ -403,6 +430,35 @@ static void forks() {
     tidy(trace);
 }
 
+// A process that ends closes its rings, of contexts that it freed and of others; one that is killed cannot.
+static void processes_end() {
+    const std::string trace = folder_new();
+    for (const bool exits : { false, true }) {
+        const pid_t pid = fork();
+        CHECK(pid >= 0);
+        if (pid == 0) {
+            std::string error;
+            CHECK(tracer_start(("trace=" + trace + "\non_full=overwrite\n").c_str(), error));
+            const host freed(1), other(2);
+            freed.decode();
+            other.decode();
+            freed.free();
+            exits ? exit(0) : _exit(0);
+        }
+        int status = 0;
+        waitpid(pid, &status, 0);
+        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+        const auto folders = contexts_in(trace);
+        CHECK(folders.size() == (exits ? 4 : 2));
+        for (size_t i = exits ? 2 : 0; i < folders.size(); i++) {
+            const ring_view ring(folders[i]);
+            CHECK(ring.header->closed == exits);
+            CHECK(ring.count(COUNT_ROWS_COMMITTED) == N);
+        }
+    }
+    tidy(trace);
+}
+
 // Each allocation fails, once or for ever: no exception leaves a hook, and the host computes all its graphs.
 static void memory_runs_out() {
     static std::atomic<int> n_computed;
@@ -463,7 +519,10 @@ int main() {
     one_layer g;
     memory_runs_out(); // first: it forks, and there are no threads yet
     forks();
+    processes_end();
     contexts_follow_each_other();
+    what_was_set_is_found();
+    a_folder_in_its_place();
     graphs_change();
     a_full_ring_holds_its_own();
     two_threads();

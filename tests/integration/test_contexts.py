@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 
 import numpy as np
 import pytest
 from identities import check_identity, last_tokens
-from running import TEXT
+from running import TEXT, ready_client
 
 import moetrace
 from moetrace.host.client import drive
 from moetrace.host.prompts import Prompt
+from moetrace.host.server import free_port
 from moetrace.synthetic import ARCHITECTURES, write_model
 from moetrace.trace.record import RowFlag
 from moetrace.trace.verify import verify
@@ -198,3 +200,26 @@ def test_several_completions_of_one_prompt(serving, tmp_path):
     request, phase, token = trace.column("request"), trace.column("phase"), trace.column("token")
     ours = sorted(tuple(token[(request == number) & (phase == 1)].tolist()) for number in requests.index)
     assert ours == said
+
+
+def test_sampling_within_the_graph_is_left_alone(serving, runtime, model_file, tmp_path):
+    """With --backend-sampling the graph holds every slot's sampler, and computes those of the slots in the ubatch."""
+    arguments = ["-np", "4", "-c", "4096", "--backend-sampling", "-t", "1"]
+    prompts = [Prompt(id=str(i), text=TEXT[15 * i : 15 * i + 40 + i], n_predict=4 + i) for i in range(16)]
+    settings = {"temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
+    port = free_port()
+    command = [runtime.tool("llama-server"), "-m", model_file("olmoe"), "--port", str(port), *arguments]
+    log = tmp_path / "plain.log"
+    with log.open("wb") as stream:
+        plain = subprocess.Popen(command, stdout=stream, stderr=stream)
+    try:
+        alone = drive(ready_client(plain, port, log), prompts, settings=settings, n_parallel=1)
+    finally:
+        plain.terminate()
+        plain.wait(60)
+    with serving("olmoe", *arguments) as server:
+        answers = drive(server.client, prompts, settings=settings)
+        server.label([answer.label_line() for answer in answers])
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in alone]
+    with moetrace.open(tmp_path / "t.moet") as trace:
+        check_identity(trace, answers)

@@ -15,7 +15,8 @@ from running import python
 
 import moetrace
 from moetrace.analysis import chosen_outputs, from_trace, linearity, merge_candidates, weight_similarity
-from moetrace.analysis.merging import drop_experts, merge
+from moetrace.analysis.experts.merging import drop_experts, merge
+from moetrace.analysis.experts.outputs import layer_rows
 from moetrace.data import demo_model, prompts
 from moetrace.model import merged as model_merged
 from moetrace.model.experts import LayerExperts
@@ -91,9 +92,9 @@ def test_numpy_computes_what_llama_cpp_computes(architecture, options, runtime, 
     tolerance = {"Q8_0": 0.02, "MXFP4": 0.02, "Q4_K": 0.02}.get(options.get("quantization"), 2e-3)
     phase = "all" if architecture == "nomic-bert-moe" else "prefill"
     with moetrace.open(tmp_path / "t.moet") as trace, ModelFile(model) as file:
-        analysis = from_trace(trace, phase=phase)
+        routing = from_trace(trace, phase=phase)
         for index, layer in enumerate(trace.layers.tolist()):
-            rows = analysis.layer_rows(index)
+            rows = layer_rows(routing, index)
             assert len(rows.rows) > 40
             experts = LayerExperts(file, layer)
             assert experts.reads_gate_input
@@ -253,7 +254,7 @@ def test_the_probe_gives_what_a_capture_gives(architecture, runtime, model_file,
 
 SEARCH = """
     import sys, json, numpy as np
-    from moetrace.analysis.manipulation import path_margin, search_input
+    from moetrace.analysis.experts.manipulation import path_margin, search_input
     from moetrace.host.probe import RoutingProbe
     model, paths, n_vocab = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
     out = []
@@ -328,7 +329,7 @@ def few_texts(tmp_path) -> Path:
 
 def asked(name: str, trace: Path, folder: Path, **options: Any) -> Any:
     finding = ran(ASK, trace, demo_model(), name, json.dumps(options), folder)
-    assert finding["missing"] is None
+    assert finding["not_answered"] is None
     empty = {table for table, content in finding["tables"].items() if not content["data"]}
     assert empty <= {"candidates"}  # no two of the demo model's experts are alike
     return finding
@@ -438,7 +439,7 @@ def test_a_trace_without_gate_inputs_says_which_channel(runtime, model_file, tmp
         import sys, json, moetrace
         from moetrace.findings import Subject, question
         trace = moetrace.capture(sys.argv[1], ["One prompt here."], sys.argv[2], n_threads=1)
-        print(json.dumps([question(name)().ask(Subject([trace], model=sys.argv[1])).missing
+        print(json.dumps([question(name)().ask(Subject([trace], model=sys.argv[1])).not_answered
                           for name in ("expert-merging", "expert-interference")]))
     """
     for missing in ran(code, model_file("qwen3moe"), tmp_path / "t.moet"):

@@ -427,7 +427,7 @@ def test_switching_in_the_middle_of_a_request(runtime, model_file, tmp_path):
     ) as server:
         ask(server, 0, identity="short")
         asking = threading.Thread(
-            target=ask, args=(server, 0), kwargs={"n_predict": 3000, "identity": "long"}
+            target=ask, args=(server, 0), kwargs={"n_predict": 7000, "identity": "long"}
         )
         asking.start()
         try:

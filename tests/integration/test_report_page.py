@@ -61,7 +61,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         (folder / "report.html").write_text(
             render_page(subject, findings, captured(subject)), encoding="utf-8"
         )
-        counts = subject.analysis.counts
+        counts = subject.counts
         lift = next(f for f in findings if f.name == "specialists").tables["domain_lift"]
     return SimpleNamespace(page=folder / "report.html", counts=counts, lift=lift)
 
@@ -201,7 +201,7 @@ def test_missing_cells_are_hatched_not_coloured(browser: Browser, tmp_path: Path
     path = traces.labelled_trace(tmp_path / "t.moet", n_decode=(2, 3), all_outputs=False, lose=lose)
     with moetrace.open(path) as trace:
         subject = Subject([trace], phase="prefill")
-        assert not subject.analysis.counts.tokens[:, -1].any()
+        assert not subject.counts.tokens[:, -1].any()
         page = tmp_path / "report.html"
         page.write_text(
             render_page(subject, [question("overview")().ask(subject)], captured(subject)), encoding="utf-8"

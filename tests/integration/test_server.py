@@ -234,7 +234,8 @@ def test_a_full_disk_stops_the_recording_and_not_the_server(runtime, model_file,
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) == 1
     error = path.with_suffix(".err").read_text()
-    assert error.count("moetrace:") == 1  # said once, when it happened
+    assert error.count("moetrace:") == 2  # when it happened, and at the end: what to do about it
+    assert "moetrace recover" in error
     assert "fix:" in error
     assert "Traceback" not in error
     recover = subprocess.run(

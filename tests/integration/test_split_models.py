@@ -11,7 +11,7 @@ import pytest
 from running import TEXT, python
 
 import moetrace
-from moetrace.analysis.merging import drop_experts, merge
+from moetrace.analysis.experts.merging import drop_experts, merge
 from moetrace.findings import Subject, question
 from moetrace.host.client import drive
 from moetrace.host.prompts import Prompt

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.signal import lfilter
 
-from moetrace.analysis.attention import AttentionRows, attention_features, attention_windows
-from moetrace.analysis.context_attention_routing import attention_similarity, routing_similarity
-from moetrace.analysis.predict import Problem
+from moetrace.analysis.counts.attention import AttentionRows, attention_features, attention_windows
+from moetrace.analysis.prediction.context_attention_routing import attention_similarity, routing_similarity
+from moetrace.analysis.prediction.predict import Problem
 
 Plant = Literal["nothing", "attention", "position", "early"]
 

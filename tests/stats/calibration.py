@@ -25,7 +25,8 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 from simulate import Routing, World  # noqa: E402
 
 import moetrace.analysis as m  # noqa: E402
-from moetrace.analysis import information as info  # noqa: E402
+from moetrace.analysis.domains.domain import domain_counts  # noqa: E402
+from moetrace.analysis.statistics import information as info  # noqa: E402
 
 ALPHA = 0.05
 PValues = dict[str, list[float]]
@@ -155,7 +156,7 @@ def planted(
     """
     world = replace(world or World(), domain_sd=strength)
     big = counted(world.trace(10**6, n_prompts=1000), max_lag=2)
-    names, table = m.domain.domain_counts(big.included, big.labels)
+    names, table = domain_counts(big.included, big.labels)
     share = info.shares(table.transpose(1, 0, 2))
     true_jsd, true_v = info.jsd_bits(share), info.cramers_v(table.transpose(1, 0, 2))[0]
     true_entropy, true_lift = info.entropy_bits(share), share / share.mean(axis=1, keepdims=True)

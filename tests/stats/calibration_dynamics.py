@@ -27,15 +27,14 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 from simulate import Routing, World  # noqa: E402
 
 import moetrace.analysis as m  # noqa: E402
-from moetrace.analysis import generation_dynamics as dynamics  # noqa: E402
-from moetrace.analysis.cold_experts import cold_experts, tokens_needed  # noqa: E402
-from moetrace.analysis.expert_circuits import path_test  # noqa: E402
-from moetrace.analysis.routed import exchange  # noqa: E402
-from moetrace.analysis.token_patterns import (  # noqa: E402
-    associate,
+from moetrace.analysis.circuits import path_test  # noqa: E402
+from moetrace.analysis.counts.routed import exchange  # noqa: E402
+from moetrace.analysis.dynamics import generation as dynamics  # noqa: E402
+from moetrace.analysis.placement.cold_experts import cold_experts, tokens_needed  # noqa: E402
+from moetrace.analysis.text.association import associate, indicator  # noqa: E402
+from moetrace.analysis.text.lexicon import type_words  # noqa: E402
+from moetrace.analysis.text.token_patterns import (  # noqa: E402
     counts_of,
-    indicator,
-    type_words,
     types_beyond_words,
 )
 

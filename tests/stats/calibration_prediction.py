@@ -22,9 +22,9 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 from attending import Attending  # noqa: E402
 
-from moetrace.analysis.context_attention_routing import context_attention_routing  # noqa: E402
-from moetrace.analysis.predict import gain_test, position_basis  # noqa: E402
-from moetrace.analysis.routed import membership  # noqa: E402
+from moetrace.analysis.counts.routed import membership  # noqa: E402
+from moetrace.analysis.prediction.context_attention_routing import context_attention_routing  # noqa: E402
+from moetrace.analysis.prediction.predict import gain_test, position_basis  # noqa: E402
 
 ALPHA = 0.05
 #: name of a test -> what it is, for the page

@@ -22,9 +22,9 @@ from scipy import stats
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 import moetrace.analysis as m  # noqa: E402
-from moetrace.analysis import nulls  # noqa: E402
-from moetrace.analysis.experts import chosen_outputs  # noqa: E402
-from moetrace.analysis.manipulation import sign_flips  # noqa: E402
+from moetrace.analysis.experts.manipulation import sign_flips  # noqa: E402
+from moetrace.analysis.experts.outputs import chosen_outputs  # noqa: E402
+from moetrace.analysis.statistics import nulls  # noqa: E402
 from moetrace.model.experts import Expert  # noqa: E402
 
 #: name of a test -> what it is

@@ -18,9 +18,9 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 from attending import Attending, Drawn  # noqa: E402
 
-from moetrace.analysis import published_prediction as published  # noqa: E402
-from moetrace.analysis.context_attention_routing import context_attention_routing  # noqa: E402
-from moetrace.analysis.predict import (  # noqa: E402
+from moetrace.analysis.counts.routed import membership  # noqa: E402
+from moetrace.analysis.prediction.context_attention_routing import context_attention_routing  # noqa: E402
+from moetrace.analysis.prediction.predict import (  # noqa: E402
     Problem,
     gain,
     gain_test,
@@ -29,7 +29,7 @@ from moetrace.analysis.predict import (  # noqa: E402
     ridge,
     score_table,
 )
-from moetrace.analysis.routed import membership  # noqa: E402
+from moetrace.analysis.published import prediction as published  # noqa: E402
 
 E, K = 32, 4
 

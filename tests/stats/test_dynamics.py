@@ -10,8 +10,8 @@ from scipy import stats
 from simulate import World
 
 import moetrace.analysis as m
-from moetrace.analysis.cold_experts import clopper_pearson, cold_experts
-from moetrace.analysis.token_patterns import counts_of
+from moetrace.analysis.placement.cold_experts import clopper_pearson, cold_experts
+from moetrace.analysis.text.token_patterns import counts_of
 
 
 def test_tests_reject_as_often_as_they_say() -> None:

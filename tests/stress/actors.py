@@ -131,10 +131,9 @@ def drain(say: Any, folder: str, host_pid: int) -> None:
 
 def run(say: Any, folder: str, command: list[str], channels: str) -> None:
     """Start a server under the tracer, as `moetrace run` does."""
-    with Path(folder + ".log").open("wb") as log:
-        traced = TracedProcess(command, folder, CaptureOptions.of(channels), log=log)
-        say(server=traced.process.pid)
-        traced.finish(traced.wait())
+    traced = TracedProcess(command, folder, CaptureOptions.of(channels), log=Path(folder + ".log"))
+    say(server=traced.process.pid)
+    traced.finish(traced.wait())
 
 
 def resume(say: Any, folder: str) -> None:

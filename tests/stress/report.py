@@ -20,6 +20,7 @@ ITEMS = {
     "faults": "test_faults.py",
     "hostile": "test_hostile.py",
     "load": "test_load.py",
+    "lives": "test_lives.py",
 }
 
 

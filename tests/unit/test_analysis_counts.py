@@ -20,8 +20,8 @@ from moetrace.analysis import (
     frequent_tokens,
     reading_order,
 )
-from moetrace.analysis import counts as counting
-from moetrace.analysis.counts import last_rows
+from moetrace.analysis.counts import counting
+from moetrace.analysis.counts.counting import last_rows
 from moetrace.errors import UsageError
 
 SIZES = [(32, 4), (8, 2), (33, 3), (64, 8), (65, 5), (100, 1), (255, 4), (256, 8), (300, 6)]

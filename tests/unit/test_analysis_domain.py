@@ -21,11 +21,11 @@ from moetrace.analysis import (
     domain_separation,
     domain_test,
     expert_frequency,
-    nulls,
     specialists,
 )
-from moetrace.analysis import information as info
-from moetrace.analysis.domain import jensen_shannon_distances, pseudo_f
+from moetrace.analysis.domains.domain import jensen_shannon_distances, pseudo_f
+from moetrace.analysis.statistics import information as info
+from moetrace.analysis.statistics import nulls
 from moetrace.errors import UsageError
 
 

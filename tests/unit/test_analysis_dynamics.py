@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import moetrace.analysis as m
-from moetrace.analysis.cold_experts import candidate_tokens, tokens_needed
-from moetrace.analysis.expert_circuits import path_test
-from moetrace.analysis.generation_dynamics import answers_match
-from moetrace.analysis.routed import exchange, rotation
-from moetrace.analysis.token_patterns import SEMANTIC_TYPES, repeated, semantic_type
+from moetrace.analysis.circuits import path_test
+from moetrace.analysis.counts.routed import exchange, rotation
+from moetrace.analysis.dynamics.generation import answers_match
+from moetrace.analysis.placement.cold_experts import candidate_tokens, tokens_needed
+from moetrace.analysis.text.lexicon import SEMANTIC_TYPES, semantic_type
+from moetrace.analysis.text.token_patterns import repeated
 from moetrace.errors import UsageError
 
 

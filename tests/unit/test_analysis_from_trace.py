@@ -11,7 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moetrace.analysis import count_routing, domain_test, from_trace, persistence, published
+import moetrace.analysis as m
+from moetrace.analysis import Routing, count_routing, domain_test, from_trace
+from moetrace.analysis.dynamics.temporal import shuffle_chosen
+from moetrace.analysis.experts import gate
+from moetrace.analysis.published import notebook as published
 from moetrace.errors import ChannelMissingError, UsageError
 
 N_REQUESTS = 8
@@ -70,6 +74,11 @@ class FakeTrace:
         return self._channel("logits", None)
 
 
+def domains_of(routing: Routing, **options: Any) -> m.DomainTest:
+    counts = routing.counts.labelled()
+    return domain_test(counts.included, counts.labels, layers=counts.layers, **options)
+
+
 def test_phases_are_kept_apart() -> None:
     trace = FakeTrace()
     tokens = {
@@ -83,7 +92,7 @@ def test_phases_are_kept_apart() -> None:
     assert "prefill" in error.value.fix
 
 
-def test_methods_give_what_the_functions_give() -> None:
+def test_a_trace_s_counts_are_those_of_its_columns() -> None:
     trace = FakeTrace()
     a = from_trace(trace)
     direct = count_routing(
@@ -99,27 +108,23 @@ def test_methods_give_what_the_functions_give() -> None:
     assert np.array_equal(a.counts.included, direct.included)
     assert np.array_equal(a.counts.top1, direct.top1)
     assert not np.array_equal(from_trace(trace, top1="router").counts.top1, direct.top1)
-    told = domain_test(direct.included, direct.labels, layers=trace.layers, n_permutations=49).table
-    pd.testing.assert_frame_equal(a.domain_test(n_permutations=49).table, told)
-    pd.testing.assert_frame_equal(a.persistence(), persistence(direct))
-    assert a.transitions(4).stay == pytest.approx(np.trace(direct.transitions[1]) / (8 * 39))
+    assert m.transitions(a.counts, 4).stay == pytest.approx(np.trace(direct.transitions[1]) / (8 * 39))
 
 
-def test_every_analysis_runs_on_a_trace() -> None:
+def test_analyses_run_on_a_trace() -> None:
     a = from_trace(FakeTrace(channels=("weights", "gate_input")))
-    assert (a.domain_test(n_permutations=99).table["p_value"] < 0.05).all()
-    assert len(a.domain_lift(n_boot=20, n_permutations=9)) == 2 * 3 * 16
-    assert len(a.expert_frequency()) == 2 * 3 * 16
-    assert (a.matched_separation(n_permutations=99).table["p_value"] < 0.05).all()
-    assert a.deep_dive().consumers == ("ffn_gate", "ffn_up", "ffn_down")
-    assert a.depth_contrast().early_layers == (3,)
-    assert len(a.domain_entropy()) == 6
-    assert len(a.load_balance()) == 3
-    assert a.shuffle_test(n_permutations=9, max_lag=2)["layer"].tolist() == [3, 3, 4, 4, 5, 5]
-    assert a.gate_distances()["prompt"].nunique() == 8
-    assert set(a.gate_summary()["tokens"]) == {320}
+    c = a.counts
+    assert (domains_of(a, n_permutations=99).table["p_value"] < 0.05).all()
+    assert len(m.domain_lift(c.included, c.labels, n_boot=20, n_permutations=9)) == 2 * 3 * 16
+    assert (m.matched_separation(a.token_counts, n_permutations=99).table["p_value"] < 0.05).all()
+    assert a.consumers == ("ffn_gate", "ffn_up", "ffn_down")
+    assert m.depth_contrast(c.included, c.labels, layers=c.layers).early_layers == (3,)
+    shuffled = shuffle_chosen(a.whole("a shuffle test"), n_permutations=9, max_lag=2)
+    assert shuffled["layer"].tolist() == [3, 3, 4, 4, 5, 5]
+    assert gate.distances_by_prompt(a.chosen, 1000)["prompt"].nunique() == 8
+    assert set(gate.summary_by_prompt(a.chosen)["tokens"]) == {320}
     with pytest.raises(ChannelMissingError):
-        from_trace(FakeTrace()).gate_distances()
+        gate.summary_by_prompt(from_trace(FakeTrace()).chosen)
 
 
 def test_rows_that_were_removed_when_the_answer_ended_are_no_text() -> None:
@@ -140,10 +145,10 @@ def test_rows_that_were_removed_when_the_answer_ended_are_no_text() -> None:
 def test_unlabelled_requests_count_for_routing_and_not_for_domains() -> None:
     a = from_trace(FakeTrace(unlabelled=(0, 3)))
     assert a.counts.prompts.size == 8
-    assert a.domain_test(n_permutations=9).n_prompts == 6
+    assert domains_of(a, n_permutations=9).n_prompts == 6
     assert a.token_counts.prompts.size == 6
     with pytest.raises(UsageError, match="has a domain"):
-        from_trace(FakeTrace(unlabelled=tuple(range(8)))).domain_test()
+        published.activations(from_trace(FakeTrace(unlabelled=tuple(range(8)))))
 
 
 def test_statistics_of_many_traces_equal_those_of_their_concatenation() -> None:
@@ -158,18 +163,17 @@ def test_statistics_of_many_traces_equal_those_of_their_concatenation() -> None:
     for name, value in together.counts.to_arrays().items():
         assert np.array_equal(apart.counts.to_arrays()[name], value), name
     options = {"n_permutations": 29}
-    pd.testing.assert_frame_equal(apart.domain_test(**options).table, together.domain_test(**options).table)
-    pd.testing.assert_frame_equal(
-        apart.matched_separation(**options).table, together.matched_separation(**options).table
-    )
+    pd.testing.assert_frame_equal(domains_of(apart, **options).table, domains_of(together, **options).table)
+    left, right = (m.matched_separation(each.token_counts, **options) for each in (apart, together))
+    pd.testing.assert_frame_equal(left.table, right.table)
     with pytest.raises(UsageError, match="one trace"):
-        apart.shuffle_test()
+        apart.whole("a shuffle test")
 
 
 def test_the_same_prompt_twice_is_one_observation() -> None:
     trace = FakeTrace()
     trace.requests["id"] = ["p", "q", "p", "q", "r", "s", "r", "s"]
-    assert from_trace(trace).domain_test(n_permutations=9).n_prompts == 4
+    assert domains_of(from_trace(trace), n_permutations=9).n_prompts == 4
     assert from_trace(trace, trace).counts.prompts.tolist() == ["p", "q", "r", "s"]
 
 
@@ -177,11 +181,11 @@ def test_request_numbers_need_not_begin_at_zero() -> None:
     trace = FakeTrace()
     trace.request = np.where(trace.request < 0, -1, trace.request + 5)
     trace.requests.index = trace.requests.index + 5
-    assert from_trace(trace).domain_test(n_permutations=9).n_prompts == 8
+    assert domains_of(from_trace(trace), n_permutations=9).n_prompts == 8
 
 
 def test_published_formulas_run_on_a_trace() -> None:
-    a = from_trace(FakeTrace(unlabelled=(0,))).published()
+    a = published.activations(from_trace(FakeTrace(unlabelled=(0,))))
     seen = published.overview(a)
     assert seen.activations == 7 * 40 * 3 * 2 * 3
     assert a.components == ("ffn_gate", "ffn_up", "ffn_down")
@@ -197,7 +201,7 @@ def test_captures_of_one_text_are_compared_token_by_token() -> None:
     two.experts[:, 1] = two.experts[:, 1, ::-1]
     two.token_ids = two.token_ids.copy()
     two.token_ids[49] += 1
-    found = from_trace(one).agreement(from_trace(two))
+    found = m.compare_captures(*(from_trace(each).whole("a comparison") for each in (one, two)))
     table, report = found.by_layer(), found.texts
     mean = table.pivot(index="layer", columns="metric", values="mean")
     assert mean["overlap"].tolist() == [1, 1, 1]
@@ -244,8 +248,8 @@ def test_memory_for_statistics_grows_by_row_and_not_by_activation(tmp_path: Path
         a = from_trace(long)
         _ = a.counts
         _ = a.token_counts
-        published.layer_separation(a.published())
-        a.published_frequency()
+        published.layer_separation(published.activations(a))
+        published.frequency_of_rows(a)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     per_row = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])

@@ -7,8 +7,8 @@ import pytest
 from scipy.special import expit
 
 import moetrace.analysis as m
-from moetrace.analysis import interference
-from moetrace.analysis.experts import chosen_outputs, expert_output
+from moetrace.analysis.experts import interference
+from moetrace.analysis.experts.outputs import chosen_outputs, expert_output
 from moetrace.errors import UsageError
 from moetrace.model.experts import Expert
 

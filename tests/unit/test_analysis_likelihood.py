@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moetrace.analysis.likelihood import likelihood_change
+from moetrace.analysis.statistics.likelihood import likelihood_change
 from moetrace.errors import InputError
 
 

@@ -8,8 +8,9 @@ import pytest
 from scipy import stats
 
 import moetrace.analysis as m
-from moetrace.analysis import manipulation, nulls
-from moetrace.analysis.manipulation import Edit
+from moetrace.analysis.experts import manipulation
+from moetrace.analysis.experts.manipulation import Edit
+from moetrace.analysis.statistics import nulls
 from moetrace.errors import UsageError
 
 

@@ -13,8 +13,8 @@ import pytest
 from scipy.spatial.distance import cosine as scipy_cosine
 
 import moetrace.analysis as m
-from moetrace.analysis import merging
-from moetrace.analysis.experts import blocks_of_pairs, expert_output
+from moetrace.analysis.experts import merging
+from moetrace.analysis.experts.outputs import blocks_of_pairs, expert_output
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.model import merged
 from moetrace.model.experts import Expert, LayerExperts

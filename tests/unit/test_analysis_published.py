@@ -13,7 +13,8 @@ import pytest
 from routing import shared_data
 
 import moetrace
-from moetrace.analysis import from_trace, published
+from moetrace.analysis import domain_test, from_trace
+from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
 from moetrace.trace.importers import import_trace
 
@@ -279,7 +280,8 @@ def test_imported_recordings_give_the_notebook_s_numbers(tmp_path: Path) -> None
     told = notebook.run_all(pd.concat(frames, ignore_index=True), range(24))
     import_trace(tmp_path / "runs", tmp_path / "t.moet", as_published=True, n_expert=32)
     with moetrace.open(tmp_path / "t.moet") as trace:
-        a = from_trace(trace, phase="all").published()
+        routing = from_trace(trace, phase="all")
+        a = published.activations(routing)
         assert published.overview(a).per_domain.to_dict() == told["overview"][0].to_dict()
         frames_equal(published.frequency(a).percent, told["percent"])
         pd.testing.assert_frame_equal(
@@ -288,6 +290,6 @@ def test_imported_recordings_give_the_notebook_s_numbers(tmp_path: Path) -> None
         assert published.classification(a).specialists == told["classes"][1]
         assert published.entropy(a).to_dict() == pytest.approx(told["entropy"])
         assert published.lag1(a, "domain-1-code").sequence.tolist() == told["lag1"][0].tolist()
-        test = from_trace(trace, phase="all").domain_test()
+        test = domain_test(routing.counts.included, routing.counts.labels)
         assert test.verdict == "cannot be tested: domain and prompt are the same thing"
         assert test.table["chi2"].to_numpy() * 1.0 == pytest.approx(told["separation"]["chi2"].to_numpy())

@@ -10,16 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrace.analysis import (
-    MetricSums,
-    TableAnalysis,
-    domain_lift,
-    expert_usage,
-    overview,
-    published,
-    usage_difference,
-)
+from moetrace.analysis import MetricSums, domain_lift, expert_usage, load_balance, usage_difference
+from moetrace.analysis.counts import overview
+from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
+from moetrace.findings import Subject
+from moetrace.trace.importers import CountTable
 
 
 @settings(max_examples=30, deadline=None)
@@ -121,21 +117,22 @@ def test_usage_of_two_captures_is_compared_prompt_by_prompt() -> None:
 def test_counts_alone_give_values_without_intervals() -> None:
     rng = np.random.default_rng(1)
     counts = rng.integers(1, 90, (3, 2, 6))
-    table = TableAnalysis(counts, ["c", "a", "b"], [4, 9])
-    test = table.domain_test()
+    subject = Subject([CountTable(("c", "a", "b"), np.array([4, 9]), counts)])
+    test = subject.domain_test()
     assert "do not tell the prompts" in test.verdict
     assert test.table["layer"].tolist() == [4, 9]
     assert test.table[["p_value", "jsd_low", "jsd_jackknife"]].isna().all(axis=None)
-    lift = table.domain_lift(n_boot=10).query("layer == 4 and domain == 'c'")
+    own = subject.labelled
+    lift = domain_lift(own.included, own.labels, layers=own.layers, n_boot=10)
+    lift = lift.query("layer == 4 and domain == 'c'")
     assert lift["count"].tolist() == counts[0, 0].tolist()
     assert lift[["low", "high", "p_family"]].isna().all(axis=None)
-    balance = table.load_balance()
+    balance = load_balance(own.included, None, layers=own.layers)
     assert balance[["tokens", "hottest_rate", "jain_low"]].isna().all(axis=None)
     assert balance["jain"].between(1 / 6, 1).all()
-    for refused in (table.persistence, table.gate_summary, table.matched_separation):
-        with pytest.raises(UsageError, match="which token chose what"):
-            refused()
-    once = table.published()
+    with pytest.raises(UsageError, match="which token chose what"):
+        _ = subject.routing
+    once = subject.activations
     assert published.overview(once).activations == 3 * counts.sum()
     with pytest.raises(UsageError, match="no order of tokens"):
         published.lag1(once, "a", 4)

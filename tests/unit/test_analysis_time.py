@@ -32,7 +32,7 @@ from moetrace.analysis import (
     shuffle_test,
     transitions,
 )
-from moetrace.analysis import layers as depth
+from moetrace.analysis.domains import layers as depth
 from moetrace.errors import UsageError
 
 

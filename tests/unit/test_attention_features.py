@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moetrace.analysis import attention as att
+from moetrace.analysis.counts import attention as att
 from moetrace.errors import UsageError
 
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrace.analysis import RoutedText, cache
+from moetrace.analysis import RoutedText
+from moetrace.analysis.placement import cache
 from moetrace.errors import UsageError
 
 

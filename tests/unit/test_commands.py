@@ -6,6 +6,8 @@ import argparse
 import csv
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +19,13 @@ from traces import small_trace
 
 import moetrace
 from moetrace.__main__ import COMMANDS, load, main, split
-from moetrace.commands.selecting import numbers
-from moetrace.errors import UsageError
+from moetrace.errors import MoetraceError, UsageError
 from moetrace.host.options import human_size, parse_size
+from moetrace.host.runtime import VARIABLES, preload_environment
+from moetrace.numbers import numbers
+from moetrace.trace.jsonfile import read_json, write_json
+from moetrace.trace.labels import append_labels
+from moetrace.trace.writer import TraceWriter
 
 GOLDEN = str(Path(__file__).parents[1] / "golden" / "two-contexts")
 KILLED = str(Path(__file__).parents[1] / "golden" / "killed")
@@ -245,3 +251,60 @@ def test_an_option_given_again_adds_up_and_wins_over_its_variable(monkeypatch: p
     assert parser.parse_args([]).intervene == ["force:*:1"]
     given = parser.parse_args(["--intervene", "ablate:0:1", "--intervene", "ablate:0:2"])
     assert given.intervene == ["ablate:0:1", "ablate:0:2"]
+
+
+ESCAPE = "\x1b]0;PWNED\x07\x1b[2J"
+
+
+def test_what_others_wrote_does_not_steer_the_terminal(tmp_path: Path, capsys: Capture) -> None:
+    """GIVEN names, a status and labels with escape sequences WHEN shown THEN no control character comes out."""
+    path = tmp_path / "t"
+    shutil.copytree(GOLDEN, path)
+    facts = read_json(path / "ctx0" / "context.json")
+    facts["model"]["name"] = facts["status"] = ESCAPE + "evil"
+    write_json(path / "ctx0" / "context.json", facts)
+    append_labels(path, [{"request": 0, "label": ESCAPE}])
+    with (path / "labels.jsonl").open("a") as file:
+        file.write(json.dumps({"request": 1, ESCAPE: ESCAPE, "crc": 1}) + "\n")
+    for argv in (
+        ["info"],
+        ["verify"],
+        ["dump"],
+        ["dump", "--label", ESCAPE],
+        ["stats"],
+        ["dump", "--layers", ESCAPE],
+    ):
+        main([argv[0], str(path), *argv[1:]])
+        shown = capsys.readouterr()
+        text = (shown.out + shown.err).replace("\n", "").replace("\t", "")
+        assert "\x1b" not in text, argv
+        assert "\x07" not in text, argv
+    main(["info", str(path)])
+    assert "PWNED" in capsys.readouterr().out, "it is shown, only made harmless"
+
+
+def test_the_tracers_variables_are_known() -> None:
+    """GIVEN the keys that the tracer reads from its environment THEN Python hides these, and no others."""
+    source = (Path(__file__).parents[2] / "csrc" / "config.cpp").read_text()
+    keys = re.search(r"KEYS\[\] = \{(.*?)\}", source, re.DOTALL)
+    assert keys is not None
+    assert {f"MOETRACE_{key.upper()}" for key in re.findall(r'"(\w+)"', keys[1])} == set(VARIABLES)
+    kept = preload_environment({"MOETRACE_LAYERS": "0", "MOETRACE_URL": "x", "PATH": "/bin"})
+    assert "MOETRACE_LAYERS" not in kept
+    assert kept["MOETRACE_URL"] == "x"
+
+
+def test_an_empty_trace_may_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    TraceWriter(path).close()
+    TraceWriter(path).close()
+    (path / "mine.txt").write_text("not empty any more")
+    with pytest.raises(MoetraceError, match="exists"):
+        TraceWriter(path)
+    (path / "mine.txt").unlink()
+    trace = TraceWriter(path)
+    assert trace.discard()
+    assert not path.exists()
+    path.mkdir()
+    assert TraceWriter(path).discard()
+    assert path.is_dir(), "it was there before"

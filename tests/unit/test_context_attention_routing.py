@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from moetrace.analysis import context_attention_routing
-from moetrace.analysis.context_attention_routing import (
+from moetrace.analysis.prediction.context_attention_routing import (
     FEWEST,
     attention_similarity,
     routing_similarity,

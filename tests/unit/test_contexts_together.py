@@ -16,7 +16,10 @@ from traces import Context, labelled_records, server_records, write_trace
 
 import moetrace
 from moetrace.__main__ import main
-from moetrace.analysis import from_trace
+from moetrace.analysis import compare_captures, from_trace
+from moetrace.analysis.dynamics.temporal import shuffle_chosen
+from moetrace.analysis.experts.gate import summary_by_prompt
+from moetrace.analysis.experts.outputs import layer_rows
 from moetrace.errors import TraceError, UsageError
 from moetrace.host.model import store_models
 from moetrace.model.file import ModelFile
@@ -304,9 +307,9 @@ def test_attention_is_found_in_its_own_context(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no attention of ctx7"):
         attention.row(0, 4, "ctx7")
     # and the analyses look there: the rows of every token, whichever context it is of
-    predictions = from_trace(trace, phase="all").predictions
-    rows = predictions._attention(predictions.text, 4)
-    at = [(source, row) for source, row in zip(predictions.text.sources, predictions.text.rows, strict=True)]
+    columns = from_trace(trace, phase="all").columns
+    rows = columns.attention(columns.text, 4)
+    at = [(source, row) for source, row in zip(columns.text.sources, columns.text.rows, strict=True)]
     for i, (source, row) in enumerate(at):
         part = trace.parts[source]
         np.testing.assert_array_equal(rows.row(i), written[part.shown[0], int(part.serial[row])])
@@ -328,14 +331,15 @@ def test_analyses_count_the_same(one: Trace, three: Trace, phase: Any) -> None:
                 np.testing.assert_array_equal(getattr(theirs, name), value, name)
     for name in ("experts", "starts", "tokens", "positions", "runs", "weights", "labels", "prompts"):
         np.testing.assert_array_equal(getattr(b.text, name), getattr(a.text, name), name)
-    pd.testing.assert_frame_equal(b.gate_summary(), a.gate_summary())
-    pd.testing.assert_frame_equal(b.shuffle_test(n_permutations=20), a.shuffle_test(n_permutations=20))
+    pd.testing.assert_frame_equal(summary_by_prompt(b.chosen), summary_by_prompt(a.chosen))
+    left, right = (shuffle_chosen(each.whole("a shuffle test"), n_permutations=20) for each in (b, a))
+    pd.testing.assert_frame_equal(left, right)
     for at_most in (None, 31):
         for index in (0, 2):
-            mine, theirs = a.layer_rows(index, at_most), b.layer_rows(index, at_most)
+            mine, theirs = layer_rows(a, index, at_most), layer_rows(b, index, at_most)
             for name, value in vars(mine).items():
                 np.testing.assert_array_equal(getattr(theirs, name), value, name)
-    same = a.agreement(b)
+    same = compare_captures(a.whole("a comparison"), b.whole("a comparison"))
     assert (same.texts["stopped_at"] == -1).all()
     assert same.by_depth().query("metric == 'exact'")["mean"].eq(1).all()
 

@@ -12,6 +12,7 @@ import traces
 
 import moetrace
 from moetrace.__main__ import main
+from moetrace.analysis import load_balance
 from moetrace.errors import InputError, UsageError
 from moetrace.findings import QUESTIONS, Finding, Subject, question
 from moetrace.report.files import write_finding
@@ -21,8 +22,11 @@ TABLE = pd.DataFrame({"layer": [0, 1], "value": [0.5e-12, float("nan")], "name":
 
 
 def test_a_finding_survives_json_with_its_missing_values() -> None:
-    made = Finding("load-balance", "Load balance", ("one",), ("two",), {"t": TABLE}, {"level": 0.95})
+    made = Finding(
+        "load-balance", "Load balance", ("one",), ("two",), {"t": TABLE}, {"level": 0.95}, False, "Decode."
+    )
     again = Finding.from_json(made.to_json())
+    assert (again.concludes, again.phase_note, again.not_answered) == (False, "Decode.", None)
     assert again.sentences == ("one",)
     assert again.parameters == {"level": 0.95}
     assert again.tables["t"]["layer"].tolist() == [0, 1]
@@ -76,8 +80,8 @@ def test_every_question_is_described_and_named_after_its_file(name: str) -> None
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_a_question_that_cannot_be_answered_says_why(name: str) -> None:
     finding = question(name)().ask(Subject([]))
-    assert finding.missing
-    assert "fix:" in finding.missing
+    assert finding.not_answered
+    assert "fix:" in finding.not_answered
     assert "Not answered" in render([finding], "table")
 
 
@@ -92,7 +96,8 @@ def test_analyze_prints_every_format_and_writes_files(
         )
         out[form] = capsys.readouterr().out
     with moetrace.open(path) as trace:
-        expected = Subject([trace]).analysis.load_balance()
+        counts = Subject([trace]).counts
+        expected = load_balance(counts.included, counts.tokens)
     assert "Load balance" in out["table"]
     assert "## Load balance" in out["md"]
     assert len(pd.read_csv(io.StringIO(out["csv"]))) == len(expected)

@@ -12,7 +12,7 @@ import pytest
 from parts import in_parts
 
 import moetrace.model
-from moetrace.analysis.merging import drop_experts, merge
+from moetrace.analysis.experts.merging import drop_experts, merge
 from moetrace.errors import InputError
 from moetrace.host.intervene import model_routers
 from moetrace.model.experts import LayerExperts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -15,7 +16,6 @@ from matplotlib.axes import Axes
 
 import moetrace
 from moetrace import analysis, plot
-from moetrace.analysis.from_trace import Analysis
 from moetrace.findings import Finding, Subject, question
 
 mpl.use("agg")
@@ -28,44 +28,66 @@ def _close() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def routed(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
+def routed(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     path = traces.labelled_trace(tmp_path_factory.mktemp("plot") / "t.moet", ("code", "math", "a $ b"))
-    return Subject([moetrace.open(path)]).analysis
+    return Subject([moetrace.open(path)])
 
 
-def kinds(a: Analysis) -> pd.DataFrame:
-    return analysis.specialists(a.domain_lift(n_boot=50, n_permutations=99))
+def of(function: Callable[..., Any], a: Subject, **options: Any) -> Any:
+    """An analysis of the labelled prompts' counts."""
+    return function(a.labelled.included, a.labelled.labels, layers=a.labelled.layers, **options)
 
 
-def lifts(a: Analysis) -> pd.DataFrame:
-    return a.domain_lift(n_boot=50, n_permutations=19)
+def frequency(a: Subject) -> pd.DataFrame:
+    c = a.labelled
+    return analysis.expert_frequency(c.included, c.tokens, c.labels, c.layers)
 
 
-def separated(a: Analysis) -> pd.DataFrame:
+def balance(a: Subject) -> pd.DataFrame:
+    return analysis.load_balance(a.counts.included, a.counts.tokens, layers=a.counts.layers)
+
+
+def matched(a: Subject) -> pd.DataFrame:
+    return analysis.matched_separation(a.routing.token_counts).table
+
+
+def steps(a: Subject) -> analysis.Transitions:
+    return analysis.transitions(a.counts, 1)
+
+
+def kinds(a: Subject) -> pd.DataFrame:
+    return analysis.specialists(of(analysis.domain_lift, a, n_boot=50, n_permutations=99))
+
+
+def lifts(a: Subject) -> pd.DataFrame:
+    return of(analysis.domain_lift, a, n_boot=50, n_permutations=19)
+
+
+def separated(a: Subject) -> pd.DataFrame:
     return a.domain_test(n_permutations=19).table
 
 
-DRAWINGS: dict[str, tuple[Callable[[Analysis], Axes], str, str]] = {
-    "usage": (lambda a: plot.usage(a.expert_frequency(), "code"), "expert", "layer"),
+DRAWINGS: dict[str, tuple[Callable[[Subject], Axes], str, str]] = {
+    "usage": (lambda a: plot.usage(frequency(a), "code"), "expert", "layer"),
     "usage_lift": (lambda a: plot.usage(lifts(a), "code", measure="lift"), "expert", "layer"),
     "separation": (lambda a: plot.separation(separated(a)), "layer", "bits"),
-    "matched": (lambda a: plot.matched_separation(a.matched_separation().table), "layer", "bits"),
+    "matched": (lambda a: plot.matched_separation(matched(a)), "layer", "bits"),
     "specialists": (lambda a: plot.specialists(kinds(a)), "lift", ""),
     "kinds": (lambda a: plot.kinds(kinds(a)), "layer", "experts"),
-    "persistence": (lambda a: plot.persistence(a.persistence()), "lag (tokens)", "experts shared"),
-    "persistence_by_layer": (lambda a: plot.persistence_by_layer(a.persistence()), "layer", "excess"),
-    "entropy": (lambda a: plot.entropy(a.domain_entropy()), "layer", "bits"),
-    "load_balance": (lambda a: plot.load_balance(a.load_balance()), "layer", "Jain"),
-    "transitions": (lambda a: plot.transitions(a.transitions(1)), "next", "first expert"),
-    "transitions_lift": (lambda a: plot.transitions(a.transitions(1), measure="lift"), "next", "first expert"),
-    "depth_contrast": (lambda a: plot.depth_contrast(a.depth_contrast()), "bits", ""),
-    "components": (lambda a: plot.components(a.deep_dive().percent), "expert", ""),
+    "persistence": (lambda a: plot.persistence(analysis.persistence(a.counts)), "lag (tokens)", "experts shared"),
+    "persistence_by_layer": (lambda a: plot.persistence_by_layer(analysis.persistence(a.counts)), "layer", "excess"),
+    "entropy": (lambda a: plot.entropy(of(analysis.domain_entropy, a)), "layer", "bits"),
+    "load_balance": (lambda a: plot.load_balance(balance(a)), "layer", "Jain"),
+    "transitions": (lambda a: plot.transitions(steps(a)), "next", "first expert"),
+    "transitions_lift": (lambda a: plot.transitions(steps(a), measure="lift"), "next", "first expert"),
+    "depth_contrast": (lambda a: plot.depth_contrast(of(analysis.depth_contrast, a)), "bits", ""),
+    "components": (lambda a: plot.components(of(analysis.deep_dive, a).percent), "expert", ""),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("name", DRAWINGS)
-def test_axes_are_labelled_in_both_themes(routed: Analysis, name: str, theme: plot.Theme) -> None:
+def test_axes_are_labelled_in_both_themes(routed: Subject, name: str, theme: plot.Theme) -> None:
     draw, x, y = DRAWINGS[name]
     with plot.style(theme):
         ax = draw(routed)
@@ -74,9 +96,9 @@ def test_axes_are_labelled_in_both_themes(routed: Analysis, name: str, theme: pl
     assert y in ax.get_ylabel()
 
 
-def test_a_drawing_goes_into_the_axes_it_is_given(routed: Analysis) -> None:
+def test_a_drawing_goes_into_the_axes_it_is_given(routed: Subject) -> None:
     _, (left, right) = plt.subplots(1, 2)
-    assert plot.load_balance(routed.load_balance(), ax=right) is right
+    assert plot.load_balance(balance(routed), ax=right) is right
     assert not left.lines
 
 
@@ -91,7 +113,7 @@ def test_missing_cells_are_seen_through_and_the_ground_is_hatched() -> None:
     assert tuple(colors[0, 0, :3]) == pytest.approx(mpl.colormaps["cividis"](0.0)[:3])
 
 
-def test_lines_stop_where_nothing_is_known(routed: Analysis) -> None:
+def test_lines_stop_where_nothing_is_known(routed: Subject) -> None:
     table = routed.domain_test(n_permutations=19).table
     table.loc[1, ["jsd_jackknife", "jsd_low", "jsd_high", "jsd_bits", "q_value"]] = np.nan
     ax = plot.separation(table)
@@ -101,14 +123,14 @@ def test_lines_stop_where_nothing_is_known(routed: Analysis) -> None:
 
 def test_layers_that_cannot_be_tested_have_neither_null_nor_full_points(tmp_path: Path) -> None:
     with moetrace.open(traces.labelled_trace(tmp_path / "t.moet", n_prompts=1)) as trace:
-        table = Subject([trace]).analysis.domain_test().table
+        table = Subject([trace]).domain_test().table
     ax = plot.separation(table)
     assert "measured, cannot be tested" in [c.get_label() for c in ax.collections]
     assert not any("q ≤" in str(c.get_label()) for c in ax.collections)
 
 
-def test_a_label_is_no_mathematics(routed: Analysis) -> None:
-    ax = plot.entropy(routed.domain_entropy())
+def test_a_label_is_no_mathematics(routed: Subject) -> None:
+    ax = plot.entropy(of(analysis.domain_entropy, routed))
     ax.figure.canvas.draw()
     legend = ax.get_legend()
     assert legend is not None
@@ -139,9 +161,7 @@ def test_the_strongest_specialists_are_drawn_with_their_intervals() -> None:
     "name",
     ["domain-separation", "specialists", "persistence", "transitions", "expert-frequency", "deep-dive"],
 )
-def test_a_finding_from_json_draws_what_the_new_one_draws(
-    routed: Analysis, tmp_path: Path, name: str
-) -> None:
+def test_a_finding_from_json_draws_what_the_new_one_draws(routed: Subject, tmp_path: Path, name: str) -> None:
     with moetrace.open(traces.labelled_trace(tmp_path / "t.moet", n_prompts=1)) as trace:
         finding = question(name)().answer(Subject([trace]))
     again = Finding.from_json(finding.to_json())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moetrace.analysis import attention_prediction, predict, task_prediction
-from moetrace.analysis.predict import Problem
-from moetrace.analysis.routed import membership
+from moetrace.analysis import attention_prediction, task_prediction
+from moetrace.analysis.counts.routed import membership
+from moetrace.analysis.prediction import predict
+from moetrace.analysis.prediction.predict import Problem
 from moetrace.errors import UsageError
 
 

@@ -14,6 +14,8 @@ from rings import make_layout
 import moetrace
 from moetrace.__main__ import main
 from moetrace.analysis import from_trace
+from moetrace.analysis.prediction.by_layer import attention_by_layer, task_by_layer
+from moetrace.analysis.published import prediction as published
 from moetrace.errors import ChannelMissingError, UsageError
 from moetrace.findings import Finding, Subject, question
 from moetrace.model.file import ModelFile
@@ -139,7 +141,7 @@ def test_an_early_layer_that_decides_is_found(attending: Path, tmp_path: Path) -
 def test_what_is_missing_is_said_with_the_option_that_adds_it(tmp_path: Path) -> None:
     bare = write_attending(tmp_path / "bare.moet", attention=False, gate_input=False)
     for name in NAMES[:2]:
-        missing = answer(name, bare).missing
+        missing = answer(name, bare).not_answered
         assert missing is not None
         assert "has no attention" in missing
         assert "--capture experts,weights,attention" in missing
@@ -147,7 +149,7 @@ def test_what_is_missing_is_said_with_the_option_that_adds_it(tmp_path: Path) ->
     assert "as_published" not in finding.tables
     assert sum("--capture" in caveat for caveat in finding.caveats) == 2
     with moetrace.open(bare) as trace, pytest.raises(ChannelMissingError):
-        from_trace(trace, phase="all").predictions.as_published_task_prediction(1)
+        published.task_by_layer(from_trace(trace, phase="all").columns, 1)
     half = write_attending(tmp_path / "half.moet", gate_input=False)
     assert any("--capture attention,gate_input" in c for c in answer("attention-prediction", half).caveats)
 
@@ -156,7 +158,7 @@ def test_attention_rows_that_are_not_there(tmp_path: Path) -> None:
     path = write_attending(tmp_path / "t.moet", attention=False)
     for name, spec in (("attention", ATTENTION_TABLE), ("attention_values", VALUES_TABLE)):
         TableWriter.create(path / "ctx0" / name, spec).close()
-    missing = answer("attention-prediction", path).missing
+    missing = answer("attention-prediction", path).not_answered
     assert missing is not None
     assert "-fa off" in missing
 
@@ -180,13 +182,13 @@ def test_selected_layers_and_several_traces(attending: Path, tmp_path: Path) -> 
     assert finding.tables["recall"]["layer"].unique().tolist() == [1, 2]
     other = write_attending(tmp_path / "u.moet", seed=1)
     with moetrace.open(attending) as one, moetrace.open(other) as two:
-        both = from_trace(one, two, phase="all").predictions
+        both = from_trace(one, two, phase="all").columns
         assert np.unique(both.text.sources).size == 1  # requests of one id are one prompt
-        assert len(both.text) == len(from_trace(one, phase="all").predictions.text)
+        assert len(both.text) == len(from_trace(one, phase="all").text)
         with pytest.raises(UsageError, match="no MoE layer 9"):
-            both.attention_prediction([9])
+            attention_by_layer(both, [9])
         with pytest.raises(UsageError, match="no MoE layer with others after it"):
-            both.task_prediction(2)
+            task_by_layer(both, 2)
 
 
 def test_the_cache_question_in_experts_and_in_bytes(attending: Path, tmp_path: Path, model_file: Any) -> None:
@@ -207,7 +209,7 @@ def test_the_cache_question_in_experts_and_in_bytes(attending: Path, tmp_path: P
     assert curve.loc["layer", "fetched_bytes"] == pytest.approx(curve.loc["layer", "fetched"] * size)
     assert "KiB" in " ".join(told.sentences)
     for wrong in ({"slots": "many"}, {"slots": "9"}, {"policies": "fifo"}):
-        missing = answer("expert-cache", attending, **wrong).missing
+        missing = answer("expert-cache", attending, **wrong).not_answered
         assert missing is not None
         assert "fix:" in missing
 

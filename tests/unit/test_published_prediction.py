@@ -8,7 +8,7 @@ from math import comb, sqrt
 import numpy as np
 import pytest
 
-from moetrace.analysis import published_prediction as published
+from moetrace.analysis.published import prediction as published
 from moetrace.errors import UsageError
 
 

@@ -12,7 +12,9 @@ import pytest
 
 from moetrace.errors import TraceError
 from moetrace.trace import record
+from moetrace.trace.loss import LOST_COUNTERS, LOST_EVENT_COUNTERS
 from moetrace.trace.record import (
+    COUNTERS,
     RECORD_HEAD,
     RING_FIELD,
     RING_HEADER,
@@ -105,6 +107,15 @@ def test_every_value_of_every_enum(compiled: dict[str, int]) -> None:
         if enum is Counter:
             assert theirs.pop("COUNT_N") == len(Counter)
         assert mine == theirs
+
+
+def test_counters_have_one_list_of_names() -> None:
+    """What the host writes into a ring, and what Python counts by, are the names of the enum."""
+    text = "".join(path.read_text() for path in sorted(RECORD_H.parent.glob("*.cpp")))
+    listed = re.search(r"COUNTERS\[\w*\] = \{(.*?)\}", text, re.S)
+    assert listed
+    assert tuple(re.findall(r'"(\w+)"', listed[1])) == COUNTERS
+    assert {*LOST_COUNTERS, *LOST_EVENT_COUNTERS} < set(COUNTERS)
 
 
 def test_constants_and_magic(compiled: dict[str, int]) -> None:

@@ -17,17 +17,17 @@ import traces
 
 import moetrace
 from moetrace.__main__ import main
-from moetrace.analysis.counts import RoutingCounts
+from moetrace.analysis.counts.counting import RoutingCounts
 from moetrace.errors import InputError
-from moetrace.findings import QUESTIONS, Finding, Subject, question
+from moetrace.findings import QUESTIONS, Finding, Subject, ask_all, question
 from moetrace.report.captured import captured
 from moetrace.report.explorer import explorer, pack, unpack
-from moetrace.report.files import figures_of
-from moetrace.report.methods import Method, linked
-from moetrace.report.page import MAX_BYTES, Report, ask_all, render_page, write_report
+from moetrace.report.files import figures_of, widget_tables
+from moetrace.report.methods import linked, methods
+from moetrace.report.page import MAX_BYTES, Report, render_page, write_report
 from moetrace.report.summary import summary
 
-ASKED = list(QUESTIONS)[: list(QUESTIONS).index("gate-distances") + 1]
+ASKED = [name for name, asked in QUESTIONS.items() if not asked.needs_model and not asked.compares]
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> $\\frac{1}{2$ {{7*7}} \x1b[31m"
 
 
@@ -77,7 +77,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         subject = Subject([trace], names=["t"])
         findings = [question(name)().ask(subject) for name in ASKED]
         report = write_report(subject, findings, folder / "out")
-        counts = subject.analysis.counts
+        counts = subject.counts
     text = report.page.read_text(encoding="utf-8")
     return SimpleNamespace(folder=folder / "out", report=report, text=text, page=Page(text), counts=counts)
 
@@ -144,7 +144,7 @@ def test_figures_are_there_as_png_and_pdf(small: SimpleNamespace) -> None:
 
 
 def test_what_is_missing_is_listed_with_reason_and_fix(small: SimpleNamespace) -> None:
-    assert "gate-distances" in [f.name for f in small.report.findings if f.missing]
+    assert "gate-distances" in [f.name for f in small.report.findings if f.not_answered]
     assert "missing" in small.page.ids
     assert "fix: capture it again with --capture experts,weights,gate_input" in small.page.text
     assert "fix: capture it again with --capture experts,weights,gate_input" in summary(
@@ -212,7 +212,7 @@ def test_a_domain_without_tokens_in_a_layer_stays_missing(tmp_path: Path) -> Non
         findings = [question("expert-frequency")().ask(subject)]
     # the last layer of a prompt is computed for one token; nowhere is a number made up
     assert arrays["tokens"][:, -1].tolist() == [12, 4, 4, 4]
-    assert findings[0].missing is None
+    assert findings[0].not_answered is None
 
 
 def test_one_prompt_per_domain_cannot_be_tested(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_the_page_stays_below_5_mb_at_92_layers_of_160_experts(tmp_path: Path) -
         subject = Subject([trace])
         about = captured(subject)
         stand_in = SimpleNamespace(
-            analysis=SimpleNamespace(counts=counts, n_expert=np.full(92, 160)),
+            counts=counts, n_expert=np.full(92, 160),
             phase_note="decode", seed=0, traces=(), table=None,
         )  # fmt: skip
         text = render_page(stand_in, findings, about)  # type: ignore[arg-type]
@@ -304,7 +304,8 @@ def test_the_page_stays_below_5_mb_at_92_layers_of_160_experts(tmp_path: Path) -
 def test_findings_made_elsewhere_get_their_section(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moetrace.report.page.QUESTIONS", {"overview": "", "load-balance": ""})
+    few = {name: QUESTIONS[name] for name in ("overview", "load-balance")}
+    monkeypatch.setattr(QUESTIONS, "_found", few)
     path = traces.labelled_trace(tmp_path / "t.moet")
     made = Finding(
         "own-question", "Own", ("Two experts are alike.",), (), {"pairs": pd.DataFrame({"a": [1]})}
@@ -328,6 +329,39 @@ def test_a_finding_that_lacks_its_tables_is_refused_by_name() -> None:
         figures_of(made)
 
 
+def test_a_widget_is_drawn_of_the_table_of_the_question_that_declares_it() -> None:
+    """Another question may have a table of the same columns, and come first."""
+    mine, theirs = (
+        pd.DataFrame({"layer": [0], "jsd_bits": [0.5]}),
+        pd.DataFrame({"layer": [0], "jsd_bits": [9.0]}),
+    )
+    findings = [
+        Finding("matched-separation", "Other", ("s",), (), {"domain_test": theirs}),
+        Finding("domain-separation", "Separation", ("s",), (), {"other": theirs, "domain_test": mine}),
+        Finding("specialists", "Specialists", not_answered="no domain"),
+    ]
+    assert widget_tables(findings) == {"separation": mine}
+    with pytest.raises(InputError, match="specialists has no 'domain_lift'"):
+        widget_tables([Finding("specialists", "Specialists", ("s",))])
+
+
+@pytest.mark.parametrize(("concludes", "where"), [(True, "conclusions"), (False, "limits")])
+def test_whether_an_answer_concludes_is_what_it_says_of_itself(
+    tmp_path: Path, concludes: bool, where: str
+) -> None:
+    """Not what words it uses."""
+    said = Finding("own", "Own", ("It cannot be said more plainly.",), concludes=concludes)
+    with moetrace.open(traces.small_trace(tmp_path / "t.moet")) as trace:
+        subject = Subject([trace])
+        text = Page(render_page(subject, [said], captured(subject))).text
+    conclusions, _, limits = text.partition("What cannot")
+    sentence = said.sentences[0]
+    assert {"conclusions": sentence in conclusions, "limits": sentence in limits.partition("Explore")[0]}[
+        where
+    ]
+    assert sentence not in (limits.partition("Explore")[0] if concludes else conclusions)
+
+
 def test_report_refuses_what_holds_no_findings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,7 +378,7 @@ def test_words_lead_to_their_method() -> None:
     assert text.count("<a ") == 3
     assert '<a class="method" href="#m-jackknife">jackknife</a>' in text
     assert "&lt;b&gt;" in text
-    assert len({method.anchor for method in Method.every}) == len(Method.every)
+    assert len({method.anchor for method in methods()}) == len(methods())
 
 
 def test_every_question_says_how_its_number_is_made() -> None:
@@ -354,10 +388,10 @@ def test_every_question_says_how_its_number_is_made() -> None:
 
 def test_what_was_given_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("overview", "load-balance", "compare", "expert-merging")
-    monkeypatch.setattr("moetrace.report.page.QUESTIONS", dict.fromkeys(names, ""))
+    monkeypatch.setattr(QUESTIONS, "_found", {name: QUESTIONS[name] for name in names})
     given = Finding("load-balance", "Load", ("made before",))
     with moetrace.open(traces.small_trace(tmp_path / "t.moet")) as trace:
-        findings = {finding.name: finding for finding in ask_all(Subject([trace]), [given])}
+        findings = {finding.name: finding for finding in ask_all(Subject([trace]), given=[given])}
     assert list(findings) == ["overview", "load-balance", "expert-merging"]  # one trace: nothing to compare
     assert findings["load-balance"] is given
-    assert "needs the model" in (findings["expert-merging"].missing or "")
+    assert "needs the model" in (findings["expert-merging"].not_answered or "")

@@ -24,10 +24,10 @@ from moetrace.trace.attention import AttentionAssembler
 from moetrace.trace.jsonfile import read_json, write_json
 from moetrace.trace.record import Counter, Field, RecordKind, record_dtype
 from moetrace.trace.recover import recover
-from moetrace.trace.ring import process_alive
+from moetrace.trace.ring import Ring, process_alive
 from moetrace.trace.store import TraceStore
 from moetrace.trace.verify import verify
-from moetrace.trace.writer import TraceWriter
+from moetrace.trace.writer import TraceWriter, final_counters
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -180,3 +180,31 @@ def test_the_command_refuses_in_words(tmp_path: Path) -> None:
     assert "moetrace recover" in run.stderr
     assert "Traceback" not in run.stderr
     assert json.loads((path / "meta.json").read_text())["state"] == "live"
+
+
+@pytest.mark.parametrize("upto", [1, 14, 27, 39])
+def test_a_context_that_ends_while_another_goes_on(tmp_path: Path, upto: int) -> None:
+    """GIVEN requests of one context whose rows are not sealed yet WHEN another one is closed, and then the recorder
+    dies, THEN what it takes from the ring again is what it would have been.
+    """
+    layout = make_layout(numbered=True)
+    context = Context(layout, server_records(layout, np.random.default_rng(2)))
+    path = write_trace(tmp_path / "t", [context, context], close=False, sealed=0)
+    trace = TraceWriter.resume(path)
+    first, second = trace.contexts
+    with Ring(first.path / "ring") as ring:
+        first.append(ring.snapshot()[0][:upto])
+    with Ring(second.path / "ring") as ring:
+        second.append(ring.snapshot()[0])
+        second.seal()
+        second.close(final_counters(ring, second))
+    (second.path / "ring").unlink()
+    trace.detach()
+    assert verify(path).exit_code == 3
+    recover(path)
+    assert verify(path).findings == ()
+    with moetrace.open(path) as after:
+        assert len(after.requests) == 6
+        request = np.asarray(after.request)
+        for number in after.requests.index:
+            assert (request == number).sum() == 10

@@ -23,7 +23,7 @@ from moetrace.trace.importers.counts import COLUMNS, CountTable, read_counts
 from moetrace.trace.importers.source import DECODE, PREFILL, Piece, Shape, Tally, lines, merged
 from moetrace.trace.jsonfile import write_json
 from moetrace.trace.labels import append_labels
-from moetrace.trace.record import Counter
+from moetrace.trace.record import COUNTERS
 from moetrace.trace.requests import REQUEST_TABLE
 from moetrace.trace.rows import Layout
 from moetrace.trace.storage import disk_error
@@ -385,7 +385,7 @@ def _write(
         rows.seal()
         requests.seal()
     # rows that the source numbers but does not hold count as produced and lost
-    context["counters"] = {counter.name.lower(): 0 for counter in Counter} | {
+    context["counters"] = dict.fromkeys(COUNTERS, 0) | {
         "rows_produced": n_serials,
         "rows_committed": n_rows,
         "rows_lost_error": n_serials - n_rows,

@@ -1,0 +1,396 @@
+"""Do experts of different layers work together? Dependence between layers, and paths that hold on other prompts.
+
+Everything is held against the same prompts' tokens turned round: the later layer's routing is moved along each
+prompt by a random number of tokens. That keeps how often experts are used, in every prompt, and how long they
+stay; what goes is that both layers look at the same token. As rotations form a group, the p-values are exact
+however few tokens there are; from 5 tokens nothing can be concluded, and nothing is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from moetrace.analysis.counts.routed import RoutedText, rotation, standardised
+from moetrace.analysis.statistics import nulls
+from moetrace.analysis.statistics.information import entropy_bits, shares
+from moetrace.analysis.statistics.shapes import Floats, Ints
+from moetrace.errors import UsageError
+
+_LN2 = float(np.log(2.0))
+
+
+@dataclass(frozen=True)
+class Circuits:
+    """Dependence between layers.
+
+    Attributes
+    ----------
+    layers
+        One row per pair of layers (``layer``, ``to_layer``): ``tokens``; ``mi_bits``, mutual information of the
+        two first experts (plug-in); ``mi_corrected_bits`` less Miller and Madow's bias (m_a − 1)(m_b − 1)/(2N
+        ln 2); ``mi_null_bits``, the mean over rotations; ``excess_bits``, plug-in less that; ``share``, the
+        excess over the smaller of the two entropies; ``p_value``, and ``p_family`` over all pairs of layers
+        (max-T).
+    edges
+        One row per pair of experts, the strongest first: ``layer``, ``expert``, ``to_layer``, ``to_expert``;
+        ``tokens`` that use both, ``expected`` over rotations; ``lift`` = P(to | from)/P(to); ``within``, tokens
+        over expected, with ``low``, ``high`` (jackknife over prompts, 95 %); ``given_token``: tokens over what
+        the token ids alone would give (NaN where ids are unknown), 1 if the two share no more than their words;
+        ``z``; ``p_value``; ``p_family``, over all edges of all layers.
+    paths
+        Chains of significant edges found in one half of the prompts, tested in the other half: ``path``,
+        ``length`` in experts, ``tokens`` of the other half that use all of it, ``expected`` over rotations, ``lift``,
+        ``p_value``, ``p_family`` over all paths (max-T), ``replicated``.
+    edges_tested, prompts, tokens
+        How many.
+    paths_found
+        Chains found in the first half; more than in ``paths`` if there were too many to test.
+    """
+
+    layers: pd.DataFrame
+    edges: pd.DataFrame
+    paths: pd.DataFrame
+    edges_tested: int
+    prompts: int
+    tokens: int
+    paths_found: int
+
+
+def expert_circuits(
+    text: RoutedText,
+    *,
+    max_gap: int = 1,
+    min_support: int = 5,
+    alpha: float = 0.05,
+    n_permutations: int = 199,
+    max_rows: int = 8000,
+    max_edges: int = 500,
+    max_paths: int = 100,
+    seed: int = 0,
+) -> Circuits:
+    """Look for dependence between layers, edges between experts, and paths.
+
+    Parameters
+    ----------
+    max_gap
+        Compare each layer with so many of the following ones.
+    min_support
+        Experts used by fewer tokens are left out of the edges.
+    alpha
+        Level at which edges enter paths, and paths count as replicated.
+    n_permutations, seed
+        Random rotations.
+    max_rows
+        Whole prompts are drawn at random until they hold so many tokens.
+    max_edges, max_paths
+        So many are listed, the strongest first; edges with ``p_family`` ≤ alpha always.
+
+    Raises UsageError if there are fewer than two layers.
+    """
+    if text.experts.shape[1] < 2:
+        raise UsageError("a circuit needs two layers or more", fix="capture more layers")
+    used = text.some(max_rows, seed)
+    rng = np.random.default_rng(seed)
+    whole = _Edges.of(used, max_gap, min_support, n_permutations, rng)
+    order = rng.permutation(used.n_requests)
+    half = used.n_requests // 2
+    found: list[tuple[tuple[int, int], ...]] = []
+    if half >= 1:
+        part = _Edges.of(used.of(np.sort(order[:half])), max_gap, min_support, n_permutations, rng)
+        found = _chains(part.significant(alpha))
+        paths = path_test(
+            used.of(np.sort(order[half:])), found[:max_paths], n_permutations=n_permutations, seed=seed
+        )
+    else:
+        paths = path_test(used, [])
+    paths["replicated"] = paths["p_family"] <= alpha
+    return Circuits(
+        whole.layers_table(),
+        whole.edges_table(alpha, max_edges),
+        paths,
+        whole.n_tested,
+        used.n_requests,
+        len(used),
+        len(found),
+    )
+
+
+@dataclass
+class _Pair:
+    """Two layers: the rows at which both are known, memberships there, and tables over edges (E, E)."""
+
+    a: int
+    b: int
+    rows: Ints
+    starts: Ints
+    in_a: npt.NDArray[np.float32]
+    in_b: npt.NDArray[np.float32]
+    first_a: Ints
+    first_b: Ints
+    eligible: npt.NDArray[np.bool_]
+    expected: Floats
+    variance: Floats
+
+    @classmethod
+    def of(cls, text: RoutedText, a: int, b: int, min_support: int) -> _Pair:
+        rows = np.flatnonzero(text.known(a) & text.known(b))
+        sizes = np.bincount(text.owner[rows], minlength=text.n_requests)
+        sizes = sizes[sizes > 0]
+        starts = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
+        in_a, in_b = text.member(a, rows), text.member(b, rows)
+        begin = starts[:-1]
+        if rows.size:
+            sum_a, sum_b = (np.add.reduceat(x, begin, axis=0, dtype=np.float64) for x in (in_a, in_b))
+        else:
+            sum_a = sum_b = np.zeros((0, text.n_expert))
+        n = sizes.astype(np.float64)[:, None]
+        spread = np.where(n > 1, n * n * (n - 1), 1.0)
+        return cls(
+            a,
+            b,
+            rows,
+            starts,
+            in_a,
+            in_b,
+            text.first[rows, a],
+            text.first[rows, b],
+            (sum_a.sum(axis=0) >= min_support)[:, None] & (sum_b.sum(axis=0) >= min_support),
+            (sum_a / n).T @ sum_b,
+            (sum_a * (n - sum_a) / spread).T @ (sum_b * (n - sum_b)),
+        )
+
+    def statistics(self, turned: Ints | None) -> tuple[Floats, Floats, float]:
+        """Joint counts (E, E), z (E, E; −inf where not eligible), and mutual information in bits."""
+        in_b, first_b = (
+            (self.in_b, self.first_b) if turned is None else (self.in_b[turned], self.first_b[turned])
+        )
+        n_expert = in_b.shape[1]
+        joint = (self.in_a.T @ in_b).astype(np.float64)
+        z = np.where(self.eligible, standardised(joint, self.expected, self.variance), -np.inf)
+        table = np.bincount(self.first_a * n_expert + first_b, minlength=n_expert**2)
+        return joint, z, _information(table.reshape(n_expert, n_expert))
+
+
+def _information(table: npt.ArrayLike) -> float:
+    c = np.asarray(table, dtype=np.float64)
+    if not c.sum():
+        return float("nan")
+    joint = entropy_bits(shares(c.ravel()))
+    return float(entropy_bits(shares(c.sum(axis=0))) + entropy_bits(shares(c.sum(axis=1))) - joint)
+
+
+@dataclass
+class _Edges:
+    text: RoutedText
+    pairs: list[_Pair]
+    joint: list[Floats]
+    z: list[Floats]
+    p_value: list[Floats]
+    p_family: list[Floats]
+    information: Floats  # (1 + B, pairs)
+
+    @classmethod
+    def of(
+        cls, text: RoutedText, max_gap: int, min_support: int, n_permutations: int, rng: np.random.Generator
+    ) -> _Edges:
+        n_layers = text.experts.shape[1]
+        pairs = [
+            _Pair.of(text, a, b, min_support)
+            for a in range(n_layers)
+            for b in range(a + 1, min(a + max_gap, n_layers - 1) + 1)
+        ]
+        information = np.full((n_permutations + 1, len(pairs)), np.nan)
+        largest = np.full(n_permutations, -np.inf)
+        joint, z, reached = [], [], []
+        for i, pair in enumerate(pairs):
+            seen, score, information[0, i] = pair.statistics(None)
+            count = np.zeros(score.shape)
+            for draw in range(n_permutations):
+                _, null, information[draw + 1, i] = pair.statistics(rotation(pair.starts, rng))
+                count += null >= score - 1e-9
+                largest[draw] = max(largest[draw], null.max(initial=-np.inf))
+            joint.append(seen)
+            z.append(score)
+            reached.append(count)
+        ordered = np.sort(largest)
+        above = [n_permutations - np.searchsorted(ordered, score - 1e-9) for score in z]
+        total = n_permutations + 1
+        return cls(
+            text,
+            pairs,
+            joint,
+            z,
+            [np.where(p.eligible, (1 + c) / total, np.nan) for p, c in zip(pairs, reached, strict=True)],
+            [np.where(p.eligible, (1 + c) / total, np.nan) for p, c in zip(pairs, above, strict=True)],
+            information,
+        )
+
+    @property
+    def n_tested(self) -> int:
+        return int(sum(pair.eligible.sum() for pair in self.pairs))
+
+    def significant(self, alpha: float) -> dict[tuple[int, int], list[tuple[int, int, float]]]:
+        """(layer, expert) -> its significant edges (layer, expert, z), layers as indices."""
+        out: dict[tuple[int, int], list[tuple[int, int, float]]] = {}
+        for pair, z, p in zip(self.pairs, self.z, self.p_family, strict=True):
+            with np.errstate(invalid="ignore"):
+                some = np.argwhere((p <= alpha) & (z > 0))
+            for a, b in some.tolist():
+                out.setdefault((pair.a, a), []).append((pair.b, b, float(z[a, b])))
+        return out
+
+    def layers_table(self) -> pd.DataFrame:
+        rows = []
+        for i, pair in enumerate(self.pairs):
+            n = pair.rows.size
+            n_expert = self.text.n_expert
+            used = [np.bincount(x, minlength=n_expert) for x in (pair.first_a, pair.first_b)]
+            kinds = [int((u > 0).sum()) for u in used]
+            plain, null = self.information[0, i], self.information[1:, i].mean()
+            ceiling = min(float(entropy_bits(shares(u))) for u in used) if n else float("nan")
+            bias = (kinds[0] - 1) * (kinds[1] - 1) / (2 * n * _LN2) if n else float("nan")
+            rows.append(
+                {
+                    "layer": int(self.text.layers[pair.a]),
+                    "to_layer": int(self.text.layers[pair.b]),
+                    "tokens": n,
+                    "mi_bits": plain,
+                    "mi_corrected_bits": plain - bias,
+                    "mi_null_bits": null,
+                    "excess_bits": plain - null,
+                    "share": (plain - null) / ceiling if ceiling > 0 else float("nan"),
+                }
+            )
+        table = pd.DataFrame(rows)
+        table["p_value"] = nulls.permutation_p(self.information)
+        table["p_family"] = nulls.max_t(self.information)
+        return table
+
+    def edges_table(self, alpha: float, max_edges: int) -> pd.DataFrame:
+        columns = ["layer", "expert", "to_layer", "to_expert", "tokens", "expected", "lift", "within", "low"]
+        columns += ["high", "given_token", "z", "p_value", "p_family"]
+        flat = [
+            (z[a, b], i, a, b)
+            for i, z in enumerate(self.z)
+            for a, b in _strongest(z, self.p_family[i], alpha, max_edges)
+        ]
+        flat.sort(key=lambda edge: -edge[0])
+        sure = sum(self.p_family[i][a, b] <= alpha for _, i, a, b in flat)
+        rows = [self._edge(i, a, b) for _, i, a, b in flat[: max(max_edges, int(sure))]]
+        return pd.DataFrame(rows, columns=columns)
+
+    def _edge(self, i: int, a: int, b: int) -> tuple[object, ...]:
+        pair, n = self.pairs[i], self.pairs[i].rows.size
+        use_a, use_b = pair.in_a[:, a].astype(np.float64), pair.in_b[:, b].astype(np.float64)
+        begin, sizes = pair.starts[:-1], np.diff(pair.starts)
+        together, of_a, of_b = (
+            np.add.reduceat(x, begin, dtype=np.float64) for x in (use_a * use_b, use_a, use_b)
+        )
+        seen, expected = self.joint[i][a, b], pair.expected[a, b]
+        within = nulls.ratio_interval(together[:, None], (of_a * of_b / sizes)[:, None])
+        tokens = np.asarray(self.text.tokens)[pair.rows]
+        given = float("nan")
+        if n and (tokens >= 0).all():
+            _, code = np.unique(tokens, return_inverse=True)
+            of_x, a_x, b_x = (np.bincount(code, weights=w) for w in (np.ones(n), use_a, use_b))
+            words = float((a_x * b_x / of_x).sum())
+            given = seen / words if words > 0 else float("nan")
+        return (
+            int(self.text.layers[pair.a]),
+            a,
+            int(self.text.layers[pair.b]),
+            b,
+            int(seen),
+            expected,
+            seen * n / (use_a.sum() * use_b.sum()),
+            seen / expected if expected > 0 else float("nan"),
+            float(np.maximum(within.low[0], 0.0)),
+            float(within.high[0]),
+            given,
+            self.z[i][a, b],
+            self.p_value[i][a, b],
+            self.p_family[i][a, b],
+        )
+
+
+def _strongest(z: Floats, family: Floats, alpha: float, at_most: int) -> list[tuple[int, int]]:
+    order = np.argsort(-z, axis=None, kind="stable")
+    with np.errstate(invalid="ignore"):
+        n = max(min(at_most, int(np.isfinite(z).sum())), int((family <= alpha).sum()))
+    return [(int(i // z.shape[1]), int(i % z.shape[1])) for i in order[:n]]
+
+
+def _chains(
+    edges: dict[tuple[int, int], list[tuple[int, int, float]]], at_most: int = 10_000
+) -> list[tuple[tuple[int, int], ...]]:
+    """Chains that cannot be made longer, those with the strongest weakest edge first."""
+    reached = {(layer, expert) for out in edges.values() for layer, expert, _ in out}
+    done: list[tuple[float, tuple[tuple[int, int], ...]]] = []
+    open_: list[tuple[float, tuple[tuple[int, int], ...]]] = [
+        (float("inf"), (start,)) for start in edges if start not in reached
+    ]
+    while open_ and len(done) < at_most:
+        weakest, path = open_.pop()
+        following = edges.get(path[-1], [])
+        if not following:
+            done.append((weakest, path))
+        open_ += [(min(weakest, z), (*path, (layer, expert))) for layer, expert, z in following]
+    done.sort(key=lambda item: (-item[0], item[1]))
+    return [path for _, path in done]
+
+
+def path_test(
+    text: RoutedText,
+    paths: list[tuple[tuple[int, int], ...]],
+    *,
+    n_permutations: int = 199,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Test given paths of (layer index, expert): do tokens use all of a path more often than rotations give?
+
+    Every layer's routing but the first is turned round by itself. Returns the columns of ``Circuits.paths``
+    but ``replicated``. Meant for prompts in which the paths were not looked for.
+    """
+    counts = np.zeros((n_permutations + 1, len(paths)))
+    known = [text.known(layer) for layer in range(text.experts.shape[1])]
+    # Paths that are known at the same rows are turned together.
+    groups: dict[bytes, list[int]] = {}
+    masks = [np.logical_and.reduce([known[layer] for layer, _ in path]) for path in paths]
+    for i, mask in enumerate(masks):
+        groups.setdefault(np.packbits(mask).tobytes(), []).append(i)
+    for mine in groups.values():
+        where = np.flatnonzero(masks[mine[0]])
+        sizes = np.bincount(text.owner[where], minlength=text.n_requests)
+        starts = np.concatenate(([0], np.cumsum(sizes[sizes > 0]))).astype(np.int64)
+        nodes = sorted({node for i in mine for node in paths[i]})
+        uses = {(a, e): (text.experts[where, a] == e).any(axis=1) for a, e in nodes}
+        for draw in range(n_permutations + 1):
+            moved = uses
+            if draw:
+                turned = {
+                    layer: rotation(starts, np.random.default_rng((seed, draw, layer)))
+                    for layer in sorted({layer for layer, _ in nodes})
+                }
+                moved = {node: use[turned[node[0]]] for node, use in uses.items()}
+            for i in mine:
+                counts[draw, i] = np.logical_and.reduce([moved[node] for node in paths[i]]).sum()
+    expected = counts[1:].mean(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        lift = counts[0] / expected
+    return pd.DataFrame(
+        {
+            "path": [
+                " → ".join(f"L{text.layers[layer]}-E{expert}" for layer, expert in path) for path in paths
+            ],
+            "length": [len(path) for path in paths],
+            "tokens": counts[0].astype(np.int64),
+            "expected": expected,
+            "lift": lift,
+            "p_value": nulls.permutation_p(counts),
+            "p_family": nulls.max_t(counts) if paths else np.empty(0),
+        }
+    )

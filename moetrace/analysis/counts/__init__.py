@@ -1,0 +1,1 @@
+"""What was chosen of a recording: its rows, counts and texts; and whether two recordings agree."""

@@ -1,0 +1,469 @@
+"""The one place where a trace meets the analyses: it chooses rows, names them, counts them, and puts texts together.
+
+Everything else in :mod:`moetrace.analysis` takes arrays, counts, texts, or the :class:`Chosen` rows themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from operator import add
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from moetrace.analysis.counts.columns import TokenColumns
+from moetrace.analysis.counts.counting import (
+    MAX_LAG,
+    PRESENT,
+    Progress,
+    ReadingOrder,
+    RoutingCounts,
+    TokenCounts,
+    count_routing,
+    count_tokens,
+    frequent_tokens,
+    last_rows,
+    reading_order,
+)
+from moetrace.analysis.counts.routed import RoutedText
+from moetrace.analysis.statistics.shapes import Ints
+from moetrace.errors import ChannelMissingError, MoetraceError, UsageError
+
+Phase = Literal["prefill", "decode", "unknown", "all"]
+PHASES = {"prefill": 0, "decode": 1, "unknown": 2}
+
+NO_DOMAIN = "no request of the trace has a domain"
+LABEL_THEM = "label requests (moetrace drive --label-key domain)"
+
+CHUNK = 1 << 13  # rows looked at together
+# Token counts of all ids may take this much memory; beyond it the most frequent ids are kept.
+_TOKEN_BYTES = 512 << 20
+
+
+class RoutedRows(Protocol):
+    """What the analyses need of a trace; shapes and dtypes as in docs/format.md, table ``rows``.
+
+    Channels beyond ``experts`` (``weights``, ``scores``, ``logits``, ``gate_input``) are asked for where they
+    are of use; a trace without one raises ChannelMissingError.
+    """
+
+    @property
+    def experts(self) -> npt.NDArray[Any]: ...
+    @property
+    def state(self) -> npt.NDArray[np.uint8]: ...
+    @property
+    def token_ids(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def positions(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def request(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def phase(self) -> npt.NDArray[np.uint8]: ...
+    @property
+    def step(self) -> npt.NDArray[np.uint32]: ...
+    @property
+    def row(self) -> npt.NDArray[np.uint32]: ...
+    @property
+    def requests(self) -> pd.DataFrame:
+        """One row per request, the index its number; ``label``, ``id``, ``n_shifts`` and ``n_undecided`` (then
+        ``n_prefill`` and ``n_decode`` too) where known.
+        """
+        ...
+
+    @property
+    def layers(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def n_expert(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def n_expert_used(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def consumers(self) -> list[list[str]]: ...
+
+
+def from_trace(
+    *traces: RoutedRows,
+    phase: Phase = "decode",
+    top1: Literal["weight", "router"] = "weight",
+    max_lag: int = MAX_LAG,
+    names: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Routing:
+    """The routing of one trace, or of several taken together.
+
+    Parameters
+    ----------
+    phase
+        Which rows to look at. "all" pools phases, which route differently: ask for it only on purpose.
+        Imported traces may not know the phase: theirs is "unknown".
+    top1
+        What "first expert" means: the one of largest mixing weight ("weight", where the trace has weights),
+        or the first in the router's order ("router"). They differ where selection is biased or grouped.
+    names
+        One name per trace, to tell their requests apart (default "0", "1", …; numbered where two are alike).
+        Requests with the same ``id`` are one prompt, in whichever trace they are.
+
+    Raises UsageError if no row is of this phase.
+    """
+    if not traces:
+        raise UsageError("there is no trace to analyse", fix="give at least one")
+    return Routing(traces, phase, top1, max_lag, tuple(names or map(str, range(len(traces)))), progress)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The rows of a trace, or of one context of it, that are looked at, and whose they are.
+
+    Attributes
+    ----------
+    trace
+        Where they are from.
+    name
+        Of the trace: its requests without an id are called after it.
+    phase
+        Which rows: those of requests in this phase, without drafts that may be no text.
+    labelled
+        Only rows of requests that have a domain.
+    """
+
+    trace: RoutedRows
+    name: str
+    phase: Phase
+    labelled: bool = False
+
+    @cached_property
+    def keep(self) -> npt.NDArray[np.bool_]:
+        """(N,) the rows."""
+        trace = self.trace
+        request, requests = np.asarray(trace.request), trace.requests
+        keep = request >= 0
+        if self.phase != "all":
+            keep &= np.asarray(trace.phase) == PHASES[self.phase]
+        if "n_undecided" in requests:  # rows that were removed when their request ended
+            sizes, undecided = requests["n_prefill"] + requests["n_decode"], requests["n_undecided"].fillna(0)
+            keep &= ~last_rows(request, requests.index, sizes, undecided)
+        if self.labelled:
+            keep &= np.array([*(bool(label) for label in self.labels), False])[request]
+        return keep
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """The prompt of each request, by its number."""
+        return [given or f"{self.name}#{n:06d}" for n, given in enumerate(_texts(self.trace, "id"))]
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """The domain of each request, by its number; "" where it has none."""
+        return _texts(self.trace, "label")
+
+    @cached_property
+    def order(self) -> ReadingOrder:
+        """The rows in the order in which each request's text reads."""
+        return reading_order(self.trace.request, self.trace.positions, self.keep, self.shifted)
+
+    @property
+    def shifted(self) -> Ints:
+        """Requests whose positions were shifted on purpose.
+
+        Where it is not known (events were lost) rows whose position is taken again are left out.
+        """
+        requests = self.trace.requests
+        if "n_shifts" not in requests:
+            return np.empty(0, dtype=np.int64)
+        return requests.index[requests["n_shifts"].fillna(0) > 0].to_numpy(dtype=np.int64)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What functions of columns take beside experts, requests and positions."""
+        trace = self.trace
+        return {
+            "n_expert": max(trace.n_expert),
+            "state": trace.state,
+            "keep": self.keep,
+            "shifted": self.shifted,
+            "layers": trace.layers,
+        }
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """What counting takes beside :attr:`columns`."""
+        return {"prompts": self.prompts, "labels": self.labels, "n_expert_used": self.trace.n_expert_used}
+
+    def need(self, name: str) -> npt.NDArray[Any]:
+        """A column that a trace may lack. Raises ChannelMissingError if it does."""
+        column: npt.NDArray[Any] = getattr(self.trace, name)
+        return column
+
+    def channel(self, name: str) -> npt.NDArray[Any] | None:
+        """A column that a trace may lack; then None."""
+        try:
+            return self.need(name)
+        except (AttributeError, ChannelMissingError):
+            return None
+
+
+def by_prompt(chosen: Iterable[Chosen]) -> Iterator[tuple[Chosen, str, Ints]]:
+    """The rows of every request in reading order, and its prompt; prompts in order of their names."""
+    found = []
+    for number, each in enumerate(chosen):
+        order = each.order
+        for i, request in enumerate(order.requests.tolist()):
+            rows = order.rows[order.request_starts[i] : order.request_starts[i + 1]]
+            found.append((each.prompts[request], number, request, each, rows))
+    for prompt, _, _, each, rows in sorted(found, key=lambda one: one[:3]):
+        yield each, prompt, rows
+
+
+def present(
+    experts: npt.NDArray[Any], state: npt.NDArray[np.uint8], rows: Ints
+) -> npt.NDArray[np.unsignedinteger]:
+    """Experts of these rows, (n, L, k), a copy; the dtype's largest where an entry is not there."""
+    ids = np.asarray(experts[rows])
+    return np.where((np.asarray(state[rows]) == PRESENT)[:, :, None], ids, np.iinfo(ids.dtype).max)
+
+
+class Routing:
+    """The chosen rows of traces; what is made of them is made at first use and kept.
+
+    Attributes
+    ----------
+    phase
+        Which rows.
+    chosen
+        They, trace by trace; of a trace with several contexts context by context, so that columns are views.
+    """
+
+    def __init__(
+        self,
+        traces: Sequence[RoutedRows],
+        phase: Phase,
+        top1: Literal["weight", "router"],
+        max_lag: int,
+        names: Sequence[str],
+        progress: Progress | None,
+    ) -> None:
+        self.phase = phase
+        self._given, self._top1, self._max_lag = tuple(traces), top1, max_lag
+        alike = len(set(names)) < len(names)
+        given = [f"{name}.{i}" if alike else name for i, name in enumerate(names)]
+        for trace, name in zip(traces, given, strict=True):
+            _refuse_misfit(traces[0], given[0], trace, name)
+        each = [
+            (part, name) for t, name in zip(traces, given, strict=True) for part in getattr(t, "parts", (t,))
+        ]
+        self.chosen = tuple(Chosen(part, name, phase) for part, name in each)
+        self._progress = progress
+        if not any(chosen.keep.any() for chosen in self.chosen):
+            there = sorted(
+                {name for part, _ in each for name, code in PHASES.items() if (part.phase == code).any()}
+            )
+            raise UsageError(
+                f"the trace has no {phase} rows",
+                fix=f"choose the phase {' or '.join(there)}" if there else "capture something first",
+            )
+
+    @property
+    def labelled(self) -> tuple[Chosen, ...]:
+        """The chosen rows of requests that have a domain. Raises UsageError if none has."""
+        labelled = tuple(replace(chosen, labelled=True) for chosen in self.chosen)
+        if not any(label for chosen in labelled for label in chosen.labels):
+            raise UsageError(NO_DOMAIN, fix=LABEL_THEM)
+        return labelled
+
+    @property
+    def layers(self) -> Ints:
+        """(L,) llama.cpp's layer numbers."""
+        return np.asarray(self._given[0].layers)
+
+    @property
+    def n_expert(self) -> Ints:
+        """(L,) experts that each layer has."""
+        return np.asarray(self._given[0].n_expert)
+
+    @property
+    def consumers(self) -> tuple[str, ...]:
+        """The matrices that the ids went to, where the recording says so."""
+        try:
+            return tuple(self._given[0].consumers[0])
+        except MoetraceError:
+            return ()
+
+    @cached_property
+    def counts(self) -> RoutingCounts:
+        """:class:`~moetrace.analysis.RoutingCounts` of the chosen rows, one streaming pass."""
+        return reduce(
+            add,
+            (
+                count_routing(
+                    chosen.trace.experts,
+                    chosen.trace.request,
+                    chosen.trace.positions,
+                    weights=self._weights(chosen),
+                    max_lag=self._max_lag,
+                    progress=self._progress,
+                    **chosen.columns,
+                    **chosen.names,
+                )
+                for chosen in self.chosen
+            ),
+        )
+
+    @cached_property
+    def token_counts(self) -> TokenCounts:
+        """:class:`~moetrace.analysis.TokenCounts` of the labelled rows.
+
+        Of all token ids if they fit into 512 MiB, else of the most frequent ones.
+        """
+        for chosen in self.chosen:
+            _ = chosen.trace.experts  # or ChannelMissingError
+        each = 8 * len(self.layers) * int(max(self.n_expert))
+        at_most = max(1, _TOKEN_BYTES // each)
+        parts = [replace(chosen, labelled=True) for chosen in self.chosen]
+        every = [chosen.trace.token_ids[chosen.keep] for chosen in parts]
+        tokens = None
+        if not any((part >= 0).any() for part in every):
+            raise UsageError(
+                "no labelled request of the recording has token ids",
+                fix="capture with moetrace, which records them",
+            )
+        if np.unique(np.concatenate([np.unique(part) for part in every])).size > at_most:
+            step = np.cumsum([0] + [len(chosen.labels) for chosen in parts[:-1]])
+            owners = [c.trace.request[c.keep] + s for c, s in zip(parts, step, strict=True)]
+            tokens = frequent_tokens(np.concatenate(every), np.concatenate(owners), at_most)
+        return reduce(
+            add,
+            (
+                count_tokens(
+                    c.trace.experts, c.trace.token_ids, c.trace.request, c.trace.positions, tokens=tokens,
+                    **c.columns, **c.names,
+                )
+                for c in parts
+            ),
+        )  # fmt: skip
+
+    @cached_property
+    def text(self) -> RoutedText:
+        """The chosen rows as whole texts in reading order; a copy. One request per prompt: the first.
+
+        Numbers and weights are as the traces have them, which ``sources`` counts in the order given; a cell that
+        was not computed or is lost has no expert.
+        """
+        rows: list[Ints] = []
+        sizes: list[int] = []
+        prompts: list[str] = []
+        labels: list[str] = []
+        seen: set[str] = set()
+        for chosen in self.chosen:
+            order, pieces = chosen.order, [np.empty(0, dtype=np.int64)]
+            for i, number in enumerate(order.requests.tolist()):
+                if chosen.prompts[number] not in seen:
+                    seen.add(chosen.prompts[number])
+                    prompts.append(chosen.prompts[number])
+                    labels.append(chosen.labels[number])
+                    pieces.append(order.rows[order.request_starts[i] : order.request_starts[i + 1]])
+            sizes += [piece.size for piece in pieces[1:]]
+            rows.append(np.concatenate(pieces))
+        parts = [(chosen.trace, mine) for chosen, mine in zip(self.chosen, rows, strict=True)]
+        columns = [self._weights(chosen) for chosen in self.chosen]
+        weights = [np.asarray(c[mine]) for c, mine in zip(columns, rows, strict=True) if c is not None]
+        return RoutedText(
+            np.concatenate([present(trace.experts, trace.state, mine) for trace, mine in parts]),
+            np.concatenate(([0], np.cumsum(sizes))).astype(np.int64),
+            int(max(self.n_expert)),
+            weights=np.concatenate(weights) if len(weights) == len(parts) else None,
+            tokens=np.concatenate([trace.token_ids[mine] for trace, mine in parts]),
+            positions=np.concatenate([trace.positions[mine] for trace, mine in parts]),
+            sources=np.repeat(np.arange(len(parts)), [mine.size for mine in rows]),
+            rows=np.concatenate(rows),
+            prompts=prompts,
+            labels=labels,
+            layers=self.layers,
+        )
+
+    @cached_property
+    def columns(self) -> TokenColumns:
+        """:attr:`text` with the traces' other columns."""
+        return TokenColumns([chosen.trace for chosen in self.chosen], self.text)
+
+    @cached_property
+    def vocabulary(self) -> list[bytes]:
+        """The text of each token id, as bytes. Raises MoetraceError if the trace does not know it."""
+        for chosen in self.chosen:
+            found: list[bytes] | None = getattr(
+                getattr(chosen.trace, "trace", chosen.trace), "vocabulary", None
+            )
+            if found is not None:
+                return found
+        raise MoetraceError(
+            "the recording does not know the text of its tokens",
+            why="it has no vocabulary.json, and its model file is not where it was",
+            fix="record it with moetrace, or put the model back",
+        )
+
+    def pieces(self, text: RoutedText) -> list[bytes]:
+        """The text of each of these rows' tokens, as bytes; of ids that have none, nothing."""
+        words, n = self.vocabulary, len(self.vocabulary)
+        return [words[t] if 0 <= t < n else b"" for t in text.tokens.tolist()]
+
+    def request_column(self, name: str) -> dict[str, Any]:
+        """Prompt -> what the clients said about it under this key; only those who said something."""
+        out: dict[str, Any] = {}
+        for chosen in self.chosen:
+            requests = chosen.trace.requests
+            if name in requests:
+                for number, value in requests[name].items():
+                    if value is not None and not (isinstance(value, float) and np.isnan(value)):
+                        out.setdefault(chosen.prompts[int(str(number))], value)
+        return out
+
+    def whole(self, what: str) -> Chosen:
+        """The chosen rows of the one trace, numbered as there; several contexts' columns are copied together.
+
+        Raises UsageError, naming what takes one trace, if there are several.
+        """
+        if len(self._given) != 1:
+            raise UsageError(f"{what} takes one trace, not {len(self._given)}", fix="analyse them one by one")
+        return Chosen(self._given[0], "", self.phase)
+
+    def _weights(self, chosen: Chosen) -> npt.NDArray[Any] | None:
+        """What first experts are chosen by; None: the router's order."""
+        return chosen.channel("weights") if self._top1 == "weight" else None
+
+
+def _refuse_misfit(one: RoutedRows, name_of_one: str, other: RoutedRows, name: str) -> None:
+    """Raises UsageError, saying what differs, if the traces cannot be counted together."""
+    different = [
+        f"{what} ({_short(mine)} in {name_of_one}, {_short(theirs)} in {name})"
+        for what, mine, theirs in (
+            ("layers", one.layers, other.layers),
+            ("experts", one.n_expert, other.n_expert),
+            ("experts used per token", one.n_expert_used, other.n_expert_used),
+        )
+        if not np.array_equal(mine, theirs)
+    ]
+    if different:
+        raise UsageError(
+            f"the traces {name_of_one} and {name} cannot be taken together",
+            why=f"they differ in {', '.join(different)}",
+            fix="analyse them one by one",
+        )
+
+
+def _short(values: Ints) -> str:
+    kinds = np.unique(values)
+    if kinds.size == values.size and kinds.size > 1:  # layer numbers
+        return f"{kinds.size} from {kinds[0]} to {kinds[-1]}"
+    return "/".join(map(str, kinds.tolist()))
+
+
+def _texts(trace: RoutedRows, column: str) -> list[str]:
+    """A text column of the requests, indexed by request number; "" where nothing is known."""
+    requests = trace.requests
+    out = [""] * (int(requests.index.max()) + 1 if len(requests) else 0)
+    if column in requests:
+        for number, value in requests[column].items():
+            out[int(str(number))] = "" if pd.isna(value) else str(value)
+    return out

@@ -1,0 +1,205 @@
+"""Tokens of texts in reading order, with their routing: what the analyses of meaning, dynamics and prediction take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moetrace.analysis.counts.counting import breaks
+from moetrace.analysis.statistics.shapes import Floats, Ints, rows_of, some_requests
+from moetrace.errors import UsageError
+
+# A field that follows from the others unless it is given.
+_FOLLOWS: Any = None
+# The fields with an entry for every row, beside ``experts`` and ``weights``.
+_PER_ROW = ("tokens", "positions", "runs", "sources", "rows")
+
+
+@dataclass(frozen=True)
+class RoutedText:
+    """Rows (tokens) of requests in reading order, one request per prompt; arrays of these dtypes are not copied.
+
+    Shapes: M rows, R requests, L layers, k experts per token.
+
+    Attributes
+    ----------
+    experts
+        (M, L, k) ids in the router's order; ``n_expert`` or more where there is none: the cell is absent, or the
+        layer uses fewer experts.
+    starts
+        (R + 1,) where each request begins.
+    n_expert
+        E, experts of a layer (of the layer with most).
+    weights
+        (M, L, k) mixing weights, or None. With them the first expert is the one of the largest weight.
+    tokens, positions
+        (M,) int64 token ids and positions; by default unknown (−1) and counted from the request's first row.
+    runs
+        (M,) int64 number of the unbroken run of positions that the row is in; by default from
+        :func:`~moetrace.analysis.counts.counting.breaks`.
+    sources, rows
+        (M,) int64: which trace each row is from, and its row there; by default row m of the first.
+    prompts, labels
+        (R,) names; by default numbers and "".
+    layers
+        (L,) int64, llama.cpp's layer numbers; by default 0..L−1.
+
+    Raises UsageError if the lengths differ.
+    """
+
+    experts: npt.NDArray[np.unsignedinteger]
+    starts: Ints
+    n_expert: int
+    weights: npt.NDArray[np.float32] | None = None
+    tokens: Ints = _FOLLOWS
+    positions: Ints = _FOLLOWS
+    runs: Ints = _FOLLOWS
+    sources: Ints = _FOLLOWS
+    rows: Ints = _FOLLOWS
+    prompts: Sequence[str] = _FOLLOWS
+    labels: Sequence[str] = _FOLLOWS
+    layers: Ints = _FOLLOWS
+
+    def __post_init__(self) -> None:
+        m, n_layers = self.experts.shape[:2]
+        r = self.n_requests
+        if self.starts[-1] != m:
+            raise UsageError(f"requests have {self.starts[-1]} rows, not {m}")
+        follows: dict[str, Callable[[], Any]] = {
+            "tokens": lambda: np.full(m, -1),
+            "positions": lambda: np.arange(m) - self.starts[self.owner],
+            "runs": lambda: np.cumsum(np.append(0, breaks(self.owner, self.positions))[:m]),
+            "sources": lambda: np.zeros(m),
+            "rows": lambda: np.arange(m),
+            "prompts": lambda: [str(i) for i in range(r)],
+            "labels": lambda: [""] * r,
+            "layers": lambda: np.arange(n_layers),
+        }
+        for name, default in follows.items():
+            given = getattr(self, name)
+            value = default() if given is None else given
+            whole = tuple(value) if name in ("prompts", "labels") else np.asarray(value, dtype=np.int64)
+            object.__setattr__(self, name, whole)
+            expected = {"prompts": r, "labels": r, "layers": n_layers}.get(name, m)
+            if len(whole) != expected:
+                raise UsageError(f"{name} has {len(whole)} entries, not {expected}")
+
+    def __len__(self) -> int:
+        return int(self.experts.shape[0])
+
+    @property
+    def n_requests(self) -> int:
+        """R."""
+        return len(self.starts) - 1
+
+    @cached_property
+    def owner(self) -> Ints:
+        """(M,) index of each row's request."""
+        return np.repeat(np.arange(self.n_requests), np.diff(self.starts))
+
+    @cached_property
+    def first(self) -> Ints:
+        """(M, L) first expert: of the largest weight where weights are known, else the router's; −1 none."""
+        ids = self.experts.astype(np.int64)
+        if self.weights is None:
+            chosen = ids[:, :, 0]
+        else:
+            w = np.where(ids < self.n_expert, self.weights, -np.inf)
+            best = np.nan_to_num(w, nan=-np.inf).argmax(axis=2)
+            chosen = np.take_along_axis(ids, best[:, :, None], axis=2)[:, :, 0]
+        return np.where(chosen < self.n_expert, chosen, -1)
+
+    def known(self, layer: int) -> npt.NDArray[np.bool_]:
+        """(M,) whether routing in this layer (an index) is known."""
+        return np.asarray(self.experts[:, layer, 0] < self.n_expert)
+
+    def member(self, layer: int, rows: npt.ArrayLike | None = None) -> npt.NDArray[np.float32]:
+        """:func:`membership` of all rows, or of some (numbers), in this layer (an index): (M, E)."""
+        ids = self.experts[:, layer] if rows is None else self.experts[np.asarray(rows), layer]
+        return membership(ids, self.n_expert)
+
+    def take(self, rows: npt.NDArray[Any]) -> RoutedText:
+        """Only some rows, by a mask or ascending numbers; a copy.
+
+        Requests stay numbered as they are, those without a row too; rows stay in their run.
+        """
+        sizes = np.bincount(self.owner[rows], minlength=self.n_requests)
+        return self._at(rows, sizes)
+
+    def of(self, requests: npt.ArrayLike) -> RoutedText:
+        """Only some requests (indices over R), numbered anew; a copy."""
+        chosen = np.asarray(requests, dtype=np.int64)
+        return self._at(
+            rows_of(self.starts, chosen),
+            np.diff(self.starts)[chosen],
+            prompts=[self.prompts[i] for i in chosen],
+            labels=[self.labels[i] for i in chosen],
+        )
+
+    def some(self, max_rows: int, seed: int | Sequence[int]) -> RoutedText:
+        """Whole requests, at least one, drawn at random until they hold ``max_rows`` rows; itself if all fit."""
+        if len(self) <= max_rows:
+            return self
+        return self.of(some_requests(self.starts, max_rows, seed))
+
+    def _at(self, rows: npt.NDArray[Any], sizes: Ints, **more: Any) -> RoutedText:
+        return replace(
+            self,
+            experts=self.experts[rows],
+            weights=None if self.weights is None else self.weights[rows],
+            starts=np.concatenate(([0], np.cumsum(sizes))),
+            **{name: getattr(self, name)[rows] for name in _PER_ROW},
+            **more,
+        )
+
+
+def membership(ids: npt.NDArray[Any], n_expert: int) -> npt.NDArray[np.float32]:
+    """Which experts are used: ids (…, k) → a new (…, E) of 0 and 1; ids of E or more are none."""
+    out = np.zeros((*ids.shape[:-1], n_expert + 1), dtype=np.float32)
+    np.put_along_axis(out, np.minimum(ids.astype(np.int64), n_expert), 1.0, axis=-1)
+    return out[..., :n_expert]
+
+
+def rotation(starts: Ints, rng: np.random.Generator) -> Ints:
+    """Row numbers (M,) with each request's rows turned round by a random number of places, 0 included.
+
+    What has no fixed relation to the rows keeps its distribution, its order and its share in every request.
+    """
+    sizes = np.diff(starts)
+    turn = np.floor(rng.random(sizes.size) * sizes).astype(np.int64)
+    first = np.repeat(starts[:-1], sizes)
+    place = np.arange(int(starts[-1])) - first
+    return np.asarray(first + (place + np.repeat(turn, sizes)) % np.repeat(sizes, sizes))
+
+
+def exchange(starts: Ints, rng: np.random.Generator, group: int = 8) -> Ints:
+    """Row numbers (M,) in which each request has the rows of another.
+
+    Requests are exchanged within groups of ``group`` or more of similar length. Row t of a request gets row t of the
+    other; the rows that a longer request has more are counted from the end, so that what depends on the place in
+    the text stays in its place, and what depends on the text goes.
+    """
+    sizes = np.diff(starts)
+    n = sizes.size
+    n_groups = max(1, n // group)
+    rank = np.empty(n, dtype=np.int64)
+    rank[np.argsort(sizes, kind="stable")] = np.arange(n)
+    which = np.minimum(rank // group, n_groups - 1)
+    home = np.argsort(which, kind="stable")
+    other = np.empty(n, dtype=np.int64)
+    other[home] = np.argsort(which + rng.random(n))
+    place = np.arange(int(starts[-1])) - np.repeat(starts[:-1], sizes)
+    mine, theirs = np.repeat(sizes, sizes), np.repeat(sizes[other], sizes)
+    return np.asarray(
+        np.repeat(starts[:-1][other], sizes) + np.where(place < theirs, place, (place - mine) % theirs)
+    )
+
+
+def standardised(observed: Floats, expected: Floats, variance: Floats) -> Floats:
+    """(observed − expected)/√(variance + ½): the ½ keeps single coincidences of rare things small."""
+    return np.asarray((observed - expected) / np.sqrt(variance + 0.5))

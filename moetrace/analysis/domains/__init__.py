@@ -1,0 +1,1 @@
+"""Whether domains use different experts, which experts, and in which layers."""

@@ -1,0 +1,1 @@
+"""Routing from token to token."""

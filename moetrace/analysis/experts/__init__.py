@@ -1,0 +1,1 @@
+"""What experts read, compute and weigh, and which inputs reach them."""

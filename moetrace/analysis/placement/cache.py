@@ -1,0 +1,378 @@
+"""What a cache of experts would hit: slots against hit rate, for a stream of routed tokens.
+
+An expert that is used must be in a slot; if it is not, it is fetched (a miss) and takes the slot of another. The
+policies differ in which one goes:
+
+- ``lru``: the one not used for longest.
+- ``lfu``: the one used least often since the stream began (of equals the one not used for longest).
+- ``oracle``: the one needed again last, which nobody can know (Belady 1966); no policy misses less.
+- ``pinned``: nothing ever goes: the most used experts of *other* prompts stay in their slots.
+
+The first three are stack algorithms (Mattson et al. 1970): what a cache of S slots holds, one of S + 1 holds too,
+so that one pass gives the hit rates for all numbers of slots: an access hits if its stack distance is at most S.
+
+Shapes: T accesses of a stream, M items (experts of a layer, or of all layers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from moetrace.analysis.counts.routed import RoutedText
+from moetrace.analysis.statistics import nulls
+from moetrace.analysis.statistics.shapes import Ints
+from moetrace.errors import UsageError
+
+Progress = Callable[[int, int], None]
+Policy = Literal["lru", "lfu", "oracle"]
+
+#: stack distance of an item's first use: it hits in no cache
+COLD = np.iinfo(np.int64).max
+
+
+def lru_distances(items: npt.ArrayLike, n_items: int) -> Ints:
+    """LRU stack distances of a stream (T,): how many different items since the same one, itself counted.
+
+    :data:`COLD` at first uses; 1 right after itself. (T,) int64. An access hits in a cache of S slots if its
+    distance is at most S.
+
+    The distance is #{j < t: previous(j) ≤ previous(t)} − previous(t), where previous(j) is the time of the use
+    before of the item used at j (-1: none). It is counted in blocks: within a block by comparing all pairs, before it
+    by looking the time up among the times of all items' last uses. T·(B + M/B·log M) operations in numpy.
+    """
+    x = np.asarray(items).astype(np.int64)
+    if x.ndim != 1 or (x.size and (x.min() < 0 or x.max() >= n_items)):
+        raise UsageError(f"a stream is one row of items from 0 to {n_items - 1}")
+    order = np.argsort(x, kind="stable")
+    previous = np.full(x.size, -1, dtype=np.int64)
+    same = np.flatnonzero(x[order[1:]] == x[order[:-1]])
+    previous[order[same + 1]] = order[same]
+    out = np.full(x.size, COLD, dtype=np.int64)
+    block = int(np.clip(4 * np.sqrt(n_items), 64, 512))
+    earlier = np.tri(block, k=-1, dtype=bool)
+    last = np.full(n_items, -1, dtype=np.int64)
+    for start in range(0, x.size, block):
+        stop = min(start + block, x.size)
+        p = previous[start:stop]
+        known = np.sort(last)
+        before = n_items - np.searchsorted(known, p, side="right")
+        near = p.astype(np.int64)
+        within = np.count_nonzero((near[None, :] <= near[:, None]) & earlier[: p.size, : p.size], axis=1)
+        distance = before + within - np.maximum(p - start + 1, 0) + 1
+        out[start:stop] = np.where(p >= 0, distance, COLD)
+        last[x[start:stop]] = np.arange(start, stop)
+    return out
+
+
+def stack_distances(
+    streams: npt.ArrayLike, n_items: int, policy: Policy, progress: Progress | None = None
+) -> Ints:
+    """Stack distances of several streams (S, T) of the same length, side by side: (S, T) int64.
+
+    Entries below 0 are no access; their distance is :data:`COLD`. ``oracle`` and ``lfu`` keep each stream's
+    items in the order in which they would be kept, and update it access by access (Mattson et al. 1970): the item
+    used goes to the top, and from there down each place keeps the better of its item and the one pushed out above,
+    until the item's old place. One numpy step per access for all streams.
+    """
+    x = np.asarray(streams).astype(np.int64)
+    if policy == "lru":
+        out = np.full(x.shape, COLD, dtype=np.int64)
+        for mine, stream in zip(out, x, strict=True):
+            mine[stream >= 0] = lru_distances(stream[stream >= 0], n_items)
+        return out
+    # Streams without their gaps, longest first: those that still run are always the first ones.
+    there = x >= 0
+    lengths = np.count_nonzero(there, axis=1)
+    order = np.argsort(-lengths, kind="stable")
+    running = [int(np.count_nonzero(lengths > t)) for t in range(int(lengths.max(initial=0)))]
+    items = np.full((x.shape[0], len(running)), -1, dtype=np.int64)
+    for mine, i in zip(items, order, strict=True):
+        mine[: lengths[i]] = x[i, there[i]]
+    bits = max(1, int(n_items - 1).bit_length())
+    worth = np.stack([_worth(row[row >= 0], policy, items.shape[1]) for row in items]) << bits | items
+    distances = _update_stacks(items, worth, n_items, (1 << bits) - 1, running, progress)
+    out = np.full(x.shape, COLD, dtype=np.int64)
+    for mine, i in zip(distances, order, strict=True):
+        out[i, there[i]] = mine[: lengths[i]]
+    return out
+
+
+def _update_stacks(
+    items: Ints, worth: Ints, n_items: int, mask: int, running: Sequence[int], progress: Progress | None
+) -> Ints:
+    """Stack distances of streams (S, T) whose first ``running[t]`` have an access at t.
+
+    A place holds worth and item in one integer, best first; one without an item is worth less than any.
+    """
+    nothing = -1
+    out = np.full(items.shape, COLD, dtype=np.int64)
+    stacks = np.full((items.shape[0], n_items + 1), nothing, dtype=np.int64)
+    place = np.arange(n_items + 1)
+    every = np.arange(items.shape[0])
+    used = 0  # places taken in some stream
+    for t, n in enumerate(running):
+        s, mine = stacks[:n, : used + 1], every[:n]
+        match = (s & mask) == items[:n, t, None]
+        match &= s >= 0
+        depth = match.argmax(axis=1)
+        found = match[mine, depth]
+        new = not found.all()
+        if new:
+            depth[~found] = used
+        out[mine[found], t] = depth[found] + 1
+        s = s[:, : int(depth.max()) + 1]  # below, nothing moves
+        pushed = np.empty_like(s)
+        pushed[:, 0] = worth[:n, t]
+        np.minimum.accumulate(s[:, :-1], axis=1, out=pushed[:, 1:])
+        s[mine, depth] = nothing
+        kept = np.maximum(pushed, s)
+        kept[:, 0] = pushed[:, 0]
+        np.copyto(s, kept, where=place[: s.shape[1]] <= depth[:, None])
+        if new:
+            used = min(used + 1, n_items)
+        if progress is not None and t % 8192 == 0:
+            progress(t, len(running))
+    return out
+
+
+def _worth(stream: Ints, policy: Policy, length: int) -> Ints:
+    """How much it is worth to keep an item after each use, not negative; padded to ``length``."""
+    n = stream.size
+    order = np.argsort(stream, kind="stable")
+    first = np.append(True, stream[order[1:]] != stream[order[:-1]])[:n]
+    out = np.zeros(length, dtype=np.int64)
+    if policy == "oracle":
+        following = np.full(n, n, dtype=np.int64)
+        following[order[:-1][~first[1:]]] = order[1:][~first[1:]]
+        out[:n] = n - following
+    else:
+        rank = np.arange(n) - np.maximum.accumulate(np.where(first, np.arange(n), 0))
+        uses = np.empty(n, dtype=np.int64)
+        uses[order] = rank + 1
+        out[:n] = uses * (n + 1) + np.arange(n)
+    return out
+
+
+@dataclass(frozen=True)
+class CacheSimulation:
+    """What :func:`expert_cache` gives.
+
+    Attributes
+    ----------
+    curve
+        One row per (cache, policy, slots). ``cache`` is "layer" (each layer has ``slots`` of its own) or "shared"
+        (all layers share them). ``experts`` is the number of slots in all, ``memory`` their share of all experts;
+        ``hit_rate`` with ``low`` and ``high`` (jackknife over held-out prompts), ``fetched`` the experts fetched
+        per token, ``tokens`` held-out tokens measured; with expert sizes ``memory_bytes`` and ``fetched_bytes`` (per
+        token).
+    layers
+        One row per (policy, slots, layer) of caches with slots per layer: ``hit_rate``.
+    hot
+        One row per layer: how many of its experts, the hottest of the warm-up prompts first, serve 50, 80 and 90 % of
+        the held-out activations (``for_50``, …; of even usage: that share of E, ``even_50``, …).
+    """
+
+    curve: pd.DataFrame
+    layers: pd.DataFrame
+    hot: pd.DataFrame
+
+
+#: what is simulated: name -> what it is
+POLICIES = {
+    "lru": "least recently used goes",
+    "lfu": "least often used goes",
+    "pinned": "hottest of other prompts stay",
+    "pinned (same prompts)": "hottest of the measured prompts themselves stay: too good to be true",
+    "oracle": "the one needed last goes",
+}
+
+
+def expert_cache(
+    text: RoutedText,
+    slots: Sequence[int] = (),
+    *,
+    policies: Sequence[str] = tuple(POLICIES),
+    shared: bool = True,
+    expert_bytes: npt.ArrayLike | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> CacheSimulation:
+    """Simulate caches of experts on tokens computed one at a time, prompt after prompt.
+
+    Parameters
+    ----------
+    text
+        The tokens: which experts they use, and which prompt each is of.
+    slots
+        Slots per layer (shared caches get that times the layers); default from k to E.
+    expert_bytes
+        (L,) bytes of one expert of each layer.
+    seed
+        Of the order of prompts, and of which half of them only warms the caches up: hits count on the other half,
+        and what is pinned is chosen on the first.
+
+    Raises UsageError if there are fewer than two prompts or no routing.
+    """
+    present = np.unique(text.owner)
+    if present.size < 2:
+        raise UsageError(
+            f"a cache is tried on prompts that it was not set up on, and there are {present.size}",
+            fix="capture more prompts (moetrace capture -f prompts.jsonl)",
+        )
+    unknown = sorted(set(policies) - set(POLICIES))
+    if unknown:
+        raise UsageError(
+            f"there is no cache policy {unknown[0]!r}", fix=f"choose among: {', '.join(POLICIES)}"
+        )
+    order = np.random.default_rng((seed, 4)).permutation(present)
+    rank = np.zeros(text.n_requests, dtype=np.int64)
+    rank[order] = np.arange(order.size)
+    turn = rank[text.owner]
+    tokens = np.argsort(turn, kind="stable")
+    ids = text.experts[tokens].astype(np.int64)
+    n, n_layers, k = ids.shape
+    ids = np.where(ids < text.n_expert, ids, -1)
+    turn = turn[tokens] - order.size // 2
+    sizes = _slots(slots, k, text.n_expert)
+    weights = None if expert_bytes is None else np.asarray(expert_bytes, dtype=np.float64)
+    by_layer = ids.transpose(1, 0, 2).reshape(n_layers, n * k)
+    curves, layers = [], []
+    for cache in ("layer", "shared") if shared and n_layers > 1 else ("layer",):
+        if cache == "layer":
+            streams, n_items, scale = by_layer, text.n_expert, n_layers
+            layer_of = np.broadcast_to(np.arange(n_layers)[:, None], streams.shape)
+            turns = np.broadcast_to(np.repeat(turn, k), streams.shape)
+            wanted = sizes
+        else:
+            number = np.arange(n_layers)[:, None]
+            streams = np.where(ids >= 0, ids + number * text.n_expert, -1).reshape(1, -1)
+            n_items, scale = n_layers * text.n_expert, 1
+            layer_of = np.broadcast_to(np.repeat(np.arange(n_layers), k), (n, n_layers * k)).reshape(1, -1)
+            turns = np.repeat(turn, n_layers * k).reshape(1, -1)
+            wanted = [s * n_layers for s in sizes]
+        measured = (turns >= 0) & (streams >= 0)
+        who, where = turns[measured], layer_of[measured]
+        need = _count(who, where, n_layers, order.size - order.size // 2)
+        if not need.sum():
+            raise UsageError("there is no routing to simulate", fix="choose a phase that has rows")
+        for policy in policies:
+            if policy.startswith("pinned"):
+                distance = _pinned(
+                    streams, measured if "same" in policy else (turns < 0) & (streams >= 0), n_items
+                )
+            else:
+                distance = stack_distances(streams, n_items, policy, progress)  # type: ignore[arg-type]
+            distance = distance[measured]
+            hit = np.stack(
+                [_count(who, where, n_layers, need.shape[0], distance <= s) for s in wanted], axis=2
+            )
+            curves.append(
+                _curve(cache, policy, wanted, scale, hit, need, text, weights, int((turn >= 0).sum()))
+            )
+            if cache == "layer":
+                layers.append(_by_layer(policy, wanted, hit, need, text))
+    hot = _hot_sets(by_layer, np.repeat(turn, k), text)
+    return CacheSimulation(pd.concat(curves, ignore_index=True), pd.concat(layers, ignore_index=True), hot)
+
+
+def _slots(slots: Sequence[int], k: int, n_expert: int) -> list[int]:
+    if any(not 1 <= s <= n_expert for s in slots):
+        raise UsageError(f"a layer has {n_expert} experts: no cache of {max(slots)} of them",
+                         fix=f"give 1 to {n_expert} slots per layer")  # fmt: skip
+    default = {k, 2 * k, 3 * k, n_expert // 4, n_expert // 2, 3 * n_expert // 4, n_expert}
+    return sorted(set(slots) or {s for s in default if k <= s <= n_expert})
+
+
+def _count(
+    who: Ints, where: Ints, n_layers: int, n_prompts: int, weights: npt.NDArray[np.bool_] | None = None
+) -> npt.NDArray[np.float64]:
+    """Accesses (or hits) by prompt and layer: (P, L)."""
+    key = who * n_layers + where
+    flat = np.bincount(key if weights is None else key[weights], minlength=n_prompts * n_layers)
+    return flat.reshape(n_prompts, n_layers).astype(np.float64)
+
+
+def _pinned(streams: Ints, chosen_on: npt.NDArray[np.bool_], n_items: int) -> Ints:
+    """Place of each access's item among the most used ones of some accesses, from 1: a distance like the others."""
+    out = np.empty(streams.shape, dtype=np.int64)
+    for mine, stream, known in zip(out, streams, chosen_on, strict=True):
+        uses = np.bincount(stream[known], minlength=n_items)
+        place = np.empty(n_items, dtype=np.int64)
+        place[np.argsort(-uses, kind="stable")] = np.arange(1, n_items + 1)
+        mine[:] = place[stream]
+    return out
+
+
+def _curve(
+    cache: str,
+    policy: str,
+    slots: Sequence[int],
+    scale: int,
+    hit: npt.NDArray[np.float64],
+    need: npt.NDArray[np.float64],
+    text: RoutedText,
+    weights: npt.NDArray[np.float64] | None,
+    tokens: int,
+) -> pd.DataFrame:
+    each = np.broadcast_to(need.sum(axis=1)[:, None], (need.shape[0], len(slots)))
+    rate = nulls.ratio_interval(hit.sum(axis=1), each)
+    misses = need.sum(axis=0)[:, None] - hit.sum(axis=0)
+    out = pd.DataFrame(
+        {
+            "cache": cache,
+            "policy": policy,
+            "slots": slots,
+            "experts": np.asarray(slots) * scale,
+            "memory": np.asarray(slots) * scale / (text.layers.size * text.n_expert),
+            "hit_rate": hit.sum(axis=(0, 1)) / need.sum(),
+            "low": np.clip(rate.low, 0, 1),
+            "high": np.clip(rate.high, 0, 1),
+            "fetched": misses.sum(axis=0) / tokens,
+            "tokens": tokens,
+        }
+    )
+    if weights is not None:
+        mean = float(weights.mean())
+        out["memory_bytes"] = out["slots"] * (float(weights.sum()) if scale > 1 else mean)
+        out["fetched_bytes"] = (misses * weights[:, None]).sum(axis=0) / tokens
+    return out
+
+
+def _by_layer(
+    policy: str,
+    slots: Sequence[int],
+    hit: npt.NDArray[np.float64],
+    need: npt.NDArray[np.float64],
+    text: RoutedText,
+) -> pd.DataFrame:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rate = hit.sum(axis=0) / need.sum(axis=0)[:, None]
+    return pd.DataFrame(
+        {
+            "policy": policy,
+            "slots": np.repeat(slots, text.layers.size),
+            "layer": np.tile(text.layers, len(slots)),
+            "hit_rate": rate.T.reshape(-1),
+        }
+    )
+
+
+def _hot_sets(streams: Ints, turn: Ints, text: RoutedText) -> pd.DataFrame:
+    out = []
+    for layer, stream in zip(text.layers.tolist(), streams, strict=True):
+        warm, held = stream[(turn < 0) & (stream >= 0)], stream[(turn >= 0) & (stream >= 0)]
+        order = np.argsort(-np.bincount(warm, minlength=text.n_expert), kind="stable")
+        served = np.cumsum(np.bincount(held, minlength=text.n_expert)[order])
+        row: dict[str, Any] = {"layer": layer, "activations": int(held.size)}
+        for share in (50, 80, 90):
+            reach = np.flatnonzero(served >= share / 100 * held.size)
+            row[f"for_{share}"] = int(reach[0]) + 1 if held.size else float("nan")
+            row[f"even_{share}"] = int(np.ceil(share / 100 * text.n_expert))
+        out.append(row)
+    return pd.DataFrame(out)

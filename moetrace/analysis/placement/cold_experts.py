@@ -1,0 +1,227 @@
+"""Experts that are hardly ever used: how sure that is, and which tokens use them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy import stats
+
+from moetrace.analysis.counts.routed import RoutedText
+from moetrace.analysis.statistics.shapes import Floats, Ints, layer_numbers
+from moetrace.errors import UsageError
+
+
+def clopper_pearson(count: npt.ArrayLike, n: npt.ArrayLike, level: float = 0.95) -> tuple[Floats, Floats]:
+    """Exact two-sided interval of a rate (Clopper & Pearson 1934); ``count`` and ``n`` need not be whole.
+
+    [0, 1] where n is 0. With count 0 the upper bound is 1 − ((1 − level)/2)^(1/n).
+    """
+    c, total = np.broadcast_arrays(np.asarray(count, dtype=np.float64), np.asarray(n, dtype=np.float64))
+    tail = (1 - level) / 2
+    low, high = np.zeros(c.shape), np.ones(c.shape)
+    some, below = (total > 0) & (c > 0), (total > 0) & (c < total)
+    low[some] = stats.beta.ppf(tail, c[some], total[some] - c[some] + 1)
+    high[below] = stats.beta.ppf(1 - tail, c[below] + 1, total[below] - c[below])
+    return low, high
+
+
+def cold_experts(
+    counts: npt.ArrayLike,
+    tokens: npt.ArrayLike,
+    *,
+    n_expert_used: npt.ArrayLike,
+    layers: npt.ArrayLike | None = None,
+    cold_below: float = 0.1,
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """How often each expert is used, with intervals, and which are cold beyond doubt.
+
+    Parameters
+    ----------
+    counts, tokens
+        (P, L, E) tokens of each prompt that used the expert; (P, L) tokens.
+    n_expert_used
+        (L,) or one number: experts per token, k.
+    cold_below
+        An expert is cold if its rate is below this share of an even split, k/E.
+
+    Returns one row per (layer, expert), coldest first: ``tokens``, ``used``, ``rate``; ``low`` and ``high``, exact
+    for independent tokens; ``effective_tokens``, what the tokens are worth given that those of one prompt are
+    alike, and ``cluster_low``, ``cluster_high`` from these (Korn & Graubard 1998); ``bound``, the upper bound at a
+    level that holds for all experts of all layers together (Bonferroni, one-sided); ``cold`` = bound < threshold;
+    ``threshold``; ``prompts`` that use it; ``verdict``: "cold", "in use" (cluster_low ≥ threshold) or "undecided".
+
+    An expert's design effect is its variance between prompts (a ratio estimate's) over the binomial one, at least 1.
+    With fewer than 30 picks it is at least the mean of its layer's experts that have 5 or more. A single prompt
+    allows none, and tokens count as independent.
+    """
+    c = np.asarray(counts, dtype=np.float64)
+    n = np.asarray(tokens, dtype=np.float64)
+    if c.ndim != 3 or n.shape != c.shape[:2]:
+        raise UsageError(f"counts {c.shape} and tokens {n.shape} do not fit", fix="give (P, L, E) and (P, L)")
+    p_prompts, n_layers, n_expert = c.shape
+    numbers = layer_numbers(layers, n_layers)
+    used, total = c.sum(axis=0), n.sum(axis=0)[:, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rate = used / total
+        binomial = rate * (1 - rate) / total
+        between = ((c - rate * n[:, :, None]) ** 2).sum(axis=0) * p_prompts / max(p_prompts - 1, 1) / total**2
+        effect = np.where((used >= 5) & (binomial > 0), np.maximum(between / binomial, 1.0), np.nan)
+    if p_prompts < 2:
+        effect[:] = np.nan
+    known = ~np.isnan(effect)
+    sums = np.where(known, effect, 0.0).sum(axis=1, keepdims=True)
+    mean = np.divide(sums, known.sum(axis=1, keepdims=True), out=np.ones_like(sums), where=sums > 0)
+
+    def worth(effect_: Floats, tail: float) -> Floats:
+        """Independent tokens that ours are worth; how much prompts differ is itself known from few prompts only."""
+        if p_prompts < 2:
+            return np.broadcast_to(total, used.shape)
+        widen = stats.t.ppf(1 - tail, p_prompts - 1) / stats.norm.ppf(1 - tail)
+        return np.asarray(total / (effect_ * widen**2))
+
+    # Few picks say little about their own spread: then not less than that of the layer's others.
+    at_least = np.where(known, np.maximum(effect, mean), mean)
+    tail = (1 - level) / used.size
+    effective = worth(np.where(known & (used >= 30), effect, at_least), (1 - level) / 2)
+    low, high = clopper_pearson(used, np.broadcast_to(total, used.shape), level)
+    share = np.nan_to_num(rate)
+    cluster_low, cluster_high = clopper_pearson(share * effective, effective, level)
+    careful = worth(at_least, tail)
+    bound = clopper_pearson(share * careful, careful, 1 - 2 * tail)[1]
+    threshold = (cold_below * np.asarray(n_expert_used, dtype=np.float64) / n_expert) * np.ones(n_layers)
+    cold = bound < threshold[:, None]
+    verdict = np.where(cold, "cold", np.where(cluster_low >= threshold[:, None], "in use", "undecided"))
+    table = pd.DataFrame(
+        {
+            "layer": np.repeat(numbers, n_expert),
+            "expert": np.tile(np.arange(n_expert), n_layers),
+            "tokens": np.broadcast_to(total, used.shape).ravel().astype(np.int64),
+            "used": used.ravel().astype(np.int64),
+            "rate": rate.ravel(),
+            "low": low.ravel(),
+            "high": high.ravel(),
+            "effective_tokens": effective.ravel(),
+            "cluster_low": cluster_low.ravel(),
+            "cluster_high": cluster_high.ravel(),
+            "bound": bound.ravel(),
+            "threshold": np.repeat(threshold, n_expert),
+            "cold": cold.ravel(),
+            "prompts": (c > 0).sum(axis=0).ravel(),
+            "verdict": verdict.ravel(),
+        }
+    )
+    return table.sort_values(["rate", "layer", "expert"], kind="stable").reset_index(drop=True)
+
+
+def tokens_needed(
+    n_expert: int, n_expert_used: int, n_layers: int, cold_below: float = 0.1, level: float = 0.95
+) -> int:
+    """Independent tokens without a pick after which an expert counts as cold among all of a model's."""
+    tail = (1 - level) / (n_expert * n_layers)
+    return int(np.ceil(np.log(tail) / np.log1p(-cold_below * n_expert_used / n_expert)))
+
+
+def trigger_tokens(
+    text: RoutedText,
+    experts: Sequence[tuple[int, int]],
+    vocabulary: Sequence[bytes] | None = None,
+    *,
+    at_most: int = 10,
+    context: int = 5,
+) -> pd.DataFrame:
+    """Which tokens use these experts, (layer index, expert), with the text around them.
+
+    Returns one row per occurrence, at most ``at_most`` per expert, those of the largest mixing weight first:
+    ``layer``, ``expert``, ``prompt``, ``position``, ``token``, ``piece``, ``weight`` (NaN if unknown), ``context``
+    (``context`` tokens on either side, the token in ⟦ ⟧; None without a vocabulary), ``token_share``: of the same
+    token's occurrences, how many use the expert, and ``token_count``, how many there are.
+    """
+    tokens = text.tokens
+    rows: list[tuple[object, ...]] = []
+    for layer, expert in experts:
+        uses = (text.experts[:, layer] == expert).any(axis=1)
+        where = np.flatnonzero(uses)
+        weight = np.full(where.size, np.nan)
+        if text.weights is not None:
+            mine = text.experts[where, layer] == expert
+            weight = np.where(mine, text.weights[where, layer], -np.inf).max(axis=1)
+        known = text.known(layer)
+        for i in np.argsort(-np.nan_to_num(weight), kind="stable")[:at_most]:
+            row = int(where[i])
+            same = known & (tokens == tokens[row])
+            rows.append(
+                (
+                    int(text.layers[layer]),
+                    expert,
+                    text.prompts[int(text.owner[row])],
+                    int(text.positions[row]),
+                    int(tokens[row]),
+                    _piece(vocabulary, tokens[row : row + 1]),
+                    float(weight[i]),
+                    _around(text, row, vocabulary, context),
+                    float(uses[same].mean()),
+                    int(same.sum()),
+                )
+            )
+    names = ["layer", "expert", "prompt", "position", "token", "piece", "weight", "context"]
+    return pd.DataFrame(rows, columns=[*names, "token_share", "token_count"])
+
+
+def _piece(vocabulary: Sequence[bytes] | None, tokens: npt.NDArray[np.int64]) -> str | None:
+    if vocabulary is None or ((tokens < 0) | (tokens >= len(vocabulary))).any():
+        return None
+    return b"".join(vocabulary[int(t)] for t in tokens).decode("utf-8", "replace")
+
+
+def _around(text: RoutedText, row: int, vocabulary: Sequence[bytes] | None, reach: int) -> str | None:
+    request = int(text.owner[row])
+    start = max(int(text.starts[request]), row - reach)
+    stop = min(int(text.starts[request + 1]), row + reach + 1)
+    tokens = text.tokens
+    parts = [_piece(vocabulary, tokens[a:b]) for a, b in ((start, row), (row, row + 1), (row + 1, stop))]
+    return None if None in parts else f"{parts[0]}⟦{parts[1]}⟧{parts[2]}"
+
+
+def candidate_tokens(
+    text: RoutedText, experts: Sequence[tuple[int, int]], *, at_most: int = 20
+) -> dict[tuple[int, int], Ints]:
+    """Token ids that may wake an expert, most promising first: those that used it, by their share of uses."""
+    tokens = text.tokens
+    out = {}
+    for layer, expert in experts:
+        uses = (text.experts[:, layer] == expert).any(axis=1) & (tokens >= 0)
+        ids, where = np.unique(tokens, return_inverse=True)
+        seen = np.bincount(where, weights=text.known(layer).astype(np.float64))
+        hits = np.bincount(where, weights=uses.astype(np.float64))
+        order = np.lexsort((-hits, -hits / np.maximum(seen, 1)))
+        out[layer, expert] = ids[order][hits[order] > 0][:at_most].astype(np.int64)
+    return out
+
+
+def wake_rates(
+    woken: npt.ArrayLike, tried: npt.ArrayLike, base: npt.ArrayLike, level: float = 0.95
+) -> pd.DataFrame:
+    """How often inputs made with the intent to wake an expert did, against tokens of ordinary text.
+
+    ``woken`` of ``tried`` (n,), and ``base`` (n,), the expert's rate there. Returns ``woken``, ``tried``, ``rate``,
+    ``low``, ``high`` (exact), ``base_rate`` and ``lift``.
+    """
+    c, n = np.asarray(woken, dtype=np.float64), np.asarray(tried, dtype=np.float64)
+    low, high = clopper_pearson(c, n, level)
+    b = np.asarray(base, dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return pd.DataFrame(
+            {
+                "woken": c.astype(np.int64),
+                "tried": n.astype(np.int64),
+                "rate": c / n,
+                "low": low,
+                "high": high,
+                "base_rate": b,
+                "lift": np.where(b > 0, c / n / b, np.nan),
+            }
+        )

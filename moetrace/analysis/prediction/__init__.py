@@ -1,0 +1,1 @@
+"""What one thing about a token tells about its experts."""

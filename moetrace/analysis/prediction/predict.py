@@ -1,0 +1,514 @@
+"""How well can a token's experts be told beforehand? Predictors, their scores on held-out prompts, and chance.
+
+A predictor gives every expert a score; the m best are what it predicts. **Recall@m** is the share of a token's k
+experts that are among them, precision recall·k/m. Scores are always those of prompts that the predictor was not
+fitted on (cross-validation, whole prompts left out), and intervals redraw whole prompts. Published figures that
+call "at least one of them was used by the prompt" accuracy are in
+:mod:`moetrace.analysis.published.prediction`. :mod:`~moetrace.analysis.attention_prediction` and
+:mod:`~moetrace.analysis.task_prediction` ask with them.
+
+Shapes: n tokens, E experts, k used, F features, P prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy import linalg, sparse
+
+from moetrace.analysis.counts.routed import membership
+from moetrace.analysis.statistics import nulls
+from moetrace.analysis.statistics.shapes import Floats, Ints
+from moetrace.errors import UsageError
+
+Scores = npt.NDArray[np.floating[Any]]
+
+N_FOLDS = 5
+# A table's entry counts as much as this many tokens of the overall usage.
+_PRIOR = 2.0
+# Prompts of similar length that are exchanged with each other in a permutation.
+_GROUP = 6
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be predicted: the experts of n tokens in one layer.
+
+    Attributes
+    ----------
+    used
+        (n, E) f4, 1 for the experts that a token uses.
+    k
+        Experts per token.
+    prompt
+        (n,) code of the prompt, tokens of one together and in reading order.
+    run, token, position
+        (n,) number of the unbroken run, token id, position.
+    fold
+        (n,) part that is left out together; all tokens of a prompt are in one.
+    """
+
+    used: npt.NDArray[np.float32]
+    k: int
+    prompt: Ints
+    run: Ints
+    token: Ints
+    position: Ints
+    fold: Ints
+
+    @classmethod
+    def of(
+        cls,
+        experts: npt.NDArray[Any],
+        n_expert: int,
+        *,
+        prompt: npt.ArrayLike,
+        run: npt.ArrayLike | None = None,
+        token: npt.ArrayLike | None = None,
+        position: npt.ArrayLike | None = None,
+        n_folds: int = N_FOLDS,
+        seed: int = 0,
+    ) -> Problem:
+        """From expert ids (n, k), all present. ``run``, ``token`` and ``position`` default to nothing known.
+
+        Raises UsageError if there are fewer than two prompts: nothing could be held out.
+        """
+        codes = np.unique(np.asarray(prompt), return_inverse=True)[1].astype(np.int64)
+        n_prompts = int(codes.max()) + 1 if codes.size else 0
+        if n_prompts < 2:
+            raise UsageError(
+                f"a prediction needs prompts to hold out, and there are {n_prompts}",
+                fix="capture more prompts (moetrace capture -f prompts.jsonl)",
+            )
+        used = membership(experts, n_expert)
+        folds = np.arange(n_prompts) % min(n_folds, n_prompts)
+        fold = np.random.default_rng((seed, 1)).permutation(folds)[codes]
+        same = np.zeros(codes.size, dtype=np.int64)
+
+        def given(values: npt.ArrayLike | None) -> Ints:
+            return same if values is None else np.asarray(values).astype(np.int64)
+
+        k = int(used.sum(axis=1).max())
+        runs = codes if run is None else given(run)
+        return cls(used, k, codes, runs, given(token), given(position), fold)
+
+    @property
+    def n_prompts(self) -> int:
+        """P."""
+        return int(self.prompt.max()) + 1
+
+    @property
+    def n_expert(self) -> int:
+        """E."""
+        return int(self.used.shape[1])
+
+    def take(self, rows: Ints) -> Problem:
+        """Some of the tokens, in the same folds; a copy."""
+        names = ("used", "prompt", "run", "token", "position", "fold")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+
+    def folds(self) -> list[tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
+        """Of each fold: (n,) masks of what is fitted on and what is held out."""
+        return [(self.fold != f, self.fold == f) for f in np.unique(self.fold)]
+
+
+# -- predictors: scores (n, E), each token's from what was learnt without its fold ------------------------
+
+
+def popularity(p: Problem) -> Scores:
+    """The experts that are used most, whatever the token."""
+    out = np.empty(p.used.shape, dtype=np.float32)
+    for fit, held in p.folds():
+        out[held] = p.used[fit].mean(axis=0)
+    return out
+
+
+def previous(p: Problem) -> Scores:
+    """The experts of the token before, then the popular ones; the first token of a run gets the popular ones."""
+    out = popularity(p) * np.float32(1e-3)
+    follows = np.flatnonzero(p.run[1:] == p.run[:-1]) + 1
+    out[follows] += p.used[follows - 1]
+    return out
+
+
+def table(p: Problem, key: npt.ArrayLike, prior: float = _PRIOR) -> Scores:
+    """Mean usage at each value of ``key`` (n,) (token id, position), drawn to the overall usage where it is rare."""
+    code = np.unique(np.asarray(key), return_inverse=True)[1]
+    out = np.empty(p.used.shape, dtype=np.float32)
+    for fit, held in p.folds():
+        means, mean = _means(code, p.used, fit)
+        out[held] = _shrunk(means, mean, prior)[code[held]]
+    return out
+
+
+def transition(p: Problem, features: npt.NDArray[Any]) -> Scores:
+    """Mean of P(expert | an expert used elsewhere) over those used elsewhere (n, E'): a transition table."""
+    x = features.astype(np.float32)
+    out = np.empty(p.used.shape, dtype=np.float32)
+    for fit, held in p.folds():
+        mean = p.used[fit].mean(axis=0)
+        share = (x[fit].T @ p.used[fit] + _PRIOR * mean) / (x[fit].sum(axis=0)[:, None] + _PRIOR)
+        out[held] = x[held] @ share
+    return out
+
+
+def ridge(
+    p: Problem,
+    features: npt.NDArray[Any],
+    *,
+    nuisance: npt.NDArray[Any] | None = None,
+    offset: Scores | None = None,
+    fitted_offset: Sequence[Scores] | None = None,
+) -> Scores:
+    """Ridge regression of usage on features (n, F), with intercept.
+
+    Features are scaled to standard deviation 1 and penalised by λ = F, which asks all of them together to explain
+    as much as they leave unexplained; nothing is tuned. Columns of ``nuisance`` (n, Z) are hardly penalised.
+    ``offset`` (n, E) is added to the held-out scores, ``fitted_offset[f]`` (n, E) subtracted from the usage that
+    fold f's regression is fitted on. Features must be finite.
+    """
+    x = _scaled(features)
+    penalty = np.full(x.shape[1], float(max(x.shape[1], 1)))
+    if nuisance is not None:
+        z = _scaled(nuisance)
+        x, penalty = np.hstack((z, x)), np.concatenate((np.full(z.shape[1], 1e-3), penalty))
+    scores = np.zeros(p.used.shape) if offset is None else np.array(offset, dtype=np.float64)
+    for i, (fit, held) in enumerate(p.folds()):
+        y = p.used[fit] if fitted_offset is None else p.used[fit] - fitted_offset[i][fit]
+        weight, base = _solve(x[fit], y.astype(x.dtype), penalty)
+        scores[held] += x[held] @ weight + base
+    return scores
+
+
+def token_ridge(p: Problem, features: npt.NDArray[Any], nuisance: npt.NDArray[Any] | None = None) -> Scores:
+    """The table by token id, and a :func:`ridge` on what it leaves.
+
+    What it leaves of a prompt that is fitted on is reckoned without that prompt, as it is for held-out ones.
+    """
+    code = np.unique(p.token, return_inverse=True)[1]
+    pair, own = np.unique(np.stack((p.prompt, code)), axis=1, return_inverse=True)
+    sums = _sums(own, p.used, pair.shape[1])
+    counts = np.bincount(own, minlength=pair.shape[1]).astype(np.float64)
+    left = []
+    for fit, _ in p.folds():
+        total, n = (
+            _sums(code[fit], p.used[fit], int(code.max()) + 1),
+            np.bincount(code[fit], minlength=code.max() + 1),
+        )
+        mean = p.used[fit].mean(axis=0)
+        rest = total[code] - sums[own] * fit[:, None]
+        left.append((rest + _PRIOR * mean) / (n[code] - counts[own] * fit + _PRIOR)[:, None])
+    return ridge(p, features, nuisance=nuisance, offset=table(p, p.token), fitted_offset=left)
+
+
+def position_basis(position: npt.ArrayLike, n_knots: int = 8) -> Floats:
+    """Hats over the quantiles of log(1 + position): (n, at most ``n_knots`` - 1), a piecewise linear function's basis.
+
+    (n, 0) if there is one position only.
+    """
+    x = np.log1p(np.maximum(np.asarray(position, dtype=np.float64), 0))
+    knots = np.unique(np.quantile(x, np.linspace(0, 1, n_knots))) if x.size else x
+    if knots.size < 2:
+        return np.empty((x.size, 0))
+    hats = [np.interp(x, knots, np.eye(knots.size)[i]) for i in range(1, knots.size)]
+    return np.stack(hats, axis=1)
+
+
+# -- scores -------------------------------------------------------------------------------------------------
+
+
+def hits(p: Problem, scores: Scores, sizes: Sequence[int]) -> Ints:
+    """How many of each token's experts are among the m best, for each m of ``sizes``: (n, sizes).
+
+    Equal scores: the lower expert id first.
+    """
+    most = max(sizes)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :most]
+    found = np.cumsum(np.take_along_axis(p.used, order, axis=1), axis=1)
+    return found[:, np.asarray(sizes) - 1].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A share of sums over prompts with its bootstrap interval; NaN bounds for fewer than three prompts."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def bootstrap_share(
+    numerator: npt.ArrayLike,
+    denominator: npt.ArrayLike,
+    *,
+    n_boot: int = 999,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Σ numerator / Σ denominator over prompts (P,), with a percentile interval from redrawn prompts.
+
+    Widened for few prompts (:func:`moetrace.analysis.statistics.nulls.expanded_tail`).
+    """
+    a, b = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
+    estimate = float(a.sum() / b.sum()) if b.sum() else float("nan")
+    if a.size < 3 or not b.sum():
+        return Interval(estimate, float("nan"), float("nan"))
+    draws = np.random.default_rng((seed, 2)).multinomial(a.size, np.full(a.size, 1 / a.size), size=n_boot)
+    bottom = draws @ b
+    tail = nulls.expanded_tail(a.size, level)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        low, high = np.nanquantile((draws @ a) / bottom, [tail, 1 - tail])
+    return Interval(estimate, float(low), float(high))
+
+
+def by_prompt(p: Problem, values: npt.ArrayLike) -> Floats:
+    """Values (n,) summed by prompt, (P,)."""
+    sums = np.bincount(p.prompt, np.asarray(values, dtype=np.float64), minlength=p.n_prompts)
+    return sums.astype(np.float64)
+
+
+def score_table(
+    p: Problem, scores: Mapping[str, Scores], sizes: Sequence[int] = (), *, n_boot: int = 999, seed: int = 0
+) -> pd.DataFrame:
+    """Recall and precision of predictors, by how many experts are predicted.
+
+    Returns one row per (predictor, m), ``m`` each of ``sizes`` (default k, 2k, 4k): ``recall`` with ``low`` and
+    ``high`` over prompts, ``precision``, ``chance`` (recall of m experts picked at random, m/E), ``tokens`` and
+    ``prompts``.
+    """
+    wanted = sorted({m for m in (sizes or (p.k, 2 * p.k, 4 * p.k)) if 1 <= m <= p.n_expert})
+    need = by_prompt(p, p.used.sum(axis=1))
+    out = []
+    for name, values in scores.items():
+        found = hits(p, values, wanted)
+        for i, m in enumerate(wanted):
+            recall = bootstrap_share(by_prompt(p, found[:, i]), need, n_boot=n_boot, seed=seed)
+            out.append(
+                {
+                    "predictor": name,
+                    "m": m,
+                    "recall": recall.estimate,
+                    "low": recall.low,
+                    "high": recall.high,
+                    "precision": float(found[:, i].sum() / (m * p.prompt.size)),
+                    "chance": m / p.n_expert,
+                    "tokens": p.prompt.size,
+                    "prompts": p.n_prompts,
+                }
+            )
+    return pd.DataFrame(out)
+
+
+def gain(p: Problem, better: Scores, than: Scores, *, n_boot: int = 999, seed: int = 0) -> Interval:
+    """Recall@k of one predictor less that of another, with its interval over prompts."""
+    difference = hits(p, better, [p.k])[:, 0] - hits(p, than, [p.k])[:, 0]
+    return bootstrap_share(
+        by_prompt(p, difference), by_prompt(p, p.used.sum(axis=1)), n_boot=n_boot, seed=seed
+    )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one layer's experts could be told from.
+
+    Attributes
+    ----------
+    recall
+        :func:`score_table` of all predictors.
+    gains
+        One row per comparison, ``better`` over ``than``: ``gain`` in recall@k on held-out prompts, ``low`` and
+        ``high`` (prompts redrawn); for the comparison that is tested also ``null_gain``, what the features of
+        another prompt's token at the same place gain, and ``p_value`` (:func:`gain_test`); else NaN.
+    """
+
+    recall: pd.DataFrame
+    gains: pd.DataFrame
+
+
+def comparison(better: str, than: str, gained: Interval, test: GainTest | None = None) -> dict[str, Any]:
+    """One row of :attr:`Prediction.gains`."""
+    return {
+        "better": better,
+        "than": than,
+        "gain": gained.estimate,
+        "low": gained.low,
+        "high": gained.high,
+        "null_gain": float("nan") if test is None else test.null_mean,
+        "p_value": float("nan") if test is None else test.p_value,
+    }
+
+
+# -- a test -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GainTest:
+    """Whether features tell more of the experts than the nuisance does.
+
+    ``gain`` is recall@k gained on the ``tokens`` that could be exchanged, ``null_mean`` and ``null_q95`` what
+    features of other prompts gain, ``p_value`` one-sided. NaN if there are fewer than four prompts.
+    """
+
+    gain: float
+    null_mean: float
+    null_q95: float
+    p_value: float
+    tokens: int
+
+
+def gain_test(
+    p: Problem,
+    features: npt.NDArray[Any],
+    nuisance: npt.NDArray[Any] | None = None,
+    *,
+    n_permutations: int = 199,
+    max_tokens: int = 4000,
+    seed: int = 0,
+) -> GainTest:
+    """Test it: every prompt gets another prompt's features, token for token, and everything is fitted anew.
+
+    Prompts are sorted by length and put into groups of six, cut to the shortest of their group, and exchanged
+    within it, so that a token gets the features of the token at the same place of another prompt. What the nuisance
+    explains of the features is taken out of them first (Freedman & Lane 1983). Whole prompts are exchanged: that
+    their tokens follow each other does not matter. Prompts must be exchangeable if features say nothing.
+    """
+    rng = np.random.default_rng((seed, 3))
+    groups = _exchange_groups(p.prompt, max_tokens, rng)
+    n = sum(starts.size * length for starts, length in groups)
+    fold = p.fold[[i for starts, _ in groups for i in starts.tolist()]]
+    if np.unique(fold).size < 2 or n_permutations < 1:
+        return GainTest(float("nan"), float("nan"), float("nan"), float("nan"), n)
+    rows = np.concatenate([(s[:, None] + np.arange(cut)).reshape(-1) for s, cut in groups])
+    z = np.ones((n, 1)) if nuisance is None else np.hstack((np.ones((n, 1)), _scaled(nuisance[rows])))
+    x = _scaled(features[rows]).astype(np.float64)
+    x = _scaled(x - z @ np.linalg.lstsq(z, x, rcond=None)[0])
+    exchange = _Exchange(groups, z, x, p.used[rows].astype(np.float64), p.k, fold)
+    floor, own = exchange.recall(None), np.arange(fold.size)
+    reached = np.array(
+        [exchange.recall(_shuffled(groups, rng) if b else own) - floor for b in range(n_permutations + 1)]
+    )
+    null = reached[1:]
+    return GainTest(
+        float(reached[0]),
+        float(null.mean()),
+        float(np.quantile(null, 0.95)),
+        float(nulls.permutation_p(reached)),
+        n,
+    )
+
+
+class _Exchange:
+    """Cross-validated ridge regressions of prompts (P) with each other's features.
+
+    Prompts are padded to one length, so that sums of products are small per prompt and add up per fold; what does
+    not change with the features' owner is reckoned once.
+    """
+
+    def __init__(
+        self, groups: list[tuple[Ints, int]], z: Floats, x: Floats, used: Floats, k: int, fold: Ints
+    ) -> None:
+        lengths = np.concatenate([np.full(starts.size, length) for starts, length in groups])
+        self._valid = np.arange(lengths.max()) < lengths[:, None]
+        self._z, self._x, self._used = (self._padded(values) for values in (z, x, used))
+        self._member = (fold == np.unique(fold)[:, None]).astype(np.float64)  # folds × P
+        self._fold = np.argmax(self._member, axis=0)
+        self._k = k
+        self._fixed = np.concatenate((self._z, self._used), axis=2).transpose(0, 2, 1)
+        self._zz = self._fixed[:, : z.shape[1]] @ self._z
+        self._zy = self._fixed[:, : z.shape[1]] @ self._used
+        self._xx = self._x.transpose(0, 2, 1) @ self._x
+        self._penalty = np.concatenate((np.full(z.shape[1], 1e-3), np.full(x.shape[1], float(x.shape[1]))))
+        self._penalty[0] = 1e-9  # the intercept's
+
+    def _padded(self, values: Floats) -> Floats:
+        out = np.zeros((*self._valid.shape, values.shape[1]))
+        out[self._valid] = values
+        return out
+
+    def recall(self, owner: Ints | None) -> float:
+        """Recall@k on held-out prompts if prompt i has the features of prompt ``owner[i]`` (None: no features)."""
+        n_z = self._z.shape[2]
+        if owner is None:
+            a, gram, target = self._z, self._zz, self._zy
+        else:
+            x = self._x[owner]
+            cross = self._fixed @ x
+            zx, yx = cross[:, :n_z], cross[:, n_z:]
+            gram = np.block([[self._zz, zx], [zx.transpose(0, 2, 1), self._xx[owner]]])
+            target = np.concatenate((self._zy, yx.transpose(0, 2, 1)), axis=1)
+            a = np.concatenate((self._z, x), axis=2)
+        width = a.shape[2]
+        grams, targets = (v.sum(axis=0) - np.tensordot(self._member, v, axes=1) for v in (gram, target))
+        weights = np.linalg.solve(grams + np.diag(self._penalty[:width]), targets)
+        scores = (a @ weights[self._fold])[self._valid]
+        used = self._used[self._valid]
+        top = np.argpartition(-scores, self._k - 1, axis=1)[:, : self._k]
+        return float(np.take_along_axis(used, top, axis=1).sum() / used.sum())
+
+
+def _exchange_groups(prompt: Ints, max_tokens: int, rng: np.random.Generator) -> list[tuple[Ints, int]]:
+    """Groups of prompts of similar length: where each begins, and the length they are cut to."""
+    starts = np.flatnonzero(np.diff(prompt, prepend=-1))
+    sizes = np.diff(np.append(starts, prompt.size))
+    if starts.size < 4:
+        return []
+    if sizes.sum() > max_tokens:
+        draw = rng.permutation(starts.size)
+        few = np.sort(draw[: max(_GROUP, int((np.cumsum(sizes[draw]) <= max_tokens).sum()))])
+        starts, sizes = starts[few], sizes[few]
+    order = np.argsort(sizes, kind="stable")
+    parts = np.array_split(order, max(1, order.size // _GROUP))
+    return [(starts[part], int(sizes[part].min())) for part in parts]
+
+
+def _shuffled(groups: list[tuple[Ints, int]], rng: np.random.Generator) -> Ints:
+    """Whose features each prompt gets: (P,), prompts numbered as the groups name them."""
+    edges = np.cumsum([0, *(starts.size for starts, _ in groups)])
+    return np.concatenate([rng.permutation(np.arange(a, b)) for a, b in pairwise(edges.tolist())])
+
+
+def _scaled(features: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Columns of mean 0 and standard deviation 1; those that do not vary are 0. Single precision if many."""
+    x = np.asarray(features, dtype=np.float32 if features.shape[1] > 1024 else np.float64)
+    x = x - x.mean(axis=0)
+    spread = x.std(axis=0)
+    return np.asarray(x / np.where(spread > 1e-5, spread, np.inf))
+
+
+def _solve(
+    x: npt.NDArray[Any], y: npt.NDArray[Any], penalty: Floats
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Weights (F, E) and intercept (E,) of a ridge regression whose intercept is free."""
+    mx, my = x.mean(axis=0), y.mean(axis=0)
+    if not x.shape[1]:
+        return np.empty((0, y.shape[1])), my
+    gram = (x.T @ x).astype(np.float64) - x.shape[0] * np.outer(mx, mx)
+    cross = (x.T @ y).astype(np.float64) - x.shape[0] * np.outer(mx, my)
+    gram[np.diag_indices_from(gram)] += penalty
+    weight = linalg.solve(gram, cross, assume_a="pos").astype(x.dtype)
+    return weight, my - mx @ weight
+
+
+def _sums(code: npt.NDArray[Any], used: npt.NDArray[np.float32], n: int) -> Floats:
+    """Usage (m, E) summed by code: (n, E)."""
+    pick = sparse.csr_array((np.ones(code.size), (code, np.arange(code.size))), shape=(n, code.size))
+    return np.asarray(pick @ used.astype(np.float64))
+
+
+def _means(
+    code: npt.NDArray[Any], used: npt.NDArray[np.float32], fit: npt.NDArray[np.bool_]
+) -> tuple[tuple[Floats, Floats], npt.NDArray[Any]]:
+    n = int(code.max()) + 1
+    sums = _sums(code[fit], used[fit], n)
+    return (sums, np.bincount(code[fit], minlength=n).astype(np.float64)), used[fit].mean(axis=0)
+
+
+def _shrunk(means: tuple[Floats, Floats], mean: npt.NDArray[Any], prior: float) -> Floats:
+    sums, counts = means
+    return np.asarray((sums + prior * mean) / (counts + prior)[:, None])

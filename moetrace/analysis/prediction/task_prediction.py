@@ -1,0 +1,76 @@
+"""Does an early layer tell which experts the same token gets in later ones?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from moetrace.analysis.prediction.predict import (
+    Prediction,
+    Problem,
+    Scores,
+    comparison,
+    gain,
+    gain_test,
+    popularity,
+    previous,
+    ridge,
+    score_table,
+    table,
+    transition,
+)
+
+
+def task_prediction(
+    p: Problem,
+    early: npt.NDArray[np.float32],
+    hidden: npt.NDArray[np.float32] | None = None,
+    gate: Scores | None = None,
+    *,
+    sizes: Sequence[int] = (),
+    n_permutations: int = 199,
+    n_boot: int = 999,
+    seed: int = 0,
+) -> Prediction:
+    """How well an early layer tells a later layer's experts of the same token.
+
+    Parameters
+    ----------
+    early
+        (n, E) f4, 1 for the experts that the token uses in the early layer
+        (:func:`~moetrace.analysis.counts.routed.membership`).
+    hidden
+        (n, D) f4: what the early layer's router read.
+    gate
+        (n, E): scores of the later layer's own router applied to that ("next gate on current hidden").
+
+    Predictors: ``popularity``, ``previous`` (token's experts in the later layer), ``token`` (table), ``transition``
+    (:func:`transition`), ``gate``; then ``experts`` (:func:`ridge` on the early experts) and ``hidden``. Gains are
+    those of the last predictor, ``hidden`` or else ``experts``, over the others; the test is whether the early
+    experts tell more than popularity does.
+    """
+    scores = {
+        "popularity": popularity(p),
+        "previous": previous(p),
+        "token": table(p, p.token),
+        "transition": transition(p, early),
+        **({} if gate is None else {"gate": gate}),
+        "experts": ridge(p, early),
+        **({} if hidden is None else {"hidden": ridge(p, hidden)}),
+    }
+    test = gain_test(p, early, n_permutations=n_permutations, seed=seed)
+    more: dict[str, Any] = {"n_boot": n_boot, "seed": seed}
+    best = list(scores)[-1]
+    gains = [
+        comparison("experts", "popularity", gain(p, scores["experts"], scores["popularity"], **more), test),
+        *(
+            comparison(best, name, gain(p, scores[best], scores[name], **more))
+            for name in scores
+            if name != best and (best, name) != ("experts", "popularity")
+        ),
+    ]
+    return Prediction(score_table(p, scores, sizes, **more), pd.DataFrame(gains))

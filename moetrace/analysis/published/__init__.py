@@ -1,0 +1,1 @@
+"""Published formulas, faults included, each beside what is wrong with it."""

@@ -1,0 +1,201 @@
+"""The "expert dynamics" experiment of chuk-mlx, formula for formula: circuits, dynamics of generation, cold experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from moetrace.analysis.counts.routed import RoutedText
+from moetrace.analysis.statistics.shapes import layer_numbers
+
+
+@dataclass(frozen=True)
+class PublishedDynamics:
+    """What the published definitions give, over all requests.
+
+    ``consistency``: Σ|A_t ∩ A_{t+1}| / Σ max(|A_t|, |A_{t+1}|), mean of requests. ``handoffs_per_token``: layers in
+    which the primary expert changes, per token. ``layers``: ``stability``, the share of steps with the same
+    primary. ``boundaries``: phase boundaries by request and step; ``boundary_rate``, per step that can have one.
+    """
+
+    consistency: float
+    handoffs_per_token: float
+    layers: pd.DataFrame
+    boundaries: pd.DataFrame
+    boundary_rate: float
+
+
+def as_published_dynamics(
+    text: RoutedText, *, primary: str = "router", threshold: float = 0.5, seed: int = 0
+) -> PublishedDynamics:
+    """Consistency, handoffs, stability and phase boundaries as published.
+
+    A boundary is a step t ≥ 2 with mean over layers of 1 − |A_t ∩ W|/|A_t ∪ W| above ``threshold``, W being all
+    experts of the three steps before. ``primary``: "router" takes the router's first expert; "arbitrary" a random
+    one of the chosen, which is what the published numbers rest on: that code read the first id of an unsorted
+    partition.
+
+    What is wrong: with k experts against up to 3k, the divergence is 2/3 or more even if all experts stay within
+    the window, so that boundaries are everywhere; consistency and stability have no baseline.
+    """
+    ids = text.experts.astype(np.int64)
+    k = ids.shape[2]
+    if primary == "arbitrary":
+        pick = np.random.default_rng(seed).integers(0, k, ids.shape[:2])[:, :, None]
+        first = np.take_along_axis(ids, pick, axis=2)[:, :, 0]
+    else:
+        first = ids[:, :, 0]
+    members = np.stack([text.member(layer).astype(bool) for layer in range(ids.shape[1])], axis=1)
+    consistencies, changes, tokens = [], 0, 0
+    same, pairs = np.zeros(ids.shape[1]), np.zeros(ids.shape[1])
+    boundaries, possible = [], 0
+    for request in range(text.n_requests):
+        a, b = int(text.starts[request]), int(text.starts[request + 1])
+        m, primary_ = members[a:b], first[a:b]
+        size = m.sum(axis=2)
+        both = (size[1:] > 0) & (size[:-1] > 0)
+        shared = (m[1:] & m[:-1]).sum(axis=2)
+        largest = np.maximum(size[1:], size[:-1])[both].sum()
+        consistencies.append(float(shared[both].sum() / largest) if largest else 1.0)
+        stays = (primary_[1:] == primary_[:-1]) & both
+        changes += int((both & ~stays).sum())
+        tokens += b - a
+        same += stays.sum(axis=0)
+        pairs += both.sum(axis=0)
+        for step in range(2, b - a):
+            window = np.logical_or.reduce(m[max(0, step - 3) : step], axis=0)
+            there = window.any(axis=1) & (size[step] > 0)
+            union = (m[step] | window).sum(axis=1)
+            apart = 1 - (m[step] & window).sum(axis=1)[there] / union[there]
+            possible += 1
+            if there.any() and apart.mean() > threshold:
+                boundaries.append((text.prompts[request], step, float(apart.mean())))
+    return PublishedDynamics(
+        float(np.mean(consistencies)) if consistencies else 1.0,
+        changes / tokens if tokens else 0.0,
+        pd.DataFrame(
+            {
+                "layer": text.layers,
+                "stability": np.divide(same, pairs, out=np.ones_like(same), where=pairs > 0),
+            }
+        ),
+        pd.DataFrame(boundaries, columns=["prompt", "step", "divergence"]),
+        len(boundaries) / possible if possible else 0.0,
+    )
+
+
+@dataclass(frozen=True)
+class PublishedCircuits:
+    """What the published definition gives: ``alignment`` of neighbouring layers, and ``pipelines``."""
+
+    alignment: pd.DataFrame
+    pipelines: pd.DataFrame
+    global_consistency: float
+
+
+def as_published_circuits(
+    experts: npt.NDArray[np.unsignedinteger],
+    weights: npt.NDArray[np.float32],
+    n_expert: int,
+    *,
+    layers: npt.ArrayLike | None = None,
+) -> PublishedCircuits:
+    """Find pipelines as published, from the tokens of a single prompt: experts and weights (n, L, k).
+
+    Profiles are an expert's weight at each position, 0 where it is not chosen. ``alignment`` is the mean
+    Pearson correlation of greedily matched experts of neighbouring layers (r > 0.3). A pipeline follows, from
+    each expert of the first layer, the most correlated expert of the next layer while r ≥ 0.3, and is kept if it
+    covers 30 % of the layers; its ``consistency`` is the mean r.
+
+    What is wrong: profiles of all prompts are collected and each overwrites the one before, so only the last
+    prompt counts, some five tokens; and the largest of E correlations over five positions is always near 1. On
+    random routing of 4 of 32 it finds about 15 pipelines of consistency 0.9 (docs/published.md).
+    """
+    n, n_layers, _ = experts.shape
+    numbers = np.arange(n_layers) if layers is None else np.asarray(layers)
+    profile = np.zeros((n_layers, n, n_expert + 1))
+    for layer in range(n_layers):
+        np.put_along_axis(
+            profile[layer],
+            np.minimum(experts[:, layer], n_expert).astype(np.int64),
+            np.nan_to_num(weights[:, layer]).astype(np.float64),
+            axis=1,
+        )
+    profile = profile[:, :, :-1]
+    deviation = profile - profile.mean(axis=1, keepdims=True)
+    length = np.sqrt((deviation**2).sum(axis=1, keepdims=True))
+    still = profile.std(axis=1, keepdims=True) < 1e-10
+    unit = np.where(still, 0.0, deviation / np.where(still, 1.0, length))
+    alignment = []
+    correlations = []
+    for layer in range(n_layers - 1):
+        r = unit[layer].T @ unit[layer + 1]
+        correlations.append(np.where(still[layer + 1][0], -np.inf, r))
+        free_a, free_b = np.ones(n_expert, bool), np.ones(n_expert, bool)
+        matched: list[float] = []
+        for where in np.argsort(-r, axis=None, kind="stable").tolist():
+            a, b = divmod(where, n_expert)
+            if r[a, b] <= 0.3:
+                break
+            if free_a[a] and free_b[b]:
+                free_a[a] = free_b[b] = False
+                matched.append(float(r[a, b]))
+        score = max(0.0, float(np.mean(matched))) if matched else 0.0
+        alignment.append((int(numbers[layer]), int(numbers[layer + 1]), len(matched), score))
+    pipelines = []
+    for start in range(n_expert):
+        path, confidence = [start], []
+        for r in correlations:
+            if still[len(path) - 1][0, path[-1]]:
+                break
+            best = int(r[path[-1]].argmax())
+            if not r[path[-1], best] >= 0.3:
+                break
+            confidence.append(float(r[path[-1], best]))
+            path.append(best)
+        if len(path) / n_layers >= 0.3:
+            name = " → ".join(f"L{numbers[i]}-E{expert}" for i, expert in enumerate(path))
+            consistency = float(np.mean(confidence)) if confidence else 1.0
+            pipelines.append((name, len(path), len(path) / n_layers, consistency))
+    table = pd.DataFrame(pipelines, columns=["pipeline", "layers", "coverage", "consistency"])
+    aligned = pd.DataFrame(alignment, columns=["layer", "to_layer", "matched", "alignment"])
+    return PublishedCircuits(
+        aligned,
+        table.sort_values(["coverage", "consistency"], ascending=False, kind="stable").reset_index(drop=True),
+        float(aligned["alignment"].mean()) if len(aligned) else 0.0,
+    )
+
+
+def as_published_cold_experts(
+    counts: npt.ArrayLike,
+    tokens: npt.ArrayLike,
+    *,
+    layers: npt.ArrayLike | None = None,
+    cold_threshold: float = 0.01,
+    prune_threshold: float = 0.001,
+) -> pd.DataFrame:
+    """Cold experts as published: rate = count/tokens of the layer; ``cold`` below 1 %, ``prune`` below 0.1 %.
+
+    (P, L, E) and (P, L), as for :func:`cold_experts`. Returns one row per (layer, expert): ``rate``, ``cold``,
+    ``prune``.
+
+    What is wrong: there is no interval. With fewer than 1000 tokens, below 0.1 % means never seen, and an expert
+    that 3 % of tokens use is not seen in 110 tokens in one case of 28.
+    """
+    used = np.asarray(counts).sum(axis=0)
+    total = np.asarray(tokens).sum(axis=0)[:, None]
+    rate = used / np.maximum(total, 1)
+    n_layers, n_expert = used.shape
+    numbers = layer_numbers(layers, n_layers)
+    return pd.DataFrame(
+        {
+            "layer": np.repeat(numbers, n_expert),
+            "expert": np.tile(np.arange(n_expert), n_layers),
+            "rate": rate.ravel(),
+            "cold": rate.ravel() < cold_threshold,
+            "prune": rate.ravel() < prune_threshold,
+        }
+    )

@@ -1,0 +1,1 @@
+"""Divergences, intervals, permutation tests, and the shapes that arrays must have."""

@@ -1,0 +1,1 @@
+"""Texts with their routing, and which experts take which kinds of token."""
