@@ -26,8 +26,8 @@ ROOMS = {
     "data": "the demo model, prompts",
     "synthetic": "small models for tests",
 }
-#: not drawn: all rooms use it
-EVERYWHERE = "errors"
+#: not drawn: single files that any room may use, and the package's own names
+EVERYWHERE = ("errors", "numbers", "printable", "__version__")
 #: where a record goes; csrc runs in the server's process
 WALK = (
     ("csrc", "host", "ring"),
