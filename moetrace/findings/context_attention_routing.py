@@ -73,10 +73,12 @@ class ContextAttentionRouting(Question):
                 f" {span(row['partial'], row['low'], row['high'], '.2f')} over pairs of {row['contexts']} contexts"
                 f" ({p_value(row['p_value'])})."
             )
-        mean = table.groupby("layer")["partial"].mean()
+        mean = table.groupby("layer")["partial"].mean().dropna()
         sentences.append(
             f"Mean over tokens, by layer: {mean.min():.2f} (layer {mean.idxmin()}) to {mean.max():.2f}"
             f" (layer {mean.idxmax()})."
+            if len(mean)
+            else "No correlation can be given in any layer: the contexts do not differ."
         )
         for token in ids[:1]:
             mine = table[table["token"] == token]
