@@ -122,6 +122,7 @@ class TracedProcess:
         check_model(interventions, None if "--override-kv" in command else self._model_path)
         self.trace = TraceWriter(output, command=redacted(command), model_path=self._model_path, force=force)
         with contextlib.ExitStack() as undo:
+            undo.callback(self.trace.detach)
             undo.callback(self.trace.discard)
             environment.update(options.environment(self.trace.path))
             self.intervention = begin(self.trace.path, interventions) if interventions else 0

@@ -737,6 +737,7 @@ def cut_off(
     """
     after = requests["last_serial"].astype(np.int64) + 1
     # row that follows in the sequence, and LAUNCH or CONTEXT that ends it before that
+    n_produced = min(n_produced, int(np.iinfo(np.int64).max))  # a damaged file may say more
     until = np.full(len(after), n_produced, np.int64)
     order = np.lexsort((requests["first_serial"], requests["sequence"]))
     same = requests["sequence"][order][1:] == requests["sequence"][order][:-1]

@@ -19,6 +19,7 @@ from moetrace.errors import GoneError, MoetraceError, TraceError
 from moetrace.trace.attention import ATTENTION_TABLE, VALUES_TABLE, AttentionAssembler
 from moetrace.trace.columns import Table, TableWriter
 from moetrace.trace.jsonfile import read_json, write_json
+from moetrace.trace.labels import LABELS_NAME
 from moetrace.trace.loss import settle_counters
 from moetrace.trace.record import OnFull
 from moetrace.trace.requests import REQUEST_TABLE, RequestAssigner, allot_again, replay
@@ -475,7 +476,7 @@ class TraceWriter:
         self.detach()
 
     def discard(self) -> bool:
-        """Remove the trace again if it holds nothing, and let go of it; gives whether it is gone."""
+        """Remove the trace again if it holds nothing, and let go of it then; gives whether it is gone."""
         try:
             self.stay()
             if not is_empty(self.path):
@@ -487,8 +488,7 @@ class TraceWriter:
             pass
         except OSError as e:
             raise disk_error(self.path, e) from e
-        finally:
-            self.detach()
+        self.detach()
         return True
 
     def detach(self) -> None:
@@ -521,13 +521,16 @@ def is_trace(path: Path) -> bool:
         return False
 
 
+_OURS = {META_NAME, LABELS_NAME, "requests", "interventions", "control"}  # there before any context
+
+
 def is_empty(path: Path) -> bool:
     """Whether a trace of ours holds no context, and nothing that somebody else put there."""
     try:
         contexts = read_json(path / META_NAME, check=False).get("contexts")
     except TraceError:
         return False
-    return contexts == [] and {p.name for p in path.iterdir()} <= {META_NAME, "requests", "interventions"}
+    return contexts == [] and {p.name for p in path.iterdir()} <= _OURS
 
 
 def _make_room(path: Path, *, force: bool) -> bool:

@@ -226,13 +226,13 @@ def test_a_disk_that_fills_and_is_freed(recorded):
     client = started.ready()
     server = child_of(started.run.pid)
     answers = ask(client)
+    until(lambda: list(started.trace.glob("*/rows/*")), started.said)  # the recorder has taken the context on
     _, hard = resource.prlimit(started.run.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(started.run.pid, resource.RLIMIT_FSIZE, (1024, hard))
     answers += ask(client)
     until(lambda: started.told, started.said)
     assert "waits for the disk" in started.told[0]
-    status = command("status", started.trace)
-    assert "waiting for the disk" in status.stdout
+    until(lambda: "waiting for the disk" in command("status", started.trace).stdout)
     assert command("verify", started.trace).returncode == 0
     resumed = command("resume", started.trace)
     assert resumed.returncode == 1
