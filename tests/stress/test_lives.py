@@ -646,9 +646,10 @@ class Referee:
         position, token = (self.column[name][self.rows[number]] for name in ("position", "token"))
         known = np.array(request.known)
         inside = position < len(known)
+        if not inside.any():  # recording was switched on after what was heard of it
+            return not request.answered and touches(self.paused, request)
         return bool(
-            inside.any()
-            and (token[inside] == known[position[inside]]).all()
+            (token[inside] == known[position[inside]]).all()
             and (inside.all() or not request.answered)
             and position.min() >= request.cached
         )
