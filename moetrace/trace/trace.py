@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from functools import cached_property
+from functools import cache, cached_property
 from html import escape
 from pathlib import Path
 from types import TracebackType
@@ -94,7 +94,7 @@ class Trace(Rows):
         self._rows = slice(None)
         self._layer_index = slice(None)
         self._asked = context, model
-        self._whole: Trace | None = None  # what this is one of the parts of
+        self._whole: Trace | None = None  # of the same trace: whose labelling this one shares
         self._show(choose(store, context, model))
 
     def _show(self, contexts: list[ContextStore]) -> None:
@@ -168,10 +168,7 @@ class Trace(Rows):
 
     @cached_property
     def _parts(self) -> tuple[Trace, ...]:
-        parts = tuple(self.in_context(name) for name in self.shown)
-        for part in parts:
-            part._whole = self
-        return parts
+        return tuple(self.in_context(name) for name in self.shown)
 
     @property
     def store_context(self) -> ContextStore:
@@ -182,7 +179,9 @@ class Trace(Rows):
 
     def in_context(self, context: str | int) -> Trace:
         """Give the same trace with one context shown: this one."""
-        return Trace(self.store, context)
+        part = Trace(self.store, context)
+        part._whole = self._whole or self
+        return part
 
     @property
     def live(self) -> bool:
@@ -320,7 +319,7 @@ class Trace(Rows):
             self.store_context.events,
             main=naming.role(facts) not in ("draft", "mtp"),
             host=facts.get("pid"),
-            called=lambda name: naming.may_be_called(facts, name),
+            called=cache(lambda name: naming.may_be_called(facts, name)),
         )
 
     def label_codes(self, request: NDArray[np.int64]) -> tuple[NDArray[np.int32], list[str]]:

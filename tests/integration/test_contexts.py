@@ -27,10 +27,11 @@ GREEDY = {"temperature": 0.0, "ignore_eos": True}
 def serving(runtime, model_file, tmp_path):
     """``serving(model, *arguments)``: a traced server; the trace is at ``tmp_path / "t.moet"``."""
 
-    def serve(name: str, *arguments: str):
+    def serve(name: str, *arguments: str, channels: str = "experts,weights"):
         return moetrace.serve(
             model_file(name),
             output=tmp_path / "t.moet",
+            channels=channels,
             arguments=["-t", "1", *arguments],
             program=str(runtime.tool("llama-server")),
         )
@@ -223,3 +224,41 @@ def test_sampling_within_the_graph_is_left_alone(serving, runtime, model_file, t
     assert [answer.tokens for answer in answers] == [answer.tokens for answer in alone]
     with moetrace.open(tmp_path / "t.moet") as trace:
         check_identity(trace, answers)
+
+
+@pytest.mark.parametrize(("name", "cache"), [("qwen3moe", "-kvu"), ("granitehybrid", "-no-kvu")])
+def test_rows_that_look_alike_have_their_own_routing(name, cache, serving, tmp_path):
+    """GIVEN the same token at the same position in six slots at once, after different beginnings WHEN served THEN each
+    row has the router's output of its own history: that of the same prompt alone.
+    """
+    n = 6
+    with serving(
+        name, "-np", str(n), "-c", "2048", cache, "-ub", "10", "-b", "32", channels="experts,logits"
+    ) as server:
+        tail = server.client.tokenize(TEXT[:150], add_special=False)
+        prompts = [
+            Prompt(id=str(i), tokens=(20 + 7 * i, 30 + 5 * i, *tail[: 30 + i]), n_predict=5) for i in range(n)
+        ]
+        settings = {**GREEDY, "cache_prompt": False}
+        alone = drive(server.client, prompts, n_parallel=1, settings=settings)
+        together = [drive(server.client, prompts, settings=settings) for _ in range(3)]
+    with moetrace.open(tmp_path / "t.moet") as trace:
+        requests, request, position = trace.requests, trace.request, trace.column("position")
+        step, sequence = trace.column("step"), trace.column("sequence")
+        layer = len(trace.layers) - 2  # the last one that is computed for every token
+
+        def logits_of(answer):
+            began = (requests["start_ns"] >= answer.from_ns) & (requests["start_ns"] <= answer.to_ns)
+            (number,) = requests.index[began & (requests["slot"] == answer.slot)]
+            rows = np.flatnonzero(request == number)
+            rows = rows[np.argsort(position[rows], kind="stable")]
+            return np.asarray(trace.logits)[rows, layer][: 2 + 30]
+
+        own = [logits_of(answer) for answer in alone]
+        for answers in together:
+            for i, answer in enumerate(answers):
+                seen = logits_of(answer)
+                distance = np.array([np.abs(seen - other).max(axis=1) for other in own])
+                assert (distance.argmin(axis=0) == i).all()
+        shared = max(len(set(sequence[step == s])) for s in np.unique(step))
+    assert shared > 3

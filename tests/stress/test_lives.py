@@ -348,7 +348,7 @@ class Control:
     def __init__(self, router: Router, trace: Path, clients: Clients) -> None:
         self.router, self.trace, self.clients = router, trace, clients
         self.done: list[Switched] = []
-        self.n_unloaded = 0
+        self.n_unloaded = self.n_looks = 0
         self.refused: list[str] = []
 
     def switch(self, word: str, *arguments: str, models: tuple[str, ...]) -> None:
@@ -389,6 +389,16 @@ class Control:
     def in_force(self, on: str, off: str, model: str) -> bool:
         words = [s.word for s in self.done if model in s.models and s.word in (on, off)]
         return bool(words) and words[-1] == on
+
+    def look(self) -> None:
+        """Look at the recording while it grows: nothing that is said of it may be wrong, or end in an error."""
+        while time.monotonic() < self.clients.until - 2:
+            for word in ("status", "info", "verify"):
+                result = tell(word, self.trace)
+                idle = word != "verify" and "there is no llama context" in result.stderr
+                assert result.returncode == 0 or idle, f"{word}: {result.stdout} {result.stderr}"
+                self.n_looks += 1
+                self._sleep(1)
 
     def watch(self) -> None:
         """Unload `two` in every second cycle: in turn while it answers, and while it sleeps."""
@@ -507,7 +517,7 @@ def live(
     with routing(command, folder / "traced.log", port) as router:
         clients = Clients(port, seconds, folder, path)
         control = Control(router, path, clients)
-        work = [clients.run, control.run, control.watch]
+        work = [clients.run, control.run, control.watch, control.look]
         if stalls:
             work.append(partial(stall, router.process.pid, clients.until - 1))
         with ThreadPoolExecutor(len(work)) as pool:
@@ -636,9 +646,10 @@ class Referee:
         position, token = (self.column[name][self.rows[number]] for name in ("position", "token"))
         known = np.array(request.known)
         inside = position < len(known)
+        if not inside.any():  # recording was switched on after what was heard of it
+            return not request.answered and touches(self.paused, request)
         return bool(
-            inside.any()
-            and (token[inside] == known[position[inside]]).all()
+            (token[inside] == known[position[inside]]).all()
             and (inside.all() or not request.answered)
             and position.min() >= request.cached
         )
@@ -746,7 +757,7 @@ def test_lives(
         **{
             f"2 models, 8 clients for {seconds} s": f"slept and woke {both['contexts'] - both['processes']} times,"
             f" unloaded and loaded {control.n_unloaded} times; stopped, started and intervened on"
-            f" {len(control.done)} times",
+            f" {len(control.done)} times, looked at {control.n_looks} times",
             "rows checked": f"{both['rows']:,} of {both['exact']:,} requests, {both['labels']:,} of them labelled:"
             " each its own; none of what was sent while recording was off",
             "greedy answers of others": f"{n_texts:,}, the same as alone from a plain server",

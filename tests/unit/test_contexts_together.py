@@ -27,6 +27,7 @@ from moetrace.synthetic import write_model
 from moetrace.trace.attention import ATTENTION_TABLE, VALUES_TABLE
 from moetrace.trace.columns import TableWriter
 from moetrace.trace.jsonfile import read_json, write_json
+from moetrace.trace.labels import resolve_labels
 from moetrace.trace.record import RecordKind
 from moetrace.trace.trace import Trace
 from moetrace.trace.verify import verify
@@ -770,3 +771,25 @@ def test_a_vocabulary_cannot_point_outside(tmp_path: Path, name: str) -> None:
     with pytest.raises(TraceError):
         _ = moetrace.open(path).vocabulary
     assert verify(path).exit_code == 4
+
+
+def test_labels_are_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever goes through a trace's contexts one by one does not match all labels with all contexts each time."""
+    layout = make_layout()
+    contexts = [Context(layout, server_records(layout, np.random.default_rng(n))) for n in range(5)]
+    labels = [
+        {"sequence": 0, "from_ns": 0, "to_ns": 10**9, "n_prompt": 1, "n_cached": 0, "tokens": [1], "id": "a"}
+    ]
+    path = write_trace(tmp_path / "t", contexts, labels=labels)
+    calls = []
+
+    def counted(*arguments: object) -> object:
+        calls.append(arguments)
+        return resolve_labels(*arguments)
+
+    monkeypatch.setattr("moetrace.trace.trace.resolve_labels", counted)
+    with moetrace.open(path, context=0) as trace:
+        for name in trace.contexts:
+            assert len(trace.in_context(name).requests) == 3
+            assert trace.in_context(name).in_context(0).labelling is trace.labelling
+    assert len(calls) == 1
