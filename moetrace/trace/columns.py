@@ -68,7 +68,7 @@ class TableWriter:
         self._row_bytes = {name: _row_bytes(dtype, shape) for name, (dtype, shape) in columns.items()}
         self._ledger_header = ledger_header_size(self._dtype)
         self._n_blocks = len(ledger) // self._dtype.itemsize
-        self._ledger_crc = zlib.crc32(ledger)
+        self._ledger_crc = zlib.crc32(np.frombuffer(ledger, self._dtype)["self"].tobytes())
         self._crc = dict.fromkeys(columns, 0)
         self._fds: dict[str, int] = {}
 
@@ -121,7 +121,7 @@ class TableWriter:
 
     @property
     def ledger_crc(self) -> int:
-        """CRC-32 of the ledger's rows, for ``tables`` in meta.json."""
+        """CRC-32 of the checksums (``self``) of the ledger's rows, for ``tables`` in meta.json."""
         return self._ledger_crc
 
     def append(self, columns: Mapping[str, NDArray[Any]]) -> None:
@@ -198,7 +198,7 @@ class TableWriter:
         self.sealed += n
         self.unsealed = 0
         self._n_blocks += 1
-        self._ledger_crc = zlib.crc32(data, self._ledger_crc)
+        self._ledger_crc = zlib.crc32(row["self"].tobytes(), self._ledger_crc)
         self._crc = dict.fromkeys(self.columns, 0)
         try:
             self._write_headers()
@@ -337,8 +337,8 @@ class Table(Mapping[str, NDArray[Any]]):
 
     @property
     def ledger_crc(self) -> int:
-        """CRC-32 of the ledger's rows, for ``tables`` in meta.json."""
-        return zlib.crc32(self.ledger.tobytes())
+        """CRC-32 of the checksums (``self``) of the ledger's rows, for ``tables`` in meta.json."""
+        return zlib.crc32(self.ledger["self"].tobytes())
 
     @property
     def hidden(self) -> str:

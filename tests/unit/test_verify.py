@@ -28,6 +28,7 @@ from moetrace.host.intervene import rules_of
 from moetrace.trace.columns import TableWriter
 from moetrace.trace.intervention import Intervention, Kind, Rule, decode, encode, store
 from moetrace.trace.jsonfile import read_json, write_json
+from moetrace.trace.ledger import row_crc
 from moetrace.trace.record import RowFlag
 from moetrace.trace.recover import recover
 from moetrace.trace.rows import Layout
@@ -128,6 +129,24 @@ def test_a_ledger_cut_short_is_noticed(tmp_path: Path) -> None:
         recover(path)
     recover(path, cut=True)
     assert len(moetrace.open(path)) < 30
+
+
+@pytest.mark.parametrize("version", [[1, 0], [1, 1]])
+def test_a_ledger_in_the_place_of_another_is_noticed(tmp_path: Path, version: list[int]) -> None:
+    """GIVEN a closed trace with a whole block of equal length put in a block's place WHEN verified THEN it tells.
+
+    In format 1.0 meta.json holds nothing that could tell.
+    """
+    path = small_trace(tmp_path / "t")
+    ledger = path / "ctx0" / "rows" / "blocks.npy"
+    blocks = np.load(ledger, mmap_mode="r+")
+    blocks["time_ns"][-1] += 1
+    blocks["self"][-1] = row_crc(blocks[-1])
+    blocks.flush()
+    meta = read_json(path / "meta.json")
+    write_json(path / "meta.json", meta | {"version": version})
+    noticed = [f.what for f in verify(path).findings if "not the one that meta.json closed it with" in f.what]
+    assert len(noticed) == (version == [1, 1])
 
 
 def flip(file: Path, bit: int) -> None:
