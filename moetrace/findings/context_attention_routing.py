@@ -58,7 +58,7 @@ class ContextAttentionRouting(Question):
             seed=subject.seed,
         )
         ids = table["token"].drop_duplicates().tolist()
-        texts = dict(zip(ids, subject.trace.text(np.asarray(ids)).tolist(), strict=True))
+        texts = dict(zip(ids, subject.traces[0].text(np.asarray(ids)).tolist(), strict=True))
         table.insert(1, "text", table["token"].map(texts))
         found = table[table["q_value"] <= 0.05]
         sentences = [
@@ -101,11 +101,7 @@ class ContextAttentionRouting(Question):
     def _ids(self, subject: Subject) -> list[int]:
         if not self.token:
             return []
-        words = subject.trace.vocabulary
-        if words is None:
-            raise UsageError(
-                "--token needs the vocabulary, which the trace does not have", fix="leave out --token"
-            )
+        words = subject.routing.vocabulary
         wanted = self.token.encode()
         ids = [i for i, word in enumerate(words) if word.strip() == wanted.strip()]
         if not ids:

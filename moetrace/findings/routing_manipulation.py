@@ -79,7 +79,7 @@ class RoutingManipulation(Question):
             n_expert = max(layout.n_expert)
             first = targets[0][0]
             triggers, control = self._published_triggers(
-                probe, subject.in_phase("all").text.tokens, words, first[0]
+                probe, np.concatenate([part.token_ids for part in subject.parts]), words, first[0]
             )
         counts = subject.routing.counts
         rates = counts.included.sum(axis=0) / np.maximum(counts.tokens.sum(axis=0), 1)[:, None]

@@ -14,7 +14,7 @@ import pandas as pd
 
 from moetrace.analysis import DomainTest, Routing, RoutingCounts, domain_test, from_trace
 from moetrace.analysis.counts import overview
-from moetrace.analysis.counts.from_trace import LABEL_THEM, NO_DOMAIN, Phase
+from moetrace.analysis.counts.from_trace import LABEL_THEM, NO_DOMAIN, PHASES, Phase
 from moetrace.analysis.published.notebook import Activations, activations
 from moetrace.errors import UsageError
 from moetrace.model.file import ModelFile
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 NO_PROMPTS = "cannot be tested: counts do not tell the prompts of a domain apart"
 
 # Decode rows first: what was generated. A recording by others may not know its phases.
-_PHASES: tuple[tuple[Phase, int], ...] = (("decode", 1), ("prefill", 0), ("unknown", 2))
+_PHASES: tuple[Phase, ...] = ("decode", "prefill", "unknown")
 
 
 class Subject:
@@ -144,8 +144,8 @@ class Subject:
             return self._phase
         if self.table is not None:
             return "unknown"
-        for name, code in _PHASES:
-            if any(np.any(np.asarray(part.phase) == code) for part in self.parts):
+        for name in _PHASES:
+            if any(np.any(np.asarray(part.phase) == PHASES[name]) for part in self.parts):
                 return name
         return "decode"
 

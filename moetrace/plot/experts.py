@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from moetrace.plot.style import axes, faint, layer_axis, legend_above
+from moetrace.plot.style import axes, faint, layer_axis, legend_above, zero_line
 
 
 def rates(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -30,7 +30,7 @@ def change_by_k(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Draw what other numbers of experts per token cost; ``table`` of :func:`moetrace.analysis.expert_interference`."""
     ax = axes(ax)
     ax.errorbar(table["k"], table["change"], yerr=_reach(table), marker="o", capsize=2)
-    ax.axhline(0, color="0.6", linewidth=0.8)
+    zero_line(ax)
     ax.set_xscale("log", base=2)
     ax.set_xticks(table["k"], [str(n) for n in table["k"]])
     ax.set(xlabel="experts per token", ylabel="change in NLL (nats per token)")
@@ -42,7 +42,7 @@ def gain(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = axes(ax)
     ax.fill_between(table["layer"], table["low"], table["high"], alpha=0.25, linewidth=0)
     ax.plot(table["layer"], table["gain"], marker="o", markersize=3)
-    ax.axhline(1, color="0.6", linewidth=0.8)
+    zero_line(ax, 1)
     ax.set(xlabel="layer", ylabel="‖sum‖² / sum of ‖·‖²")
     return ax
 
@@ -55,7 +55,7 @@ def merging_curve(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.errorbar(
             part["size"], part["change"], yerr=_reach(part), marker="o", capsize=2, label=str(criterion)
         )
-    ax.axhline(0, color="0.6", linewidth=0.8)
+    zero_line(ax)
     ax.set(xlabel="size of the file, of the original's", ylabel="change in NLL (nats per token)")
     ax.legend(title="merged by")
     return ax

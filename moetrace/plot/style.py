@@ -128,10 +128,9 @@ def line(
     high: str = "high",
     **options: Any,
 ) -> None:
-    """Draw a column against another, and its interval (``low``, ``high``; "": none)."""
+    """Draw a column against another, and its interval (``low``, ``high``)."""
     ax.plot(table[x], table[y], color=color, **options)
-    if low:
-        band(ax, table[x], table[low], table[high], color)
+    band(ax, table[x], table[low], table[high], color)
 
 
 def by_layer(ax: Axes, layers: pd.Series[int], ylabel: str, columns: int = 4, **more: Any) -> Axes:

@@ -88,7 +88,7 @@ def write_report(
 def render_page(subject: Subject, findings: Sequence[Finding], about: Captured) -> str:
     """Give the page as HTML, at most :data:`MAX_BYTES` if that can be reached by leaving out detail."""
     answered = [f for f in findings if f.not_answered is None]
-    sections = [_section(f) for f in answered]
+    sections = [_section(f, subject.phase_note) for f in answered]
     opening = next((s for s in sections if s["name"] == "overview"), None)
     sections = [s for s in sections if s is not opening]
     for max_experts, max_rows in _SMALLER:
@@ -154,8 +154,8 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def _section(finding: Finding) -> dict[str, Any]:
-    """What the template needs of an answered question; the note on phases is said once, not everywhere."""
+def _section(finding: Finding, phase_note: str) -> dict[str, Any]:
+    """What the template needs of an answered question; ``phase_note``, the page's own, is said once, above all."""
     known = finding.name in QUESTIONS
     doc = inspect.cleandoc(question(finding.name).__doc__ or "") if known else ""
     asks, _, how = doc.partition("\n")
@@ -168,7 +168,7 @@ def _section(finding: Finding) -> dict[str, Any]:
         "how": " ".join(how.split()),
         "sentences": finding.sentences,
         "concludes": finding.concludes,
-        "caveats": finding.caveats,
+        "caveats": [*({finding.phase_note} - {"", phase_note}), *finding.caveats],
         "parameters": ", ".join(f"{n} {v}" for n, v in finding.parameters.items() if v not in ("", -1, None)),
         "widgets": [widget.name for widget in widgets],
         "figures": [

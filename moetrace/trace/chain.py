@@ -75,19 +75,18 @@ class Chain:
             Read-only. A view of the mapped file where ``rows`` (and ``layers``) are slices whose rows are all of
             one table; else a copy of these rows, and of no others.
         """
-        columns = [table[name] for table in self.tables]
         parts = self.split(rows)
         there = [i for i, part in enumerate(parts) if _size(part)] or [0]
         if len(there) == 1:
-            taken = _index(columns[there[0]], parts[there[0]], layers)
+            taken = _index(self.tables[there[0]][name], parts[there[0]], layers)
         elif isinstance(rows, slice) and (rows.step or 1) > 0:
-            taken = np.concatenate([_index(columns[i], parts[i], layers) for i in there])
+            taken = np.concatenate([_index(self.tables[i][name], parts[i], layers) for i in there])
         else:
             owner = self.owner(rows)
-            first = _index(columns[0], slice(0, 0), layers)
+            first = _index(self.tables[there[0]][name], slice(0, 0), layers)
             taken = np.empty((len(owner), *first.shape[1:]), first.dtype)
             for i in there:
-                taken[owner == i] = _index(columns[i], parts[i], layers)
+                taken[owner == i] = _index(self.tables[i][name], parts[i], layers)
         taken.flags.writeable = False
         return taken
 

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from moetrace.trace.ring import Ring
-from moetrace.trace.storage import disk_error
+from moetrace.trace.storage import disk_error, write_all
 
 _FOLDER = "control"
 _ALL = "all"
@@ -65,9 +65,10 @@ def _write(path: Path, settings: dict[str, int]) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
         fd = os.open(partial, flags, 0o600)
         try:
-            os.write(fd, "".join(f"{key}={value}\n" for key, value in settings.items()).encode("ascii"))
+            write_all(fd, "".join(f"{key}={value}\n" for key, value in settings.items()).encode("ascii"))
         finally:
             os.close(fd)
         partial.replace(path)
     except OSError as e:
+        partial.unlink(missing_ok=True)
         raise disk_error(path, e) from e

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrace.errors import TraceError
-from moetrace.trace.storage import disk_error
+from moetrace.trace.storage import disk_error, write_all
 
 MAX_BYTES = 256 << 20  # a JSON file of a trace is small; anything larger is not ours
 
@@ -85,9 +85,7 @@ def write_json(path: Path, obj: Mapping[str, Any], *, fsync: bool = False) -> No
         temporary.unlink(missing_ok=True)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
+            write_all(fd, data)
             if fsync:
                 os.fsync(fd)
         finally:

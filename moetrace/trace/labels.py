@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from moetrace.errors import TraceError
 from moetrace.trace.jsonfile import checksum, parse_json, sealed
 from moetrace.trace.record import EventCode, RowFlag
-from moetrace.trace.storage import disk_error
+from moetrace.trace.storage import disk_error, write_all
 
 LABELS_NAME = "labels.jsonl"
 #: what a line says of its request itself; everything else is what the client's prompt file had beside it
@@ -143,9 +143,7 @@ def append_labels(trace: Path, labels: Iterable[Mapping[str, Any]]) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         fd = os.open(path, flags, 0o644)
         try:
-            view = memoryview(text.encode("ascii"))
-            while view:
-                view = view[os.write(fd, view) :]
+            write_all(fd, text.encode("ascii"))
         finally:
             os.close(fd)
     except OSError as e:
@@ -197,7 +195,7 @@ def _line(obj: dict[str, Any]) -> LabelLine | str:
     from_ns, to_ns = (obj.get(name) for name in _WINDOW)
     extra = obj.get("extra")
     # a client's own keys once stood among the others, and could be called `request`
-    placed = _is_number(from_ns) and _is_number(to_ns) and (_is_number(sequence) or "tokens" in obj)
+    placed = is_number(from_ns) and is_number(to_ns) and (is_number(sequence) or "tokens" in obj)
     ours = ["crc", *SAID]
     if placed:
         ours += ["sequence", *_WINDOW, *(["model", *_TOKENS] if "tokens" in obj else [])]
@@ -209,19 +207,20 @@ def _line(obj: dict[str, Any]) -> LabelLine | str:
         "extra": extra if isinstance(extra, dict) else flat,
     }
     if not placed:
-        if _is_number(request):
+        if is_number(request):
             return LabelLine(**keys, request=request)
         return "neither `request` nor `sequence`, `from_ns` and `to_ns`"
     keys |= {"sequence": sequence, "from_ns": from_ns, "to_ns": to_ns}
     if "tokens" not in obj:
         return LabelLine(**keys)
     sent, model = _sent(obj), obj.get("model")
-    if sent is None or not isinstance(model, str | None) or not (sequence is None or _is_number(sequence)):
+    if sent is None or not isinstance(model, str | None) or not (sequence is None or is_number(sequence)):
         return "what it says of its tokens does not fit together"
     return LabelLine(**keys, model=model, sent=sent)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is an integer that fits into 64 bits."""
     return type(value) is int and -(1 << 63) <= value < 1 << 63
 
 
@@ -310,7 +309,7 @@ class Labelling:
 _Found = tuple[int, int]  # index of the context, index of the request in it
 
 
-@dataclass
+@dataclass(eq=False)
 class _Claim:
     """Lines about one request of a client, and the requests that it may be."""
 
@@ -539,7 +538,7 @@ def _fit(sent: Sent, rows: _Standing | None) -> int:
     answer = rows.position >= sent.n_prompt
     if answer.any():
         late, early = rows.batch[answer], rows.batch[~answer]
-        if early.max() >= late.min() or (rows.batch[~inside] > rows.batch[at[-1]]).any():
+        if early.max(initial=-1) >= late.min() or (rows.batch[~inside] > rows.batch[at[-1]]).any():
             return 0
     asked = np.zeros(len(at), bool)
     asked[rows.position[inside & rows.output] - sent.n_cached] = True

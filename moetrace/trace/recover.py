@@ -103,6 +103,7 @@ def recover(path: str | os.PathLike[str], *, cut: bool = False, fsync: bool = Fa
             )
     trace = TraceWriter.resume(path, fsync=fsync)
     n_listed = len(store.requests["request"])
+    lengths = _lengths(store)
     results = []
     for context in store.contexts:
         writer = trace.context(context.name)
@@ -113,12 +114,16 @@ def recover(path: str | os.PathLike[str], *, cut: bool = False, fsync: bool = Fa
     rings = [store.path / result.name / RING_NAME for result in results if not result.note]
     trace.seal_requests()
     n_requests = len(trace.requests) - n_listed
-    if store.live or n_requests or cut or any(result.recovered for result in results):
+    if store.live or n_requests or cut or _lengths(TraceStore(path)) != lengths:
         trace.close(state="recovered", exit_code=store.meta.get("exit_code"))
     trace.detach()
     for ring in rings:
         ring.unlink(missing_ok=True)
     return Recovery(store.path, tuple(results), tuple(headers), n_requests)
+
+
+def _lengths(store: TraceStore) -> dict[str, int]:
+    return {name: table.n_rows for name, table in store.tables().items()}
 
 
 def _unlisted_rings(store: TraceStore) -> list[Path]:

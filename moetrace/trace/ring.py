@@ -255,6 +255,8 @@ class Ring:
             try:
                 self._map = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
             except (OSError, ValueError, OverflowError) as e:
+                if isinstance(e, OSError) and e.errno in (errno.EMFILE, errno.ENFILE):  # a map holds a file
+                    raise files_error(self.path, e) from e
                 if isinstance(e, OSError) and e.errno == errno.ENOMEM:
                     raise MoetraceError(
                         f"cannot map the ring {self.path}",

@@ -317,8 +317,11 @@ class Rows:
 
     def iter_activations(self, *, components: bool = False, rows: int = CHUNK) -> Iterator[pd.DataFrame]:
         """Give :meth:`activations` in pieces of so many tokens: memory does not grow with the trace."""
-        for index, ordinal in self._pieces(rows):
-            yield self._activations(index, ordinal, components)
+        seen: dict[int, int] = {}
+        for piece, index in self._pieces(rows):
+            ordinal = _ordinals(self._trace.chain.take("request", piece), seen)
+            if len(index):
+                yield self._activations(index, ordinal[index - piece.start], components)
 
     def to_pandas(self) -> pd.DataFrame:
         """Give the routing in long form under this project's names.
@@ -338,8 +341,9 @@ class Rows:
 
     def iter_pandas(self, *, rows: int = CHUNK) -> Iterator[pd.DataFrame]:
         """Give :meth:`to_pandas` in pieces of so many tokens."""
-        for index, _ in self._pieces(rows):
-            yield self._long(index)
+        for _, index in self._pieces(rows):
+            if len(index):
+                yield self._long(index)
 
     def to_arrow(self) -> pa.Table:
         """Give :meth:`to_pandas` as an Arrow table (needs pyarrow: ``pip install moetrace[arrow]``)."""
@@ -366,20 +370,15 @@ class Rows:
         )
         return pa.RecordBatchReader.from_batches(schema, batches)
 
-    def _pieces(self, rows: int) -> Iterator[tuple[NDArray[np.intp], NDArray[np.int64]]]:
-        """Walk through the selected rows: their numbers, and their ordinals within their requests."""
+    def _pieces(self, rows: int) -> Iterator[tuple[slice, NDArray[np.intp]]]:
+        """Walk through the trace: pieces of so many rows, and the numbers of those that are selected."""
         chain = self._trace.chain
         if "experts" not in chain:
             raise self._no_channel("experts")
         n = chain.n_rows
-        seen: dict[int, int] = {}
         for start in range(0, n, rows):
             stop = min(start + rows, n)
-            request = chain.take("request", slice(start, stop))
-            ordinal = _ordinals(request, seen)
-            index = _within(self._rows, start, stop, n)
-            if len(index):
-                yield index, ordinal[index - start]
+            yield slice(start, stop), _within(self._rows, start, stop, n)
 
     def _entries(self, index: NDArray[np.intp]) -> tuple[NDArray[Any], ...]:
         """Give (row, layer axis, rank, expert, weight) of every choice of these rows that is present."""

@@ -23,6 +23,13 @@ def free_space(path: Path) -> str:
     return f"{stat.f_bavail * stat.f_frsize / 2**20:.0f} MiB free on its file system"
 
 
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of ``data``, which :func:`os.write` need not; raises OSError as it does."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
 def disk_error(path: Path, error: OSError) -> MoetraceError:
     """Turn an OSError of a write into an error that names the disk and the fix: a DiskError if it is the disk's."""
     if error.errno in (errno.EMFILE, errno.ENFILE):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +118,17 @@ class TraceStore:
 
     def tables(self) -> dict[str, Table]:
         """Every table by its path in the trace, as ``tables`` in meta.json names them."""
-        result = {"requests": self.requests}
-        for context in self.contexts:
-            result[f"{context.name}/rows"] = context.rows
-            result[f"{context.name}/events"] = context.events
+        return {name: opened() for name, opened in self.each_table(self.contexts)}
+
+    def each_table(self, contexts: Sequence[ContextStore]) -> Iterator[tuple[str, Callable[[], Table]]]:
+        """Give each table's name, and what opens it: that raises TraceError if it is damaged."""
+        yield "requests", lambda: self.requests
+        for context in contexts:
+            yield f"{context.name}/rows", partial(getattr, context, "rows")
+            yield f"{context.name}/events", partial(getattr, context, "events")
             for name in ("attention", "attention_values"):
                 if (context.path / name).is_dir():
-                    result[f"{context.name}/{name}"] = Table(context.path / name)
-        return result
+                    yield f"{context.name}/{name}", partial(Table, context.path / name)
 
     def close(self) -> None:
         """Let go of the maps; arrays given out keep theirs."""

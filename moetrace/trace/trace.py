@@ -22,7 +22,7 @@ from moetrace.trace.chain import Chain
 from moetrace.trace.columns import Table
 from moetrace.trace.contexts import choose, is_alike, misfits, of_model
 from moetrace.trace.intervention import described
-from moetrace.trace.labels import Labelling, Recorded, read_labels, resolve_labels
+from moetrace.trace.labels import Labelling, Recorded, is_number, read_labels, resolve_labels
 from moetrace.trace.loss import Loss, count_loss
 from moetrace.trace.record import COUNTERS, EventCode
 from moetrace.trace.requests import (
@@ -151,7 +151,8 @@ class Trace(Rows):
     @property
     def left_out(self) -> tuple[str, ...]:
         """A sentence for each context of the trace that is not shown: what it is, and how to see it."""
-        return tuple(self._not_shown(name) for name in self.contexts if name not in self.shown)
+        shown = set(self.shown)
+        return tuple(self._not_shown(name) for name in self.contexts if name not in shown)
 
     def _not_shown(self, name: str) -> str:
         try:
@@ -180,7 +181,7 @@ class Trace(Rows):
     def in_context(self, context: str | int) -> Trace:
         """Give the same trace with one context shown: this one."""
         part = Trace(self.store, context)
-        part._whole = self._whole or self
+        part._whole = self if self._whole is None else self._whole
         return part
 
     @property
@@ -228,7 +229,7 @@ class Trace(Rows):
         ``start_ns``, ``end_ns``, ``running`` and ``label_unsure`` (a client's label may be this request's, but also
         another's, so that neither has it); then whatever else the client's prompt file said, a key that is one of
         these as ``extra.KEY``. docs/format.md explains them. What is not certain because events were lost, or not
-        recorded, is NA. A new frame, not a view.
+        recorded, is NA. One frame, not a view: copy it before you change it.
         """
         import pandas as pd
 
@@ -252,7 +253,7 @@ class Trace(Rows):
             (frame["n_lost"] > 0) | (frame["n_unrecorded"].fillna(0) > 0) | part_only
         )
         result["n_prompt"] = (frame["n_cached"] + computed).astype("Int64")
-        generated = [n if type(n := s.get("n_generated")) is int else None for s in said]
+        generated = [n if is_number(n := s.get("n_generated")) else None for s in said]
         result["n_generated"] = pd.array(generated, dtype="Int64")
         counts = [name for name in REQUEST_TABLE if name.startswith("n_")]
         for name in [*counts, "first_serial", "last_serial", "start_ns", "end_ns", "running"]:
@@ -492,17 +493,18 @@ class Trace(Rows):
         if loss.rows_waiting:
             lost += f", {loss.rows_waiting:,} not sealed yet"
         decoded = sum(int(np.count_nonzero(part.phase == Phase.DECODE)) for part in self.parts)
+        left_out = self.left_out
         return [
             ("trace", f"{self.path} ({self.meta.get('state')})"),
             ("model", self.model_name),
             ("context", self.shown_as),
-            *([("not shown", "; ".join(self.left_out))] if self.left_out else []),
+            *([("not shown", "; ".join(left_out))] if left_out else []),
             ("tokens", f"{len(self):,} ({decoded:,} of them decoded)"),
             ("layers", f"{len(layers)} ({layers[0]} to {layers[-1]})"),
             ("experts", f"top-{'/'.join(map(str, used))} of {'/'.join(map(str, experts))}"),
             ("channels", ", ".join(self.channels)),
             ("requests", f"{len(self.requests):,}"),
-            ("completeness", f"{lost} of what is shown" if self.left_out else lost),
+            ("completeness", f"{lost} of what is shown" if left_out else lost),
         ]
 
     def __repr__(self) -> str:

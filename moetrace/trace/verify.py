@@ -15,7 +15,7 @@ from moetrace.errors import MoetraceError, TraceError
 from moetrace.trace.choice import ChoiceCheck
 from moetrace.trace.columns import Damage, Table
 from moetrace.trace.contexts import holds_nothing
-from moetrace.trace.intervention import FOLDER, Rule, stored_rules
+from moetrace.trace.intervention import FOLDER, Rule, described, stored_rules
 from moetrace.trace.labels import LABELS_NAME, read_labels
 from moetrace.trace.loss import LOST_COUNTERS, LOST_EVENT_COUNTERS
 from moetrace.trace.naming import same_model
@@ -139,13 +139,11 @@ def _verify(path: str | os.PathLike[str], progress: Progress | None) -> Verifica
             )
         )
     tables: dict[str, Table] = {}
-    for context in contexts:
-        tables |= {f"{context.name}/rows": context.rows, f"{context.name}/events": context.events}
-    try:
-        tables = store.tables() if len(contexts) == len(store.context_names) else tables
-        tables["requests"] = store.requests
-    except TraceError as e:
-        findings.append(Damage("requests", f"{e.what}: {e.why}", recoverable=False))
+    for name, opened in store.each_table(contexts):
+        try:
+            tables[name] = opened()
+        except TraceError as e:
+            findings.append(Damage(name, f"{e.what}: {e.why}", recoverable=False))
     for name, table in tables.items():
         if progress:
             progress(name)
@@ -160,8 +158,17 @@ def _verify(path: str | os.PathLike[str], progress: Progress | None) -> Verifica
     rules: list[Rule] | None = None
     try:
         rules = stored_rules(store.path)
+        known = described(store.path)
     except TraceError as e:
         findings.append(Damage(FOLDER, f"{e.what}: {e.why}", recoverable=False))
+    else:
+        for context in contexts:
+            events = context.events
+            number = np.unique(events["arg"][events["code"] == EventCode.INTERVENE])
+            gone = [n for n in number.tolist() if n > 0 and n not in known]
+            if gone:
+                what = f"intervention {gone[0]} was in force in {context.name}, and its file is not there"
+                findings.append(Damage(FOLDER, what, recoverable=False))
     for context in contexts:
         if progress:
             progress(f"{context.name}: contents")
@@ -174,7 +181,10 @@ def _verify(path: str | os.PathLike[str], progress: Progress | None) -> Verifica
         context.rows.close()  # a map holds a file, and there may be a thousand contexts
     if "requests" in tables:
         findings += [Damage("requests", what, recoverable=False) for what in _requests(store, contexts)]
-    findings += [Damage(LABELS_NAME, what, recoverable=False) for what in read_labels(store.path)[1]]
+    try:
+        findings += [Damage(LABELS_NAME, what, recoverable=False) for what in read_labels(store.path)[1]]
+    except TraceError as e:
+        findings.append(Damage(LABELS_NAME, e.why or e.what, recoverable=False))
     told = [c.facts.get("vocabulary") for c in contexts]
     named = [file for file in told if isinstance(file, str)]
     for file in dict.fromkeys([VOCABULARY_NAME, *named]):
@@ -220,7 +230,8 @@ def _closing(store: TraceStore, tables: dict[str, Table]) -> Iterator[Damage]:
         yield Damage("meta.json", "it does not say how long the tables are", recoverable=False)
         return
     for name in sorted(said.keys() - tables.keys()):
-        yield Damage(name, "meta.json names this table, but it is not there", recoverable=False)
+        if not (store.path / name).is_dir():  # else it was found damaged
+            yield Damage(name, "meta.json names this table, but it is not there", recoverable=False)
     summed = store.meta["version"][1] > 0  # what 1.0 wrote there told no two ledgers of a length apart
     for name, table in tables.items():
         entry = said.get(name)
@@ -415,7 +426,8 @@ def _requests(store: TraceStore, contexts: list[ContextStore]) -> Iterator[str]:
         yield "a request is listed twice"
         return
     order = np.argsort(numbers)
-    for index, context in enumerate(contexts):
+    for context in contexts:
+        index = store.context_names.index(context.name)
         counts: dict[tuple[int, int], int] = {}
         for start in range(0, context.rows.n_rows, _CHUNK):
             request = context.rows["request"][start : start + _CHUNK].astype(np.int64)

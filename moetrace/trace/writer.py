@@ -430,11 +430,6 @@ class TraceWriter:
         self._write_meta()
         return context
 
-    def set_model_path(self, model_path: str) -> None:
-        """Record which file the model was read from."""
-        self._meta["model_path"] = model_path
-        self._write_meta()
-
     def count_prompts(self, asked: int) -> None:
         """Note how many prompts shall be captured."""
         self._meta["asked"] = {"prompts": asked, "done": None}

@@ -25,8 +25,6 @@ def test_means_are_per_token_and_pairing_cancels_what_makes_a_text_hard():
     assert found.kl is not None
     assert found.same_top is not None
     assert found.same_top.estimate == pytest.approx(np.mean(other < 4), abs=0.02)
-    low, high = found.perplexity_ratio[1:]
-    assert low < np.exp(0.05) < high
 
 
 def test_tokens_of_one_text_are_not_independent():

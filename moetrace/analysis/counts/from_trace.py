@@ -267,9 +267,9 @@ class Routing:
 
     @property
     def labelled(self) -> tuple[Chosen, ...]:
-        """The chosen rows of requests that have a domain. Raises UsageError if none has."""
+        """The chosen rows of requests that have a domain. Raises UsageError if there are none."""
         labelled = tuple(replace(chosen, labelled=True) for chosen in self.chosen)
-        if not any(label for chosen in labelled for label in chosen.labels):
+        if not any(chosen.keep.any() for chosen in labelled):
             raise UsageError(NO_DOMAIN, fix=LABEL_THEM)
         return labelled
 
@@ -321,7 +321,7 @@ class Routing:
             _ = chosen.trace.experts  # or ChannelMissingError
         each = 8 * len(self.layers) * int(max(self.n_expert))
         at_most = max(1, _TOKEN_BYTES // each)
-        parts = [replace(chosen, labelled=True) for chosen in self.chosen]
+        parts = self.labelled
         every = [chosen.trace.token_ids[chosen.keep] for chosen in parts]
         tokens = None
         if not any((part >= 0).any() for part in every):

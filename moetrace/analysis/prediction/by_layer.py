@@ -98,7 +98,7 @@ def task_by_layer(
 ) -> Frames:
     """:func:`~moetrace.analysis.task_prediction` of each layer after ``early_layer``.
 
-    As :meth:`attention_prediction`. ``routers`` by layer number give the predictor ``gate``; it and ``hidden`` need
+    As :func:`attention_by_layer`. ``routers`` by layer number give the predictor ``gate``; it and ``hidden`` need
     gate inputs, and are left out without them. Raises UsageError if there is no such layer.
     """
     text = columns.text.some(max_tokens, (seed, 7))

@@ -4,8 +4,8 @@ A predictor gives every expert a score; the m best are what it predicts. **Recal
 experts that are among them, precision recall·k/m. Scores are always those of prompts that the predictor was not
 fitted on (cross-validation, whole prompts left out), and intervals redraw whole prompts. Published figures that
 call "at least one of them was used by the prompt" accuracy are in
-:mod:`moetrace.analysis.published.prediction`. :mod:`~moetrace.analysis.attention_prediction` and
-:mod:`~moetrace.analysis.task_prediction` ask with them.
+:mod:`moetrace.analysis.published.prediction`. :func:`~moetrace.analysis.attention_prediction` and
+:func:`~moetrace.analysis.task_prediction` ask with them.
 
 Shapes: n tokens, E experts, k used, F features, P prompts.
 """

@@ -796,9 +796,10 @@ def frequency_of_rows(routing: Routing) -> ExpertFrequency:
         trace, names, request = each.trace, each.prompts, np.asarray(each.trace.request)
         rows = np.concatenate([np.empty(0, dtype=np.int64), *(rows for *_, rows in by_prompt([each]))])
         new = np.zeros((n_layers, e), dtype=bool)
+        experts, state = trace.experts, trace.state
         for start in range(0, rows.size, CHUNK):
             mine = rows[start : start + CHUNK]
-            ids = present(trace.experts, trace.state, mine).transpose(1, 0, 2).astype(np.int64)  # (L, m, k)
+            ids = present(experts, state, mine).transpose(1, 0, 2).astype(np.int64)  # (L, m, k)
             key = np.minimum(ids, e) + np.arange(n_layers)[:, None, None] * (e + 1)
             found = np.bincount(key.reshape(-1), minlength=n_layers * (e + 1)).reshape(n_layers, e + 1)
             fresh = (found[:, :e] > 0) & ~new

@@ -50,15 +50,6 @@ class LikelihoodChange:
                 out[name + end] = np.nan if interval is None else float(getattr(interval, field))
         return out
 
-    @property
-    def perplexity_ratio(self) -> tuple[float, float, float]:
-        """exp(change): estimate, low and high."""
-        return (
-            float(np.exp(self.change.estimate)),
-            float(np.exp(self.change.low)),
-            float(np.exp(self.change.high)),
-        )
-
 
 def likelihood_change(
     base: npt.ArrayLike,

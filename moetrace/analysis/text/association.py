@@ -30,7 +30,6 @@ class Associations:
 
     text: RoutedText
     member: sparse.csr_array
-    joint: Floats
     of_kind: Floats
     of_expert: Floats
     z: Floats
@@ -118,7 +117,7 @@ def associate(
     """
     n_layers, n_kinds, n_expert = text.experts.shape[1], member.shape[0], text.n_expert
     shape = (n_layers, n_kinds, n_expert)
-    joint, of_kind, of_expert, z, p_value, p_family = (np.full(shape, np.nan) for _ in range(6))
+    of_kind, of_expert, z, p_value = (np.full(shape, np.nan) for _ in range(4))
     largest = np.full(n_permutations, -np.inf)
     # With a single prompt, or prompts of one token each, there may be nothing to rearrange.
     for layer in range(n_layers):
@@ -139,7 +138,6 @@ def associate(
             uses.sum(axis=0) >= min_activity
         )[None, :]
         score = _WithinPrompts(kinds, starts) if within else _Overall(kinds)
-        joint[layer] = kinds @ uses
         of_kind[layer], of_expert[layer] = n_kind[:, None], uses.sum(axis=0, dtype=np.float64)[None, :]
         null = np.empty((n_permutations + 1, int(eligible.sum())))
         null[0] = score(uses)[eligible]
@@ -156,7 +154,7 @@ def associate(
     ordered = np.sort(largest)
     above = n_permutations - np.searchsorted(ordered, np.nan_to_num(z, nan=np.inf) - 1e-9)
     p_family = np.where(np.isnan(p_value), np.nan, (1 + above) / (n_permutations + 1))
-    return Associations(text, member, joint, of_kind, of_expert, z, p_value, p_family)
+    return Associations(text, member, of_kind, of_expert, z, p_value, p_family)
 
 
 class _Overall:
