@@ -151,6 +151,16 @@ def test_unlabelled_requests_count_for_routing_and_not_for_domains() -> None:
         published.activations(from_trace(FakeTrace(unlabelled=tuple(range(8)))))
 
 
+def test_domains_of_no_row_are_said_and_tokens_too() -> None:
+    """GIVEN labelled requests without a row of this phase THEN the error says that labels lack, and not ids."""
+    trace = FakeTrace(unlabelled=tuple(range(1, 8)))
+    trace.phase[trace.request == 0] = 0
+    routing = from_trace(trace, phase="decode")
+    for ask in (published.activations, lambda r: r.token_counts):
+        with pytest.raises(UsageError, match="has a domain"):
+            ask(routing)
+
+
 def test_statistics_of_many_traces_equal_those_of_their_concatenation() -> None:
     one, two, both = FakeTrace(0), FakeTrace(1), FakeTrace(0)
     for name in ("experts", "_weights", "state", "positions", "token_ids", "phase"):

@@ -228,6 +228,13 @@ def test_a_cached_prefix_has_no_rows(cached):
     assert (wrong.said, wrong.n_unsure, wrong.unsure) == ({}, 1, {mine})
 
 
+def test_a_prompt_that_was_cached_whole_has_rows_of_its_answer_alone():
+    world = World()
+    since = world.now
+    mine = world.request(cached=len(P))
+    assert ids(resolve(world, line(world, since, n_cached=len(P)))) == {mine: "mine"}
+
+
 @pytest.mark.parametrize("answer", [[], [7], G])
 def test_answers_of_every_length(answer):
     world = World()
@@ -323,6 +330,17 @@ def test_time_tells_own_twins_apart():
     b = world.request()
     second = line(world, since, name="2", label="y")
     assert ids(resolve(world, second, first)) == {a: "1", b: "2"}
+
+
+def test_lines_of_different_tokens_are_told_apart():
+    """Two pairs of twins, all waiting together: each line is of one of its own pair."""
+    world = World()
+    since, other = world.now, [9, *P]
+    pairs = {world.request(): "p", world.request(): "p", world.request(other): "q", world.request(other): "q"}
+    lines = [line(world, since, name=f"p{i}") for i in range(2)]
+    lines += [line(world, since, other, name=f"q{i}") for i in range(2)]
+    told = ids(resolve(world, *lines))
+    assert {number: name[0] for number, name in told.items()} == pairs
 
 
 def test_two_answers_and_one_request():

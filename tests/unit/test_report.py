@@ -307,8 +307,9 @@ def test_findings_made_elsewhere_get_their_section(
     few = {name: QUESTIONS[name] for name in ("overview", "load-balance")}
     monkeypatch.setattr(QUESTIONS, "_found", few)
     path = traces.labelled_trace(tmp_path / "t.moet")
+    pairs = {"pairs": pd.DataFrame({"a": [1]})}
     made = Finding(
-        "own-question", "Own", ("Two experts are alike.",), (), {"pairs": pd.DataFrame({"a": [1]})}
+        "own-question", "Own", ("Two experts are alike.",), (), pairs, phase_note="Prompt tokens only."
     )
     (tmp_path / "given").mkdir()
     (tmp_path / "given" / "own-question.json").write_text(made.to_json(), encoding="utf-8")
@@ -320,6 +321,7 @@ def test_findings_made_elsewhere_get_their_section(
     page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
     assert "q-own-question" in page.ids
     assert "Two experts are alike." in page.text
+    assert "Prompt tokens only." in page.text, "the page is of another phase"
     assert (tmp_path / "out" / "tables" / "own-question-pairs.csv").is_file()
 
 

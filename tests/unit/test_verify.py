@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_reader import read_trace
 from rings import make_layout, put, random_records, reseal
-from traces import Context, server_records, small_trace, write_trace
+from traces import Context, event, server_records, small_trace, write_trace
 
 import moetrace
 from moetrace.errors import MoetraceError, TraceError
@@ -29,7 +29,7 @@ from moetrace.trace.columns import TableWriter
 from moetrace.trace.intervention import Intervention, Kind, Rule, decode, encode, store
 from moetrace.trace.jsonfile import read_json, write_json
 from moetrace.trace.ledger import row_crc
-from moetrace.trace.record import RowFlag
+from moetrace.trace.record import EventCode, RowFlag
 from moetrace.trace.recover import recover
 from moetrace.trace.rows import Layout
 from moetrace.trace.store import TraceStore
@@ -457,6 +457,44 @@ def test_a_damaged_intervention_is_said(tmp_path: Path) -> None:
     assert (finding.where, finding.recoverable) == ("interventions", False)
     (tmp_path / "t" / "interventions" / "1.bin").unlink()
     assert len(verify(tmp_path / "t").findings) == 1
+
+
+def test_what_an_intervention_is_said_to_be_is_checked(tmp_path: Path) -> None:
+    """GIVEN text of an intervention that was edited, or is gone THEN verify says so: rows' flags hang on it."""
+    layout = make_layout()
+    records = np.concatenate(
+        [server_records(layout, np.random.default_rng(3)), event(layout, 30, EventCode.INTERVENE, -1, arg=1)]
+    )
+    path = write_trace(tmp_path / "t", [Context(layout, records)])
+    (finding,) = verify(path).findings
+    assert "intervention 1 was in force in ctx0" in finding.what
+    interventions = [Intervention.parse("ablate:1:3")]
+    assert store(path, interventions, encode([r for i in interventions for r in rules_of(i)])) == 1
+    assert verify(path).findings == ()
+    text = path / "interventions" / "1.json"
+    text.write_text(text.read_text(encoding="ascii").replace("ablate:1:3", "ablate:1:4"), encoding="ascii")
+    (finding,) = verify(path).findings
+    assert "checksum" in finding.what
+
+
+def test_damage_of_one_part_says_nothing_of_others(tmp_path: Path) -> None:
+    """GIVEN a context that cannot be opened THEN the other's requests, and all tables that are sound, are fine."""
+    path = tmp_path / "t"
+    shutil.copytree(GOLDEN / "two-contexts", path)
+    (path / "ctx0" / "context.json").write_text("{", encoding="ascii")
+    assert {finding.where for finding in verify(path).findings} == {"ctx0"}
+    shutil.rmtree(path)
+    shutil.copytree(GOLDEN / "two-contexts", path)
+    (path / "requests" / "blocks.npy").write_bytes(b"")
+    assert {finding.where for finding in verify(path).findings} == {"requests"}
+
+
+def test_labels_that_cannot_be_read_are_damage(tmp_path: Path) -> None:
+    path = small_trace(tmp_path / "t")
+    (path / "labels.jsonl").unlink(missing_ok=True)
+    (path / "labels.jsonl").mkdir()
+    (finding,) = verify(path).findings
+    assert finding.where == "labels.jsonl"
 
 
 @settings(max_examples=200, deadline=None)

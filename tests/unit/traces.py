@@ -44,7 +44,7 @@ class Context:
 
 
 def event(
-    layout: Layout, serial: int, code: EventCode, sequence: int, p0: int = -1, p1: int = -1
+    layout: Layout, serial: int, code: EventCode, sequence: int, p0: int = -1, p1: int = -1, arg: int = 0
 ) -> np.ndarray:
     """Give one event record."""
     record = random_records(layout, 1, np.random.default_rng(0))
@@ -54,7 +54,7 @@ def event(
         code,
         sequence,
     )
-    record["position"], record["arg0"], record["flags"], record["state"] = p0, p1, 0, 0
+    record["position"], record["arg0"], record["arg1"], record["flags"], record["state"] = p0, p1, arg, 0, 0
     return record
 
 
