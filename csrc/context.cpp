@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 #include <fstream>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -86,7 +87,7 @@ static std::string context_facts(const tracer_env & env, const sched_trace & s, 
         "events_committed", "events_lost", "events_overwritten", "rows_warmup", "rows_paused", "rows_unrouted",
         "rows_unidentified", "graphs", "batches", "wait_ns", "hook_ns", "sync_ns", "attention_lost",
         "rows_intervened", "graphs_unread", "contexts", "contexts_freed", "syncs", "copies",
-        "copied_bytes",
+        "copied_bytes", "graphs_elsewhere",
     };
     static_assert(sizeof(COUNTERS)/sizeof(COUNTERS[0]) == COUNT_N, "a counter has no name");
 
@@ -454,8 +455,9 @@ void context_open(tracer_env & env, sched_trace & s, context_trace & c) {
         c.state = context_state::recording;
     }
     for (uint32_t i = 0; i < COUNT_N; i++) {
-        c.rec->ring.count((ring_counter) i, c.counts_early[i]);
-        c.counts_early[i] = 0;
+        if (c.counts_early[i]) { // some are another thread's to write
+            c.rec->ring.count((ring_counter) i, std::exchange(c.counts_early[i], 0));
+        }
     }
     c.count(COUNT_CONTEXTS);
     const std::vector<context_event> early = std::move(c.early);

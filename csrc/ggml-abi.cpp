@@ -3,77 +3,9 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <dlfcn.h>
 #include <vector>
 
-#ifdef __APPLE__
-#include <mach-o/dyld.h>
-#else
-#include <link.h>
-#endif
-
 namespace moetrace {
-
-//
-// symbols
-//
-
-static const void * own_base() {
-    static const void * base = [] {
-        Dl_info info;
-        return dladdr((void *) &symbol_find, &info) ? info.dli_fbase : nullptr;
-    }();
-    return base;
-}
-
-static bool is_own(void * address) {
-    Dl_info info;
-    return dladdr(address, &info) && info.dli_fbase == own_base();
-}
-
-static void * symbol_in(const char * path, const char * name) {
-    void * handle = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
-    if (!handle) {
-        return nullptr;
-    }
-    void * address = dlsym(handle, name);
-    dlclose(handle); // NOLOAD: the object stays loaded
-    return address && !is_own(address) ? address : nullptr;
-}
-
-#ifdef __APPLE__
-static void * symbol_search(const char * name) {
-    for (uint32_t i = 0; i < _dyld_image_count(); i++) {
-        if (void * address = symbol_in(_dyld_get_image_name(i), name)) {
-            return address;
-        }
-    }
-    return nullptr;
-}
-#else
-static void * symbol_search(const char * name) {
-    // collect first: dlopen under the iteration's lock could deadlock
-    std::vector<std::string> paths;
-    dl_iterate_phdr([](dl_phdr_info * info, size_t, void * out) {
-        if (info->dlpi_name && *info->dlpi_name) {
-            ((std::vector<std::string> *) out)->push_back(info->dlpi_name);
-        }
-        return 0;
-    }, &paths);
-    for (const auto & path : paths) {
-        if (void * address = symbol_in(path.c_str(), name)) {
-            return address;
-        }
-    }
-    return nullptr;
-}
-#endif
-
-void * symbol_find(const char * name) {
-    // a preloaded library sees the real one as the next; one loaded by Python does not
-    void * address = dlsym(RTLD_NEXT, name);
-    return address && !is_own(address) ? address : symbol_search(name);
-}
 
 template <typename F>
 static bool function_find(F *& out, const char * name) {

@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include "symbols.h"
+
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -17,10 +19,6 @@ struct llama_context;
 struct llama_model;
 
 namespace moetrace {
-
-// The address of an exported function in the process, this library's own exports left out.
-// Slow; keep the result. nullptr if nobody defines it.
-void * symbol_find(const char * name);
 
 struct ggml_init_params_view { // ggml_init_params, unchanged since it exists
     size_t mem_size;

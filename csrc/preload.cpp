@@ -27,43 +27,50 @@ using llama_memory_t = void *;
 // the scheduler: every graph
 //
 
-MOETRACE_HOOK(void, ggml_backend_sched_set_eval_callback, (ggml_backend_sched * sched, eval_callback callback, void * user_data)) {
+MOETRACE_HOOK(void, ggml_backend_sched_set_eval_callback, (ggml_backend_sched * sched, eval_callback callback, void * user_data),
+        (sched, callback, user_data)) {
     sched_on_callback(sched, callback, user_data);
-    real_ggml_backend_sched_set_eval_callback()(sched, callback, user_data);
+    real(sched, callback, user_data);
 }
 
-MOETRACE_HOOK(bool, ggml_backend_sched_reserve, (ggml_backend_sched * sched, ggml_cgraph * graph)) {
+MOETRACE_HOOK(bool, ggml_backend_sched_reserve, (ggml_backend_sched * sched, ggml_cgraph * graph), (sched, graph)) {
     sched_on_reserve(sched, graph);
-    return real_ggml_backend_sched_reserve()(sched, graph);
+    return real(sched, graph);
 }
 
-MOETRACE_HOOK(void, ggml_backend_sched_reserve_size, (ggml_backend_sched * sched, ggml_cgraph * graph, size_t * sizes)) {
+MOETRACE_HOOK(void, ggml_backend_sched_reserve_size, (ggml_backend_sched * sched, ggml_cgraph * graph, size_t * sizes),
+        (sched, graph, sizes)) {
     sched_on_reserve(sched, graph);
-    real_ggml_backend_sched_reserve_size()(sched, graph, sizes);
+    real(sched, graph, sizes);
 }
 
-MOETRACE_HOOK(bool, ggml_backend_sched_alloc_graph, (ggml_backend_sched * sched, ggml_cgraph * graph)) {
+MOETRACE_HOOK(bool, ggml_backend_sched_alloc_graph, (ggml_backend_sched * sched, ggml_cgraph * graph), (sched, graph)) {
     sched_on_alloc(sched, graph);
-    const bool ok = real_ggml_backend_sched_alloc_graph()(sched, graph);
+    const bool ok = real(sched, graph);
     if (ok) {
         sched_on_allocated(sched, graph);
     }
     return ok;
 }
 
-MOETRACE_HOOK(int, ggml_backend_sched_graph_compute_async, (ggml_backend_sched * sched, ggml_cgraph * graph)) {
-    return sched_on_compute(sched, graph, real_ggml_backend_sched_graph_compute_async(),
-        real_ggml_backend_sched_set_eval_callback());
+MOETRACE_HOOK_ANY(int, ggml_backend_sched_graph_compute_async, (ggml_backend_sched * sched, ggml_cgraph * graph),
+        (sched, graph)) {
+    if (!traced) {
+        graph_on_elsewhere();
+        return real(sched, graph);
+    }
+    static const auto set_callback = (set_callback_fn) symbol_find("ggml_backend_sched_set_eval_callback");
+    return sched_on_compute(sched, graph, real, set_callback);
 }
 
-MOETRACE_HOOK(void, ggml_backend_sched_synchronize, (ggml_backend_sched * sched)) {
-    real_ggml_backend_sched_synchronize()(sched);
+MOETRACE_HOOK(void, ggml_backend_sched_synchronize, (ggml_backend_sched * sched), (sched)) {
+    real(sched);
     sched_on_synchronized(sched);
 }
 
-MOETRACE_HOOK(void, ggml_backend_sched_free, (ggml_backend_sched * sched)) {
+MOETRACE_HOOK(void, ggml_backend_sched_free, (ggml_backend_sched * sched), (sched)) {
     sched_on_free(sched);
-    real_ggml_backend_sched_free()(sched);
+    real(sched);
 }
 
 //
@@ -76,106 +83,113 @@ struct gguf_init_params { // by value in the API
     struct ggml_context ** ctx;
 };
 
-MOETRACE_HOOK(gguf_context *, gguf_init_from_file, (const char * path, gguf_init_params params)) {
+MOETRACE_HOOK(gguf_context *, gguf_init_from_file, (const char * path, gguf_init_params params), (path, params)) {
     model_on_open(path);
-    return real_gguf_init_from_file()(path, params);
+    return real(path, params);
 }
 
-MOETRACE_HOOK(int32_t, llama_decode, (llama_context * ctx, batch_view batch)) {
+MOETRACE_HOOK(int32_t, llama_decode, (llama_context * ctx, batch_view batch), (ctx, batch)) {
     batch_scope scope(ctx, batch, false);
-    return real_llama_decode()(ctx, batch);
+    return real(ctx, batch);
 }
 
-MOETRACE_HOOK(int32_t, llama_encode, (llama_context * ctx, batch_view batch)) {
+MOETRACE_HOOK(int32_t, llama_encode, (llama_context * ctx, batch_view batch), (ctx, batch)) {
     batch_scope scope(ctx, batch, true);
-    return real_llama_encode()(ctx, batch);
+    return real(ctx, batch);
 }
 
-MOETRACE_HOOK(int32_t, llama_process, (llama_context * ctx, int type, llama_batch_ext * batch)) {
+MOETRACE_HOOK(int32_t, llama_process, (llama_context * ctx, int type, llama_batch_ext * batch), (ctx, type, batch)) {
     batch_scope scope(ctx, batch, type == 0); // LLAMA_PROCESS_TYPE_ENCODE
-    return real_llama_process()(ctx, type, batch);
+    return real(ctx, type, batch);
 }
 
-MOETRACE_HOOK(void, llama_free, (llama_context * ctx)) {
+MOETRACE_HOOK(void, llama_free, (llama_context * ctx), (ctx)) {
     context_on_free(ctx);
-    real_llama_free()(ctx);
+    real(ctx);
 }
 
-MOETRACE_HOOK(void, llama_set_warmup, (llama_context * ctx, bool warmup)) {
+MOETRACE_HOOK(void, llama_set_warmup, (llama_context * ctx, bool warmup), (ctx, warmup)) {
     context_on_warmup(ctx, warmup);
-    real_llama_set_warmup()(ctx, warmup);
+    real(ctx, warmup);
 }
 
-MOETRACE_HOOK(int32_t, llama_batch_ext_add, (llama_batch_ext * batch, llama_seq_id seq_id)) {
-    return batch_on_add(batch, real_llama_batch_ext_add()(batch, seq_id), seq_id, -1);
+MOETRACE_HOOK(int32_t, llama_batch_ext_add, (llama_batch_ext * batch, llama_seq_id seq_id), (batch, seq_id)) {
+    return batch_on_add(batch, real(batch, seq_id), seq_id, -1);
 }
 
-MOETRACE_HOOK(int32_t, llama_batch_ext_add_token, (llama_batch_ext * batch, llama_seq_id seq_id, llama_token id)) {
-    return batch_on_add(batch, real_llama_batch_ext_add_token()(batch, seq_id, id), seq_id, id);
+MOETRACE_HOOK(int32_t, llama_batch_ext_add_token, (llama_batch_ext * batch, llama_seq_id seq_id, llama_token id),
+        (batch, seq_id, id)) {
+    return batch_on_add(batch, real(batch, seq_id, id), seq_id, id);
 }
 
-MOETRACE_HOOK(int32_t, llama_batch_ext_add_embd, (llama_batch_ext * batch, llama_seq_id seq_id, llama_embd embd)) {
-    return batch_on_add(batch, real_llama_batch_ext_add_embd()(batch, seq_id, embd), seq_id, -1);
+MOETRACE_HOOK(int32_t, llama_batch_ext_add_embd, (llama_batch_ext * batch, llama_seq_id seq_id, llama_embd embd),
+        (batch, seq_id, embd)) {
+    return batch_on_add(batch, real(batch, seq_id, embd), seq_id, -1);
 }
 
-MOETRACE_HOOK(bool, llama_batch_ext_add_seq, (llama_batch_ext * batch, int32_t idx, llama_seq_id seq_id)) {
-    const bool ok = real_llama_batch_ext_add_seq()(batch, idx, seq_id);
+MOETRACE_HOOK(bool, llama_batch_ext_add_seq, (llama_batch_ext * batch, int32_t idx, llama_seq_id seq_id),
+        (batch, idx, seq_id)) {
+    const bool ok = real(batch, idx, seq_id);
     if (ok) {
         batch_on_add_sequence(batch, idx);
     }
     return ok;
 }
 
-MOETRACE_HOOK(bool, llama_batch_ext_set_pos, (llama_batch_ext * batch, int32_t idx, const llama_pos * pos)) {
-    const bool ok = real_llama_batch_ext_set_pos()(batch, idx, pos);
+MOETRACE_HOOK(bool, llama_batch_ext_set_pos, (llama_batch_ext * batch, int32_t idx, const llama_pos * pos),
+        (batch, idx, pos)) {
+    const bool ok = real(batch, idx, pos);
     if (ok) {
         batch_on_position(batch, idx, *pos);
     }
     return ok;
 }
 
-MOETRACE_HOOK(bool, llama_batch_ext_set_output_logits, (llama_batch_ext * batch, int32_t idx, bool value)) {
+MOETRACE_HOOK(bool, llama_batch_ext_set_output_logits, (llama_batch_ext * batch, int32_t idx, bool value),
+        (batch, idx, value)) {
     batch_on_output(batch, idx, value);
-    return real_llama_batch_ext_set_output_logits()(batch, idx, value);
+    return real(batch, idx, value);
 }
 
-MOETRACE_HOOK(bool, llama_batch_ext_set_output_embd, (llama_batch_ext * batch, int32_t idx, bool value)) {
+MOETRACE_HOOK(bool, llama_batch_ext_set_output_embd, (llama_batch_ext * batch, int32_t idx, bool value),
+        (batch, idx, value)) {
     batch_on_output(batch, idx, value);
-    return real_llama_batch_ext_set_output_embd()(batch, idx, value);
+    return real(batch, idx, value);
 }
 
-MOETRACE_HOOK(void, llama_batch_ext_clear, (llama_batch_ext * batch)) {
+MOETRACE_HOOK(void, llama_batch_ext_clear, (llama_batch_ext * batch), (batch)) {
     batch_on_clear(batch);
-    real_llama_batch_ext_clear()(batch);
+    real(batch);
 }
 
-MOETRACE_HOOK(void, llama_batch_ext_free, (llama_batch_ext * batch)) {
+MOETRACE_HOOK(void, llama_batch_ext_free, (llama_batch_ext * batch), (batch)) {
     batch_on_free(batch);
-    real_llama_batch_ext_free()(batch);
+    real(batch);
 }
 
 //
 // what the host samples from
 //
 
-MOETRACE_HOOK(llama_token, llama_sampler_sample, (llama_sampler * sampler, llama_context * ctx, int32_t idx)) {
+MOETRACE_HOOK(llama_token, llama_sampler_sample, (llama_sampler * sampler, llama_context * ctx, int32_t idx),
+        (sampler, ctx, idx)) {
     context_on_sample(ctx, idx);
-    return real_llama_sampler_sample()(sampler, ctx, idx);
+    return real(sampler, ctx, idx);
 }
 
-MOETRACE_HOOK(float *, llama_get_logits_ith, (llama_context * ctx, int32_t idx)) {
+MOETRACE_HOOK(float *, llama_get_logits_ith, (llama_context * ctx, int32_t idx), (ctx, idx)) {
     context_on_sample(ctx, idx);
-    return real_llama_get_logits_ith()(ctx, idx);
+    return real(ctx, idx);
 }
 
-MOETRACE_HOOK(llama_token, llama_get_sampled_token_ith, (llama_context * ctx, int32_t idx)) {
+MOETRACE_HOOK(llama_token, llama_get_sampled_token_ith, (llama_context * ctx, int32_t idx), (ctx, idx)) {
     context_on_sample(ctx, idx);
-    return real_llama_get_sampled_token_ith()(ctx, idx);
+    return real(ctx, idx);
 }
 
-MOETRACE_HOOK(float *, llama_get_logits, (llama_context * ctx)) {
+MOETRACE_HOOK(float *, llama_get_logits, (llama_context * ctx), (ctx)) {
     context_on_logits(ctx);
-    return real_llama_get_logits()(ctx);
+    return real(ctx);
 }
 
 //
@@ -204,65 +218,67 @@ thread_local int outer_call::depth = 0;
 } // namespace
 
 // llama-server calls this for a slot when it starts a task and when it ends one
-MOETRACE_HOOK(bool, llama_set_sampler, (llama_context * ctx, llama_seq_id seq_id, llama_sampler * sampler)) {
+MOETRACE_HOOK(bool, llama_set_sampler, (llama_context * ctx, llama_seq_id seq_id, llama_sampler * sampler),
+        (ctx, seq_id, sampler)) {
     context_on_launch(ctx, seq_id);
-    return real_llama_set_sampler()(ctx, seq_id, sampler);
+    return real(ctx, seq_id, sampler);
 }
 
 // The memory functions went by three families of names; `on` is how an event is reported for each.
-#define MOETRACE_MEMORY_HOOKS(prefix, owner_t, on)                                                              \
-    MOETRACE_HOOK(bool, prefix##_seq_rm, (owner_t owner, llama_seq_id seq_id, llama_pos p0, llama_pos p1)) {    \
-        const outer_call call;                                                                                  \
-        const bool ok = real_##prefix##_seq_rm()(owner, seq_id, p0, p1);                                        \
-        if (ok) {                                                                                               \
-            call.report(on, owner, EVENT_SEQ_RM, seq_id, p0, p1, 0);                                            \
-        }                                                                                                       \
-        return ok;                                                                                              \
-    }                                                                                                           \
-    MOETRACE_HOOK(void, prefix##_seq_add, (owner_t owner, llama_seq_id seq_id, llama_pos p0, llama_pos p1,      \
-            llama_pos delta)) {                                                                                 \
-        const outer_call call;                                                                                  \
-        call.report(on, owner, EVENT_SEQ_ADD, seq_id, p0, p1, delta);                                           \
-        real_##prefix##_seq_add()(owner, seq_id, p0, p1, delta);                                                \
-    }                                                                                                           \
-    MOETRACE_HOOK(void, prefix##_seq_cp, (owner_t owner, llama_seq_id src, llama_seq_id dst, llama_pos p0,      \
-            llama_pos p1)) {                                                                                    \
-        const outer_call call;                                                                                  \
-        call.report(on, owner, EVENT_SEQ_CP, src, p0, p1, dst);                                                 \
-        real_##prefix##_seq_cp()(owner, src, dst, p0, p1);                                                      \
-    }                                                                                                           \
-    MOETRACE_HOOK(void, prefix##_seq_keep, (owner_t owner, llama_seq_id seq_id)) {                              \
-        const outer_call call;                                                                                  \
-        call.report(on, owner, EVENT_SEQ_KEEP, seq_id, 0, -1, 0);                                               \
-        real_##prefix##_seq_keep()(owner, seq_id);                                                              \
-    }                                                                                                           \
-    MOETRACE_HOOK(void, prefix##_seq_div, (owner_t owner, llama_seq_id seq_id, llama_pos p0, llama_pos p1,      \
-            int divisor)) {                                                                                     \
-        const outer_call call;                                                                                  \
-        call.report(on, owner, EVENT_SEQ_DIV, seq_id, p0, p1, divisor);                                         \
-        real_##prefix##_seq_div()(owner, seq_id, p0, p1, divisor);                                              \
+#define MOETRACE_MEMORY_HOOKS(prefix, owner_t, on)                                                                 \
+    MOETRACE_HOOK(bool, prefix##_seq_rm, (owner_t owner, llama_seq_id seq_id, llama_pos p0, llama_pos p1),         \
+            (owner, seq_id, p0, p1)) {                                                                             \
+        const outer_call call;                                                                                     \
+        const bool ok = real(owner, seq_id, p0, p1);                                                               \
+        if (ok) {                                                                                                  \
+            call.report(on, owner, EVENT_SEQ_RM, seq_id, p0, p1, 0);                                               \
+        }                                                                                                          \
+        return ok;                                                                                                 \
+    }                                                                                                              \
+    MOETRACE_HOOK(void, prefix##_seq_add, (owner_t owner, llama_seq_id seq_id, llama_pos p0, llama_pos p1,         \
+            llama_pos delta), (owner, seq_id, p0, p1, delta)) {                                                    \
+        const outer_call call;                                                                                     \
+        call.report(on, owner, EVENT_SEQ_ADD, seq_id, p0, p1, delta);                                              \
+        real(owner, seq_id, p0, p1, delta);                                                                        \
+    }                                                                                                              \
+    MOETRACE_HOOK(void, prefix##_seq_cp, (owner_t owner, llama_seq_id src, llama_seq_id dst, llama_pos p0,         \
+            llama_pos p1), (owner, src, dst, p0, p1)) {                                                            \
+        const outer_call call;                                                                                     \
+        call.report(on, owner, EVENT_SEQ_CP, src, p0, p1, dst);                                                    \
+        real(owner, src, dst, p0, p1);                                                                             \
+    }                                                                                                              \
+    MOETRACE_HOOK(void, prefix##_seq_keep, (owner_t owner, llama_seq_id seq_id), (owner, seq_id)) {                \
+        const outer_call call;                                                                                     \
+        call.report(on, owner, EVENT_SEQ_KEEP, seq_id, 0, -1, 0);                                                  \
+        real(owner, seq_id);                                                                                       \
+    }                                                                                                              \
+    MOETRACE_HOOK(void, prefix##_seq_div, (owner_t owner, llama_seq_id seq_id, llama_pos p0, llama_pos p1,         \
+            int divisor), (owner, seq_id, p0, p1, divisor)) {                                                      \
+        const outer_call call;                                                                                     \
+        call.report(on, owner, EVENT_SEQ_DIV, seq_id, p0, p1, divisor);                                            \
+        real(owner, seq_id, p0, p1, divisor);                                                                      \
     }
 
 MOETRACE_MEMORY_HOOKS(llama_memory,   llama_memory_t,  memory_on_event)
 MOETRACE_MEMORY_HOOKS(llama_kv_self,  llama_context *, context_on_event)
 MOETRACE_MEMORY_HOOKS(llama_kv_cache, llama_context *, context_on_event)
 
-MOETRACE_HOOK(void, llama_memory_clear, (llama_memory_t memory, bool data)) {
+MOETRACE_HOOK(void, llama_memory_clear, (llama_memory_t memory, bool data), (memory, data)) {
     const outer_call call;
     call.report(memory_on_event, memory, EVENT_CLEAR, -1, 0, -1, 0);
-    real_llama_memory_clear()(memory, data);
+    real(memory, data);
 }
 
-MOETRACE_HOOK(void, llama_kv_self_clear, (llama_context * ctx)) {
+MOETRACE_HOOK(void, llama_kv_self_clear, (llama_context * ctx), (ctx)) {
     const outer_call call;
     call.report(context_on_event, ctx, EVENT_CLEAR, -1, 0, -1, 0);
-    real_llama_kv_self_clear()(ctx);
+    real(ctx);
 }
 
-MOETRACE_HOOK(void, llama_kv_cache_clear, (llama_context * ctx)) {
+MOETRACE_HOOK(void, llama_kv_cache_clear, (llama_context * ctx), (ctx)) {
     const outer_call call;
     call.report(context_on_event, ctx, EVENT_CLEAR, -1, 0, -1, 0);
-    real_llama_kv_cache_clear()(ctx);
+    real(ctx);
 }
 
 static size_t restored(llama_context * ctx, llama_seq_id sequence, size_t bytes, const outer_call & call) {
@@ -272,32 +288,33 @@ static size_t restored(llama_context * ctx, llama_seq_id sequence, size_t bytes,
     return bytes;
 }
 
-MOETRACE_HOOK(size_t, llama_state_seq_set_data, (llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq_id)) {
+MOETRACE_HOOK(size_t, llama_state_seq_set_data, (llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq_id),
+        (ctx, src, size, seq_id)) {
     const outer_call call;
-    return restored(ctx, seq_id, real_llama_state_seq_set_data()(ctx, src, size, seq_id), call);
+    return restored(ctx, seq_id, real(ctx, src, size, seq_id), call);
 }
 
 MOETRACE_HOOK(size_t, llama_state_seq_set_data_ext, (llama_context * ctx, const uint8_t * src, size_t size,
-        llama_seq_id seq_id, uint32_t flags)) {
+        llama_seq_id seq_id, uint32_t flags), (ctx, src, size, seq_id, flags)) {
     const outer_call call;
-    return restored(ctx, seq_id, real_llama_state_seq_set_data_ext()(ctx, src, size, seq_id, flags), call);
+    return restored(ctx, seq_id, real(ctx, src, size, seq_id, flags), call);
 }
 
 MOETRACE_HOOK(size_t, llama_state_seq_load_file, (llama_context * ctx, const char * path, llama_seq_id seq_id,
-        llama_token * tokens, size_t capacity, size_t * n_tokens)) {
+        llama_token * tokens, size_t capacity, size_t * n_tokens), (ctx, path, seq_id, tokens, capacity, n_tokens)) {
     const outer_call call;
-    return restored(ctx, seq_id, real_llama_state_seq_load_file()(ctx, path, seq_id, tokens, capacity, n_tokens), call);
+    return restored(ctx, seq_id, real(ctx, path, seq_id, tokens, capacity, n_tokens), call);
 }
 
-MOETRACE_HOOK(size_t, llama_state_set_data, (llama_context * ctx, const uint8_t * src, size_t size)) {
+MOETRACE_HOOK(size_t, llama_state_set_data, (llama_context * ctx, const uint8_t * src, size_t size), (ctx, src, size)) {
     const outer_call call;
-    return restored(ctx, -1, real_llama_state_set_data()(ctx, src, size), call);
+    return restored(ctx, -1, real(ctx, src, size), call);
 }
 
 MOETRACE_HOOK(bool, llama_state_load_file, (llama_context * ctx, const char * path, llama_token * tokens,
-        size_t capacity, size_t * n_tokens)) {
+        size_t capacity, size_t * n_tokens), (ctx, path, tokens, capacity, n_tokens)) {
     const outer_call call;
-    const bool ok = real_llama_state_load_file()(ctx, path, tokens, capacity, n_tokens);
+    const bool ok = real(ctx, path, tokens, capacity, n_tokens);
     restored(ctx, -1, ok ? 1 : 0, call);
     return ok;
 }

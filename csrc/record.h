@@ -136,6 +136,7 @@ enum ring_counter : uint32_t {
     COUNT_SYNCS,              // how often the tracer itself made the devices finish
     COUNT_COPIES,             // tensors that were copied from devices
     COUNT_COPIED_BYTES,
+    COUNT_GRAPHS_ELSEWHERE,   // graphs of another llama.cpp in the process: not recorded, at least so many
     COUNT_N,
 };
 

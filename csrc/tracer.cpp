@@ -13,6 +13,7 @@
 #include <pthread.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <utility>
 #include <vector>
 
 namespace moetrace {
@@ -33,6 +34,8 @@ struct tracer_state : tracer_env {
     std::vector<std::unique_ptr<sched_trace>> scheds;
     batch_mirror mirror;
     const void * cleared = nullptr; // memory of a context that has computed nothing yet
+    bool        told_elsewhere = false;
+    uint64_t    n_elsewhere    = 0;     // graphs of another llama.cpp that no ring counts yet
 };
 
 tracer_state & tracer() {
@@ -462,6 +465,26 @@ void sched_on_synchronized(sched_t sched) {
     if (s) {
         guarded([&] { pending_finish(*s, true); });
     }
+}
+
+void graph_on_elsewhere() {
+    when_active([](tracer_state & T) {
+        T.n_elsewhere++;
+        if (!T.told_elsewhere) {
+            T.told_elsewhere = true;
+            say("this process has two llama.cpp: the first that was used is recorded, the other is not");
+        }
+        for (const auto & c : T.contexts) {
+            std::unique_lock<std::mutex> lock(c->mutex, std::try_to_lock);
+            if (lock && c->rec && c->rec->ring.is_open()) {
+                c->rec->ring.count(COUNT_GRAPHS_ELSEWHERE, std::exchange(T.n_elsewhere, 0));
+                return;
+            }
+        }
+        if (!T.idle.empty()) {
+            T.idle.back()->ring.count(COUNT_GRAPHS_ELSEWHERE, std::exchange(T.n_elsewhere, 0));
+        }
+    });
 }
 
 void sched_on_free(sched_t sched) {

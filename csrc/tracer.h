@@ -37,6 +37,7 @@ void sched_on_synchronized(sched_t sched); // what it computed is there
 using set_callback_fn = void (*)(sched_t, eval_callback, void *);
 using compute_fn      = int (*)(sched_t, ggml_cgraph *);
 int  sched_on_compute(sched_t sched, ggml_cgraph * graph, compute_fn compute, set_callback_fn set_callback);
+void graph_on_elsewhere(); // another llama.cpp of the process computes
 
 // --- context hooks
 struct batch_view { // the fields of llama_batch that have kept their place

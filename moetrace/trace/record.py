@@ -104,6 +104,7 @@ class Counter(IntEnum):
     SYNCS = 22
     COPIES = 23
     COPIED_BYTES = 24
+    GRAPHS_ELSEWHERE = 25
 
 
 COUNTERS = tuple(counter.name.lower() for counter in Counter)  # as files name them

@@ -14,13 +14,14 @@ from moetrace.trace.trace import Trace
 def remarks(store: TraceStore) -> list[str]:
     """Give a sentence for each such thing.
 
-    They are: prompts that were not captured, rows that nobody can be told to own, events that were lost, labels that
-    did not find their request.
+    They are: prompts that were not captured, rows that nobody can be told to own, events that were lost, graphs of
+    another llama.cpp in the process, labels that did not find their request.
     """
     said = [
         _prompts(store),
         *(_unidentified(context) for context in store.contexts),
         *(_events_lost(context) for context in store.contexts),
+        *(_elsewhere(context) for context in store.contexts),
         _labels(store),
     ]
     return [text for text in said if text]
@@ -57,10 +58,25 @@ def _unidentified(context: ContextStore) -> str:
     )
 
 
-def _events_lost(context: ContextStore) -> str:
+def _counted(context: ContextStore, *names: str) -> int:
     counters = context.facts.get("counters")
     counters = counters if isinstance(counters, dict) else {}
-    n = sum(counters[name] for name in LOST_EVENT_COUNTERS if type(counters.get(name)) is int)
+    return sum(counters[name] for name in names if type(counters.get(name)) is int)
+
+
+def _elsewhere(context: ContextStore) -> str:
+    n = _counted(context, "graphs_elsewhere")
+    if n <= 0:
+        return ""
+    graphs = f"{n:,} graph{'s' if n > 1 else ''} or more"
+    return (
+        f"beside {context.name}, another llama.cpp in the same process computed {graphs}, of which nothing is "
+        "recorded: the first that is used is, and no other"
+    )
+
+
+def _events_lost(context: ContextStore) -> str:
+    n = _counted(context, *LOST_EVENT_COUNTERS)
     if n <= 0:
         return ""
     certain = (
