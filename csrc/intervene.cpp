@@ -104,7 +104,7 @@ bool intervention::fits_router(const router_shape & router, int32_t sequence, st
             continue;
         }
         if (!router.selects) {
-            error = where + " does not choose by scores";
+            error = where + ": how it chooses is not known"; // by no scores, or in a way that is not understood
             return false;
         }
         if (replays || (any && rule.kind == INTERVENE_REPLAY)) {

@@ -7,6 +7,7 @@ import sys
 
 from moetrace.commands.options import paint, red
 from moetrace.errors import RuntimeMissingError, UsageError
+from moetrace.host.linkage import Linkage, linkage
 from moetrace.host.runtime import find_tool, loaded_libraries, preload_path, probe
 
 #: functions without which nothing can be recorded, and what is lost without the others
@@ -44,14 +45,22 @@ class Doctor:
         program = find_tool(args.rest[0] if args.rest else "llama-server")
         say("tracer", str(preload_path()))
         say("program", str(program))
-        libraries = loaded_libraries(program)
-        ggml = {name: path for name, path in libraries.items() if "ggml" in name or "llama" in name}
-        if not ggml:
+        how = linkage(program)
+        if how is Linkage.STATIC:
             raise RuntimeMissingError(
                 f"{program} cannot be traced",
-                why="it does not load ggml as a shared library: it is linked statically, or is a script",
-                fix="build llama.cpp with -DBUILD_SHARED_LIBS=ON, or name the program that the script starts",
+                why=how.value,
+                fix="build llama.cpp with -DBUILD_SHARED_LIBS=ON, or use another build of it",
             )
+        if how in (Linkage.NONE, Linkage.SCRIPT):
+            say("note", f"{how.value}; one that it loads, or starts, while it runs can be recorded")
+            say("verdict", f"try: moetrace run -o t.moet -- {program}")
+            return 0
+        if how is Linkage.OWN:
+            ggml = {f"{program.name} (llama)": str(program)}
+        else:
+            libraries = loaded_libraries(program)
+            ggml = {name: path for name, path in libraries.items() if "ggml" in name or "llama" in name}
         missing = sorted(name for name, path in ggml.items() if not path)
         if missing:
             raise RuntimeMissingError(

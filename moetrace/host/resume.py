@@ -22,7 +22,8 @@ POLL_SECONDS = 0.2
 class ResumedRecording:
     """A live recording with a new drain: the trace goes on where the old drain sealed it last.
 
-    Nothing is lost that the rings still hold. What the host could not write while nobody read is counted as lost,
+    A folder into which a host writes rings by itself (``moetrace preload-path``) is taken up as a new trace. Nothing is
+    lost that the rings still hold. What the host could not write while nobody read is counted as lost,
     as its policy says.
 
     Parameters
@@ -51,6 +52,7 @@ class ResumedRecording:
         on_error: Callable[[MoetraceError], None] = tell,
         on_note: Callable[[str], None] = tell,
     ) -> None:
+        TraceWriter.adopt(path)
         store = TraceStore(path)
         self._hosts = _hosts(store)
         self.trace = TraceWriter.resume(store.path)

@@ -30,9 +30,10 @@ from moetrace.host.intervene import (
     restore,
     switch,
 )
+from moetrace.host.linkage import Linkage, linkage
 from moetrace.host.model import store_models
 from moetrace.host.options import CaptureOptions
-from moetrace.host.runtime import PRELOAD, find_tool, loaded_libraries, preload_environment
+from moetrace.host.runtime import PRELOAD, find_tool, preload_environment
 from moetrace.host.secrets import redacted
 from moetrace.model.file import ModelFile
 from moetrace.trace.intervention import Intervention, parse_interventions
@@ -207,19 +208,26 @@ class TracedProcess:
                 fix="send it a request, use a Mixture-of-Experts model, and see its messages above",
             )
         program = self.command[0]
-        linked = any("ggml" in name or "llama" in name for name in loaded_libraries(Path(program)))
-        if linked or self._exit_code:
+        how = linkage(Path(program))
+        if how in (Linkage.LIBRARY, Linkage.OWN) or self._exit_code:
             ended = f"it ended with exit code {self._exit_code}" if self._exit_code else "it ended"
             return MoetraceError(
                 f"no expert routing was seen in {program}",
                 why=f"{ended} before a graph with experts was computed{_no_experts(self._model_path)}",
                 fix="see its messages above; `moetrace doctor` checks a binary",
             )
+        if how is Linkage.STATIC:
+            return MoetraceError(
+                f"no expert routing was seen in {program}",
+                why=how.value,
+                fix="build llama.cpp with -DBUILD_SHARED_LIBS=ON, or use another build of it",
+            )
         return MoetraceError(
             f"no expert routing was seen in {program}",
-            why="neither it nor a program that it started was seen to load llama.cpp as a shared library",
-            fix="if it is llama.cpp itself, build it with -DBUILD_SHARED_LIBS=ON; if it starts a server with another "
-            "environment (sudo, env -i), put `moetrace run` behind that; `moetrace doctor` checks a binary",
+            why="neither it nor a program that it started was seen to load llama.cpp's libraries; what has llama.cpp "
+            "inside (a static build, some Python extensions) cannot be recorded",
+            fix="if it starts a server with another environment (sudo, env -i), put `moetrace run` behind that; "
+            "`moetrace doctor -- FILE` checks a program or an extension",
         )
 
     # -- signals -----------------------------------------------------------------------------------------

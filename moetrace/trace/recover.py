@@ -70,7 +70,8 @@ def recover(path: str | os.PathLike[str], *, cut: bool = False, fsync: bool = Fa
 
     The unsealed remainder is read again from each context's ring (rows whose serial is beyond the last sealed
     one), requests that had not ended are listed, headers are set right, and ``meta.json`` says ``recovered``.
-    The rings are deleted once everything in them is sealed. A trace that is fine stays as it is.
+    The rings are deleted once everything in them is sealed. A trace that is fine stays as it is. Rings that a host
+    wrote without moetrace (``moetrace preload-path``) become a trace.
 
     Parameters
     ----------
@@ -88,6 +89,7 @@ def recover(path: str | os.PathLike[str], *, cut: bool = False, fsync: bool = Fa
     MoetraceError
         If the disk is full or fails.
     """
+    TraceWriter.adopt(path)
     store = TraceStore(path)
     for ring in ring_paths(store.path):
         _refuse_if_busy(ring)

@@ -15,13 +15,14 @@ def remarks(store: TraceStore) -> list[str]:
     """Give a sentence for each such thing.
 
     They are: prompts that were not captured, rows that nobody can be told to own, events that were lost, graphs of
-    another llama.cpp in the process, labels that did not find their request.
+    another llama.cpp in the process, channels that llama.cpp did not have, labels that did not find their request.
     """
     said = [
         _prompts(store),
         *(_unidentified(context) for context in store.contexts),
         *(_events_lost(context) for context in store.contexts),
         *(_elsewhere(context) for context in store.contexts),
+        *(_absent(context) for context in store.contexts),
         _labels(store),
     ]
     return [text for text in said if text]
@@ -72,6 +73,21 @@ def _elsewhere(context: ContextStore) -> str:
     return (
         f"beside {context.name}, another llama.cpp in the same process computed {graphs}, of which nothing is "
         "recorded: the first that is used is, and no other"
+    )
+
+
+def _absent(context: ContextStore) -> str:
+    asked = context.facts.get("channels")
+    have = {*(field.name for field in context.layout.fields), "attention"}
+    absent = [name for name in asked if name not in have] if isinstance(asked, list) else []
+    absent = [
+        name for name in absent if not str(name).startswith("tensor:")
+    ]  # their refusal is told elsewhere
+    if not absent:
+        return ""
+    names = " and ".join(map(str, absent))
+    return (
+        f"{context.name} was to have {names}, and has none: the tracer finds none in this llama.cpp's graphs"
     )
 
 

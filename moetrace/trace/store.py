@@ -60,6 +60,12 @@ class TraceStore:
                 f"{self.path} {what}", why="a trace is a folder", fix="give the path of a trace folder"
             )
         if not (self.path / META_NAME).exists():
+            if any(self.path.glob(f"ctx*/{RING_NAME}")):
+                raise TraceError(
+                    f"{self.path} is no trace yet",
+                    why="a program writes rings there, and nobody reads them",
+                    fix=f"moetrace resume {self.path} while it runs, moetrace recover {self.path} when it has ended",
+                )
             raise TraceError(
                 f"{self.path} is no trace", why=f"it has no {META_NAME}", fix="give a trace's folder"
             )

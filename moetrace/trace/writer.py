@@ -23,7 +23,7 @@ from moetrace.trace.labels import LABELS_NAME
 from moetrace.trace.loss import settle_counters
 from moetrace.trace.record import OnFull
 from moetrace.trace.requests import REQUEST_TABLE, RequestAssigner, allot_again, replay
-from moetrace.trace.ring import Ring
+from moetrace.trace.ring import Ring, ring_is_ready, ring_paths
 from moetrace.trace.rows import Columns, Layout, events_from_records, rows_from_records
 from moetrace.trace.storage import disk_error, lock_folder, refuse_links
 from moetrace.trace.store import CONTEXT_NAME, FORMAT, META_NAME, VERSION, ContextStore, TraceStore
@@ -256,9 +256,24 @@ class TraceWriter:
         force: bool = False,
         fsync: bool = False,
     ) -> None:
+        self._folder_was_there = _make_room(Path(path), force=force)
+        try:
+            Path(path).mkdir(mode=0o700, parents=True)
+        except OSError as e:
+            raise disk_error(Path(path), e) from e
+        try:
+            self._begin(Path(path), command, model_path, prompts, fsync)
+        except BaseException:  # nobody needs half a folder
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+
+    def _begin(
+        self, path: Path, command: Sequence[str], model_path: str | None, prompts: int | None, fsync: bool
+    ) -> None:
+        """Lock the folder, and write what makes it a trace."""
         from moetrace import __version__
 
-        self.path = Path(path)
+        self.path = path
         self.fsync = fsync
         self.contexts: list[ContextWriter] = []
         self._request_numbers = itertools.count()
@@ -277,21 +292,39 @@ class TraceWriter:
         }
         if prompts is not None:
             self._meta["asked"] = {"prompts": prompts, "done": None}
-        self._folder_was_there = _make_room(self.path, force=force)
-        try:
-            self.path.mkdir(mode=0o700, parents=True)
-            self._lock = lock_folder(self.path)
-        except OSError as e:
-            raise disk_error(self.path, e) from e
         self._request_columns = tuple(REQUEST_TABLE)
         self._listed: NDArray[Any] = np.empty(0, np.int64)
         try:
-            self.requests = TableWriter.create(self.path / "requests", REQUEST_TABLE, fsync=fsync)
+            self._lock = lock_folder(path)
+        except OSError as e:
+            raise disk_error(path, e) from e
+        try:
+            self.requests = TableWriter.create(path / "requests", REQUEST_TABLE, fsync=fsync)
             self._write_meta()
-        except BaseException:  # nobody needs half a folder
+        except BaseException:
             os.close(self._lock)
-            shutil.rmtree(self.path, ignore_errors=True)
             raise
+
+    @classmethod
+    def adopt(cls, path: str | os.PathLike[str]) -> bool:
+        """Make a trace of a folder into which a host writes rings by itself; False if it is no such folder.
+
+        A host that was started with the tracer's library and ``MOETRACE_TRACE``, and not by moetrace, writes rings
+        and nothing else. The trace is live, and has no context yet: :meth:`resume` it.
+
+        Raises
+        ------
+        MoetraceError
+            If it cannot be written.
+        """
+        folder = Path(path)
+        if (folder / META_NAME).exists() or not any(map(ring_is_ready, ring_paths(folder))):
+            return False
+        writer = cls.__new__(cls)
+        writer._folder_was_there = True
+        writer._begin(folder, (), None, None, False)
+        writer.detach()
+        return True
 
     @classmethod
     def resume(cls, path: str | os.PathLike[str], *, fsync: bool = False) -> TraceWriter:

@@ -23,6 +23,7 @@ import moetrace
 from moetrace.findings import Subject
 from moetrace.host.client import Answer, ServerClient, drive
 from moetrace.host.prompts import Prompt
+from moetrace.host.runtime import preload_path
 from moetrace.host.server import free_port
 from moetrace.report.captured import captured
 from moetrace.trace.record import RowFlag
@@ -417,3 +418,65 @@ def test_a_program_without_experts(runtime, model_file, tmp_path):
     assert "statically" not in run.stderr
     assert "shared library" not in run.stderr
     assert not (tmp_path / "t.moet").exists()
+
+
+def test_a_server_that_was_started_without_moetrace(runtime, model_file, tmp_path):
+    """GIVEN LD_PRELOAD and a folder, as `preload-path --help` says WHEN resumed THEN it is a trace like any other."""
+    trace, log = tmp_path / "t.moet", tmp_path / "server.log"
+    trace.mkdir()
+    port = free_port()
+    environment = {**os.environ, "LD_PRELOAD": str(preload_path()), "MOETRACE_TRACE": str(trace)}
+    serve = [
+        runtime.tool("llama-server"),
+        "-m",
+        model_file("qwen3moe"),
+        "--port",
+        str(port),
+        "-t",
+        "1",
+        "-np",
+        "1",
+    ]
+    client = ServerClient(f"http://127.0.0.1:{port}")
+
+    with log.open("wb") as stream:
+        server = subprocess.Popen(serve, env=environment, stdout=stream, stderr=stream)
+    try:
+        until(client.is_ready)
+        answers = ask(client)
+        refused = command("info", trace)
+        assert refused.returncode == 1
+        assert f"moetrace resume {trace}" in refused.stderr
+        resuming = subprocess.Popen(
+            [sys.executable, "-m", "moetrace", "resume", str(trace)], stderr=subprocess.PIPE, text=True
+        )
+        assert resuming.stderr is not None
+        assert "Recording" in resuming.stderr.readline()
+        answers += ask(client, start=2)
+    finally:
+        server.terminate()
+        server.wait(60)
+    assert "0 rows lost" in resuming.communicate(timeout=60)[1]
+    assert rows_of(moetrace.open(trace)) == computed(answers)
+    assert verify(trace).exit_code == 0
+
+    # nobody read while it ran: what the ring holds is recovered
+    left = tmp_path / "left.moet"
+    left.mkdir()
+    with log.open("wb") as stream:
+        server = subprocess.Popen(
+            serve,
+            env={**environment, "MOETRACE_TRACE": str(left)},
+            stdout=stream,
+            stderr=stream,
+        )
+    try:
+        until(client.is_ready)
+        answers = ask(client)
+    finally:
+        server.terminate()
+        server.wait(60)
+    recovered = command("recover", left)
+    assert recovered.returncode == 0, recovered.stderr
+    assert rows_of(moetrace.open(left)) == computed(answers)
+    assert verify(left).exit_code == 0
