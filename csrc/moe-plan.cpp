@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 namespace moetrace {
 
@@ -165,19 +166,27 @@ static void logits_follow(ggml_abi & abi, ggml_tensor * sum, moe_layer & layer) 
 
 // Who computes from the scores besides the top-k; while the graph is whole: later some of them read copies.
 static void readers_find(ggml_abi & abi, ggml_cgraph * graph, int n_nodes, std::vector<moe_layer> & layers) {
-    for (int i = 0; i < n_nodes; i++) {
+    std::vector<std::pair<ggml_tensor *, selection *>> choices; // by the memory of their scores
+    for (auto & layer : layers) {
+        for (selection * choice : { &layer.choice, &layer.group_choice }) {
+            if (choice->selector && choice->scores) {
+                choices.emplace_back(abi.root(choice->scores), choice);
+            }
+        }
+    }
+    std::sort(choices.begin(), choices.end());
+    for (int i = 0; i < n_nodes && !choices.empty(); i++) {
         ggml_tensor * node = abi.graph_node(graph, i);
         if (is_view(abi.op(node))) {
             continue;
         }
-        for (auto & layer : layers) {
-            for (selection * choice : { &layer.choice, &layer.group_choice }) {
-                bool reads = false;
-                for (int src = 0; src < 3 && choice->selector && node != choice->selector; src++) {
-                    reads |= abi.src(node, src) && abi.root(abi.src(node, src)) == abi.root(choice->scores);
-                }
-                if (reads) {
-                    choice->readers.push_back(node);
+        for (int s = 0; s < 3; s++) {
+            ggml_tensor * src = abi.src(node, s);
+            const std::pair<ggml_tensor *, selection *> first { src ? abi.root(src) : nullptr, nullptr };
+            for (auto it = std::lower_bound(choices.begin(), choices.end(), first); src && it != choices.end() && it->first == first.first; ++it) {
+                auto & readers = it->second->readers;
+                if (node != it->second->selector && (readers.empty() || readers.back() != node)) {
+                    readers.push_back(node);
                 }
             }
         }
@@ -235,13 +244,9 @@ static void inputs_find(ggml_abi & abi, ggml_cgraph * graph, moe_graph & out) {
     }
 }
 
-moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
-    moe_graph out;
-    const int n_nodes = abi.graph_n_nodes(graph);
-    out.n_nodes = n_nodes;
-
-    // the layers: whoever multiplies with expert matrices
-    for (int i = 0; i < n_nodes; i++) {
+// The layers: whoever multiplies with expert matrices.
+static void layers_find(ggml_abi & abi, ggml_cgraph * graph, moe_graph & out) {
+    for (int i = 0; i < out.n_nodes; i++) {
         ggml_tensor * node = abi.graph_node(graph, i);
         if (abi.op(node) != OP_MUL_MAT_ID) {
             continue;
@@ -257,8 +262,8 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
         if (!matrix) {
             continue; // LoRA, adjugate experts
         }
-        if (abi.type(ids) != TYPE_I32 || !abi.is_readable(ids) || abi.ne(ids)[0] < 1 || abi.ne(ids)[0] > MAX_EXPERTS || abi.ne(experts)[2] < 1 ||
-                abi.ne(experts)[2] > MAX_EXPERTS) {
+        if (abi.type(ids) != TYPE_I32 || !abi.is_readable(ids) || abi.ne(ids)[0] < 1 || abi.ne(ids)[0] > MAX_EXPERTS ||
+                abi.ne(experts)[2] < 1 || abi.ne(experts)[2] > MAX_EXPERTS) {
             out.trouble = "expert ids are not a table of 32-bit integers";
             continue;
         }
@@ -280,36 +285,47 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
         }
         layer->matrices |= matrix;
     }
-    if (out.layers.empty()) {
-        return out;
-    }
     std::sort(out.layers.begin(), out.layers.end(), [](const moe_layer & a, const moe_layer & b) {
         return a.layer < b.layer;
     });
+}
 
-    // what the ids were chosen from
-    for (auto & layer : out.layers) {
-        ggml_tensor * t = view_skip(abi, layer.ids);
-        if (is_selector(abi, t)) {
-            layer.choice.selector = t;
-            layer.choice.scores = abi.src(t, 0);
-            groups_find(abi, layer);
+// What the ids were chosen from.
+static void choice_find(ggml_abi & abi, moe_layer & layer) {
+    ggml_tensor * t = view_skip(abi, layer.ids);
+    if (is_selector(abi, t)) {
+        layer.choice.selector = t;
+        layer.choice.scores = abi.src(t, 0);
+        groups_find(abi, layer);
+    }
+}
+
+// Whether the node multiplies what the layer's experts made, or take, with its mixing weights.
+static void weights_find(ggml_abi & abi, ggml_tensor * product, moe_layer & layer) {
+    for (int s = 1; s >= 0 && !layer.weights; s--) {
+        ggml_tensor * t = abi.src(product, s);
+        ggml_tensor * other = abi.src(product, 1 - s);
+        // the experts' outputs (or inputs) have k columns, one per weight
+        if (t && other && abi.ne(other)[1] == layer.k && abi.ne(other)[2] == layer.n_rows && abi.ne(t)[0] == 1 &&
+                abi.ne(t)[1] == layer.k && weights_table(abi, t, layer)) {
+            layer.weights = t;
         }
     }
+}
 
-    // router and mixing weights
-    for (int i = 0; i < n_nodes; i++) {
+// Router and mixing weights.
+static void routers_find(ggml_abi & abi, ggml_cgraph * graph, moe_graph & out) {
+    for (int i = 0; i < out.n_nodes; i++) {
         ggml_tensor * node = abi.graph_node(graph, i);
         const op_kind op = abi.op(node);
         int number;
         const char * tensor;
         if (op == OP_MUL_MAT && abi.src(node, 0) && layer_name_parse(abi.name(abi.src(node, 0)), number, &tensor)) {
-            if (strcmp(tensor, "ffn_gate_inp.weight") == 0) {
-                if (moe_layer * layer = layer_find(out.layers, number)) {
-                    layer->gate_input = abi.src(node, 1);
-                    layer->router     = abi.src(node, 0);
-                    layer->logits     = node;
-                }
+            moe_layer * layer = strcmp(tensor, "ffn_gate_inp.weight") == 0 ? layer_find(out.layers, number) : nullptr;
+            if (layer) {
+                layer->gate_input = abi.src(node, 1);
+                layer->router     = abi.src(node, 0);
+                layer->logits     = node;
             }
         } else if (op == OP_ADD) {
             for (auto & layer : out.layers) {
@@ -317,40 +333,45 @@ moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
             }
         } else if (op == OP_MUL) {
             for (auto & layer : out.layers) {
-                for (int s = 1; s >= 0 && !layer.weights; s--) {
-                    ggml_tensor * t = abi.src(node, s);
-                    ggml_tensor * other = abi.src(node, 1 - s);
-                    // the experts' outputs (or inputs) have k columns, one per weight
-                    if (!t || !other || abi.ne(other)[1] != layer.k || abi.ne(other)[2] != layer.n_rows ||
-                            abi.ne(t)[0] != 1 || abi.ne(t)[1] != layer.k) {
-                        continue;
-                    }
-                    if (weights_table(abi, t, layer)) {
-                        layer.weights = t;
-                    }
-                }
+                weights_find(abi, node, layer);
             }
         }
     }
+}
 
-    // what has not one row per token, as wide as its layer, is something else of the same name
+// What has not one row per token, as wide as its layer, is something else of the same name.
+static void misfits_drop(const ggml_abi & abi, moe_layer & layer) {
+    if (layer.logits && !is_table(abi, layer.logits, layer.n_expert)) {
+        layer.logits = nullptr;
+    }
+    if (layer.choice.scores && !is_table(abi, layer.choice.scores, layer.n_expert)) {
+        layer.choice = {};
+    }
+    const int64_t n_embd = layer.gate_input ? abi.ne(layer.gate_input)[0] : 0;
+    if (n_embd > MAX_EMBD || (layer.gate_input && !is_table(abi, layer.gate_input, n_embd))) {
+        layer.gate_input = nullptr;
+    }
+    if (layer.weights && (!abi.is_readable(layer.weights) || abi.ne(layer.weights)[3] != 1)) {
+        layer.weights = nullptr;
+    }
+}
+
+moe_graph moe_graph_read(ggml_abi & abi, ggml_cgraph * graph) {
+    moe_graph out;
+    out.n_nodes = abi.graph_n_nodes(graph);
+    layers_find(abi, graph, out);
+    if (out.layers.empty()) {
+        return out;
+    }
     for (auto & layer : out.layers) {
-        for (ggml_tensor ** t : { &layer.logits, &layer.choice.scores }) {
-            if (*t && !is_table(abi, *t, layer.n_expert)) {
-                *t = nullptr;
-            }
-        }
-        const int64_t n_embd = layer.gate_input ? abi.ne(layer.gate_input)[0] : 0;
-        if (n_embd > MAX_EMBD || (layer.gate_input && !is_table(abi, layer.gate_input, n_embd))) {
-            layer.gate_input = nullptr;
-        }
-        if (layer.weights && (!abi.is_readable(layer.weights) || abi.ne(layer.weights)[3] != 1)) {
-            layer.weights = nullptr;
-        }
+        choice_find(abi, layer);
     }
-
-    users_find(abi, graph, n_nodes, out.layers);
-    readers_find(abi, graph, n_nodes, out.layers);
+    routers_find(abi, graph, out);
+    for (auto & layer : out.layers) {
+        misfits_drop(abi, layer);
+    }
+    users_find(abi, graph, out.n_nodes, out.layers);
+    readers_find(abi, graph, out.n_nodes, out.layers);
     inputs_find(abi, graph, out);
     return out;
 }

@@ -136,6 +136,18 @@ int main() {
         CHECK(moe.layers[0].gate_input == b.gate_input);
     }
 
+    // scores of a type that cannot be read are no scores, and nobody reads them
+    {
+        fake_graph g;
+        const built b = build(g, true, true);
+        ggml_tensor * scores = abi.src(abi.src(b.ids, 0), 0);
+        CHECK(moe_graph_read(abi, graph).layers[0].choice.readers.size() == 1); // the weights
+        fake().at<int32_t>(scores, fake().type) = 30;
+        const moe_graph moe = moe_graph_read(abi, graph);
+        CHECK(moe.layers.size() == 1 && moe.layers[0].ids == b.ids);
+        CHECK(!moe.layers[0].choice.scores && !moe.layers[0].selects() && moe.layers[0].choice.readers.empty());
+    }
+
     // a product of something else than what the router read is no adapter, and another layer's bias not this one's
     for (const bool bias : { false, true }) {
         fake_graph g;
