@@ -39,9 +39,9 @@ void batch_mirror::set_position(const void * batch, int32_t index, int32_t posit
     }
 }
 
-void batch_mirror::set_output(const void * batch, int32_t index, bool output) {
+void batch_mirror::set_output(const void * batch, int32_t index, uint8_t what, bool wanted) {
     if (batch_entry * e = entry(batch, index)) {
-        e->output = output;
+        e->outputs = (uint8_t) (wanted ? e->outputs | what : e->outputs & ~what);
     }
 }
 

@@ -9,6 +9,11 @@
 
 namespace moetrace {
 
+enum output_kind : uint8_t { // what is asked of a token
+    OUTPUT_LOGITS    = 1u << 0,
+    OUTPUT_EMBEDDING = 1u << 1,
+};
+
 struct batch_entry {
     static constexpr int32_t UNKNOWN = INT32_MIN;
 
@@ -16,7 +21,7 @@ struct batch_entry {
     int32_t  position    = UNKNOWN; // UNKNOWN: llama.cpp continues the sequence by itself
     int32_t  sequence    = -1;
     uint16_t n_sequences = 0;
-    bool     output      = false;   // its logits were asked for
+    uint8_t  outputs     = 0;       // output_kind
     uint8_t  used        = 0;       // already matched to a row: a bit for each way of cutting
     bool     sure        = false;   // ... and nothing else could have been
 };
@@ -27,7 +32,7 @@ class batch_mirror {
     int32_t add(const void * batch, int32_t index, int32_t sequence, int32_t token);
     void add_sequence(const void * batch, int32_t index);
     void set_position(const void * batch, int32_t index, int32_t position);
-    void set_output(const void * batch, int32_t index, bool output);
+    void set_output(const void * batch, int32_t index, uint8_t what, bool wanted);
     void clear(const void * batch);
     void free(const void * batch);
     const std::vector<batch_entry> * find(const void * batch) const;

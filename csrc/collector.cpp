@@ -344,7 +344,12 @@ void graph_sources::make(ggml_abi & abi, ggml_backend_sched * sched, ggml_cgraph
         e.row.n_rows   = (uint32_t) (d > 3 ? 1 : ne[d]);
         e.row.step     = (uint32_t) (d > 3 ? 0 : nb[d]);
         e.row.element  = (uint16_t) (ne[0] == 1 && d > 1 ? nb[1] : nb[0]);
-        e.row.is_plain = abi.type(e.tensor.t) == TYPE_F32 && is_row_contiguous(abi, e.tensor);
+        e.tensor.type  = abi.type(e.tensor.t);
+        for (int below = 0; below < std::min(d, 3); below++) {
+            e.tensor.ne[below] = (uint32_t) ne[below];
+            e.tensor.nb[below] = nb[below];
+        }
+        e.row.is_plain = e.tensor.type == TYPE_F32 && is_row_contiguous(abi, e.tensor);
         if (abi.is_host(e.tensor.t)) {
             e.row.base = (const char *) abi.data(e.tensor.t);
         } else {
@@ -395,7 +400,7 @@ void readback_buffer::reserve(const ggml_abi & abi, ggml_backend_sched * sched, 
         return;
     }
     release();
-    const bool known = abi.backend_get_device && abi.dev_host_buffer_type && abi.buft_alloc_buffer && abi.buffer_get_base && abi.buffer_free;
+    const bool known = abi.backend_get_device && abi.dev_host_buffer_type && abi.buft_alloc_buffer && abi.buffer_get_base;
     for (int i = 0; known && !buffer && i < abi.sched_get_n_backends(sched); i++) {
         void * device = abi.backend_get_device(abi.sched_get_backend(sched, i));
         void * type   = device ? abi.dev_host_buffer_type(device) : nullptr;
@@ -459,18 +464,12 @@ static bool ids_copy(const char * src, size_t step, uint32_t k, int n_expert, T 
 }
 
 // copies the values of one row, whatever its type and its strides below the row dimension
-static void floats_copy(const ggml_abi & abi, const source_tensor & source, const char * src, float * dst) {
-    const int64_t * ne = abi.ne(source.t);
-    const size_t *  nb = abi.nb(source.t);
-    const int32_t type = abi.type(source.t);
-    const int64_t n0 = source.row_dim > 0 ? ne[0] : 1;
-    const int64_t n1 = source.row_dim > 1 ? ne[1] : 1;
-    const int64_t n2 = source.row_dim > 2 ? ne[2] : 1;
-    for (int64_t i2 = 0; i2 < n2; i2++) {
-        for (int64_t i1 = 0; i1 < n1; i1++) {
-            for (int64_t i0 = 0; i0 < n0; i0++) {
-                const char * value = src + (size_t) i2*nb[2] + (size_t) i1*nb[1] + (size_t) i0*nb[0];
-                switch (type) {
+static void floats_copy(const source_tensor & source, const char * src, float * dst) {
+    for (size_t i2 = 0; i2 < source.ne[2]; i2++) {
+        for (size_t i1 = 0; i1 < source.ne[1]; i1++) {
+            for (size_t i0 = 0; i0 < source.ne[0]; i0++) {
+                const char * value = src + i2*source.nb[2] + i1*source.nb[1] + i0*source.nb[0];
+                switch (source.type) {
                     case TYPE_F16: *dst++ = half_to_float(*(const uint16_t *) value);   break;
                     case TYPE_I32: *dst++ = (float) *(const int32_t *) value;           break;
                     default:       *dst++ = *(const float *) value;                     break;
@@ -480,7 +479,7 @@ static void floats_copy(const ggml_abi & abi, const source_tensor & source, cons
     }
 }
 
-void rows_copy(const ggml_abi & abi, const row_source & source, const source_tensor & tensor, const char * base,
+void rows_copy(const row_source & source, const source_tensor & tensor, const char * base,
         const row_layout & layout, const output_rows & outputs, row_block & block) {
     const bool all = source.n_rows == block.n_rows;
     if (!all && (!outputs.ids || outputs.n != source.n_rows)) {
@@ -501,7 +500,7 @@ void rows_copy(const ggml_abi & abi, const row_source & source, const source_ten
             if (source.is_plain) {
                 memcpy(dst, src, source.width*sizeof(float));
             } else {
-                floats_copy(abi, tensor, src, (float *) dst);
+                floats_copy(tensor, src, (float *) dst);
             }
             continue;
         }

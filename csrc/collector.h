@@ -81,9 +81,13 @@ struct row_source {
 };
 static_assert(sizeof(row_source) == 32, "two to a cache line");
 
-// The tensor of a source, for what is not the plain case.
+// The tensor of a source, for what is not the plain case. Its shape is kept, too: rows of devices are copied when the
+// host may have built the next graph where this one was.
 struct source_tensor {
     ggml_tensor * t       = nullptr;
+    int32_t       type    = 0;
+    uint32_t      ne[3]   = { 1, 1, 1 }; // below the row dimension
+    size_t        nb[3]   = {};
     ggml_tensor * ask     = nullptr; // node after which it may be read while the graph runs
     bool          in_slab = false;   // it comes with its slab
     int           row_dim = 1;       // which dimension counts rows
@@ -113,8 +117,8 @@ class readback_buffer {
 };
 
 // Memory of our own, on a device or the host, for the results that are read: they lie side by side there, so that one
-// copy fetches them, or few cache lines. llama.cpp's own memory is laid out before they move there, as if they did not: backends fuse nodes, or do not,
-// by where these lie.
+// copy fetches them, or few cache lines. llama.cpp's own memory is laid out before they move there, as if they did not:
+// backends fuse nodes, or do not, by where these lie.
 struct result_slab {
     ggml_backend *        backend = nullptr;
     void *                type    = nullptr; // of the buffer
@@ -181,7 +185,7 @@ struct output_rows {
 
 // Copies a source's rows into the block. `base` holds the tensor's bytes (its strides apply). Rows that cannot be
 // placed are marked lost.
-void rows_copy(const ggml_abi & abi, const row_source & source, const source_tensor & tensor, const char * base,
+void rows_copy(const row_source & source, const source_tensor & tensor, const char * base,
     const row_layout & layout, const output_rows & outputs, row_block & block);
 
 void rows_mark_lost(const row_layout & layout, int index, row_block & block);

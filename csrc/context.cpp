@@ -211,6 +211,12 @@ static void sampled_follow(context_trace & c, const context_event & e) {
     }
 }
 
+void context_position(context_trace & c, int32_t sequence, int32_t position) {
+    if (int32_t * slot = sequence_slot(c.positions_last, sequence, -2)) {
+        *slot = position;
+    }
+}
+
 void context_sampled(context_trace & c, int32_t sequence, int32_t position) {
     if (int32_t * slot = sequence_slot(c.sampled, sequence, -2)) {
         *slot = position;
@@ -238,7 +244,7 @@ std::pair<int32_t, int32_t> context_sample(context_trace & c, int32_t index) {
         return (size_t) index < entries.size() ? entry_sampled(c, (size_t) index) : std::make_pair(-1, -1);
     }
     for (size_t i = entries.size(); i-- > 0;) {
-        if (entries[i].output && ++index == 0) {
+        if (entries[i].outputs && ++index == 0) {
             return entry_sampled(c, i);
         }
     }
@@ -248,32 +254,15 @@ std::pair<int32_t, int32_t> context_sample(context_trace & c, int32_t index) {
 void context_sample_all(context_trace & c) {
     const auto & entries = c.matcher.entries();
     for (size_t i = 0; i < entries.size(); i++) {
-        if (entries[i].output && std::none_of(entries.begin(), entries.end(), [&](const batch_entry & e) {
-            return e.output && &e != &entries[i] && e.sequence == entries[i].sequence;
+        if (entries[i].outputs && std::none_of(entries.begin(), entries.end(), [&](const batch_entry & e) {
+            return e.outputs && &e != &entries[i] && e.sequence == entries[i].sequence;
         })) {
             entry_sampled(c, i);
         }
     }
 }
 
-void context_event_push(context_trace & c, const context_event & e) {
-    c.cleared  |= e.code == EVENT_CLEAR;
-    if (e.code == EVENT_SEQ_ADD) {
-        c.cells.shift(e.sequence, e.p0, e.p1, e.arg);
-    } else if (e.code == EVENT_RESTORE || e.code == EVENT_CONTEXT) {
-        c.cells.forget();
-    }
-    c.launched |= e.code == EVENT_LAUNCH;
-    sampled_follow(c, e);
-    if (!c.rec || !c.rec->ring.is_open()) {
-        if (c.state == context_state::waiting && c.early.size() < MAX_EARLY_EVENTS) {
-            c.early.push_back(e);
-        } else if (c.state == context_state::waiting) {
-            c.n_early_lost++;
-            c.count(COUNT_EVENTS_LOST);
-        }
-        return;
-    }
+static void event_write(context_trace & c, const context_event & e) {
     recording & rec = *c.rec;
     int32_t arg = e.arg;
     if (e.code == EVENT_LAUNCH) {
@@ -298,6 +287,24 @@ void context_event_push(context_trace & c, const context_event & e) {
     rec.ring.count(rec.ring.push(head) ? COUNT_EVENTS_COMMITTED : COUNT_EVENTS_LOST);
 }
 
+void context_event_push(context_trace & c, const context_event & e) {
+    c.cleared  |= e.code == EVENT_CLEAR;
+    if (e.code == EVENT_SEQ_ADD) {
+        c.cells.shift(e.sequence, e.p0, e.p1, e.arg);
+    } else if (e.code == EVENT_RESTORE || e.code == EVENT_CONTEXT) {
+        c.cells.forget();
+    }
+    c.launched |= e.code == EVENT_LAUNCH;
+    sampled_follow(c, e);
+    if (c.rec && c.rec->ring.is_open()) {
+        event_write(c, e);
+    } else if (c.state == context_state::waiting && c.early.size() < MAX_EARLY_EVENTS) {
+        c.early.push_back(e);
+    } else if (c.state == context_state::waiting) {
+        c.count(COUNT_EVENTS_LOST);
+    }
+}
+
 void context_pause_look(context_trace & c) {
     if (!c.rec || !c.rec->ring.is_open()) {
         return;
@@ -309,6 +316,11 @@ void context_pause_look(context_trace & c) {
         rec.was_paused   = paused;
         rec.n_unrecorded = 0;
     }
+}
+
+bool context_has_mail(context_trace & c) {
+    std::lock_guard<std::mutex> lock(c.inbox_mutex);
+    return !c.inbox.empty() || c.inbox_lost;
 }
 
 void context_inbox_take(context_trace & c) {
@@ -454,6 +466,7 @@ void context_open(tracer_env & env, sched_trace & s, context_trace & c) {
         c.rec   = std::move(rec);
         c.state = context_state::recording;
     }
+    const uint32_t n_lost = (uint32_t) c.counts_early[COUNT_EVENTS_LOST]; // behind those that are kept
     for (uint32_t i = 0; i < COUNT_N; i++) {
         if (c.counts_early[i]) { // some are another thread's to write
             c.rec->ring.count((ring_counter) i, std::exchange(c.counts_early[i], 0));
@@ -463,10 +476,9 @@ void context_open(tracer_env & env, sched_trace & s, context_trace & c) {
     const std::vector<context_event> early = std::move(c.early);
     c.early.clear();
     for (const auto & e : early) {
-        context_event_push(c, e);
+        event_write(c, e); // what followed from it has happened
     }
-    c.rec->n_events += c.n_early_lost;
-    c.n_early_lost = 0;
+    c.rec->n_events += n_lost; // a gap tells
 }
 
 void context_end(tracer_env & env, context_trace & c) {

@@ -181,7 +181,6 @@ struct context_trace {
     row_block           block;
     readback_buffer     readback;
     std::vector<context_event> early; // before there was a ring
-    uint32_t            n_early_lost = 0;
     uint64_t            counts_early[COUNT_N] = {};
 
     std::mutex          inbox_mutex;
@@ -248,12 +247,18 @@ void context_event_push(context_trace & c, const context_event & e);
 // Looks whether recording was switched off or on, and says so. The caller holds the context's mutex.
 void context_pause_look(context_trace & c);
 
+// Whether other threads have told something.
+bool context_has_mail(context_trace & c);
+
 // Takes in what other threads have told. The caller holds the context's mutex.
 void context_inbox_take(context_trace & c);
 
 // The host has sampled from a row of the last batch: its index there, or counted from the last output if negative.
 // Gives the row's sequence and position; -1 if it is not known.
 std::pair<int32_t, int32_t> context_sample(context_trace & c, int32_t index);
+
+// A row of the sequence is computed at this position.
+void context_position(context_trace & c, int32_t sequence, int32_t position);
 
 // It was sampled from in another context that this one serves (a draft's).
 void context_sampled(context_trace & c, int32_t sequence, int32_t position);

@@ -34,6 +34,13 @@ bool ggml_abi::functions_find(std::string & error) {
     need(sched_get_backend,        "ggml_backend_sched_get_backend");
     need(backend_name,             "ggml_backend_name");
     need(op_name,                  "ggml_op_name");
+    need(view_1d,                  "ggml_view_1d");
+    need(tensor_overhead,          "ggml_tensor_overhead");
+    need(free,                     "ggml_free");
+    need(init,                     "ggml_init");
+    need(new_tensor_4d,            "ggml_new_tensor_4d");
+    need(tensor_alloc,             "ggml_backend_tensor_alloc");
+    need(buffer_free,              "ggml_backend_buffer_free");
     if (missing) {
         error = std::string("ggml has no function ") + missing;
         return false;
@@ -42,18 +49,11 @@ bool ggml_abi::functions_find(std::string & error) {
     function_find(dev_host_buffer_type, "ggml_backend_dev_host_buffer_type");
     function_find(buft_alloc_buffer,    "ggml_backend_buft_alloc_buffer");
     function_find(buffer_get_base,      "ggml_backend_buffer_get_base");
-    function_find(buffer_free,          "ggml_backend_buffer_free");
     function_find(buffer_get_type,      "ggml_backend_buffer_get_type");
     function_find(buffer_clear,         "ggml_backend_buffer_clear");
     function_find(buft_get_alloc_size,  "ggml_backend_buft_get_alloc_size");
     function_find(buft_get_alignment,   "ggml_backend_buft_get_alignment");
     function_find(view_init,            "ggml_backend_view_init");
-    function_find(tensor_alloc,         "ggml_backend_tensor_alloc");
-    function_find(new_tensor_4d,        "ggml_new_tensor_4d");
-    function_find(init,                 "ggml_init");
-    function_find(free,                 "ggml_free");
-    function_find(tensor_overhead,      "ggml_tensor_overhead");
-    function_find(view_1d,              "ggml_view_1d");
     function_find(build_forward_expand, "ggml_build_forward_expand");
     function_find(build_forward_select, "ggml_build_forward_select");
     function_find(graph_size,           "ggml_graph_size");
@@ -66,27 +66,39 @@ bool ggml_abi::functions_find(std::string & error) {
 
 namespace {
 
-// builders of the probe graph
+// what builds the probe graph, and is not needed afterwards
 struct probe_functions {
-    ggml_context * (*init)(ggml_init_params_view) = nullptr;
-    void           (*free)(ggml_context *) = nullptr;
-    size_t         (*tensor_overhead)() = nullptr;
-    ggml_tensor *  (*new_tensor_4d)(ggml_context *, int32_t, int64_t, int64_t, int64_t, int64_t) = nullptr;
-    ggml_tensor *  (*view_1d)(ggml_context *, ggml_tensor *, int64_t, size_t) = nullptr;
     ggml_tensor *  (*mul_mat_id)(ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *) = nullptr;
-    ggml_tensor *  (*mul_mat)(ggml_context *, ggml_tensor *, ggml_tensor *) = nullptr;
     ggml_tensor *  (*add)(ggml_context *, ggml_tensor *, ggml_tensor *) = nullptr;
     ggml_tensor *  (*get_rows)(ggml_context *, ggml_tensor *, ggml_tensor *) = nullptr;
     ggml_tensor *  (*soft_max)(ggml_context *, ggml_tensor *) = nullptr;
     ggml_tensor *  (*set_name)(ggml_tensor *, const char *) = nullptr;
     const char *   (*get_name)(const ggml_tensor *) = nullptr;
-    const char *   (*op_desc)(const ggml_tensor *) = nullptr;
     const char *   (*type_name)(int32_t) = nullptr;
     void           (*set_input)(ggml_tensor *) = nullptr;
-    ggml_backend_buffer * (*buffer_from_ptr)(void *, size_t) = nullptr;
-    void           (*buffer_free)(ggml_backend_buffer *) = nullptr;
     void *         (*get_data)(const ggml_tensor *) = nullptr;
-    int            (*tensor_alloc)(ggml_backend_buffer *, ggml_tensor *, void *) = nullptr;
+    ggml_backend_buffer * (*buffer_from_ptr)(void *, size_t) = nullptr;
+
+    // gives the name of one that is missing
+    const char * find() {
+        const char * missing = nullptr;
+        const auto need = [&](auto *& out, const char * name) {
+            if (!function_find(out, name) && !missing) {
+                missing = name;
+            }
+        };
+        need(mul_mat_id,      "ggml_mul_mat_id");
+        need(add,             "ggml_add");
+        need(get_rows,        "ggml_get_rows");
+        need(soft_max,        "ggml_soft_max");
+        need(set_name,        "ggml_set_name");
+        need(get_name,        "ggml_get_name");
+        need(type_name,       "ggml_type_name");
+        need(set_input,       "ggml_set_input");
+        need(get_data,        "ggml_get_data");
+        need(buffer_from_ptr, "ggml_backend_cpu_buffer_from_ptr");
+        return missing;
+    }
 };
 
 // a tensor's bytes as words of type T at every offset aligned for T
@@ -143,33 +155,37 @@ bool unique(const std::vector<size_t> & found, size_t & out) {
 
 } // namespace
 
-bool ggml_abi::layout_discover(std::string & error) {
+// Tensors of known values, and each step finds a field by them. A step gives the name of what it does not find.
+struct ggml_abi::layout_probe {
+    ggml_abi & abi;
     probe_functions f;
-    const char * missing = nullptr;
-    const auto need = [&](auto *& out, const char * name) {
-        if (!function_find(out, name) && !missing) {
-            missing = name;
+    std::vector<uint64_t> arena;
+    ggml_context *        ctx    = nullptr;
+    ggml_backend_buffer * buffer = nullptr;
+    ggml_tensor * a = nullptr, * b = nullptr, * ids = nullptr;
+
+    explicit layout_probe(ggml_abi & abi) : abi(abi) {}
+    ~layout_probe() {
+        if (buffer) {
+            abi.buffer_free(buffer);
         }
-    };
-    need(f.init,            "ggml_init");
-    need(f.free,            "ggml_free");
-    need(f.tensor_overhead, "ggml_tensor_overhead");
-    need(f.new_tensor_4d,   "ggml_new_tensor_4d");
-    need(f.view_1d,         "ggml_view_1d");
-    need(f.mul_mat_id,      "ggml_mul_mat_id");
-    need(f.mul_mat,         "ggml_mul_mat");
-    need(f.add,             "ggml_add");
-    need(f.get_rows,        "ggml_get_rows");
-    need(f.soft_max,        "ggml_soft_max");
-    need(f.set_name,        "ggml_set_name");
-    need(f.get_name,        "ggml_get_name");
-    need(f.op_desc,         "ggml_op_desc");
-    need(f.type_name,       "ggml_type_name");
-    need(f.set_input,       "ggml_set_input");
-    need(f.get_data,        "ggml_get_data");
-    need(f.buffer_from_ptr, "ggml_backend_cpu_buffer_from_ptr");
-    need(f.buffer_free,     "ggml_backend_buffer_free");
-    need(f.tensor_alloc,    "ggml_backend_tensor_alloc");
+        if (ctx) {
+            abi.free(ctx);
+        }
+    }
+
+    bool         begin(std::string & error);
+    const char * shape_find();
+    const char * name_find();
+    const char * op_find(const std::array<std::pair<ggml_tensor *, const char *>, 5> & nodes);
+    const char * nodes_find();
+    const char * view_find(const ggml_tensor * view, const ggml_tensor * nested, const ggml_tensor * no_view);
+    const char * flags_find();
+    const char * place_find();
+};
+
+bool ggml_abi::layout_probe::begin(std::string & error) {
+    const char * missing = f.find();
     if (missing) {
         error = std::string("ggml has no function ") + missing;
         return false;
@@ -181,176 +197,178 @@ bool ggml_abi::layout_discover(std::string & error) {
             return false;
         }
     }
-
     constexpr size_t OBJECT_SIZE = 32; // ggml_object, part of ggml_tensor_overhead
-    const size_t overhead = f.tensor_overhead();
+    const size_t overhead = abi.tensor_overhead();
     if (overhead < 200 || overhead > 4096) {
         error = "a tensor takes " + std::to_string(overhead) + " bytes";
         return false;
     }
-    tensor_size = overhead - OBJECT_SIZE;
+    abi.tensor_size = overhead - OBJECT_SIZE;
 
     // zeroed, so that looking one struct too far reads zeros
-    std::vector<uint64_t> arena(overhead*32/8 + 4096, 0);
-    ggml_context * ctx = f.init({ overhead*32, arena.data(), true });
+    arena.assign(overhead*32/8 + 4096, 0);
+    ctx = abi.init({ overhead*32, arena.data(), true });
     if (!ctx) {
         error = "ggml_init failed";
         return false;
     }
-    struct guard {
-        probe_functions & f;
-        ggml_context * ctx;
-        ggml_backend_buffer * buffer = nullptr;
-        ~guard() {
-            if (buffer) {
-                f.buffer_free(buffer);
-            }
-            f.free(ctx);
-        }
-    } owned { f, ctx };
-
-    const auto fail = [&](const char * name) {
-        error = std::string("the layout of ggml_tensor is not recognised: no field '") + name + "'";
-        return false;
-    };
-
-    ggml_tensor * a   = f.new_tensor_4d(ctx, TYPE_F32, 3, 5, 7, 11);
-    ggml_tensor * b   = f.new_tensor_4d(ctx, TYPE_F16, 13, 17, 2, 19);
-    ggml_tensor * ids = f.new_tensor_4d(ctx, TYPE_I32, 2, 3, 1, 1);
-    ggml_tensor * exps = f.new_tensor_4d(ctx, TYPE_F32, 8, 4, 6, 1);
-    ggml_tensor * x    = f.new_tensor_4d(ctx, TYPE_F32, 8, 1, 3, 1);
-    if (!a || !b || !ids || !exps || !x) {
+    a   = abi.new_tensor_4d(ctx, TYPE_F32, 3, 5, 7, 11);
+    b   = abi.new_tensor_4d(ctx, TYPE_F16, 13, 17, 2, 19);
+    ids = abi.new_tensor_4d(ctx, TYPE_I32, 2, 3, 1, 1);
+    if (!a || !b || !ids) {
         error = "ggml could not make the probe tensors";
         return false;
     }
-    const size_t size = tensor_size;
+    return true;
+}
 
-    // shape and strides
-    if (!unique(intersect(run_find<int64_t>(a, size, { 3, 5, 7, 11 }), run_find<int64_t>(b, size, { 13, 17, 2, 19 })), off_ne)) {
-        return fail("ne");
+const char * ggml_abi::layout_probe::shape_find() {
+    const size_t size = abi.tensor_size;
+    if (!unique(intersect(run_find<int64_t>(a, size, { 3, 5, 7, 11 }), run_find<int64_t>(b, size, { 13, 17, 2, 19 })), abi.off_ne)) {
+        return "ne";
     }
-    if (!unique(intersect(run_find<size_t>(a, size, { 4, 12, 60, 420 }), run_find<size_t>(b, size, { 2, 26, 442, 884 })), off_nb)) {
-        return fail("nb");
+    if (!unique(intersect(run_find<size_t>(a, size, { 4, 12, 60, 420 }), run_find<size_t>(b, size, { 2, 26, 442, 884 })), abi.off_nb)) {
+        return "nb";
     }
-    // type: the first word that follows all of three types
-    {
-        const auto type_at = [&](const ggml_tensor * t, int32_t type) { return run_find<int32_t>(t, size, { type }); };
-        const auto found = intersect(intersect(type_at(a, TYPE_F32), type_at(b, TYPE_F16)), type_at(ids, TYPE_I32));
-        if (!unique(found, off_type)) {
-            return fail("type");
-        }
-    }
-    // name
+    // the word that follows all of three types
+    const auto type_at = [&](const ggml_tensor * t, int32_t type) { return run_find<int32_t>(t, size, { type }); };
+    const auto found = intersect(intersect(type_at(a, TYPE_F32), type_at(b, TYPE_F16)), type_at(ids, TYPE_I32));
+    return unique(found, abi.off_type) ? nullptr : "type";
+}
+
+const char * ggml_abi::layout_probe::name_find() {
+    const size_t size = abi.tensor_size;
     f.set_name(a, "moetrace-probe");
-    off_name = (size_t) (f.get_name(a) - (const char *) a);
-    if (off_name > size || size - off_name < 15 || strcmp((const char *) a + off_name, "moetrace-probe") != 0) {
-        return fail("name");
-    }
+    abi.off_name = (size_t) (f.get_name(a) - (const char *) a);
+    const bool found = abi.off_name <= size && size - abi.off_name >= 15 && strcmp((const char *) a + abi.off_name, "moetrace-probe") == 0;
+    return found ? nullptr : "name";
+}
 
-    // operations: every node differs, every leaf is zero
-    ggml_tensor * routed = f.mul_mat_id(ctx, exps, x, ids);
-    ggml_tensor * sum    = f.add(ctx, a, a);
-    ggml_tensor * prob   = f.soft_max(ctx, a);
-    ggml_tensor * view   = f.view_1d(ctx, a, 2, 12);
-    ggml_tensor * nested = view ? f.view_1d(ctx, view, 1, 4) : nullptr;
-    ggml_tensor * picked = f.new_tensor_4d(ctx, TYPE_I32, 4, 7, 11, 1);
-    ggml_tensor * rows   = picked ? f.get_rows(ctx, a, picked) : nullptr;
-    if (!routed || !sum || !prob || !view || !nested || !rows) {
-        error = "ggml could not make the probe's operations";
-        return false;
-    }
-    {
-        const std::array<std::pair<ggml_tensor *, const char *>, 5> nodes {{
-            { routed, "MUL_MAT_ID" }, { sum, "ADD" }, { prob, "SOFT_MAX" }, { view, "VIEW" }, { rows, "GET_ROWS" },
-        }};
-        const words<int32_t> leaf { a, size };
-        const auto candidates = leaf.where([&](size_t offset) {
-            std::vector<int32_t> seen { 0 };
-            if (leaf.at(offset) != 0) {
-                return false;
-            }
-            for (const auto & node : nodes) {
-                const int32_t value = words<int32_t> { node.first, size }.at(offset);
-                if (value <= 0 || value > 255 || std::find(seen.begin(), seen.end(), value) != seen.end()) {
-                    return false;
-                }
-                seen.push_back(value);
-            }
-            return true;
-        });
-        if (!unique(candidates, off_op)) {
-            return fail("op");
+// Every node's operation differs, and a leaf's is zero.
+const char * ggml_abi::layout_probe::op_find(const std::array<std::pair<ggml_tensor *, const char *>, 5> & nodes) {
+    const words<int32_t> leaf { a, abi.tensor_size };
+    const auto candidates = leaf.where([&](size_t offset) {
+        std::vector<int32_t> seen { 0 };
+        if (leaf.at(offset) != 0) {
+            return false;
         }
         for (const auto & node : nodes) {
-            if (!same_text(op_name(op_number(node.first)), node.second)) {
-                return fail("op");
+            const int32_t value = words<int32_t> { node.first, abi.tensor_size }.at(offset);
+            if (value <= 0 || value > 255 || std::find(seen.begin(), seen.end(), value) != seen.end()) {
+                return false;
             }
+            seen.push_back(value);
+        }
+        return true;
+    });
+    if (!unique(candidates, abi.off_op)) {
+        return "op";
+    }
+    for (const auto & node : nodes) {
+        if (!same_text(abi.op_name(abi.op_number(node.first)), node.second)) {
+            return "op";
         }
     }
-    // sources
-    if (!unique(run_find<const ggml_tensor *>(routed, size, { exps, x, ids }), off_src) || src(sum, 0) != a || src(sum, 1) != a) {
-        return fail("src");
+    return nullptr;
+}
+
+// Operations, their sources, and views.
+const char * ggml_abi::layout_probe::nodes_find() {
+    ggml_tensor * experts = abi.new_tensor_4d(ctx, TYPE_F32, 8, 4, 6, 1);
+    ggml_tensor * x       = abi.new_tensor_4d(ctx, TYPE_F32, 8, 1, 3, 1);
+    ggml_tensor * routed  = experts && x ? f.mul_mat_id(ctx, experts, x, ids) : nullptr;
+    ggml_tensor * sum     = f.add(ctx, a, a);
+    ggml_tensor * prob    = f.soft_max(ctx, a);
+    ggml_tensor * view    = abi.view_1d(ctx, a, 2, 12);
+    ggml_tensor * nested  = view ? abi.view_1d(ctx, view, 1, 4) : nullptr;
+    ggml_tensor * picked  = abi.new_tensor_4d(ctx, TYPE_I32, 4, 7, 11, 1);
+    ggml_tensor * rows    = picked ? f.get_rows(ctx, a, picked) : nullptr;
+    if (!routed || !sum || !prob || !view || !nested || !rows) {
+        return "op";
     }
-    // views: the root beside the source
-    {
-        auto found = run_find<const ggml_tensor *>(view, size, { a });
-        found.erase(std::remove(found.begin(), found.end(), off_src), found.end());
-        if (!unique(found, off_view_src) || view_src(nested) != a || view_src(sum) != nullptr) {
-            return fail("view_src");
-        }
-        const auto offsets = intersect(run_find<size_t>(view, size, { 12 }), run_find<size_t>(nested, size, { 16 }));
-        if (!unique(offsets, off_view_offs)) {
-            return fail("view_offs");
+    if (const char * missing = op_find({{
+            { routed, "MUL_MAT_ID" }, { sum, "ADD" }, { prob, "SOFT_MAX" }, { view, "VIEW" }, { rows, "GET_ROWS" } }})) {
+        return missing;
+    }
+    if (!unique(run_find<const ggml_tensor *>(routed, abi.tensor_size, { experts, x, ids }), abi.off_src) || abi.src(sum, 0) != a || abi.src(sum, 1) != a) {
+        return "src";
+    }
+    return view_find(view, nested, sum);
+}
+
+// The root stands beside the source.
+const char * ggml_abi::layout_probe::view_find(const ggml_tensor * view, const ggml_tensor * nested, const ggml_tensor * no_view) {
+    const size_t size = abi.tensor_size;
+    auto found = run_find<const ggml_tensor *>(view, size, { a });
+    found.erase(std::remove(found.begin(), found.end(), abi.off_src), found.end());
+    if (!unique(found, abi.off_view_src) || abi.view_src(nested) != a || abi.view_src(no_view) != nullptr) {
+        return "view_src";
+    }
+    return unique(intersect(run_find<size_t>(view, size, { 12 }), run_find<size_t>(nested, size, { 16 })), abi.off_view_offs) ? nullptr : "view_offs";
+}
+
+// The word that marking changes.
+const char * ggml_abi::layout_probe::flags_find() {
+    const size_t size = abi.tensor_size;
+    const std::vector<char> before((const char *) b, (const char *) b + size);
+    abi.set_output(b);
+    int n_changed = 0;
+    for (size_t offset = 0; offset + 4 <= size; offset += 4) {
+        if (memcmp(before.data() + offset, (const char *) b + offset, 4) != 0) {
+            abi.off_flags = offset;
+            n_changed++;
         }
     }
-    // flags: the word that marking changes
-    {
-        std::vector<char> before((const char *) b, (const char *) b + size);
-        set_output(b);
-        size_t changed = size;
-        int n_changed = 0;
-        for (size_t offset = 0; offset + 4 <= size; offset += 4) {
-            if (memcmp(before.data() + offset, (const char *) b + offset, 4) != 0) {
-                changed = offset;
-                n_changed++;
-            }
-        }
-        if (n_changed != 1) {
-            return fail("flags");
-        }
-        off_flags = changed;
-        const int32_t with_output = field<int32_t>(b, off_flags);
-        f.set_input(b);
-        if (field<int32_t>(b, off_flags) == with_output || (field<int32_t>(b, off_flags) & with_output) != with_output) {
-            return fail("flags");
-        }
+    if (n_changed != 1) {
+        return "flags";
     }
-    // data and buffer: place a tensor and look
-    {
-        char memory[4096 + 64] = {};
-        char * base = memory + (64 - ((uintptr_t) memory & 63));
-        owned.buffer = f.buffer_from_ptr(base, 2048);
-        ggml_tensor * placed = f.new_tensor_4d(ctx, TYPE_F32, 4, 4, 1, 1);
-        if (!owned.buffer || !placed) {
-            return fail("buffer");
-        }
-        f.tensor_alloc(owned.buffer, placed, base + 128);
-        const auto at_data   = run_find<const void *>(placed, size, { base + 128 });
-        const auto at_buffer = run_find<const void *>(placed, size, { (const void *) owned.buffer });
-        if (!unique(at_data, off_data) || f.get_data(placed) != base + 128) {
-            return fail("data");
-        }
-        if (!unique(at_buffer, off_buffer) || !buffer_is_host(buffer(placed))) {
-            return fail("buffer");
-        }
-        // a second look at everything on a node: reading through the offsets must agree with ggml
-        float values[16];
-        for (int i = 0; i < 16; i++) {
-            values[i] = (float) i;
-        }
-        tensor_set(placed, values, 0, sizeof(values));
-        if (((const float *) data(placed))[13] != 13.0f || ne(placed)[1] != 4 || nb(placed)[1] != 16 || type(placed) != TYPE_F32) {
-            return fail("data");
+    const int32_t with_output = field<int32_t>(b, abi.off_flags);
+    f.set_input(b);
+    const int32_t with_both = field<int32_t>(b, abi.off_flags);
+    return with_both != with_output && (with_both & with_output) == with_output ? nullptr : "flags";
+}
+
+// Data and buffer: places a tensor and looks; and a second look at everything, through the offsets.
+const char * ggml_abi::layout_probe::place_find() {
+    char memory[4096 + 64] = {};
+    char * base = memory + (64 - ((uintptr_t) memory & 63));
+    buffer = f.buffer_from_ptr(base, 2048);
+    ggml_tensor * placed = abi.new_tensor_4d(ctx, TYPE_F32, 4, 4, 1, 1);
+    if (!buffer || !placed) {
+        return "buffer";
+    }
+    abi.tensor_alloc(buffer, placed, base + 128);
+    const auto at_data   = run_find<const void *>(placed, abi.tensor_size, { base + 128 });
+    const auto at_buffer = run_find<const void *>(placed, abi.tensor_size, { (const void *) buffer });
+    if (!unique(at_data, abi.off_data) || f.get_data(placed) != base + 128) {
+        return "data";
+    }
+    if (!unique(at_buffer, abi.off_buffer) || !abi.buffer_is_host(abi.buffer(placed))) {
+        return "buffer";
+    }
+    float values[16];
+    for (int i = 0; i < 16; i++) {
+        values[i] = (float) i;
+    }
+    abi.tensor_set(placed, values, 0, sizeof(values));
+    const bool agrees = ((const float *) abi.data(placed))[13] == 13.0f && abi.ne(placed)[1] == 4 && abi.nb(placed)[1] == 16 &&
+        abi.type(placed) == TYPE_F32;
+    abi.buffer_free(buffer);
+    buffer = nullptr; // its memory goes
+    return agrees ? nullptr : "data";
+}
+
+bool ggml_abi::layout_discover(std::string & error) {
+    layout_probe probe(*this);
+    if (!probe.begin(error)) {
+        return false;
+    }
+    using step = const char * (layout_probe::*)();
+    for (const step find : { &layout_probe::shape_find, &layout_probe::name_find, &layout_probe::nodes_find, &layout_probe::flags_find,
+            &layout_probe::place_find }) {
+        if (const char * missing = (probe.*find)()) {
+            error = std::string("the layout of ggml_tensor is not recognised: no field '") + missing + "'";
+            return false;
         }
     }
     return true;

@@ -93,36 +93,37 @@ struct ggml_abi {
     const char *  (*backend_name)(ggml_backend *) = nullptr;
     const char *  (*op_name)(int32_t) = nullptr;
 
-    // --- memory that devices copy into by themselves; any of them may be missing
+    // --- functions that build tensors, and place them
+    ggml_context * (*init)(ggml_init_params_view) = nullptr;
+    void           (*free)(ggml_context *) = nullptr;
+    size_t         (*tensor_overhead)() = nullptr;
+    ggml_tensor *  (*new_tensor_4d)(ggml_context *, int32_t type, int64_t, int64_t, int64_t, int64_t) = nullptr;
+    ggml_tensor *  (*view_1d)(ggml_context *, ggml_tensor *, int64_t, size_t) = nullptr;
+    int            (*tensor_alloc)(ggml_backend_buffer *, ggml_tensor *, void *) = nullptr;
+    void           (*buffer_free)(ggml_backend_buffer *) = nullptr;
+
+    // --- memory that devices copy into by themselves; any of these may be missing
     void *        (*backend_get_device)(ggml_backend *) = nullptr;
     void *        (*dev_host_buffer_type)(void * device) = nullptr;
     ggml_backend_buffer * (*buft_alloc_buffer)(void * type, size_t) = nullptr;
     void *        (*buffer_get_base)(ggml_backend_buffer *) = nullptr;
-    void          (*buffer_free)(ggml_backend_buffer *) = nullptr;
 
-    // --- functions that place tensors; can_place() says whether they are there
+    // --- functions that move tensors; can_place() says whether they are there
     void *        (*buffer_get_type)(ggml_backend_buffer *) = nullptr;
     void          (*buffer_clear)(ggml_backend_buffer *, uint8_t) = nullptr;
     size_t        (*buft_get_alloc_size)(void * type, const ggml_tensor *) = nullptr;
     size_t        (*buft_get_alignment)(void * type) = nullptr;
-    int           (*tensor_alloc)(ggml_backend_buffer *, ggml_tensor *, void *) = nullptr;
     int           (*view_init)(ggml_tensor *) = nullptr;
-    ggml_tensor * (*new_tensor_4d)(ggml_context *, int32_t type, int64_t, int64_t, int64_t, int64_t) = nullptr;
     bool can_place() const {
-        return buffer_get_type && buffer_clear && buft_get_alloc_size && buft_get_alignment && tensor_alloc && view_init &&
-            new_tensor_4d && buft_alloc_buffer && buffer_get_base && buffer_free && init && free && tensor_overhead;
+        return buffer_get_type && buffer_clear && buft_get_alloc_size && buft_get_alignment && view_init && buft_alloc_buffer && buffer_get_base;
     }
     void unplace(ggml_tensor * t) const { field<void *>(t, off_data) = nullptr; field<void *>(t, off_buffer) = nullptr; }
 
     // --- functions that add nodes to a graph; can_build() says whether they are there
-    ggml_context * (*init)(ggml_init_params_view) = nullptr;
-    void           (*free)(ggml_context *) = nullptr;
-    size_t         (*tensor_overhead)() = nullptr;
-    ggml_tensor *  (*view_1d)(ggml_context *, ggml_tensor *, int64_t, size_t) = nullptr;
     void           (*build_forward_expand)(ggml_cgraph *, ggml_tensor *) = nullptr;
     ggml_tensor *  (*build_forward_select)(ggml_cgraph *, ggml_tensor **, int n, int chosen) = nullptr; // since 2026
     int            (*graph_size)(ggml_cgraph *) = nullptr;
-    bool can_build() const { return init && free && tensor_overhead && view_1d && build_forward_expand && graph_size; }
+    bool can_build() const { return build_forward_expand && graph_size; }
     void set_src(ggml_tensor * t, int i, ggml_tensor * src) const { (&field<ggml_tensor *>(t, off_src))[i] = src; }
     void set_name(ggml_tensor * t, const char * name) const; // at most 15 characters
 
@@ -134,6 +135,7 @@ struct ggml_abi {
     template <typename T> static T & field(const ggml_tensor * t, size_t offset) {
         return *(T *) ((char *) t + offset);
     }
+    struct layout_probe;
     bool functions_find(std::string & error);
     bool layout_discover(std::string & error);
 

@@ -1,6 +1,7 @@
-// What Python needs from the native side: atomic words of a mapped ring, and a producer for tests.
+// What Python needs from the native side: atomic words of a mapped ring, a producer for tests, and the analyses' loops.
 
 #include "intervene.h"
+#include "kernels/kernels.h"
 #include "record.h"
 #include "ring.h"
 
@@ -103,6 +104,9 @@ static std::string intervention_check(const py::bytes & file, const std::vector<
 }
 
 PYBIND11_MODULE(_native, m) {
+    bind_kinds(m);
+    bind_pairs(m);
+
     m.def("intervention_check", &intervention_check, py::arg("file"), py::arg("routers"));
     m.def("load_acquire",    &load_acquire<uint64_t>,  py::arg("buffer"), py::arg("offset"));
     m.def("load_acquire32",  &load_acquire<uint32_t>,  py::arg("buffer"), py::arg("offset"));

@@ -1,6 +1,7 @@
 // The functions of libggml-base and libllama that are taken over, each forwarding to the real one; and the
 // library's own few C functions.
 
+#include "batch-watch.h"
 #include "hook.h"
 #include "tracer.h"
 
@@ -147,13 +148,13 @@ MOETRACE_HOOK(bool, llama_batch_ext_set_pos, (llama_batch_ext * batch, int32_t i
 
 MOETRACE_HOOK(bool, llama_batch_ext_set_output_logits, (llama_batch_ext * batch, int32_t idx, bool value),
         (batch, idx, value)) {
-    batch_on_output(batch, idx, value);
+    batch_on_output(batch, idx, OUTPUT_LOGITS, value);
     return real(batch, idx, value);
 }
 
 MOETRACE_HOOK(bool, llama_batch_ext_set_output_embd, (llama_batch_ext * batch, int32_t idx, bool value),
         (batch, idx, value)) {
-    batch_on_output(batch, idx, value);
+    batch_on_output(batch, idx, OUTPUT_EMBEDDING, value);
     return real(batch, idx, value);
 }
 

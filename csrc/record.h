@@ -134,7 +134,7 @@ enum ring_counter : uint32_t {
     COUNT_CONTEXTS,           // llama contexts that wrote here, one after the other
     COUNT_CONTEXTS_FREED,     // of these, freed: as many as there were, and nobody computes (a server that sleeps)
     COUNT_SYNCS,              // how often the tracer itself made the devices finish
-    COUNT_COPIES,             // tensors that were copied from devices
+    COUNT_COPIES,             // copies from devices, of tensors or of many that lie side by side
     COUNT_COPIED_BYTES,
     COUNT_GRAPHS_ELSEWHERE,   // graphs of another llama.cpp in the process: not recorded, at least so many
     COUNT_N,
@@ -164,7 +164,7 @@ struct ring_header {
     // producer
     alignas(64) std::atomic<uint64_t> head;  // records committed since the start
     std::atomic<uint32_t> ready;             // 1 once the header may be read
-    std::atomic<uint32_t> closed;            // 1 once the context was freed or the tracer gave up
+    std::atomic<uint32_t> closed;            // 1 once nothing more comes: the process ends, or the tracer stopped or gave up
     char status[112];                        // why the tracer gave up, zero-terminated; empty if it did not
 
     alignas(64) std::atomic<uint64_t> counters[32]; // ring_counter

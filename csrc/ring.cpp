@@ -229,7 +229,7 @@ bool ring_writer::push(const void * record) {
 }
 
 void ring_writer::end(const char * status) {
-    if (header_) {
+    if (header_ && !header_->closed.load(std::memory_order_relaxed)) { // the first reason stays
         strncpy(header_->status, status, sizeof(header_->status) - 1);
         header_->closed.store(1, std::memory_order_release);
     }

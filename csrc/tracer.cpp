@@ -236,12 +236,21 @@ bool callback_trampoline(ggml_tensor * t, bool ask, void * user_data) {
     return true;
 }
 
+// What devices have computed, or will have; nothing of it is written once tracing has stopped.
+void pending_settle(context_trace & c, bool finished) {
+    if (tracer().active) {
+        ubatch_finish(tracer(), c, finished);
+    } else {
+        ubatch_forget(c);
+    }
+}
+
 // before what a scheduler computed goes
 void pending_finish(const sched_trace & s, bool finished) {
     if (const context_ptr c = s.context) {
         std::lock_guard<std::mutex> lock(c->mutex);
         if (c->pending_on == &s) {
-            ubatch_finish(tracer(), *c, finished);
+            pending_settle(*c, finished);
         }
     }
 }
@@ -349,11 +358,14 @@ void fork_child() {
         rec->ring.abandon();
     }
     // their mutexes may be held by threads that the child does not have: never touched again
-    static std::vector<context_ptr> * dead = nullptr;
-    dead = new (std::nothrow) std::vector<context_ptr>();
-    if (dead) {
-        dead->swap(T.contexts);
+    static std::vector<context_ptr> * const dead = new (std::nothrow) std::vector<context_ptr>();
+    try {
+        if (dead) {
+            dead->insert(dead->end(), T.contexts.begin(), T.contexts.end());
+        }
+    } catch (...) {
     }
+    T.contexts.clear();
     T.idle.clear();
     T.mutex.unlock();
 }
@@ -516,103 +528,129 @@ void sched_on_free(sched_t sched) {
     });
 }
 
+namespace {
+
+// One graph on its way through the scheduler.
+struct computation {
+    sched_trace * s = nullptr;
+    graph_trace * g = nullptr; // if it was announced
+    context_ptr   context;     // held to the end
+    bool          recorded = false;
+    uint64_t      start    = 0; // of our own time
+    uint64_t      waited   = 0; // for the reader, until then
+};
+
+// Whose graph it is. The scheduler keeps its context while there is no decode call.
+bool context_choose(tracer_state & T, sched_t sched, computation & now) {
+    std::lock_guard<std::mutex> lock(T.mutex);
+    if (!T.active || !ensure_attached(T)) {
+        return false;
+    }
+    now.s = &sched_get(T, sched);
+    context_ptr & context = now.s->context;
+    if (context && context->ended) {
+        context = nullptr;
+    }
+    if (current_ctx) {
+        context = context_get(T, current_ctx);
+    } else if (!context) {
+        // computed outside of any decode call that we see: its rows stay without a sequence
+        context = context_make(T, nullptr);
+    }
+    now.context = context;
+    return true;
+}
+
+// What a context is shows when it first computes.
+void role_learn(tracer_state & T, context_trace & c, const moe_graph & moe) {
+    std::lock_guard<std::mutex> lists(T.mutex); // others look at these layers
+    c.moe_layers.clear();
+    for (const auto & layer : moe.layers) {
+        c.moe_layers.push_back(layer.layer);
+    }
+    c.role = context_role(T, c);
+}
+
+void compute_begin(tracer_state & T, sched_t sched, ggml_cgraph * graph, computation & now) {
+    if (!context_choose(T, sched, now)) {
+        return;
+    }
+    context_trace & c = *now.context;
+    std::lock_guard<std::mutex> lock(c.mutex);
+    ubatch_finish(T, c, false); // it counts its own time
+    now.start = clock_ns();
+    c.patched = nullptr;
+    c.running = nullptr;
+    c.hook_ns = 0;
+    graph_trace * g = now.s->find(graph);
+    if (!g || !moe_graph_is_same(T.abi, graph, g->moe)) {
+        // allocated before tracing began, or (older releases, when they tidy the KV cache) not allocated at all
+        ubatch_unread(c, moe_graph_read(T.abi, graph));
+        return;
+    }
+    if (c.state == context_state::waiting) {
+        role_learn(T, c, g->moe);
+    }
+    now.recorded = ubatch_begin(T, *now.s, *g);
+    now.waited   = now.recorded ? c.rec->ring.waited() : 0;
+    c.running    = now.recorded ? g : nullptr;
+    now.g        = g;
+}
+
+// The scheduler keeps its callback until the next graph is built, so it is set each time it changes.
+void callback_choose(sched_trace & s, bool ours, set_callback_fn set_callback) {
+    if (ours) {
+        set_callback(s.sched, callback_trampoline, &s);
+    } else if (s.chained) {
+        set_callback(s.sched, s.user_callback, s.user_data);
+    }
+    s.chained = ours;
+}
+
+void compute_end(tracer_state & T, computation & now, bool by_callback, int status, uint64_t own_ns) {
+    const uint64_t after = clock_ns();
+    context_trace & c = *now.context;
+    sched_trace & s = *now.s;
+    std::lock_guard<std::mutex> lock(c.mutex);
+    const bool recorded = now.recorded && c.running && c.rec && c.rec->ring.is_open();
+    if (recorded && !T.active) {
+        ubatch_lose(c);
+    } else if (recorded && s.user_aborted) {
+        ubatch_drop(c, true);
+    } else if (recorded && status == 0 && by_callback) {
+        ubatch_commit(c);
+    } else if (recorded && status == 0) {
+        ubatch_read(T, s, *now.g);
+    } else if (recorded) {
+        ubatch_drop(c, false);
+    }
+    c.n_steps++;
+    c.running = nullptr;
+    c.patched = nullptr;
+    if (recorded) {
+        own_ns += clock_ns() - after + c.hook_ns + s.prepare_ns - s.setup_ns;
+        c.count(COUNT_HOOK_NS, own_ns - (c.rec->ring.waited() - now.waited));
+    }
+    s.prepare_ns = s.setup_ns = 0;
+}
+
+} // namespace
+
 int sched_on_compute(sched_t sched, ggml_cgraph * graph, compute_fn compute, set_callback_fn set_callback) {
     tracer_state & T = tracer();
-    if (!T.active) {
+    computation now;
+    if (!T.active || !guarded([&] { compute_begin(T, sched, graph, now); }) || !now.g) {
         return compute(sched, graph);
     }
-
-    const uint64_t start = clock_ns();
-    sched_trace * s = nullptr;
-    graph_trace * g = nullptr;
-    context_ptr held; // to the end of this call
-    bool recorded = false;
-    const bool ok = guarded([&] {
-        {
-            std::lock_guard<std::mutex> lock(T.mutex);
-            if (!T.active || !ensure_attached(T)) {
-                return;
-            }
-            s = &sched_get(T, sched);
-            if (s->context && s->context->ended) {
-                s->context = nullptr;
-            }
-            if (current_ctx) {
-                s->context = context_get(T, current_ctx);
-            } else if (!s->context) {
-                // computed outside of any decode call that we see: its rows stay without a sequence
-                s->context = context_make(T, nullptr);
-            }
-            held = s->context;
-        }
-        context_trace & c = *held;
-        std::lock_guard<std::mutex> lock(c.mutex);
-        ubatch_finish(T, c, false);
-        c.patched = nullptr;
-        c.running = nullptr;
-        c.hook_ns = 0;
-        g = s->find(graph);
-        if (!g || !moe_graph_is_same(T.abi, graph, g->moe)) {
-            // allocated before tracing began, or (older releases, when they tidy the KV cache) not allocated at all
-            g = nullptr;
-            ubatch_unread(c, moe_graph_read(T.abi, graph));
-            return;
-        }
-        if (c.state == context_state::waiting) {
-            c.moe_layers.clear();
-            for (const auto & layer : g->moe.layers) {
-                c.moe_layers.push_back(layer.layer);
-            }
-            std::lock_guard<std::mutex> lists(T.mutex);
-            c.role = context_role(T, c);
-        }
-        recorded  = ubatch_begin(T, *s, *g);
-        c.running = recorded ? g : nullptr;
-    });
-    if (!ok || !g) {
-        return compute(sched, graph);
-    }
-
-    context_trace & c = *held;
     // only a callback can change tensors; then it reads them too, while they are what the top-k saw
-    const bool by_callback = c.patched || (recorded && g->by_callback);
-    if (by_callback || s->chained) {
-        // the scheduler keeps its callback until the next graph is built, so set it each time it changes
-        if (by_callback) {
-            set_callback(sched, callback_trampoline, s);
-        } else {
-            set_callback(sched, s->user_callback, s->user_data);
-        }
-        s->chained = by_callback;
-    }
-    s->user_aborted = false;
-    uint64_t own_ns = clock_ns() - start;
+    const bool by_callback = now.context->patched || (now.recorded && now.g->by_callback);
+    callback_choose(*now.s, by_callback, set_callback);
+    now.s->user_aborted = false;
+    const uint64_t own_ns = clock_ns() - now.start;
 
     const int status = compute(sched, graph);
 
-    const uint64_t after = clock_ns();
-    guarded([&] {
-        std::lock_guard<std::mutex> lock(c.mutex);
-        recorded = recorded && c.running && c.rec && c.rec->ring.is_open();
-        const uint64_t waited = recorded ? c.rec->ring.waited() : 0;
-        if (recorded && s->user_aborted) {
-            ubatch_drop(c, true);
-        } else if (recorded && status == 0 && by_callback) {
-            ubatch_commit(c);
-        } else if (recorded && status == 0) {
-            ubatch_read(T, *s, *g);
-        } else if (recorded) {
-            ubatch_drop(c, false);
-        }
-        c.n_steps++;
-        c.running = nullptr;
-        c.patched = nullptr;
-        if (recorded) {
-            own_ns += clock_ns() - after + c.hook_ns + s->prepare_ns - s->setup_ns;
-            c.count(COUNT_HOOK_NS, own_ns - (c.rec->ring.waited() - waited));
-            s->prepare_ns = s->setup_ns = 0;
-        }
-    });
+    guarded([&] { compute_end(T, now, by_callback, status, own_ns); });
     return status;
 }
 
@@ -643,8 +681,9 @@ batch_scope::batch_scope(llama_context * ctx, const batch_view & batch, bool enc
             e.position    = batch.pos ? batch.pos[i] : batch_entry::UNKNOWN;
             e.sequence    = batch.n_seq_id && batch.seq_id ? (n_seq > 0 ? batch.seq_id[i][0] : -1) : 0;
             e.n_sequences = (uint16_t) n_seq;
-            e.output      = batch.logits ? batch.logits[i] != 0 : i == batch.n_tokens - 1;
-            e.used        = false;
+            e.outputs     = (batch.logits ? batch.logits[i] != 0 : i == batch.n_tokens - 1) ? OUTPUT_LOGITS : 0;
+            e.used        = 0;
+            e.sure        = false;
         }
         ubatch_finish(tracer(), c, false);
         context_batch_begin(tracer(), c, true, encode);
@@ -688,7 +727,7 @@ void context_on_free(llama_context * ctx) {
         if (c) {
             {
                 std::lock_guard<std::mutex> lock(c->mutex);
-                ubatch_finish(T, *c, false);
+                pending_settle(*c, false);
             }
             context_end(T, *c);
         }
@@ -718,9 +757,14 @@ void context_on_sample(llama_context * ctx, int32_t index) {
         }
     });
     for (const auto & c : others) {
-        std::lock_guard<std::mutex> lock(c->mutex);
-        context_inbox_take(*c); // the task that this was sampled in
-        context_sampled(*c, who.first, who.second);
+        guarded([&] {
+            std::lock_guard<std::mutex> lock(c->mutex);
+            if (context_has_mail(*c)) { // the task that this was sampled in; the rows before it come first
+                ubatch_finish(tracer(), *c, false);
+                context_inbox_take(*c);
+            }
+            context_sampled(*c, who.first, who.second);
+        });
     }
 }
 
@@ -811,9 +855,9 @@ void batch_on_position(const void * batch, int32_t index, int32_t position) {
     });
 }
 
-void batch_on_output(const void * batch, int32_t index, bool output) {
+void batch_on_output(const void * batch, int32_t index, uint8_t what, bool wanted) {
     when_active([&](tracer_state & T) {
-        T.mirror.set_output(batch, index, output);
+        T.mirror.set_output(batch, index, what, wanted);
     });
 }
 

@@ -78,7 +78,7 @@ void model_on_open(const char * path); // a GGUF file
 int32_t batch_on_add(const void * batch, int32_t index, int32_t sequence, int32_t token);
 void    batch_on_add_sequence(const void * batch, int32_t index);
 void    batch_on_position(const void * batch, int32_t index, int32_t position);
-void    batch_on_output(const void * batch, int32_t index, bool output);
+void    batch_on_output(const void * batch, int32_t index, uint8_t what, bool wanted); // output_kind
 void    batch_on_clear(const void * batch);
 void    batch_on_free(const void * batch);
 

@@ -186,12 +186,6 @@ static void intervention_begin(tracer_env & env, context_trace & c, graph_trace 
     c.count(COUNT_ROWS_INTERVENED, n_touched);
 }
 
-static void positions_follow(context_trace & c, const row_identity & who, int32_t position) {
-    if (who.found && who.sequence >= 0 && (size_t) who.sequence < c.positions_last.size()) {
-        c.positions_last[(size_t) who.sequence] = position;
-    }
-}
-
 // rows that were computed and could not be read
 static void rows_lose(context_trace & c, uint32_t n) {
     c.count(COUNT_ROWS_PRODUCED, n);
@@ -216,7 +210,6 @@ void ubatch_unread(context_trace & c, const moe_graph & moe) {
     }
 }
 
-// Before the graph runs: who its rows are. False if it is not recorded.
 bool ubatch_begin(tracer_env & env, sched_trace & s, graph_trace & g) {
     context_trace & c = *s.context;
     const uint32_t n = (uint32_t) g.moe.n_tokens;
@@ -252,7 +245,9 @@ bool ubatch_begin(tracer_env & env, sched_trace & s, graph_trace & g) {
         c.identities.assign(n, row_identity());
     }
     for (uint32_t row = 0; row < n && positions; row++) {
-        positions_follow(c, c.identities[row], positions[row]);
+        if (c.identities[row].found) {
+            context_position(c, c.identities[row].sequence, positions[row]);
+        }
     }
     c.outputs = outputs_read(env, c, g);
     intervention_look(env, s, c);
@@ -339,7 +334,7 @@ static void source_read(tracer_env & env, context_trace & c, const row_source & 
         }
         base = (const char *) c.readback.data() + tensor.scratch;
     }
-    rows_copy(env.abi, source, tensor, base, c.rec->layout, c.outputs, c.block);
+    rows_copy(source, tensor, base, c.rec->layout, c.outputs, c.block);
 }
 
 // starts copying everything that is not in host memory
@@ -366,7 +361,7 @@ static void sources_fetch(tracer_env & env, sched_trace & s, const graph_sources
     }
 }
 
-static void sources_take(const tracer_env & env, context_trace & c, const graph_sources & sources) {
+static void sources_take(context_trace & c, const graph_sources & sources) {
     // every layer's result lies somewhere else and was written long ago: fetch them all at once
     for (const auto & source : sources.rows) {
         __builtin_prefetch(source.base);
@@ -374,7 +369,7 @@ static void sources_take(const tracer_env & env, context_trace & c, const graph_
     for (size_t i = 0; i < sources.rows.size(); i++) {
         const row_source & source = sources.rows[i];
         const char * base = source.base ? source.base : (const char *) c.readback.data() + sources.tensors[i].scratch;
-        rows_copy(env.abi, source, sources.tensors[i], base, c.rec->layout, c.outputs, c.block);
+        rows_copy(source, sources.tensors[i], base, c.rec->layout, c.outputs, c.block);
     }
 }
 
@@ -385,7 +380,7 @@ void ubatch_read(tracer_env & env, sched_trace & s, graph_trace & g) {
         c.pending    = &g;
         c.pending_on = &s;
     } else {
-        sources_take(env, c, g.sources);
+        sources_take(c, g.sources);
         ubatch_commit(c);
     }
 }
@@ -407,7 +402,7 @@ void ubatch_finish(const tracer_env & env, context_trace & c, bool finished) {
     }
     const graph_trace & g = *c.pending;
     c.pending = nullptr;
-    sources_take(env, c, g.sources);
+    sources_take(c, g.sources);
     ubatch_commit(c);
     c.count(COUNT_HOOK_NS, clock_ns() - start - (c.rec->ring.waited() - waited));
 }
@@ -415,8 +410,12 @@ void ubatch_finish(const tracer_env & env, context_trace & c, bool finished) {
 void ubatch_forget(context_trace & c) {
     if (c.pending) {
         c.pending = nullptr;
-        rows_lose(c, c.block.n_rows);
+        ubatch_lose(c);
     }
+}
+
+void ubatch_lose(context_trace & c) {
+    rows_lose(c, c.block.n_rows);
 }
 
 void ubatch_read_node(tracer_env & env, context_trace & c, const ggml_tensor * node, int first, const attention_source * attention) {
@@ -454,6 +453,9 @@ void ubatch_commit(context_trace & c) {
 // the last node, so that no backend moves them before it. Of the tensors they are users like any other: a pattern that
 // would leave one out is not fused, one that has it as its result is.
 static bool nodes_keep(const ggml_abi & abi, sched_trace & s, moe_graph & moe, ggml_cgraph * graph, const std::vector<ggml_tensor *> & kept) {
+    if (kept.empty()) {
+        return true;
+    }
     static constexpr size_t N_SRC = 8; // of a node, at least, in every release
     const size_t n_keepers = (kept.size() + N_SRC - 2)/(N_SRC - 1);
     const int n_nodes = abi.graph_n_nodes(graph);

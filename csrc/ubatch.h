@@ -41,6 +41,9 @@ void ubatch_finish(const tracer_env & env, context_trace & c, bool finished);
 // Rows that are pending will not be read.
 void ubatch_forget(context_trace & c);
 
+// The block's rows were computed, and will not be written.
+void ubatch_lose(context_trace & c);
+
 // Writes the rows into the ring.
 void ubatch_commit(context_trace & c);
 

@@ -1,7 +1,9 @@
-"""Native helpers: atomic words of a mapped ring, and a producer for tests (csrc/module.cpp)."""
+"""Native helpers: atomic words of a mapped ring, a producer for tests (csrc/module.cpp), and loops (csrc/kernels)."""
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 def load_acquire(buffer: Buffer, offset: int) -> int: ...
@@ -9,6 +11,39 @@ def load_acquire32(buffer: Buffer, offset: int) -> int: ...
 def store_release(buffer: Buffer, offset: int, value: int) -> None: ...
 def store_release32(buffer: Buffer, offset: int, value: int) -> None: ...
 def intervention_check(file: bytes, routers: Sequence[tuple[int, int, int, int, int, bool]]) -> str: ...
+def kind_counts(
+    kinds: NDArray[np.int32],
+    rows: NDArray[np.int32],
+    experts: NDArray[np.uint16],
+    order: NDArray[np.int32],
+    n_kinds: int,
+    n_expert: int,
+    n_threads: int = 0,
+) -> NDArray[np.int32]: ...
+def group_sums(
+    groups: NDArray[np.int32], values: NDArray[np.float64], n_groups: int, n_threads: int = 0
+) -> NDArray[np.float64]: ...
+def kind_moments(
+    kinds: NDArray[np.int32],
+    rows: NDArray[np.int32],
+    groups: NDArray[np.int32],
+    experts: NDArray[np.uint16],
+    order: NDArray[np.int32],
+    expected: NDArray[np.float64],
+    n_threads: int = 0,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+def pair_draws(
+    a: NDArray[np.uint16],
+    b: NDArray[np.uint16],
+    first_a: NDArray[np.int64],
+    first_b: NDArray[np.int64],
+    order: NDArray[np.int32],
+    expected: NDArray[np.float64],
+    spread: NDArray[np.float64],
+    score: NDArray[np.float64],
+    eligible: NDArray[np.bool_],
+    n_threads: int = 0,
+) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]: ...
 
 class RingWriter:
     """The producer's end of a ring, as the host uses it; for tests."""

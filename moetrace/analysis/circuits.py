@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from moetrace._native import pair_draws
 from moetrace.analysis.counts.routed import RoutedText, rotation, standardised
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.information import entropy_bits, shares
@@ -121,14 +122,14 @@ def expert_circuits(
 
 @dataclass
 class _Pair:
-    """Two layers: the rows at which both are known, memberships there, and tables over edges (E, E)."""
+    """Two layers: the rows at which both are known, experts there, and tables over edges (E, E)."""
 
     a: int
     b: int
     rows: Ints
     starts: Ints
-    in_a: npt.NDArray[np.float32]
-    in_b: npt.NDArray[np.float32]
+    in_a: npt.NDArray[np.uint16]
+    in_b: npt.NDArray[np.uint16]
     first_a: Ints
     first_b: Ints
     eligible: npt.NDArray[np.bool_]
@@ -141,12 +142,9 @@ class _Pair:
         sizes = np.bincount(text.owner[rows], minlength=text.n_requests)
         sizes = sizes[sizes > 0]
         starts = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
-        in_a, in_b = text.member(a, rows), text.member(b, rows)
-        begin = starts[:-1]
-        if rows.size:
-            sum_a, sum_b = (np.add.reduceat(x, begin, axis=0, dtype=np.float64) for x in (in_a, in_b))
-        else:
-            sum_a = sum_b = np.zeros((0, text.n_expert))
+        in_a, in_b = text.experts[rows, a].astype(np.uint16), text.experts[rows, b].astype(np.uint16)
+        owner = np.repeat(np.arange(sizes.size), sizes)
+        sum_a, sum_b = (_by_prompt(x, owner, sizes.size, text.n_expert) for x in (in_a, in_b))
         n = sizes.astype(np.float64)[:, None]
         spread = np.where(n > 1, n * n * (n - 1), 1.0)
         return cls(
@@ -163,16 +161,50 @@ class _Pair:
             (sum_a * (n - sum_a) / spread).T @ (sum_b * (n - sum_b)),
         )
 
-    def statistics(self, turned: Ints | None) -> tuple[Floats, Floats, float]:
-        """Joint counts (E, E), z (E, E; −inf where not eligible), and mutual information in bits."""
-        in_b, first_b = (
-            (self.in_b, self.first_b) if turned is None else (self.in_b[turned], self.first_b[turned])
+    def seen(self) -> tuple[Floats, Floats]:
+        """Joint counts (E, E), and z (E, E; −inf where not eligible)."""
+        n_expert = self.eligible.shape[0]
+        cells = self.in_a[:, :, None].astype(np.int64) * n_expert + self.in_b[:, None, :]
+        there = (self.in_a < n_expert)[:, :, None] & (self.in_b < n_expert)[:, None, :]
+        joint = np.bincount(cells[there], minlength=n_expert**2).reshape(n_expert, n_expert)
+        z = standardised(joint.astype(np.float64), self.expected, self.variance)
+        return joint.astype(np.float64), np.where(self.eligible, z, -np.inf)
+
+    def draws(self, score: Floats, order: npt.NDArray[np.int32]) -> tuple[Ints, Floats, Floats]:
+        """Of rearrangements (B, N): how often each cell's z reaches ``score`` (E, E), the largest (B,) z of each, and
+        (B,) mutual information in bits.
+        """
+        spread = np.sqrt(self.variance + 0.5)
+        reached, largest, joint = pair_draws(
+            self.in_a,
+            self.in_b,
+            self.first_a,
+            self.first_b,
+            order,
+            self.expected,
+            spread,
+            score,
+            self.eligible,
         )
-        n_expert = in_b.shape[1]
-        joint = (self.in_a.T @ in_b).astype(np.float64)
-        z = np.where(self.eligible, standardised(joint, self.expected, self.variance), -np.inf)
-        table = np.bincount(self.first_a * n_expert + first_b, minlength=n_expert**2)
-        return joint, z, _information(table.reshape(n_expert, n_expert))
+        n_expert = self.eligible.shape[0]
+        alone = sum(
+            float(entropy_bits(shares(np.bincount(x, minlength=n_expert).astype(np.float64))))
+            for x in (self.first_a, self.first_b)
+        )
+        return reached.astype(np.int64), largest, alone - joint
+
+    def information(self) -> float:
+        """Mutual information of the two first experts, in bits."""
+        n_expert = self.eligible.shape[0]
+        table = np.bincount(self.first_a * n_expert + self.first_b, minlength=n_expert**2)
+        return _information(table.reshape(n_expert, n_expert))
+
+
+def _by_prompt(ids: npt.NDArray[np.uint16], owner: Ints, n_prompts: int, n_expert: int) -> Floats:
+    """(P, E) rows of each prompt that use each expert."""
+    there = ids < n_expert
+    cells = (owner[:, None] * n_expert + ids)[there]
+    return np.bincount(cells, minlength=n_prompts * n_expert).reshape(n_prompts, n_expert).astype(np.float64)
 
 
 def _information(table: npt.ArrayLike) -> float:
@@ -207,12 +239,11 @@ class _Edges:
         largest = np.full(n_permutations, -np.inf)
         joint, z, reached = [], [], []
         for i, pair in enumerate(pairs):
-            seen, score, information[0, i] = pair.statistics(None)
-            count = np.zeros(score.shape)
-            for draw in range(n_permutations):
-                _, null, information[draw + 1, i] = pair.statistics(rotation(pair.starts, rng))
-                count += null >= score - 1e-9
-                largest[draw] = max(largest[draw], null.max(initial=-np.inf))
+            seen, score = pair.seen()
+            information[0, i] = pair.information()
+            order = np.array([rotation(pair.starts, rng) for _ in range(n_permutations)], dtype=np.int32)
+            count, null, information[1:, i] = pair.draws(score, order.reshape(n_permutations, pair.rows.size))
+            largest = np.maximum(largest, null)
             joint.append(seen)
             z.append(score)
             reached.append(count)
@@ -285,7 +316,7 @@ class _Edges:
 
     def _edge(self, i: int, a: int, b: int) -> tuple[object, ...]:
         pair, n = self.pairs[i], self.pairs[i].rows.size
-        use_a, use_b = pair.in_a[:, a].astype(np.float64), pair.in_b[:, b].astype(np.float64)
+        use_a, use_b = ((x == e).any(axis=1).astype(np.float64) for x, e in ((pair.in_a, a), (pair.in_b, b)))
         begin, sizes = pair.starts[:-1], np.diff(pair.starts)
         together, of_a, of_b = (
             np.add.reduceat(x, begin, dtype=np.float64) for x in (use_a * use_b, use_a, use_b)

@@ -44,7 +44,9 @@ class ExpertCircuits(Question):
     min_support: int = parameter(5, "experts used by fewer tokens are left out")
     alpha: float = parameter(0.05, "chance of any false edge, and of any false path")
     permutations: int = parameter(199, "rotations to draw")
-    max_tokens: int = parameter(8000, "whole prompts are drawn until they hold so many tokens")
+    max_tokens: int = parameter(
+        8000, "prompts, or stretches of long ones, are drawn until they hold so many tokens"
+    )
 
     def answer(self, subject: Subject) -> Finding:
         """Answer it."""
@@ -63,7 +65,7 @@ class ExpertCircuits(Question):
         n_pairs = len(found.layers)
         said = [
             f"The first experts of two layers depend on each other for {len(depend)} of {number(n_pairs, 'pair')} of"
-            f" layers, in {number(found.tokens, 'token')} of {number(found.prompts, 'prompt')}"
+            f" layers, in {number(found.tokens, 'token')} of {found.prompts:,} of {number(text.n_requests, 'prompt')}"
             f" (family-wise at {self.alpha:g}).",
         ]
         row = best(found.layers, "excess_bits")

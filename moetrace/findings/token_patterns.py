@@ -13,6 +13,7 @@ from moetrace import data
 from moetrace.analysis.counts.from_trace import Routing
 from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.published import patterns as published
+from moetrace.analysis.statistics.shapes import some_requests
 from moetrace.analysis.text import lexicon
 from moetrace.analysis.text import token_patterns as patterns
 from moetrace.errors import MoetraceError, UsageError
@@ -52,6 +53,7 @@ class TokenPatterns(Question):
     min_support: int = parameter(10, "patterns with fewer tokens are left out")
     alpha: float = parameter(0.05, "chance of any false specialist in a table")
     permutations: int = parameter(199, "rearrangements to draw")
+    max_tokens: int = parameter(30000, "whole prompts are drawn until they hold so many tokens")
 
     def answer(self, subject: Subject) -> Finding:
         """Answer it with the analyses that were asked for."""
@@ -62,7 +64,14 @@ class TokenPatterns(Question):
         routing = subject.routing
         whole = routing.text
         text = whole if whole.n_requests <= self.num_prompts else whole.of(np.arange(self.num_prompts))
+        if len(text) > self.max_tokens:
+            text = text.of(some_requests(text.starts, self.max_tokens, subject.seed))
         sentences: list[str] = []
+        if text is not whole:
+            looked_at = (
+                f"{number(len(text), 'token')} of {text.n_requests:,} of {number(whole.n_requests, 'prompt')}"
+            )
+            sentences.append(f"This is about {looked_at}.")
         caveats = [
             "A type is found by spelling alone. That an expert takes a kind of token does not say what it computes.",
         ]

@@ -39,6 +39,13 @@ void * operator new(size_t size) {
     }
     return p;
 }
+void * operator new(size_t size, const std::nothrow_t &) noexcept { // as the library's, under a sanitizer too
+    try {
+        return operator new(size);
+    } catch (...) {
+        return nullptr;
+    }
+}
 void operator delete(void * p) noexcept { free(p); }
 void operator delete(void * p, size_t) noexcept { free(p); }
 
@@ -87,7 +94,7 @@ struct host {
 
     explicit host(uintptr_t n) : ctx((llama_context *) (0x1000*n)), sched((sched_t) (0x1000*n + 0x100)), graph((ggml_cgraph *) (0x1000*n + 0x200)) {}
 
-    void decode(int32_t first = 0, bool announced = true, const std::function<void()> & reorder = {}) const {
+    void decode(int32_t first = 0, bool announced = true, const std::function<void()> & reorder = {}, bool knows_positions = true) const {
         int32_t token[N] = {}, position[N], n_seq[N] = { 1, 1, 1, 1 }, zero = 0;
         int32_t * sequence[N] = { &zero, &zero, &zero, &zero };
         int8_t output[N] = { 0, 0, 0, 1 };
@@ -97,7 +104,7 @@ struct host {
         batch_view batch = {};
         batch.n_tokens = N;
         batch.token    = token;
-        batch.pos      = position;
+        batch.pos      = knows_positions ? position : nullptr;
         batch.n_seq_id = n_seq;
         batch.seq_id   = sequence;
         batch.logits   = output;
@@ -382,6 +389,26 @@ static void rows_say_what_came_before() {
     tidy(trace);
 }
 
+// A host that leaves positions to llama.cpp: its first generated token is known, too.
+static void positions_are_followed() {
+    one_layer g;
+    const std::string trace = begin("on_full=overwrite\n");
+    const host h(1);
+    for (int32_t first : { 0, 4 }) {
+        g.begin_at(first);
+        h.decode(first, true, {}, false);
+        context_on_sample(h.ctx, -1);
+    }
+    const ring_view ring(contexts_in(trace)[0]);
+    const auto rows = ring.rows();
+    CHECK(rows.size() == 2*N);
+    for (size_t i = 0; i < rows.size(); i++) {
+        CHECK(rows[i]->position == (int32_t) i);
+        CHECK(((rows[i]->flags & ROW_GENERATED) != 0) == (i == N));
+    }
+    tidy(trace);
+}
+
 // Nodes in another order than when the graph was announced; and a graph that never was.
 static void graphs_change() {
     const std::string trace = begin("on_full=overwrite\n");
@@ -528,6 +555,7 @@ int main() {
     two_threads();
     two_models_compute();
     rows_say_what_came_before();
+    positions_are_followed();
     printf("ok\n");
     return 0;
 }

@@ -359,7 +359,7 @@ def test_variables_that_nobody_gave_to_python(runtime, model_file, tmp_path):
 
 def test_a_capture_that_is_cut_short_says_so(runtime, model_file, tmp_path):
     path, file = tmp_path / "t.moet", tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"prompt": TEXT[:100], "label": "a"}) + "\n" for _ in range(300)))
+    file.write_text("".join(json.dumps({"prompt": TEXT[:100], "label": "a"}) + "\n" for _ in range(3000)))
     line = [
         *MOETRACE,
         "capture",
@@ -381,8 +381,8 @@ def test_a_capture_that_is_cut_short_says_so(runtime, model_file, tmp_path):
     _, error = run.communicate(timeout=60)
     assert run.returncode == 128 + signal.SIGINT, error
     done = labels.read_bytes().count(b"\n")
-    said = f"{done} of 300 prompts"
-    assert moetrace.open(path).meta["asked"] == {"prompts": 300, "done": done}
+    said = f"{done:,} of 3,000 prompts"
+    assert moetrace.open(path).meta["asked"] == {"prompts": 3000, "done": done}
     for words in (["info"], ["verify"]):
         shown = command(*words, path)
         assert shown.returncode == 0

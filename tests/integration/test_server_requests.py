@@ -85,9 +85,9 @@ def test_a_request_that_began_while_the_recorder_stood_still(policy, runtime, mo
     try:
         for i, body in enumerate(bodies):
             answers.append([])
+            if i == 0:
+                os.kill(run.pid, signal.SIGSTOP)  # the recorder alone: the server goes on
             for tokens in stream(client, body):
-                if i == 0 and not answers[0]:
-                    os.kill(run.pid, signal.SIGSTOP)  # the recorder alone: the server goes on
                 answers[-1] += tokens
                 if i == 1 and len(answers[1]) >= 100:
                     os.kill(run.pid, signal.SIGCONT)

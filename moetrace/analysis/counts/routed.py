@@ -137,15 +137,28 @@ class RoutedText:
         return self._at(
             rows_of(self.starts, chosen),
             np.diff(self.starts)[chosen],
-            prompts=[self.prompts[i] for i in chosen],
-            labels=[self.labels[i] for i in chosen],
+            **self._names(chosen),
         )
 
     def some(self, max_rows: int, seed: int | Sequence[int]) -> RoutedText:
-        """Whole requests, at least one, drawn at random until they hold ``max_rows`` rows; itself if all fit."""
+        """Requests, at least one, drawn at random until they hold ``max_rows`` rows; itself if all fit.
+
+        Of a request that is longer than an eighth of that, a stretch of so many rows: a few long ones would leave no
+        room for others.
+        """
         if len(self) <= max_rows:
             return self
-        return self.of(some_requests(self.starts, max_rows, seed))
+        sizes = np.diff(self.starts)
+        held = np.minimum(sizes, max(1, max_rows // 8))
+        chosen = some_requests(np.concatenate(([0], np.cumsum(held))), max_rows, seed)
+        rng = np.random.default_rng(seed)
+        begin = self.starts[:-1] + np.floor(rng.random(sizes.size) * (sizes - held + 1)).astype(np.int64)
+        rows = [np.arange(begin[i], begin[i] + held[i]) for i in chosen.tolist()]
+        return self._at(np.concatenate(rows), held[chosen], **self._names(chosen))
+
+    def _names(self, requests: Ints) -> dict[str, list[str]]:
+        named = {"prompts": self.prompts, "labels": self.labels}
+        return {name: [texts[i] for i in requests] for name, texts in named.items()}
 
     def _at(self, rows: npt.NDArray[Any], sizes: Ints, **more: Any) -> RoutedText:
         return replace(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import sparse
 
+from moetrace._native import kind_counts, kind_moments
 from moetrace.analysis.counts.routed import RoutedText, standardised
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.shapes import Floats, Ints
@@ -21,6 +22,9 @@ def indicator(code: Ints, n: int) -> sparse.csr_array:
     return sparse.csr_array((np.ones(m, np.float32), (code, np.arange(m))), shape=(n, m))
 
 
+#: room for the statistics of all rearrangements of some kinds
+_NULL_BYTES = 128 << 20
+
 Rearrange = Callable[[Ints, np.random.Generator], Ints]
 
 
@@ -30,8 +34,6 @@ class Associations:
 
     text: RoutedText
     member: sparse.csr_array
-    of_kind: Floats
-    of_expert: Floats
     z: Floats
     p_value: Floats
     p_family: Floats
@@ -47,9 +49,16 @@ class Associations:
         with np.errstate(invalid="ignore"):
             sure = int((self.p_family <= alpha).sum())
         n = min(max(max_listed, sure), self.n_tested)
-        rows = []
-        for layer, kind, expert in np.stack(np.unravel_index(order[:n], score.shape), axis=1).tolist():
-            rows.append(self._row(layer, kind, expert, names[kind]))
+        places = np.stack(np.unravel_index(order[:n], score.shape), axis=1)
+        rows: list[tuple[object, ...]] = [()] * n
+        for layer in np.unique(places[:, 0]).tolist():
+            mine = _Layer(self.text, self.member, layer)
+            for i in np.flatnonzero(places[:, 0] == layer).tolist():
+                kind, expert = places[i, 1:].tolist()
+                at = layer, kind, expert
+                rows[i] = (
+                    *mine.row(kind, expert, names[kind]), self.z[at], self.p_value[at], self.p_family[at]
+                )  # fmt: skip
         columns = [
             "layer",
             "expert",
@@ -63,17 +72,38 @@ class Associations:
         columns += ["lift", "low", "high", "prompts", "z", "p_value", "p_family"]
         return pd.DataFrame(rows, columns=columns)
 
-    def _row(self, layer: int, kind: int, expert: int, name: str) -> tuple[object, ...]:
-        text = self.text
-        rows = np.flatnonzero(text.known(layer))
-        owner, n_prompts = text.owner[rows], text.n_requests
-        is_kind = np.zeros(len(text))
-        is_kind[self.member.indices[self.member.indptr[kind] : self.member.indptr[kind + 1]]] = 1.0
-        use, here = (text.experts[rows, layer] == expert).any(axis=1).astype(np.float64), is_kind[rows]
-        sums = [
-            np.bincount(owner, weights=w, minlength=n_prompts)
-            for w in (use * here, use, here, np.ones(rows.size))
-        ]
+
+class _Layer:
+    """One layer's tokens by prompt: of experts, of kinds, and of both."""
+
+    def __init__(self, text: RoutedText, member: sparse.csr_array, layer: int) -> None:
+        self._text, self._member, self._layer = text, member, layer
+        self._known = text.known(layer)
+        self._ids = text.experts[:, layer]
+        rows = np.flatnonzero(self._known)
+        self._total = self._by_prompt(rows)
+        there = self._ids[rows] < text.n_expert
+        cells = (text.owner[rows][:, None] * text.n_expert + self._ids[rows])[there]
+        size = text.n_requests * text.n_expert
+        self._of_expert = np.bincount(cells, minlength=size).reshape(-1, text.n_expert).astype(np.float64)
+        self._of_kind: dict[int, tuple[Ints, Floats]] = {}
+
+    def _by_prompt(self, rows: Ints) -> Floats:
+        return np.bincount(self._text.owner[rows], minlength=self._text.n_requests).astype(np.float64)
+
+    def _kind(self, kind: int) -> tuple[Ints, Floats]:
+        if kind not in self._of_kind:
+            begin, end = self._member.indptr[kind : kind + 2].tolist()
+            rows = self._member.indices[begin:end].astype(np.int64)
+            rows = rows[self._known[rows]]
+            self._of_kind[kind] = rows, self._by_prompt(rows)
+        return self._of_kind[kind]
+
+    def row(self, kind: int, expert: int, name: str) -> tuple[object, ...]:
+        """What the table says of a kind and an expert, but for the test."""
+        rows, here = self._kind(kind)
+        met = self._by_prompt(rows[(self._ids[rows] == expert).any(axis=1)])
+        sums = [met, self._of_expert[:, expert], here, self._total]
         both, of_expert, of_kind, total = (s.sum() for s in sums)
         rest = [s.sum() - s for s in sums]
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -81,7 +111,7 @@ class Associations:
             without = np.nan_to_num(rest[0] * rest[3] / (rest[1] * rest[2]), nan=0.0, posinf=0.0)
         interval = nulls.jackknife(lift, without[sums[3] > 0])
         return (
-            int(text.layers[layer]),
+            int(self._text.layers[self._layer]),
             expert,
             name,
             int(both),
@@ -93,9 +123,6 @@ class Associations:
             float(np.maximum(interval.low, 0.0)),
             float(interval.high),
             int((sums[0] > 0).sum()),
-            self.z[layer, kind, expert],
-            self.p_value[layer, kind, expert],
-            self.p_family[layer, kind, expert],
         )
 
 
@@ -117,80 +144,120 @@ def associate(
     """
     n_layers, n_kinds, n_expert = text.experts.shape[1], member.shape[0], text.n_expert
     shape = (n_layers, n_kinds, n_expert)
-    of_kind, of_expert, z, p_value = (np.full(shape, np.nan) for _ in range(4))
+    z, p_value = (np.full(shape, np.nan) for _ in range(2))
     largest = np.full(n_permutations, -np.inf)
     # With a single prompt, or prompts of one token each, there may be nothing to rearrange.
+    same: tuple[Ints, sparse.csr_array, Ints, npt.NDArray[np.int32]] | None = None
     for layer in range(n_layers):
         rows = np.flatnonzero(text.known(layer))
         if not rows.size:
             continue
-        sizes = np.bincount(text.owner[rows], minlength=text.n_requests)
-        starts = np.concatenate(([0], np.cumsum(sizes[sizes > 0]))).astype(np.int64)
-        uses = text.member(layer, rows)
-        kinds = sparse.csr_array(member[:, rows])
-        n_kind = np.asarray(kinds.sum(axis=1)).ravel().astype(np.float64)
-        owners = sparse.csr_array(
-            (np.ones(rows.size, np.float32), (np.arange(rows.size), text.owner[rows])),
-            shape=(rows.size, text.n_requests),
-        )
-        in_prompts = np.asarray(((kinds @ owners) > 0).sum(axis=1)).ravel()
-        eligible = ((n_kind >= min_support) & (in_prompts >= min_prompts))[:, None] & (
-            uses.sum(axis=0) >= min_activity
-        )[None, :]
-        score = _WithinPrompts(kinds, starts) if within else _Overall(kinds)
-        of_kind[layer], of_expert[layer] = n_kind[:, None], uses.sum(axis=0, dtype=np.float64)[None, :]
-        null = np.empty((n_permutations + 1, int(eligible.sum())))
-        null[0] = score(uses)[eligible]
-        for draw in range(n_permutations):
+        if same is None or not np.array_equal(rows, same[0]):
             # The same numbers in every layer: what layers share, the largest statistic must share too.
-            moved = uses[rearrange(starts, np.random.default_rng((seed, draw)))]
-            null[draw + 1] = score(moved)[eligible]
-        # What stays whatever is rearranged (the first token of every text, say) is no finding.
-        null -= null.mean(axis=0)
-        null /= np.maximum(null.std(axis=0), 1.0)
-        z[layer][eligible] = null[0]
-        p_value[layer][eligible] = nulls.permutation_p(null)
-        largest = np.maximum(largest, null[1:].max(axis=1, initial=-np.inf))
+            sizes = np.bincount(text.owner[rows], minlength=text.n_requests)
+            starts = np.concatenate(([0], np.cumsum(sizes[sizes > 0]))).astype(np.int64)
+            same = (
+                rows,
+                sparse.csr_array(member[:, rows]),
+                starts,
+                orders(rearrange, starts, n_permutations, seed),
+            )
+        _, kinds, starts, order = same
+        ids = text.experts[rows, layer].astype(np.uint16)
+        activity = np.bincount(ids[ids < n_expert], minlength=n_expert)
+        n_kind = np.asarray(kinds.sum(axis=1)).ravel()
+        kind, row = (np.asarray(x, dtype=np.int64) for x in kinds.tocoo().coords)
+        prompt = np.searchsorted(starts, row, side="right") - 1
+        in_prompts = np.bincount(np.unique(kind * len(starts) + prompt) // len(starts), minlength=n_kinds)
+        eligible = ((n_kind >= min_support) & (in_prompts >= min_prompts))[:, None] & (
+            activity >= min_activity
+        )
+        score = (_WithinPrompts if within else _Overall)(kind, row, prompt, ids, starts, n_expert)
+        for some in parts(np.flatnonzero(eligible.any(axis=1)), n_expert * (n_permutations + 1)):
+            tested = eligible[some]
+            null = score(some, order)[:, tested]
+            # What stays whatever is rearranged (the first token of every text, say) is no finding.
+            null -= null.mean(axis=0)
+            null /= np.maximum(null.std(axis=0), 1.0)
+            where = np.nonzero(tested)
+            z[layer, some[where[0]], where[1]] = null[0]
+            p_value[layer, some[where[0]], where[1]] = nulls.permutation_p(null)
+            largest = np.maximum(largest, null[1:].max(axis=1, initial=-np.inf))
     ordered = np.sort(largest)
     above = n_permutations - np.searchsorted(ordered, np.nan_to_num(z, nan=np.inf) - 1e-9)
     p_family = np.where(np.isnan(p_value), np.nan, (1 + above) / (n_permutations + 1))
-    return Associations(text, member, of_kind, of_expert, z, p_value, p_family)
+    return Associations(text, member, z, p_value, p_family)
 
 
-class _Overall:
-    """How much more often than by their totals experts (m, E) meet kinds (C, m): (C, E)."""
+def orders(rearrange: Rearrange, starts: Ints, n_permutations: int, seed: int) -> npt.NDArray[np.int32]:
+    """(1 + B, M) row numbers: as they are, and rearranged."""
+    out = np.empty((n_permutations + 1, int(starts[-1])), dtype=np.int32)
+    out[0] = np.arange(out.shape[1])
+    for draw in range(n_permutations):
+        out[draw + 1] = rearrange(starts, np.random.default_rng((seed, draw)))
+    return out
 
-    def __init__(self, kinds: sparse.csr_array) -> None:
-        self._kinds = kinds
-        self._size = np.asarray(kinds.sum(axis=1), dtype=np.float64).reshape(-1, 1)
 
-    def __call__(self, uses: npt.NDArray[np.float32]) -> Floats:
-        m, a, b = uses.shape[0], self._size, uses.sum(axis=0, dtype=np.float64)[None, :]
+def parts(kinds: Ints, cells_each: int) -> Iterator[Ints]:
+    """Cut kinds into parts whose statistics fit into ``_NULL_BYTES``."""
+    step = max(1, _NULL_BYTES // (8 * cells_each))
+    for start in range(0, kinds.size, step):
+        yield kinds[start : start + step]
+
+
+class _Score:
+    """Statistics of some kinds against all experts, for each rearrangement: (1 + B, C', E)."""
+
+    def __init__(
+        self, kind: Ints, row: Ints, prompt: Ints, ids: npt.NDArray[np.uint16], starts: Ints, n_expert: int
+    ) -> None:
+        self._kind, self._row, self._prompt = kind, row, prompt
+        self._ids, self._starts, self._n_expert = ids, starts, n_expert
+
+    def _cells(self, some: Ints) -> tuple[npt.NDArray[np.int32], ...]:
+        """Kind (numbered among ``some``), row and prompt of each membership, sorted by kind and row."""
+        number = np.full(int(self._kind.max(initial=-1)) + 1, -1)
+        number[some] = np.arange(some.size)
+        mine = np.flatnonzero(number[self._kind] >= 0)
+        cells = number[self._kind[mine]], self._row[mine], self._prompt[mine]
+        order = np.lexsort((cells[1], cells[0]))
+        kind, row, prompt = (np.ascontiguousarray(cell[order], dtype=np.int32) for cell in cells)
+        return kind, row, prompt
+
+
+class _Overall(_Score):
+    """How much more often than by their totals experts meet kinds."""
+
+    def __call__(self, some: Ints, orders: npt.NDArray[np.int32]) -> Floats:
+        kind, row, _ = self._cells(some)
+        counts = kind_counts(kind, row, self._ids, orders, some.size, self._n_expert)
+        m = len(self._ids)
+        a = np.bincount(kind, minlength=some.size).astype(np.float64)[:, None]
+        # an exchange of prompts of unequal length takes some rows twice
+        every = np.zeros(m, np.int32), np.arange(m, dtype=np.int32)
+        b = kind_counts(*every, self._ids, orders, 1, self._n_expert).astype(np.float64)
         variance = a * b * (m - a) * (m - b) / (m * m * max(m - 1, 1))
-        return standardised(np.asarray(self._kinds @ uses, dtype=np.float64), a * b / m, variance)
+        return standardised(counts.astype(np.float64), a * b / m, variance)
 
 
-class _WithinPrompts:
+class _WithinPrompts(_Score):
     """The same against each prompt's own totals, studentised over prompts.
 
     The first and last tokens of a text that remembers lie further from its mean than those inside, so a text that is
     turned round varies too little; how prompts differ from each other shows how much it should.
     """
 
-    def __init__(self, kinds: sparse.csr_array, starts: Ints) -> None:
-        self._starts, self._shape = starts, (kinds.shape[0], starts.size - 1)
-        cells = sparse.coo_array(kinds)
-        kind, row = cells.coords
-        prompt = np.searchsorted(starts, row, side="right") - 1
-        self._parts = sparse.csr_array(
-            (cells.data, (kind * self._shape[1] + prompt, row)), shape=(np.prod(self._shape), kinds.shape[1])
+    def __call__(self, some: Ints, orders: npt.NDArray[np.int32]) -> Floats:
+        kind, row, prompt = self._cells(some)
+        sizes = np.diff(self._starts)
+        there = self._ids < self._n_expert
+        owner = np.repeat(np.arange(sizes.size), sizes)
+        cells = (owner[:, None] * self._n_expert + self._ids)[there]
+        share = (
+            np.bincount(cells, minlength=sizes.size * self._n_expert).reshape(sizes.size, -1) / sizes[:, None]
         )
-        self._size = np.asarray(self._parts.sum(axis=1), dtype=np.float64).reshape(*self._shape, 1)
-
-    def __call__(self, uses: npt.NDArray[np.float32]) -> Floats:
-        share = np.add.reduceat(uses, self._starts[:-1], axis=0, dtype=np.float64)
-        share /= np.diff(self._starts)[:, None]
-        excess = (
-            np.asarray(self._parts @ uses, dtype=np.float64).reshape(*self._shape, -1) - self._size * share
-        )
-        return standardised(excess.sum(axis=1), np.zeros(()), (excess**2).sum(axis=1))
+        n = np.bincount(kind * sizes.size + prompt, minlength=some.size * sizes.size).reshape(some.size, -1)
+        expected = n[:, :, None] * share
+        total, squares = kind_moments(kind, row, prompt, self._ids, orders, expected)
+        excess = total - expected.sum(axis=1)
+        return standardised(excess, np.zeros(()), squares + (expected**2).sum(axis=1))

@@ -26,11 +26,12 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import sparse
 
+from moetrace._native import group_sums, kind_counts
 from moetrace.analysis.counts.routed import RoutedText, exchange, rotation
 from moetrace.analysis.domains.domain import domain_lift, domain_test
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.shapes import Floats, Ints
-from moetrace.analysis.text.association import Rearrange, associate, indicator
+from moetrace.analysis.text.association import Rearrange, associate, indicator, orders, parts
 from moetrace.analysis.text.lexicon import TypedText
 from moetrace.errors import UsageError
 
@@ -142,9 +143,13 @@ def _with_words(
 ) -> pd.DataFrame:
     """Add which words stand behind a row."""
     layer_of = {int(n): i for i, n in enumerate(text.layers)}
+    order = np.argsort(code, kind="stable")
+    ends = np.searchsorted(code[order], np.arange(len(names) + 1))
+    rows_of = {name: order[ends[i] : ends[i + 1]] for i, name in enumerate(names)}
     different, top, share = [], [], []
     for number, expert, name in table[["layer", "expert", "pattern"]].itertuples(index=False, name=None):
-        mine = (code == names.index(name)) & (text.experts[:, layer_of[number]] == expert).any(axis=1)
+        rows = rows_of[name]
+        mine = rows[(text.experts[rows, layer_of[number]] == expert).any(axis=1)]
         words, counts = np.unique(typed.word[mine], return_counts=True)
         different.append(words.size)
         top.append(typed.words[int(words[counts.argmax()])] if words.size else "")
@@ -166,26 +171,24 @@ def types_beyond_words(text: RoutedText, typed: TypedText, n_permutations: int, 
     rng = np.random.default_rng(seed)
     strata = np.log2(np.bincount(word)).astype(np.int64)
     home = np.argsort(strata, kind="stable")
-    codes = np.empty((n_permutations + 1, n_words), dtype=np.int64)
+    codes = np.empty((n_permutations + 1, n_words), dtype=np.int32)
     codes[0] = type_of
     codes[1:, home] = type_of[np.argsort(strata + rng.random((n_permutations, n_words)), axis=1)]
     n_layers = text.experts.shape[1]
     z = np.full((n_layers, n_types, text.n_expert), -np.inf)
     largest = np.full(n_permutations + 1, -np.inf)
     for layer in range(n_layers):
-        known = text.known(layer)
-        per_word = indicator(word[known], n_words)
-        used = np.asarray(per_word @ text.member(layer, np.flatnonzero(known)), dtype=np.float64)
+        known = np.flatnonzero(text.known(layer))
+        ids = text.experts[known, layer]
+        there = ids < text.n_expert
+        cells = (word[known][:, None] * text.n_expert + ids)[there]
+        used = np.bincount(cells, minlength=n_words * text.n_expert).reshape(n_words, -1).astype(np.float64)
         n = np.bincount(word[known], minlength=n_words).astype(np.float64)
         # Every word counts once, so that a single frequent one cannot carry its type.
         rate = np.divide(used, n[:, None], out=np.zeros_like(used), where=n[:, None] > 0)
-        null = np.empty((n_permutations + 1, n_types, text.n_expert))
-        for draw, mine in enumerate(codes):
-            groups = indicator(mine, n_types)
-            total = (groups @ (n > 0))[:, None]
-            null[draw] = np.divide(
-                groups @ rate, total, out=np.zeros((n_types, text.n_expert)), where=total > 0
-            )
+        null = group_sums(codes, rate, n_types)
+        total = group_sums(codes, (n > 0).astype(np.float64)[:, None], n_types)
+        null = np.divide(null, total, out=np.zeros_like(null), where=total > 0)
         spread = null.std(axis=0)
         still = spread < 1e-12
         score = np.where(still, -np.inf, (null - null.mean(axis=0)) / np.where(still, 1.0, spread))
@@ -210,6 +213,7 @@ def vocabulary_specialisation(
     n_layers = text.experts.shape[1]
     null = np.full((n_permutations + 1, n_layers), np.nan)
     counted, published = np.zeros(n_layers, dtype=np.int64), np.full(n_layers, np.nan)
+    same: tuple[Ints, npt.NDArray[np.int32]] | None = None
     for layer in range(n_layers):
         rows = np.flatnonzero(text.known(layer) & (tokens >= 0))
         if not rows.size:
@@ -220,18 +224,16 @@ def vocabulary_specialisation(
         often = seen >= min_support
         counted[layer] = int(often.sum())
         first = text.first[rows, layer]
-
-        def largest(of: Ints, rows: Ints = rows, seen: Ints = seen) -> Floats:
-            table = np.bincount(code[rows] * text.n_expert + of, minlength=ids.size * text.n_expert)
-            return np.asarray(table.reshape(ids.size, -1).max(axis=1) / np.maximum(seen, 1))
-
-        share = largest(first)
-        published[layer] = share[seen > 0].mean()
+        pairs, n_pair = np.unique(code[rows] * text.n_expert + first, return_counts=True)
+        most = np.zeros(ids.size)
+        np.maximum.at(most, pairs // text.n_expert, n_pair)
+        published[layer] = (most[seen > 0] / seen[seen > 0]).mean()
         if often.any():
-            null[0, layer] = share[often].mean()
-            for draw in range(n_permutations):
-                moved = first[exchange(starts, np.random.default_rng((seed, draw)))]
-                null[draw + 1, layer] = largest(moved)[often].mean()
+            if same is None or not np.array_equal(rows, same[0]):
+                same = rows, orders(exchange, starts, n_permutations, seed)
+            null[:, layer] = _largest_share(
+                code[rows], first, np.flatnonzero(often), seen, text.n_expert, same[1]
+            )
     return pd.DataFrame(
         {
             "layer": text.layers,
@@ -243,6 +245,23 @@ def vocabulary_specialisation(
             "as_published": published,
         }
     )
+
+
+def _largest_share(
+    code: Ints, first: Ints, often: Ints, seen: Ints, n_expert: int, order: npt.NDArray[np.int32]
+) -> Floats:
+    """(1 + B,) share of an id's occurrences that go to its most frequent expert, mean over the ids ``often``."""
+    total = np.zeros(len(order))
+    ids = first.astype(np.uint16)[:, None]
+    number = np.full(seen.size, -1)
+    for some in parts(often, n_expert * len(order)):
+        number[:] = -1
+        number[some] = np.arange(some.size)
+        rows = np.flatnonzero(number[code] >= 0)
+        kind = number[code[rows]].astype(np.int32)
+        met = kind_counts(kind, rows.astype(np.int32), ids, order, some.size, n_expert)
+        total += (met.max(axis=2) / seen[some]).sum(axis=1)
+    return total / often.size
 
 
 def coactivation(text: RoutedText, *, min_activity: int = 5, max_listed: int = 200) -> pd.DataFrame:
@@ -259,8 +278,11 @@ def coactivation(text: RoutedText, *, min_activity: int = 5, max_listed: int = 2
         known = np.flatnonzero(text.known(layer))
         if not known.size:
             continue
-        uses = text.member(layer, known)
-        pairs = (uses.T @ uses).astype(np.float64)
+        ids = text.experts[known, layer].astype(np.int64)
+        there = ids < text.n_expert
+        both = there[:, :, None] & there[:, None, :]
+        cells = (ids[:, :, None] * text.n_expert + ids[:, None, :])[both]
+        pairs = np.bincount(cells, minlength=text.n_expert**2).reshape(text.n_expert, -1).astype(np.float64)
         n = np.diag(pairs).copy()
         product = np.outer(n, n)
         np.fill_diagonal(pairs, 0.0)
@@ -273,14 +295,15 @@ def coactivation(text: RoutedText, *, min_activity: int = 5, max_listed: int = 2
         upper = np.triu(np.ones_like(lift, dtype=bool), 1)
         order = np.argsort(np.where(upper & (kept >= min_activity), -lift, np.inf), axis=None, kind="stable")
         per_layer = max(1, max_listed // text.experts.shape[1])
-        k = float(uses.sum() / known.size)
+        k = float(there.sum() / known.size)
         owner = text.owner[known]
         for i, j in np.stack(np.unravel_index(order[:per_layer], lift.shape), axis=1).tolist():
             if not (upper[i, j] and kept[i, j] >= min_activity):
                 continue
+            use_i, use_j = ((ids == e).any(axis=1).astype(np.float64) for e in (i, j))
             sums = [
                 np.bincount(owner, weights=w, minlength=text.n_requests)
-                for w in (uses[:, i] * uses[:, j], uses[:, i], uses[:, j], np.ones(known.size))
+                for w in (use_i * use_j, use_i, use_j, np.ones(known.size))
             ]
             rest = [s.sum() - s for s in sums]
             with np.errstate(invalid="ignore", divide="ignore"):

@@ -43,6 +43,7 @@ struct __attribute__((visibility("default"))) fake_ggml {
     int      first_op = 1;   // operations are numbered from here
 
     void *   memory = nullptr; // of every llama context
+    bool     reads  = false;   // tensors are read where they lie; otherwise they are zeros
 
     // the graph that the graph functions tell of
     std::vector<void *> nodes;

@@ -151,7 +151,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
         const output_rows outputs = { ids.data(), (int64_t) ids.size() };
         for (size_t s = 0; s < sources.rows.size(); s++) {
             if (sources.rows[s].base) {
-                rows_copy(abi, sources.rows[s], sources.tensors[s], sources.rows[s].base, layout, outputs, block);
+                rows_copy(sources.rows[s], sources.tensors[s], sources.rows[s].base, layout, outputs, block);
             }
         }
         for (int index : sources.not_understood) {

@@ -1,0 +1,68 @@
+// Loops over picks that numpy has no word for. Each is a function of arrays, gives what the plain numpy version in the
+// tests gives, and lets go of Python's lock while it runs.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace moetrace {
+
+namespace py = pybind11;
+
+template <typename T> using array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+// An argument that is not as its function says.
+inline void need(bool condition, const char * what) {
+    if (!condition) {
+        throw py::value_error(what);
+    }
+}
+
+// Runs body(i) for i in [0, n) on several threads (0: as many as there are cores); make() gives each thread its scratch.
+template <typename Make, typename Body>
+void parallel_for(size_t n, int n_threads, Make && make, Body && body) {
+    const py::gil_scoped_release unlocked;
+    const unsigned cores = std::max(1u, std::thread::hardware_concurrency());
+    const size_t wanted  = std::min<size_t>(n, n_threads > 0 ? (size_t) n_threads : cores);
+    std::atomic<size_t> next { 0 };
+    std::exception_ptr  failed;
+    std::mutex          failing;
+    const auto work = [&] {
+        try {
+            auto scratch = make();
+            for (size_t i = next++; i < n; i = next++) {
+                body(i, scratch);
+            }
+        } catch (...) {
+            const std::lock_guard<std::mutex> lock(failing);
+            failed = std::current_exception();
+            next   = n;
+        }
+    };
+    std::vector<std::thread> threads;
+    for (size_t i = 1; i < wanted; i++) {
+        threads.emplace_back(work);
+    }
+    work();
+    for (auto & thread : threads) {
+        thread.join();
+    }
+    if (failed) {
+        std::rethrow_exception(failed);
+    }
+}
+
+void bind_kinds(py::module_ & m);
+void bind_pairs(py::module_ & m);
+
+} // namespace moetrace
