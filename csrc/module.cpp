@@ -105,7 +105,9 @@ static std::string intervention_check(const py::bytes & file, const std::vector<
 
 PYBIND11_MODULE(_native, m) {
     bind_kinds(m);
+    bind_lags(m);
     bind_pairs(m);
+    bind_splits(m);
 
     m.def("intervention_check", &intervention_check, py::arg("file"), py::arg("routers"));
     m.def("load_acquire",    &load_acquire<uint64_t>,  py::arg("buffer"), py::arg("offset"));

@@ -32,6 +32,15 @@ def kind_moments(
     expected: NDArray[np.float64],
     n_threads: int = 0,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+def lag_agreement(
+    words: NDArray[np.uint64],
+    first: NDArray[np.uint16],
+    lags: NDArray[np.int64],
+    together: NDArray[np.bool_],
+    order: NDArray[np.int32],
+    n_expert: int,
+    n_threads: int = 0,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]: ...
 def pair_draws(
     a: NDArray[np.uint16],
     b: NDArray[np.uint16],
@@ -44,6 +53,13 @@ def pair_draws(
     eligible: NDArray[np.bool_],
     n_threads: int = 0,
 ) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]: ...
+def split_divergence(
+    experts: NDArray[np.uint16],
+    order: NDArray[np.int32],
+    begin: NDArray[np.int64],
+    n_expert: int,
+    n_threads: int = 0,
+) -> NDArray[np.float64]: ...
 
 class RingWriter:
     """The producer's end of a ring, as the host uses it; for tests."""

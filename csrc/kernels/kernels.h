@@ -63,6 +63,8 @@ void parallel_for(size_t n, int n_threads, Make && make, Body && body) {
 }
 
 void bind_kinds(py::module_ & m);
+void bind_lags(py::module_ & m);
 void bind_pairs(py::module_ & m);
+void bind_splits(py::module_ & m);
 
 } // namespace moetrace

@@ -53,7 +53,7 @@ class TokenPatterns(Question):
     min_support: int = parameter(10, "patterns with fewer tokens are left out")
     alpha: float = parameter(0.05, "chance of any false specialist in a table")
     permutations: int = parameter(199, "rearrangements to draw")
-    max_tokens: int = parameter(30000, "whole prompts are drawn until they hold so many tokens")
+    max_tokens: int = parameter(12000, "whole prompts are drawn until they hold so many tokens")
 
     def answer(self, subject: Subject) -> Finding:
         """Answer it with the analyses that were asked for."""

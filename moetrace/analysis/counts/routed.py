@@ -140,11 +140,11 @@ class RoutedText:
             **self._names(chosen),
         )
 
-    def some(self, max_rows: int, seed: int | Sequence[int]) -> RoutedText:
+    def some(self, max_rows: int, seed: int | Sequence[int], *, beginnings: bool = False) -> RoutedText:
         """Requests, at least one, drawn at random until they hold ``max_rows`` rows; itself if all fit.
 
-        Of a request that is longer than an eighth of that, a stretch of so many rows: a few long ones would leave no
-        room for others.
+        Of a request that is longer than an eighth of that, a stretch of so many rows, anywhere in it or its beginning:
+        a few long ones would leave no room for others.
         """
         if len(self) <= max_rows:
             return self
@@ -152,7 +152,8 @@ class RoutedText:
         held = np.minimum(sizes, max(1, max_rows // 8))
         chosen = some_requests(np.concatenate(([0], np.cumsum(held))), max_rows, seed)
         rng = np.random.default_rng(seed)
-        begin = self.starts[:-1] + np.floor(rng.random(sizes.size) * (sizes - held + 1)).astype(np.int64)
+        skipped = np.floor(rng.random(sizes.size) * (sizes - held + 1)).astype(np.int64)
+        begin = self.starts[:-1] + (0 if beginnings else skipped)
         rows = [np.arange(begin[i], begin[i] + held[i]) for i in chosen.tolist()]
         return self._at(np.concatenate(rows), held[chosen], **self._names(chosen))
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from moetrace._native import split_divergence
 from moetrace.analysis.counts.counting import RoutingCounts
 from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.statistics import nulls
@@ -96,9 +97,9 @@ def generation_phases(
     min_steps
         Shortest phase.
     """
-    used = text.some(max_rows, seed)
+    used = text.some(max_rows, seed, beginnings=True)
     rng = np.random.default_rng(seed)
-    members = _stacked(used)
+    experts = used.experts.astype(np.uint16)
     step = np.arange(len(used)) - np.repeat(used.starts[:-1], np.diff(used.starts))
     longest = int(np.diff(used.starts).max(initial=0))
     rows: list[dict[str, object]] = []
@@ -117,11 +118,12 @@ def generation_phases(
         place = np.arange(inside.size) - first
         back = first + np.repeat(mine, mine) - 1 - place
         here = step[inside] - start
-        null = np.empty((n_permutations + 1, width - 1))
-        for draw in range(n_permutations + 1):
-            turned = np.repeat(rng.random(mine.size) < 0.5, mine) & (draw > 0)
-            order = inside[np.where(turned, back, np.arange(inside.size))]
-            null[draw] = _divergence(members[:, order], here, width)
+        by_step = np.argsort(here, kind="stable")
+        begin = np.searchsorted(here[by_step], np.arange(width + 1))
+        turned = np.repeat(rng.random((n_permutations + 1, mine.size)) < 0.5, mine, axis=1)
+        turned[0] = False
+        order = inside[np.where(turned, back, np.arange(inside.size))[:, by_step]].astype(np.int32)
+        null = split_divergence(experts, order, begin, used.n_expert)
         null = null[:, min_steps - 1 : width - min_steps]
         largest = null.max(axis=1)
         p = float(nulls.permutation_p(largest))
@@ -155,34 +157,6 @@ def _stretch(start: int, end: int, prompts: int) -> dict[str, object]:
     return {"start": start, "end": end, "prompts": prompts, **nothing}
 
 
-def _stacked(text: RoutedText) -> npt.NDArray[np.float32]:
-    """(L, M, E) memberships."""
-    return np.stack([text.member(layer) for layer in range(text.experts.shape[1])])
-
-
-def _divergence(members: npt.NDArray[np.float32], step: Ints, width: int) -> Floats:
-    """Divergence in bits between steps before and from each of 1..width − 1 on: (width − 1,), mean over layers."""
-    n_layers, _, n_expert = members.shape
-    by_step = np.zeros((n_layers, width, n_expert))
-    order = np.argsort(step, kind="stable")
-    begin = np.searchsorted(step[order], np.arange(width))
-    there = np.flatnonzero(np.diff(np.append(begin, step.size)) > 0)
-    by_step[:, there] = np.add.reduceat(members[:, order], begin[there], axis=1, dtype=np.float64)
-    before = np.cumsum(by_step, axis=1)[:, :-1]
-    after = by_step.sum(axis=1, keepdims=True) - before
-    return np.asarray(_weighted_jsd(before, after).mean(axis=0))
-
-
-def _weighted_jsd(a: Floats, b: Floats) -> Floats:
-    """Jensen-Shannon divergence of counts (..., E), each weighted by its total: the information, in bits."""
-    n_a, n_b = a.sum(axis=-1), b.sum(axis=-1)
-    n = n_a + n_b
-    with np.errstate(invalid="ignore", divide="ignore"):
-        w_a, w_b = n_a / n, n_b / n
-        inner = w_a * entropy_bits(np.nan_to_num(shares(a))) + w_b * entropy_bits(np.nan_to_num(shares(b)))
-    return np.where((n_a > 0) & (n_b > 0), entropy_bits(shares(a + b)) - inner, 0.0)
-
-
 def phase_comparison(
     prefill: RoutedText, decode: RoutedText, *, n_permutations: int = 999, seed: int = 0
 ) -> pd.DataFrame:
@@ -197,45 +171,68 @@ def phase_comparison(
     """
     where = {name: i for i, name in enumerate(decode.prompts)}
     both_have = [(i, where[name]) for i, name in enumerate(prefill.prompts) if name in where]
-    n_layers, n_expert = prefill.experts.shape[1], prefill.n_expert
-    a, b = np.zeros((2, len(both_have), n_layers, n_expert))
-    tokens = np.zeros((len(both_have), n_layers), dtype=np.int64)
-    for layer in range(n_layers):
-        known = [np.flatnonzero(text.known(layer)) for text in (prefill, decode)]
-        for p, (i, j) in enumerate(both_have):
-            mine, theirs = (
-                rows[slice(*np.searchsorted(rows, text.starts[which : which + 2]))]
-                for rows, text, which in zip(known, (prefill, decode), (i, j), strict=True)
-            )
-            n = min(mine.size, theirs.size)
-            tokens[p, layer] = n
-            if n:
-                a[p, layer] = prefill.member(layer, mine[mine.size - n :]).mean(axis=0)
-                b[p, layer] = decode.member(layer, theirs[:n]).mean(axis=0)
-    both = tokens > 0
-    a, b = (np.nan_to_num(shares(side)) for side in (a, b))
+    n_layers = prefill.experts.shape[1]
+    pairs = np.array(both_have, dtype=np.int64).reshape(-1, 2).T
+    n_pairs = pairs.shape[1]
+    tokens = np.zeros((n_pairs, n_layers), dtype=np.int64)
     rng = np.random.default_rng(seed)
-    swap = np.vstack((np.zeros((1, len(both_have))), rng.integers(0, 2, (n_permutations, len(both_have)))))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        n = both.sum(axis=0)[:, None]
-        moved = np.einsum("bp,ple->ble", swap, b - a)
-        means = np.stack((a.sum(axis=0) + moved, b.sum(axis=0) - moved), axis=2) / n[:, :, None]
-        null = np.where(n[:, 0] >= 2, jsd_bits(np.nan_to_num(means)), np.nan)
+    swap = np.vstack((np.zeros((1, n_pairs)), rng.integers(0, 2, (n_permutations, n_pairs)))).astype(np.int8)
+    null = np.full((n_permutations + 1, n_layers), np.nan)
+    hottest = np.zeros((2, n_layers), dtype=np.int64)
+    enough = True
+    for layer in range(n_layers):
+        sides = [_Side(text, layer, which) for text, which in zip((prefill, decode), pairs, strict=True)]
+        n = np.minimum(sides[0].sizes, sides[1].sizes)
+        tokens[:, layer] = n
+        a, b = (side.usage(n, last) for side, last in zip(sides, (True, False), strict=True))
+        both = int((n > 0).sum())
+        hottest[:, layer] = a.sum(axis=0).argmax(), b.sum(axis=0).argmax()
+        enough &= both >= 2
+        if both >= 2:
+            moved = swap @ (b - a)
+            means = np.stack((a.sum(axis=0) + moved, b.sum(axis=0) - moved), axis=1) / both
+            null[:, layer] = jsd_bits(np.nan_to_num(means))
     mean = null[1:].mean(axis=0)
     return pd.DataFrame(
         {
             "layer": prefill.layers,
-            "prompts": both.sum(axis=0),
+            "prompts": (tokens > 0).sum(axis=0),
             "tokens": tokens.sum(axis=0),
             "jsd_bits": null[0],
             "jsd_null_bits": mean,
             "excess_bits": null[0] - mean,
-            "hottest_prefill": a.sum(axis=0).argmax(axis=1),
-            "hottest_decode": b.sum(axis=0).argmax(axis=1),
+            "hottest_prefill": hottest[0],
+            "hottest_decode": hottest[1],
             "p_value": nulls.permutation_p(null),
-            "p_family": nulls.max_t(null) if (n >= 2).all() else np.full(null.shape[1], np.nan),
+            "p_family": nulls.max_t(null) if enough else np.full(n_layers, np.nan),
         }
     )
+
+
+class _Side:
+    """Rows of some requests of a text at which a layer is known: ``sizes`` (P,) of each request."""
+
+    def __init__(self, text: RoutedText, layer: int, requests: Ints) -> None:
+        self._text, self._layer = text, layer
+        known = np.flatnonzero(text.known(layer))
+        number = np.full(text.n_requests, -1)
+        number[requests] = np.arange(requests.size)
+        mine = known[number[text.owner[known]] >= 0]
+        self._rows, self._owner = mine, number[text.owner[mine]]
+        self.sizes = np.bincount(self._owner, minlength=requests.size)
+
+    def usage(self, n: Ints, last: bool) -> Floats:
+        """(P, E) shares of the experts in the first, or last, ``n`` (P,) rows of each request; 0 where n is."""
+        order = np.argsort(self._owner, kind="stable")
+        owner, rows = self._owner[order], self._rows[order]
+        place = np.arange(owner.size) - (np.cumsum(self.sizes) - self.sizes)[owner]
+        taken = place >= (self.sizes - n)[owner] if last else place < n[owner]
+        ids = self._text.experts[rows[taken], self._layer]
+        there = ids < self._text.n_expert
+        cells = (owner[taken][:, None] * self._text.n_expert + ids)[there]
+        shape = n.size, self._text.n_expert
+        used = np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
+        return np.nan_to_num(shares(used / np.maximum(n, 1)[:, None]))
 
 
 def answers_match(generated: str, answer: object) -> bool:

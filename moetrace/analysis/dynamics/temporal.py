@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from moetrace._native import lag_agreement
 from moetrace.analysis.counts.counting import (
     MAX_LAG,
     PRESENT,
@@ -101,27 +102,25 @@ def shuffle_test(
     if state is not None:
         missing = np.asarray(state[rows]) != PRESENT
         ids = np.where(missing[:, :, None], np.iinfo(ids.dtype).max, ids)
-    words = member_words(ids, n_expert)
-    first = np.ascontiguousarray(ids[:, :, 0].T)
-    known = first < n_expert
     k = np.maximum((ids < n_expert).sum(axis=2).max(axis=0), 1)
-    n_layers, m = first.shape
+    m, n_layers = ids.shape[:2]
     lags = [lag for lag in range(1, max_lag + 1) if lag < m and (run[lag:] == run[:-lag]).any()]
-    partner = {lag: run[lag:] == run[:-lag] for lag in lags}
+    together = np.zeros((len(lags), m), dtype=bool)
+    for i, lag in enumerate(lags):
+        together[i, lag:] = run[lag:] == run[:-lag]
+    mixed = np.empty((n_permutations + 1, m), dtype=np.int32)
+    mixed[0] = np.arange(m)
+    for b in range(n_permutations):
+        mixed[b + 1] = np.lexsort(np.stack((rng.random(m), owner)))
+    words = np.stack(member_words(ids, n_expert)).astype(np.uint64)
+    first = np.ascontiguousarray(ids[:, :, 0].T.astype(np.uint16))
     top1, overlap = np.full((2, n_permutations + 1, n_layers, max_lag), np.nan)
-    for b in range(n_permutations + 1):
-        if b:
-            mix = np.lexsort(np.stack((rng.random(m), owner)))
-            now, top, there = [w[:, mix] for w in words], first[:, mix], known[:, mix]
-        else:
-            now, top, there = words, first, known
-        for lag in lags:
-            both = partner[lag] & there[:, :-lag] & there[:, lag:]
-            pairs = both.sum(axis=1)
-            shared = sum(np.bitwise_count(w[:, :-lag] & w[:, lag:]).astype(np.int64) for w in now)
-            with np.errstate(invalid="ignore", divide="ignore"):
-                overlap[b, :, lag - 1] = (shared * both).sum(axis=1) / pairs / k
-                top1[b, :, lag - 1] = ((top[:, :-lag] == top[:, lag:]) & both).sum(axis=1) / pairs
+    if lags:
+        where = np.array(lags) - 1
+        pairs, same, shared = lag_agreement(words, first, np.array(lags), together, mixed, n_expert)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            overlap[:, :, where] = shared / pairs / k[:, None]
+            top1[:, :, where] = same / pairs
     numbers = layer_numbers(layers, n_layers)
     out: dict[str, npt.NDArray[np.generic]] = {
         "layer": np.repeat(numbers, max_lag),

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from moetrace.analysis.counts.counting import member_words
 from moetrace.analysis.counts.routed import RoutedText
-from moetrace.analysis.statistics.shapes import layer_numbers
+from moetrace.analysis.statistics.shapes import Ints, layer_numbers
 
 
 @dataclass(frozen=True)
@@ -48,33 +49,35 @@ def as_published_dynamics(
         first = np.take_along_axis(ids, pick, axis=2)[:, :, 0]
     else:
         first = ids[:, :, 0]
-    members = np.stack([text.member(layer).astype(bool) for layer in range(ids.shape[1])], axis=1)
-    consistencies, changes, tokens = [], 0, 0
-    same, pairs = np.zeros(ids.shape[1]), np.zeros(ids.shape[1])
-    boundaries, possible = [], 0
-    for request in range(text.n_requests):
-        a, b = int(text.starts[request]), int(text.starts[request + 1])
-        m, primary_ = members[a:b], first[a:b]
-        size = m.sum(axis=2)
-        both = (size[1:] > 0) & (size[:-1] > 0)
-        shared = (m[1:] & m[:-1]).sum(axis=2)
-        largest = np.maximum(size[1:], size[:-1])[both].sum()
-        consistencies.append(float(shared[both].sum() / largest) if largest else 1.0)
-        stays = (primary_[1:] == primary_[:-1]) & both
-        changes += int((both & ~stays).sum())
-        tokens += b - a
-        same += stays.sum(axis=0)
-        pairs += both.sum(axis=0)
-        for step in range(2, b - a):
-            window = np.logical_or.reduce(m[max(0, step - 3) : step], axis=0)
-            there = window.any(axis=1) & (size[step] > 0)
-            union = (m[step] | window).sum(axis=1)
-            apart = 1 - (m[step] & window).sum(axis=1)[there] / union[there]
-            possible += 1
-            if there.any() and apart.mean() > threshold:
-                boundaries.append((text.prompts[request], step, float(apart.mean())))
+    words = member_words(text.experts, text.n_expert)  # of (L, M)
+    size = _count(words)
+    place = np.arange(len(text)) - text.starts[:-1][text.owner]
+    both = (size[:, 1:] > 0) & (size[:, :-1] > 0) & (place[1:] > 0)
+    shared = np.where(both, _count([w[:, 1:] & w[:, :-1] for w in words]), 0).sum(axis=0)
+    largest = np.where(both, np.maximum(size[:, 1:], size[:, :-1]), 0).sum(axis=0)
+    sums = [
+        np.bincount(text.owner[1:], weights=x, minlength=text.n_requests)
+        if len(text)
+        else np.zeros(text.n_requests)
+        for x in (shared, largest)
+    ]
+    consistencies = np.divide(sums[0], sums[1], out=np.ones(text.n_requests), where=sums[1] > 0)
+    stays = (first.T[:, 1:] == first.T[:, :-1]) & both
+    changes, tokens = int((both & ~stays).sum()), len(text)
+    same, pairs = stays.sum(axis=1).astype(np.float64), both.sum(axis=1).astype(np.float64)
+
+    window = [_before(w, place) for w in words]
+    there = (_count(window) > 0) & (size > 0)
+    union = _count([w | before for w, before in zip(words, window, strict=True)])
+    kept = _count([w & before for w, before in zip(words, window, strict=True)])
+    n = there.sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        apart = np.where(there, 1 - kept / union, 0.0).sum(axis=0) / n
+    possible = int((place >= 2).sum())
+    steps = np.flatnonzero((place >= 2) & (n > 0) & (np.nan_to_num(apart) > threshold))
+    boundaries = [(text.prompts[text.owner[m]], int(place[m]), float(apart[m])) for m in steps.tolist()]
     return PublishedDynamics(
-        float(np.mean(consistencies)) if consistencies else 1.0,
+        float(np.mean(consistencies)) if consistencies.size else 1.0,
         changes / tokens if tokens else 0.0,
         pd.DataFrame(
             {
@@ -85,6 +88,19 @@ def as_published_dynamics(
         pd.DataFrame(boundaries, columns=["prompt", "step", "divergence"]),
         len(boundaries) / possible if possible else 0.0,
     )
+
+
+def _count(words: list[npt.NDArray[np.unsignedinteger]]) -> Ints:
+    """How many bits are set, over all words."""
+    return np.asarray(sum(np.bitwise_count(w).astype(np.int64) for w in words))
+
+
+def _before(word: npt.NDArray[np.unsignedinteger], place: Ints) -> npt.NDArray[np.unsignedinteger]:
+    """(L, M) the bits of the three rows before each row, within its request."""
+    out = np.zeros_like(word)
+    for lag in (1, 2, 3):
+        out[:, lag:] |= np.where(place[lag:] >= lag, word[:, :-lag], word.dtype.type(0))
+    return out
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -206,8 +207,13 @@ def jackknife(
         variance += (n - 1) / n * ((mine - mean) ** 2).sum(axis=0)
     dof = int(rest.shape[0] - (sizes > 0).sum())
     error = np.sqrt(variance)
-    reach = float(stats.t.ppf(0.5 + level / 2, dof)) * error
+    reach = _t_quantile(0.5 + level / 2, dof) * error
     return Interval(theta - bias, error, theta - bias - reach, theta - bias + reach)
+
+
+@cache
+def _t_quantile(q: float, dof: int) -> float:
+    return float(stats.t.ppf(q, dof))
 
 
 def ratio_interval(numerator: npt.ArrayLike, denominator: npt.ArrayLike, level: float = 0.95) -> Interval:

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from moetrace._native import kind_counts, kind_moments
-from moetrace.analysis.counts.routed import RoutedText, standardised
+from moetrace.analysis.counts.routed import RoutedText, membership, standardised
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.shapes import Floats, Ints
 
@@ -147,7 +147,7 @@ def associate(
     z, p_value = (np.full(shape, np.nan) for _ in range(2))
     largest = np.full(n_permutations, -np.inf)
     # With a single prompt, or prompts of one token each, there may be nothing to rearrange.
-    same: tuple[Ints, sparse.csr_array, Ints, npt.NDArray[np.int32]] | None = None
+    same: tuple[Ints, sparse.csr_array, Ints, npt.NDArray[np.int32], npt.NDArray[np.float32]] | None = None
     for layer in range(n_layers):
         rows = np.flatnonzero(text.known(layer))
         if not rows.size:
@@ -156,13 +156,10 @@ def associate(
             # The same numbers in every layer: what layers share, the largest statistic must share too.
             sizes = np.bincount(text.owner[rows], minlength=text.n_requests)
             starts = np.concatenate(([0], np.cumsum(sizes[sizes > 0]))).astype(np.int64)
-            same = (
-                rows,
-                sparse.csr_array(member[:, rows]),
-                starts,
-                orders(rearrange, starts, n_permutations, seed),
-            )
-        _, kinds, starts, order = same
+            order = orders(rearrange, starts, n_permutations, seed)
+            times = np.stack([np.bincount(one, minlength=rows.size) for one in order]).astype(np.float32)
+            same = rows, sparse.csr_array(member[:, rows]), starts, order, times
+        _, kinds, starts, order, times = same
         ids = text.experts[rows, layer].astype(np.uint16)
         activity = np.bincount(ids[ids < n_expert], minlength=n_expert)
         n_kind = np.asarray(kinds.sum(axis=1)).ravel()
@@ -172,7 +169,10 @@ def associate(
         eligible = ((n_kind >= min_support) & (in_prompts >= min_prompts))[:, None] & (
             activity >= min_activity
         )
-        score = (_WithinPrompts if within else _Overall)(kind, row, prompt, ids, starts, n_expert)
+        score: _Score = _WithinPrompts(kind, row, prompt, ids, starts, n_expert)
+        if not within:
+            # an exchange of prompts of unequal length takes some rows twice
+            score = _Overall(kind, row, prompt, ids, starts, n_expert, times @ membership(ids, n_expert))
         for some in parts(np.flatnonzero(eligible.any(axis=1)), n_expert * (n_permutations + 1)):
             tested = eligible[some]
             null = score(some, order)[:, tested]
@@ -214,6 +214,9 @@ class _Score:
         self._kind, self._row, self._prompt = kind, row, prompt
         self._ids, self._starts, self._n_expert = ids, starts, n_expert
 
+    def __call__(self, some: Ints, order: npt.NDArray[np.int32]) -> Floats:
+        raise NotImplementedError
+
     def _cells(self, some: Ints) -> tuple[npt.NDArray[np.int32], ...]:
         """Kind (numbered among ``some``), row and prompt of each membership, sorted by kind and row."""
         number = np.full(int(self._kind.max(initial=-1)) + 1, -1)
@@ -226,16 +229,26 @@ class _Score:
 
 
 class _Overall(_Score):
-    """How much more often than by their totals experts meet kinds."""
+    """How much more often than by their totals experts meet kinds; ``totals`` (1 + B, E) of the rearranged experts."""
 
-    def __call__(self, some: Ints, orders: npt.NDArray[np.int32]) -> Floats:
+    def __init__(
+        self,
+        kind: Ints,
+        row: Ints,
+        prompt: Ints,
+        ids: npt.NDArray[np.uint16],
+        starts: Ints,
+        n_expert: int,
+        totals: npt.NDArray[np.float32],
+    ) -> None:
+        super().__init__(kind, row, prompt, ids, starts, n_expert)
+        self._totals = totals.astype(np.float64)[:, None, :]
+
+    def __call__(self, some: Ints, order: npt.NDArray[np.int32]) -> Floats:
         kind, row, _ = self._cells(some)
-        counts = kind_counts(kind, row, self._ids, orders, some.size, self._n_expert)
-        m = len(self._ids)
+        counts = kind_counts(kind, row, self._ids, order, some.size, self._n_expert)
+        m, b = len(self._ids), self._totals
         a = np.bincount(kind, minlength=some.size).astype(np.float64)[:, None]
-        # an exchange of prompts of unequal length takes some rows twice
-        every = np.zeros(m, np.int32), np.arange(m, dtype=np.int32)
-        b = kind_counts(*every, self._ids, orders, 1, self._n_expert).astype(np.float64)
         variance = a * b * (m - a) * (m - b) / (m * m * max(m - 1, 1))
         return standardised(counts.astype(np.float64), a * b / m, variance)
 
@@ -247,7 +260,7 @@ class _WithinPrompts(_Score):
     turned round varies too little; how prompts differ from each other shows how much it should.
     """
 
-    def __call__(self, some: Ints, orders: npt.NDArray[np.int32]) -> Floats:
+    def __call__(self, some: Ints, order: npt.NDArray[np.int32]) -> Floats:
         kind, row, prompt = self._cells(some)
         sizes = np.diff(self._starts)
         there = self._ids < self._n_expert
@@ -258,6 +271,6 @@ class _WithinPrompts(_Score):
         )
         n = np.bincount(kind * sizes.size + prompt, minlength=some.size * sizes.size).reshape(some.size, -1)
         expected = n[:, :, None] * share
-        total, squares = kind_moments(kind, row, prompt, self._ids, orders, expected)
+        total, squares = kind_moments(kind, row, prompt, self._ids, order, expected)
         excess = total - expected.sum(axis=1)
         return standardised(excess, np.zeros(()), squares + (expected**2).sum(axis=1))
