@@ -104,6 +104,7 @@ static std::string intervention_check(const py::bytes & file, const std::vector<
 }
 
 PYBIND11_MODULE(_native, m) {
+    bind_caches(m);
     bind_kinds(m);
     bind_lags(m);
     bind_pairs(m);

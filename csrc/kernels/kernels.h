@@ -62,6 +62,7 @@ void parallel_for(size_t n, int n_threads, Make && make, Body && body) {
     }
 }
 
+void bind_caches(py::module_ & m);
 void bind_kinds(py::module_ & m);
 void bind_lags(py::module_ & m);
 void bind_pairs(py::module_ & m);

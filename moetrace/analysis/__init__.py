@@ -77,7 +77,7 @@ from moetrace.analysis.experts.merging import (
     weight_similarity,
 )
 from moetrace.analysis.experts.outputs import chosen_outputs, expert_outputs
-from moetrace.analysis.placement.cache import CacheSimulation, expert_cache, lru_distances, stack_distances
+from moetrace.analysis.placement.cache import CacheSimulation, cache_hits, expert_cache
 from moetrace.analysis.placement.cold_experts import clopper_pearson, cold_experts, trigger_tokens, wake_rates
 from moetrace.analysis.prediction.attention_prediction import attention_prediction
 from moetrace.analysis.prediction.context_attention_routing import ContextTest, context_attention_routing

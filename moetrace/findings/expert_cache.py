@@ -34,7 +34,9 @@ class ExpertCache(Question):
 
     slots: str = parameter("", "slots per layer to try, as 4,8,16; default: from k to all experts")
     policies: str = parameter(",".join(POLICIES), "policies to simulate")
-    max_tokens: int = parameter(5_000, "tokens to simulate: whole prompts drawn at random; 0: all")
+    max_tokens: int = parameter(
+        5_000, "tokens to simulate: prompts, or stretches of long ones, drawn at random; 0: all"
+    )
 
     def answer(self, subject: Subject) -> Finding:
         """Simulate."""

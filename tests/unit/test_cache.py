@@ -41,32 +41,31 @@ streams = st.lists(st.integers(0, 7), min_size=1, max_size=60)
 @pytest.mark.parametrize("policy", ["lru", "lfu", "oracle"])
 @given(first=streams, second=streams)
 @settings(deadline=None, max_examples=60)
-def test_stack_distances_are_those_of_a_plain_simulation(
-    policy: Any, first: list[int], second: list[int]
-) -> None:
+def test_hits_are_those_of_a_plain_simulation(policy: Any, first: list[int], second: list[int]) -> None:
     """Two streams side by side, of different lengths and with gaps, and every number of slots."""
     side = np.full((2, len(first) + len(second)), -1)
     side[0, : len(first)] = first
     side[1, len(first) :] = second
-    distance = cache.stack_distances(side, 8, policy)
-    assert (distance[side < 0] == cache.COLD).all()
-    for mine, row, stream in zip(distance, side, (first, second), strict=True):
-        for slots in range(1, 9):
-            assert (mine[row >= 0] <= slots).tolist() == simulate(stream, slots, policy)
+    hits = cache.cache_hits(side, 8, policy, range(1, 9))
+    assert not hits[:, side < 0].any()
+    for slots, of_size in enumerate(hits, start=1):
+        for mine, row, stream in zip(of_size, side, (first, second), strict=True):
+            assert mine[row >= 0].tolist() == simulate(stream, slots, policy)
 
 
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
 @pytest.mark.parametrize(("n", "n_items"), [(3000, 3), (3000, 40), (4000, 700)])
-def test_long_streams_across_blocks(n: int, n_items: int) -> None:
+def test_long_streams(n: int, n_items: int, policy: Any) -> None:
     stream = (np.random.default_rng(1).zipf(1.3, n) % n_items).tolist()
-    lru = cache.lru_distances(stream, n_items)
-    for slots in (1, n_items // 2, n_items - 1):
-        assert (lru <= slots).tolist() == simulate(stream, slots, "lru")
+    sizes = (1, n_items // 2, n_items - 1)
+    for slots, mine in zip(sizes, cache.cache_hits([stream], n_items, policy, sizes), strict=True):
+        assert mine[0].tolist() == simulate(stream, slots, policy)
 
 
 def test_no_policy_beats_the_oracle_and_more_slots_never_hurt() -> None:
     side = np.random.default_rng(2).integers(0, 20, (3, 2000)) ** 2 // 20
     hits = {
-        policy: np.array([(cache.stack_distances(side, 20, policy) <= s).sum() for s in range(1, 21)])
+        policy: cache.cache_hits(side, 20, policy, range(1, 21)).sum(axis=(1, 2))
         for policy in ("lru", "lfu", "oracle")
     }
     for policy in ("lru", "lfu"):
@@ -78,7 +77,7 @@ def test_no_policy_beats_the_oracle_and_more_slots_never_hurt() -> None:
 
 def test_a_stream_of_unknown_items_is_refused() -> None:
     with pytest.raises(UsageError, match="0 to 3"):
-        cache.lru_distances([0, 4], 4)
+        cache.cache_hits([[0, 4]], 4, "lru", [1])
 
 
 def skewed(seed: int, n_prompts: int = 12, length: int = 30, n_expert: int = 16, k: int = 2) -> RoutedText:

@@ -8,15 +8,12 @@ policies differ in which one goes:
 - ``oracle``: the one needed again last, which nobody can know (Belady 1966); no policy misses less.
 - ``pinned``: nothing ever goes: the most used experts of *other* prompts stay in their slots.
 
-The first three are stack algorithms (Mattson et al. 1970): what a cache of S slots holds, one of S + 1 holds too,
-so that one pass gives the hit rates for all numbers of slots: an access hits if its stack distance is at most S.
-
 Shapes: T accesses of a stream, M items (experts of a layer, or of all layers).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,139 +21,47 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from moetrace import _native
 from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.shapes import Ints
 from moetrace.errors import UsageError
 
-Progress = Callable[[int, int], None]
 Policy = Literal["lru", "lfu", "oracle"]
 
-#: stack distance of an item's first use: it hits in no cache
-COLD = np.iinfo(np.int64).max
 
+def cache_hits(
+    streams: npt.ArrayLike, n_items: int, policy: Policy, slots: Sequence[int]
+) -> npt.NDArray[np.bool_]:
+    """Which accesses hit in caches of several sizes: streams (S, T) of items → (sizes, S, T), a new array.
 
-def lru_distances(items: npt.ArrayLike, n_items: int) -> Ints:
-    """LRU stack distances of a stream (T,): how many different items since the same one, itself counted.
-
-    :data:`COLD` at first uses; 1 right after itself. (T,) int64. An access hits in a cache of S slots if its
-    distance is at most S.
-
-    The distance is #{j < t: previous(j) ≤ previous(t)} − previous(t), where previous(j) is the time of the use
-    before of the item used at j (-1: none). It is counted in blocks: within a block by comparing all pairs, before it
-    by looking the time up among the times of all items' last uses. T·(B + M/B·log M) operations in numpy.
+    Entries below 0 are no access, and hit nothing. Raises UsageError for items beyond ``n_items``.
     """
-    x = np.asarray(items).astype(np.int64)
-    if x.ndim != 1 or (x.size and (x.min() < 0 or x.max() >= n_items)):
-        raise UsageError(f"a stream is one row of items from 0 to {n_items - 1}")
-    order = np.argsort(x, kind="stable")
-    previous = np.full(x.size, -1, dtype=np.int64)
-    same = np.flatnonzero(x[order[1:]] == x[order[:-1]])
-    previous[order[same + 1]] = order[same]
-    out = np.full(x.size, COLD, dtype=np.int64)
-    block = int(np.clip(4 * np.sqrt(n_items), 64, 512))
-    earlier = np.tri(block, k=-1, dtype=bool)
-    last = np.full(n_items, -1, dtype=np.int64)
-    for start in range(0, x.size, block):
-        stop = min(start + block, x.size)
-        p = previous[start:stop]
-        known = np.sort(last)
-        before = n_items - np.searchsorted(known, p, side="right")
-        near = p.astype(np.int64)
-        within = np.count_nonzero((near[None, :] <= near[:, None]) & earlier[: p.size, : p.size], axis=1)
-        distance = before + within - np.maximum(p - start + 1, 0) + 1
-        out[start:stop] = np.where(p >= 0, distance, COLD)
-        last[x[start:stop]] = np.arange(start, stop)
-    return out
+    x = np.asarray(streams).astype(np.int32)
+    if x.ndim != 2 or (x.size and x.max() >= n_items):
+        raise UsageError(f"streams are rows of items from 0 to {n_items - 1}")
+    worth = np.zeros(x.shape, dtype=np.int64)
+    for mine, row in zip(worth, x, strict=True):
+        there = row >= 0
+        mine[there] = _worth(row[there].astype(np.int64), policy, n_items)
+    return _native.cache_hits(x, worth, np.asarray(slots, dtype=np.int64), n_items)
 
 
-def stack_distances(
-    streams: npt.ArrayLike, n_items: int, policy: Policy, progress: Progress | None = None
-) -> Ints:
-    """Stack distances of several streams (S, T) of the same length, side by side: (S, T) int64.
-
-    Entries below 0 are no access; their distance is :data:`COLD`. ``oracle`` and ``lfu`` keep each stream's
-    items in the order in which they would be kept, and update it access by access (Mattson et al. 1970): the item
-    used goes to the top, and from there down each place keeps the better of its item and the one pushed out above,
-    until the item's old place. One numpy step per access for all streams.
-    """
-    x = np.asarray(streams).astype(np.int64)
-    if policy == "lru":
-        out = np.full(x.shape, COLD, dtype=np.int64)
-        for mine, stream in zip(out, x, strict=True):
-            mine[stream >= 0] = lru_distances(stream[stream >= 0], n_items)
-        return out
-    # Streams without their gaps, longest first: those that still run are always the first ones.
-    there = x >= 0
-    lengths = np.count_nonzero(there, axis=1)
-    order = np.argsort(-lengths, kind="stable")
-    running = [int(np.count_nonzero(lengths > t)) for t in range(int(lengths.max(initial=0)))]
-    items = np.full((x.shape[0], len(running)), -1, dtype=np.int64)
-    for mine, i in zip(items, order, strict=True):
-        mine[: lengths[i]] = x[i, there[i]]
-    bits = max(1, int(n_items - 1).bit_length())
-    worth = np.stack([_worth(row[row >= 0], policy, items.shape[1]) for row in items]) << bits | items
-    distances = _update_stacks(items, worth, n_items, (1 << bits) - 1, running, progress)
-    out = np.full(x.shape, COLD, dtype=np.int64)
-    for mine, i in zip(distances, order, strict=True):
-        out[i, there[i]] = mine[: lengths[i]]
-    return out
-
-
-def _update_stacks(
-    items: Ints, worth: Ints, n_items: int, mask: int, running: Sequence[int], progress: Progress | None
-) -> Ints:
-    """Stack distances of streams (S, T) whose first ``running[t]`` have an access at t.
-
-    A place holds worth and item in one integer, best first; one without an item is worth less than any.
-    """
-    nothing = -1
-    out = np.full(items.shape, COLD, dtype=np.int64)
-    stacks = np.full((items.shape[0], n_items + 1), nothing, dtype=np.int64)
-    place = np.arange(n_items + 1)
-    every = np.arange(items.shape[0])
-    used = 0  # places taken in some stream
-    for t, n in enumerate(running):
-        s, mine = stacks[:n, : used + 1], every[:n]
-        match = (s & mask) == items[:n, t, None]
-        match &= s >= 0
-        depth = match.argmax(axis=1)
-        found = match[mine, depth]
-        new = not found.all()
-        if new:
-            depth[~found] = used
-        out[mine[found], t] = depth[found] + 1
-        s = s[:, : int(depth.max()) + 1]  # below, nothing moves
-        pushed = np.empty_like(s)
-        pushed[:, 0] = worth[:n, t]
-        np.minimum.accumulate(s[:, :-1], axis=1, out=pushed[:, 1:])
-        s[mine, depth] = nothing
-        kept = np.maximum(pushed, s)
-        kept[:, 0] = pushed[:, 0]
-        np.copyto(s, kept, where=place[: s.shape[1]] <= depth[:, None])
-        if new:
-            used = min(used + 1, n_items)
-        if progress is not None and t % 8192 == 0:
-            progress(t, len(running))
-    return out
-
-
-def _worth(stream: Ints, policy: Policy, length: int) -> Ints:
-    """How much it is worth to keep an item after each use, not negative; padded to ``length``."""
+def _worth(stream: Ints, policy: Policy, n_items: int) -> Ints:
+    """(T,) how much it is worth to keep an item after each use; different for different items, and not negative."""
     n = stream.size
+    if policy == "lru":
+        return np.arange(n)
     order = np.argsort(stream, kind="stable")
     first = np.append(True, stream[order[1:]] != stream[order[:-1]])[:n]
-    out = np.zeros(length, dtype=np.int64)
     if policy == "oracle":
         following = np.full(n, n, dtype=np.int64)
         following[order[:-1][~first[1:]]] = order[1:][~first[1:]]
-        out[:n] = n - following
-    else:
-        rank = np.arange(n) - np.maximum.accumulate(np.where(first, np.arange(n), 0))
-        uses = np.empty(n, dtype=np.int64)
-        uses[order] = rank + 1
-        out[:n] = uses * (n + 1) + np.arange(n)
-    return out
+        return (n - following) * n_items + stream
+    rank = np.arange(n) - np.maximum.accumulate(np.where(first, np.arange(n), 0))
+    uses = np.empty(n, dtype=np.int64)
+    uses[order] = rank + 1
+    return uses * (n + 1) + np.arange(n)
 
 
 @dataclass(frozen=True)
@@ -201,7 +106,6 @@ def expert_cache(
     shared: bool = True,
     expert_bytes: npt.ArrayLike | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
 ) -> CacheSimulation:
     """Simulate caches of experts on tokens computed one at a time, prompt after prompt.
 
@@ -263,15 +167,13 @@ def expert_cache(
             raise UsageError("there is no routing to simulate", fix="choose a phase that has rows")
         for policy in policies:
             if policy.startswith("pinned"):
-                distance = _pinned(
-                    streams, measured if "same" in policy else (turns < 0) & (streams >= 0), n_items
-                )
+                chosen_on = measured if "same" in policy else (turns < 0) & (streams >= 0)
+                place = _pinned(streams, chosen_on, n_items)[measured]
+                hits = [place <= s for s in wanted]
             else:
-                distance = stack_distances(streams, n_items, policy, progress)  # type: ignore[arg-type]
-            distance = distance[measured]
-            hit = np.stack(
-                [_count(who, where, n_layers, need.shape[0], distance <= s) for s in wanted], axis=2
-            )
+                of_size = cache_hits(streams, n_items, policy, wanted)  # type: ignore[arg-type]
+                hits = [mine[measured] for mine in of_size]
+            hit = np.stack([_count(who, where, n_layers, need.shape[0], mine) for mine in hits], axis=2)
             curves.append(
                 _curve(cache, policy, wanted, scale, hit, need, text, weights, int((turn >= 0).sum()))
             )
@@ -299,7 +201,7 @@ def _count(
 
 
 def _pinned(streams: Ints, chosen_on: npt.NDArray[np.bool_], n_items: int) -> Ints:
-    """Place of each access's item among the most used ones of some accesses, from 1: a distance like the others."""
+    """Place of each access's item among the most used ones of some accesses, from 1."""
     out = np.empty(streams.shape, dtype=np.int64)
     for mine, stream, known in zip(out, streams, chosen_on, strict=True):
         uses = np.bincount(stream[known], minlength=n_items)
