@@ -109,6 +109,7 @@ PYBIND11_MODULE(_native, m) {
     bind_lags(m);
     bind_pairs(m);
     bind_splits(m);
+    bind_tops(m);
 
     m.def("intervention_check", &intervention_check, py::arg("file"), py::arg("routers"));
     m.def("load_acquire",    &load_acquire<uint64_t>,  py::arg("buffer"), py::arg("offset"));

@@ -67,6 +67,12 @@ def split_divergence(
     n_expert: int,
     n_threads: int = 0,
 ) -> NDArray[np.float64]: ...
+def top_sums(
+    scores: NDArray[np.float32] | NDArray[np.float64],
+    used: NDArray[np.float32],
+    sizes: NDArray[np.int64],
+    n_threads: int = 0,
+) -> NDArray[np.float64]: ...
 
 class RingWriter:
     """The producer's end of a ring, as the host uses it; for tests."""

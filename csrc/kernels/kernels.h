@@ -67,5 +67,6 @@ void bind_kinds(py::module_ & m);
 void bind_lags(py::module_ & m);
 void bind_pairs(py::module_ & m);
 void bind_splits(py::module_ & m);
+void bind_tops(py::module_ & m);
 
 } // namespace moetrace

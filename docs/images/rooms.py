@@ -27,7 +27,7 @@ ROOMS = {
     "synthetic": "small models for tests",
 }
 #: not drawn: single files that any room may use, and the package's own names
-EVERYWHERE = ("errors", "numbers", "printable", "__version__")
+EVERYWHERE = ("_native", "errors", "numbers", "printable", "__version__")
 #: where a record goes; csrc runs in the server's process
 WALK = (
     ("csrc", "host", "ring"),

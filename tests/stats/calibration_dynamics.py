@@ -126,7 +126,9 @@ def null_patterns(world: World, seed: int, n_permutations: int) -> PValues:
         families[name] = associate(text, indicator(code, names.size), exchange, **limits, **options)
     vocabulary = m.vocabulary_specialisation(text, **options)
     trigrams = families["trigrams"]
-    expected = np.nan_to_num(trigrams.of_kind * trigrams.of_expert)
+    of_kind = np.asarray(trigrams.member.sum(axis=1)).ravel()
+    of_expert = np.stack([text.member(layer).sum(axis=0) for layer in range(text.experts.shape[1])])
+    expected = of_kind[None, :, None] * of_expert[:, None, :]
     frequent = np.unravel_index(expected.argmax(), expected.shape)
     return {
         "patterns: trigram": [float(trigrams.p_value[frequent])],

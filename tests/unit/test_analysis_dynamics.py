@@ -64,12 +64,26 @@ def test_rows_that_are_taken_keep_their_request_run_and_place() -> None:
 
 
 def test_requests_are_drawn_whole() -> None:
+    text = m.RoutedText(np.zeros((200, 1, 1), np.uint8), np.arange(0, 201, 10), 4)
+    assert text.some(200, 0) is text
+    some = text.some(85, 0)
+    assert np.diff(some.starts).tolist() == [10] * 8
+    assert len(set(some.prompts)) == 8
+    assert (some.positions == np.tile(np.arange(10), 8)).all()
+
+
+def test_of_long_requests_stretches_are_drawn() -> None:
+    """GIVEN few requests, each longer than there is room for THEN each has its share, and none is left out."""
     text = m.RoutedText(np.zeros((50, 1, 1), np.uint8), np.arange(0, 51, 10), 4)
-    assert text.some(50, 0) is text
-    assert np.diff(text.some(25, 0).starts).tolist() == [10, 10]
-    assert len(text.some(5, 0)) == 10  # at least one
+    some = text.some(25, 0)
+    assert np.diff(some.starts).tolist() == [5] * 5
+    assert some.prompts == text.prompts
+    assert (np.diff(some.rows.reshape(5, 5), axis=1) == 1).all()
+    assert len({tuple(p) for p in some.positions.reshape(5, 5).tolist()}) > 1, "not all from the beginning"
+    assert (text.some(25, 0, beginnings=True).positions.reshape(5, 5) == np.arange(5)).all()
     alone = text.take(text.owner == 3).some(5, 0)
     assert alone.prompts == ("3",)  # a request without rows is not drawn
+    assert len(alone) == 5
 
 
 def test_a_run_ends_where_positions_do_not_rise_by_one() -> None:

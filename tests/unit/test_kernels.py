@@ -128,6 +128,20 @@ def test_lags(seed: int, n: int, n_expert: int) -> None:
                 assert shared[draw, layer, g] == ((uses[lag:] * uses[:-lag]).sum(axis=1) * both).sum()
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), n=st.integers(0, 300), n_expert=st.integers(1, 40), single=st.booleans())
+def test_tops(seed: int, n: int, n_expert: int, single: bool) -> None:
+    """Many scores are equal: then the lower id is better."""
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 5, (n, n_expert)).astype(np.float32 if single else np.float64)
+    used = (rng.random((n, n_expert)) < 0.3).astype(np.float32)
+    sizes = np.unique(rng.integers(1, n_expert + 1, 3))
+    order = np.argsort(-scores, axis=1, kind="stable")
+    want = np.cumsum(np.take_along_axis(used, order, axis=1), axis=1)[:, sizes - 1]
+    np.testing.assert_array_equal(_native.top_sums(scores, used, sizes), want)
+    np.testing.assert_array_equal(_native.top_sums(scores, used, sizes[:1])[:, 0], want[:, 0])
+
+
 i32 = np.int32
 
 

@@ -143,13 +143,14 @@ class RoutedText:
     def some(self, max_rows: int, seed: int | Sequence[int], *, beginnings: bool = False) -> RoutedText:
         """Requests, at least one, drawn at random until they hold ``max_rows`` rows; itself if all fit.
 
-        Of a request that is longer than an eighth of that, a stretch of so many rows, anywhere in it or its beginning:
-        a few long ones would leave no room for others.
+        A request holds an eighth of them at most, or its even share if there are fewer requests: of a longer one it
+        is a stretch, anywhere in it or its beginning.
         """
         if len(self) <= max_rows:
             return self
         sizes = np.diff(self.starts)
-        held = np.minimum(sizes, max(1, max_rows // 8))
+        among = min(8, max(1, int(np.count_nonzero(sizes))))
+        held = np.minimum(sizes, max(1, max_rows // among))
         chosen = some_requests(np.concatenate(([0], np.cumsum(held))), max_rows, seed)
         rng = np.random.default_rng(seed)
         skipped = np.floor(rng.random(sizes.size) * (sizes - held + 1)).astype(np.int64)

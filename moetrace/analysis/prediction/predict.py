@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import linalg, sparse
 
+from moetrace._native import top_sums
 from moetrace.analysis.counts.routed import membership
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.shapes import Floats, Ints
@@ -228,10 +230,7 @@ def hits(p: Problem, scores: Scores, sizes: Sequence[int]) -> Ints:
 
     Equal scores: the lower expert id first.
     """
-    most = max(sizes)
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :most]
-    found = np.cumsum(np.take_along_axis(p.used, order, axis=1), axis=1)
-    return found[:, np.asarray(sizes) - 1].astype(np.int64)
+    return top_sums(np.asarray(scores), p.used, np.asarray(sizes, dtype=np.int64)).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -259,12 +258,19 @@ def bootstrap_share(
     estimate = float(a.sum() / b.sum()) if b.sum() else float("nan")
     if a.size < 3 or not b.sum():
         return Interval(estimate, float("nan"), float("nan"))
-    draws = np.random.default_rng((seed, 2)).multinomial(a.size, np.full(a.size, 1 / a.size), size=n_boot)
+    draws = _draws(a.size, n_boot, seed)
     bottom = draws @ b
     tail = nulls.expanded_tail(a.size, level)
     with np.errstate(invalid="ignore", divide="ignore"):
         low, high = np.nanquantile((draws @ a) / bottom, [tail, 1 - tail])
     return Interval(estimate, float(low), float(high))
+
+
+@lru_cache(maxsize=2)
+def _draws(n: int, n_boot: int, seed: int) -> Floats:
+    """(B, n) how often each of n prompts is redrawn."""
+    drawn = np.random.default_rng((seed, 2)).multinomial(n, np.full(n, 1 / n), size=n_boot)
+    return drawn.astype(np.float64)
 
 
 def by_prompt(p: Problem, values: npt.ArrayLike) -> Floats:
@@ -419,6 +425,8 @@ class _Exchange:
         self._member = (fold == np.unique(fold)[:, None]).astype(np.float64)  # folds × P
         self._fold = np.argmax(self._member, axis=0)
         self._k = k
+        self._seen = self._used[self._valid].astype(np.float32)
+        self._n_used = float(self._seen.sum())
         self._fixed = np.concatenate((self._z, self._used), axis=2).transpose(0, 2, 1)
         self._zz = self._fixed[:, : z.shape[1]] @ self._z
         self._zy = self._fixed[:, : z.shape[1]] @ self._used
@@ -447,9 +455,7 @@ class _Exchange:
         grams, targets = (v.sum(axis=0) - np.tensordot(self._member, v, axes=1) for v in (gram, target))
         weights = np.linalg.solve(grams + np.diag(self._penalty[:width]), targets)
         scores = (a @ weights[self._fold])[self._valid]
-        used = self._used[self._valid]
-        top = np.argpartition(-scores, self._k - 1, axis=1)[:, : self._k]
-        return float(np.take_along_axis(used, top, axis=1).sum() / used.sum())
+        return float(top_sums(scores, self._seen, np.array([self._k]), n_threads=1).sum() / self._n_used)
 
 
 def _exchange_groups(prompt: Ints, max_tokens: int, rng: np.random.Generator) -> list[tuple[Ints, int]]:
