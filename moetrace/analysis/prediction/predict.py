@@ -36,6 +36,8 @@ N_FOLDS = 5
 _PRIOR = 2.0
 # Prompts of similar length that are exchanged with each other in a permutation.
 _GROUP = 6
+# Components of the features that are tried again and again with other prompts'.
+_MAX_FEATURES = 64
 
 
 @dataclass(frozen=True)
@@ -181,9 +183,12 @@ def ridge(
         z = _scaled(nuisance)
         x, penalty = np.hstack((z, x)), np.concatenate((np.full(z.shape[1], 1e-3), penalty))
     scores = np.zeros(p.used.shape) if offset is None else np.array(offset, dtype=np.float64)
-    for i, (fit, held) in enumerate(p.folds()):
+    folds = p.folds()
+    grams = [(x[held].T @ x[held]).astype(np.float64) for _, held in folds]
+    for i, (fit, held) in enumerate(folds):
         y = p.used[fit] if fitted_offset is None else p.used[fit] - fitted_offset[i][fit]
-        weight, base = _solve(x[fit], y.astype(x.dtype), penalty)
+        gram = np.sum([g for j, g in enumerate(grams) if j != i], axis=0)
+        weight, base = _solve(x[fit], y.astype(x.dtype), gram, penalty)
         scores[held] += x[held] @ weight + base
     return scores
 
@@ -381,8 +386,9 @@ def gain_test(
 
     Prompts are sorted by length and put into groups of six, cut to the shortest of their group, and exchanged
     within it, so that a token gets the features of the token at the same place of another prompt. What the nuisance
-    explains of the features is taken out of them first (Freedman & Lane 1983). Whole prompts are exchanged: that
-    their tokens follow each other does not matter. Prompts must be exchangeable if features say nothing.
+    explains of the features is taken out of them first (Freedman & Lane 1983). Of more than 64 features their first 64
+    principal components are used. Whole prompts are exchanged: that their tokens follow each other does not matter.
+    Prompts must be exchangeable if features say nothing.
     """
     rng = np.random.default_rng((seed, 3))
     groups = _exchange_groups(p.prompt, max_tokens, rng)
@@ -393,7 +399,7 @@ def gain_test(
     rows = np.concatenate([(s[:, None] + np.arange(cut)).reshape(-1) for s, cut in groups])
     z = np.ones((n, 1)) if nuisance is None else np.hstack((np.ones((n, 1)), _scaled(nuisance[rows])))
     x = _scaled(features[rows]).astype(np.float64)
-    x = _scaled(x - z @ np.linalg.lstsq(z, x, rcond=None)[0])
+    x = _main_components(_scaled(x - z @ np.linalg.lstsq(z, x, rcond=None)[0]), _MAX_FEATURES)
     exchange = _Exchange(groups, z, x, p.used[rows].astype(np.float64), p.k, fold)
     floor, own = exchange.recall(None), np.arange(fold.size)
     reached = np.array(
@@ -410,51 +416,44 @@ def gain_test(
 
 
 class _Exchange:
-    """Cross-validated ridge regressions of prompts (P) with each other's features.
+    """Cross-validated ridge regressions of prompts (P) with each other's features, x (n, F), beside z (n, Z).
 
-    Prompts are padded to one length, so that sums of products are small per prompt and add up per fold; what does
-    not change with the features' owner is reckoned once.
+    Rows lie prompt by prompt as the groups name them, and are put fold by fold here.
     """
 
     def __init__(
         self, groups: list[tuple[Ints, int]], z: Floats, x: Floats, used: Floats, k: int, fold: Ints
     ) -> None:
         lengths = np.concatenate([np.full(starts.size, length) for starts, length in groups])
-        self._valid = np.arange(lengths.max()) < lengths[:, None]
-        self._z, self._x, self._used = (self._padded(values) for values in (z, x, used))
-        self._member = (fold == np.unique(fold)[:, None]).astype(np.float64)  # folds × P
-        self._fold = np.argmax(self._member, axis=0)
+        self._begin = np.cumsum(lengths) - lengths
+        self._prompts = np.argsort(fold, kind="stable")
+        self._lengths = lengths[self._prompts]
+        self._place = np.arange(len(z)) - np.repeat(np.cumsum(self._lengths) - self._lengths, self._lengths)
+        rows = self._rows(np.arange(fold.size))
+        self._z, self._x, self._used = z[rows], x, used[rows]
+        of_row = np.repeat(fold[self._prompts], self._lengths)
+        ends = np.append(np.flatnonzero(np.diff(of_row)) + 1, of_row.size)
+        self._folds = [slice(a, b) for a, b in pairwise([0, *ends.tolist()])]
         self._k = k
-        self._seen = self._used[self._valid].astype(np.float32)
+        self._seen = self._used.astype(np.float32)
         self._n_used = float(self._seen.sum())
-        self._fixed = np.concatenate((self._z, self._used), axis=2).transpose(0, 2, 1)
-        self._zz = self._fixed[:, : z.shape[1]] @ self._z
-        self._zy = self._fixed[:, : z.shape[1]] @ self._used
-        self._xx = self._x.transpose(0, 2, 1) @ self._x
         self._penalty = np.concatenate((np.full(z.shape[1], 1e-3), np.full(x.shape[1], float(x.shape[1]))))
         self._penalty[0] = 1e-9  # the intercept's
 
-    def _padded(self, values: Floats) -> Floats:
-        out = np.zeros((*self._valid.shape, values.shape[1]))
-        out[self._valid] = values
-        return out
+    def _rows(self, owner: Ints) -> Ints:
+        rows: Ints = np.repeat(self._begin[owner[self._prompts]], self._lengths) + self._place
+        return rows
 
     def recall(self, owner: Ints | None) -> float:
         """Recall@k on held-out prompts if prompt i has the features of prompt ``owner[i]`` (None: no features)."""
-        n_z = self._z.shape[2]
-        if owner is None:
-            a, gram, target = self._z, self._zz, self._zy
-        else:
-            x = self._x[owner]
-            cross = self._fixed @ x
-            zx, yx = cross[:, :n_z], cross[:, n_z:]
-            gram = np.block([[self._zz, zx], [zx.transpose(0, 2, 1), self._xx[owner]]])
-            target = np.concatenate((self._zy, yx.transpose(0, 2, 1)), axis=1)
-            a = np.concatenate((self._z, x), axis=2)
-        width = a.shape[2]
-        grams, targets = (v.sum(axis=0) - np.tensordot(self._member, v, axes=1) for v in (gram, target))
-        weights = np.linalg.solve(grams + np.diag(self._penalty[:width]), targets)
-        scores = (a @ weights[self._fold])[self._valid]
+        a = self._z if owner is None else np.hstack((self._z, self._x[self._rows(owner)]))
+        grams = [a[mine].T @ a[mine] for mine in self._folds]
+        targets = [a[mine].T @ self._used[mine] for mine in self._folds]
+        gram, target = sum(grams) + np.diag(self._penalty[: a.shape[1]]), sum(targets)
+        scores = np.empty(self._used.shape)
+        for mine, own_gram, own_target in zip(self._folds, grams, targets, strict=True):
+            weights = np.linalg.solve(gram - own_gram, target - own_target)
+            scores[mine] = a[mine] @ weights
         return float(top_sums(scores, self._seen, np.array([self._k]), n_threads=1).sum() / self._n_used)
 
 
@@ -479,6 +478,13 @@ def _shuffled(groups: list[tuple[Ints, int]], rng: np.random.Generator) -> Ints:
     return np.concatenate([rng.permutation(np.arange(a, b)) for a, b in pairwise(edges.tolist())])
 
 
+def _main_components(x: Floats, at_most: int) -> Floats:
+    """(n, F) centred columns, or their coordinates along the ``at_most`` axes of largest variance."""
+    if x.shape[1] <= at_most:
+        return x
+    return np.asarray(x @ np.linalg.eigh(x.T @ x)[1][:, : -at_most - 1 : -1])
+
+
 def _scaled(features: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Columns of mean 0 and standard deviation 1; those that do not vary are 0. Single precision if many."""
     x = np.asarray(features, dtype=np.float32 if features.shape[1] > 1024 else np.float64)
@@ -488,13 +494,13 @@ def _scaled(features: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _solve(
-    x: npt.NDArray[Any], y: npt.NDArray[Any], penalty: Floats
+    x: npt.NDArray[Any], y: npt.NDArray[Any], gram: Floats, penalty: Floats
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Weights (F, E) and intercept (E,) of a ridge regression whose intercept is free."""
+    """Weights (F, E) and intercept (E,) of a ridge regression whose intercept is free; ``gram`` (F, F) is xᵀx."""
     mx, my = x.mean(axis=0), y.mean(axis=0)
     if not x.shape[1]:
         return np.empty((0, y.shape[1])), my
-    gram = (x.T @ x).astype(np.float64) - x.shape[0] * np.outer(mx, mx)
+    gram = gram - x.shape[0] * np.outer(mx, mx)
     cross = (x.T @ y).astype(np.float64) - x.shape[0] * np.outer(mx, my)
     gram[np.diag_indices_from(gram)] += penalty
     weight = linalg.solve(gram, cross, assume_a="pos").astype(x.dtype)
