@@ -422,12 +422,12 @@ def test_switching_in_the_middle_of_a_request(runtime, model_file, tmp_path):
     with moetrace.serve(
         model_file("qwen3moe"),
         output=path,
-        arguments=["-np", "1", "-c", "8192", "-t", "1"],
+        arguments=["-np", "1", "-c", "16384", "-t", "1"],
         program=str(runtime.tool("llama-server")),
     ) as server:
         ask(server, 0, identity="short")
         asking = threading.Thread(
-            target=ask, args=(server, 0), kwargs={"n_predict": 7000, "identity": "long"}
+            target=ask, args=(server, 0), kwargs={"n_predict": 15000, "identity": "long"}
         )
         asking.start()
         try:
