@@ -388,7 +388,8 @@ def test_a_trace_is_fine_while_contexts_end(tmp_path: Path, told: Told) -> None:
         time.sleep(0.03)
         host.writer.close("")
         until(lambda n=i: len(drain.contexts) > n and drain.contexts[n].ended)  # type: ignore[misc]
-        until(lambda n=len(found): len(found) > n)  # type: ignore[misc]
+        looks = len(found)
+        until(lambda n=looks: len(found) > n)  # type: ignore[misc]
     drain.stop()
     trace.close()
     ended.set()

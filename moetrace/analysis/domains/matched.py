@@ -8,6 +8,7 @@ module takes the words out before it compares.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,9 @@ from moetrace.analysis.statistics import information as info
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.nulls import Domains
 from moetrace.analysis.statistics.shapes import Floats, Ints
+
+#: room for the bases of many orders
+_ORDER_BYTES = 64 << 20
 
 NO_SHARED_WORDS = "cannot be tested: too few token ids are shared between prompts of different domains"
 
@@ -167,20 +171,18 @@ class _PromptEffects:
         Moments of what domains leave unexplained: sums of squares, plain and weighted by λ, set equal to
         their expectations.
         """
-        basis, _ = np.linalg.qr(self.vectors.T @ self.design)
-        basis = basis[:, : self.design.shape[1] - 1]
-        keep = np.eye(y.shape[0]) - basis @ basis.T
-        rest = keep @ y
+        basis = self._basis(np.ones(self.values.size))
         weight = self.values / self.values.mean()
         noise = self.values.mean() / self.values
+        rest = y - basis @ (basis.T @ y)
         left = np.array([(rest**2).sum(), (weight[:, None] * rest**2).sum()])
-        weighted = keep @ (weight[:, None] * keep)
-        expected = np.array(
-            [
-                [np.trace(keep), np.diag(keep) @ noise],
-                [np.trace(weighted), np.diag(weighted) @ noise],
-            ]
+        # the diagonals of K = I - BBᵀ and of KWK
+        taken = (basis**2).sum(axis=1)
+        keep = 1 - taken
+        weighted = weight * (1 - 2 * taken) + ((basis @ (basis.T @ (weight[:, None] * basis))) * basis).sum(
+            axis=1
         )
+        expected = np.array([[keep.sum(), keep @ noise], [weighted.sum(), weighted @ noise]])
         try:
             prompts, tokens = np.linalg.solve(expected, left)
         except np.linalg.LinAlgError:
@@ -193,16 +195,30 @@ class _PromptEffects:
 
     def explained(self, white: Floats, spread: Floats, order: Ints) -> Floats:
         """Sum of squares that domains explain over the rest, for each ``order`` (B, M − 1) of coordinates."""
-        basis, _ = np.linalg.qr((self.vectors.T @ self.design) / spread[:, None])
-        basis = basis[:, : self.design.shape[1] - 1]
+        basis = self._basis(spread)
         total = (white**2).sum()
         out = np.empty(order.shape[0])
-        for b, mix in enumerate(order):
-            out[b] = ((basis.T @ white[mix]) ** 2).sum()
+        step = max(1, _ORDER_BYTES // (8 * basis.size))
+        for start in range(0, order.shape[0], step):
+            mixes = order[start : start + step]
+            # as well as the coordinates, the basis can be put into the opposite order: it is narrower
+            moved = np.empty((mixes.shape[0], *basis.shape))
+            np.put_along_axis(moved, mixes[:, :, None], basis[None], axis=1)
+            found = moved.transpose(0, 2, 1).reshape(-1, white.shape[0]) @ white
+            out[start : start + step] = (found**2).sum(axis=1).reshape(mixes.shape[0], -1).sum(axis=1)
         return np.asarray(out / np.maximum(total - out, 1e-300))
+
+    def _basis(self, spread: Floats) -> Floats:
+        """(M − 1, D − 1) orthonormal directions of the domains, each coordinate divided by its spread."""
+        basis, _ = np.linalg.qr(self.domains / spread[:, None])
+        return np.asarray(basis[:, : self.design.shape[1] - 1])
+
+    @cached_property
+    def domains(self) -> Floats:
+        """(M − 1, D) which domain is whose, in the eigenbasis."""
+        return np.asarray(self.vectors.T @ self.design)
 
     def separation(self, y: Floats, middle: Floats) -> Floats:
         """JSD of the distributions ``middle`` (E) + mean effect of each domain's prompts, in bits."""
-        u = self.vectors @ y
-        mean = (self.design.T @ u) / self.design.sum(axis=0)[:, None]
+        mean = (self.domains.T @ y) / self.design.sum(axis=0)[:, None]
         return info.jsd_bits(info.shares(np.maximum(middle + mean - mean.mean(axis=0), 0.0)))
