@@ -123,7 +123,9 @@ def test_each_request_has_its_rows_in_one_story(slept: tuple[Sleeper, moetrace.T
     assert set(client.sent) - set(found) <= {*stopped, "shifted"}
     assert not stopped & set(found)
     assert trace.contexts == ("ctx0",)
-    assert 0 <= trace.counters["contexts"] - client.n_lives <= 2  # a busy machine may let it fall asleep once more
+    assert (
+        0 <= trace.counters["contexts"] - client.n_lives <= 2
+    )  # a busy machine may let it fall asleep once more
     assert trace.requests.index.tolist() == list(range(len(trace.requests)))
     for name, number in found.items():
         one, said = client.sent[name], trace.requests.loc[number]
