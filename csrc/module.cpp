@@ -4,6 +4,7 @@
 #include "kernels/kernels.h"
 #include "record.h"
 #include "ring.h"
+#include "signals.h"
 
 #include <cstring>
 #include <memory>
@@ -116,6 +117,11 @@ PYBIND11_MODULE(_native, m) {
     m.def("load_acquire32",  &load_acquire<uint32_t>,  py::arg("buffer"), py::arg("offset"));
     m.def("store_release",   &store_release<uint64_t>, py::arg("buffer"), py::arg("offset"), py::arg("value"));
     m.def("store_release32", &store_release<uint32_t>, py::arg("buffer"), py::arg("offset"), py::arg("value"));
+
+    py::class_<signal_watch>(m, "SignalWatch")
+        .def(py::init<const std::vector<int> &>(), py::arg("numbers"))
+        .def("take", &signal_watch::take)
+        .def("close", &signal_watch::close);
 
     py::class_<ring_writer>(m, "RingWriter")
         .def(py::init(&ring_create), py::arg("path"), py::arg("fields"), py::arg("meta") = "{}", py::arg("capacity") = 1024,

@@ -74,6 +74,13 @@ def top_sums(
     n_threads: int = 0,
 ) -> NDArray[np.float64]: ...
 
+class SignalWatch:
+    """Takes over signals until it is closed, and tells which came; one at a time (csrc/signals.h)."""
+
+    def __init__(self, numbers: Sequence[int]) -> None: ...
+    def take(self) -> list[tuple[int, bool]]: ...
+    def close(self) -> None: ...
+
 class RingWriter:
     """The producer's end of a ring, as the host uses it; for tests."""
 

@@ -13,9 +13,10 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import IO, Any
 
+from moetrace._native import SignalWatch
 from moetrace.errors import MoetraceError, RuntimeMissingError
 from moetrace.host.client import ServerClient
 from moetrace.host.drain import Drain, tell
@@ -112,7 +113,8 @@ class TracedProcess:
         environment = preload_environment(os.environ)
         self._model_path = model_argument(command)
         self._on_error, self._on_note = on_error, on_note
-        self._signals_got: list[tuple[int, float]] = []
+        self._signals_got: list[tuple[int, bool, float]] = []
+        self._signals_watched: SignalWatch | None = None
         self._signal_sent = 0
         self._llama: dict[int, Process] = {}  # processes that have loaded llama.cpp
         self._untraced: MoetraceError | None = None
@@ -234,24 +236,24 @@ class TracedProcess:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        def note(number: int, _frame: FrameType | None) -> None:
-            self._signals_got.append((number, time.monotonic()))
-
-        old = {number: signal.signal(number, note) for number in _PASSED_ON}
+        self._signals_watched = SignalWatch([int(number) for number in _PASSED_ON])
         try:
             yield
         finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
+            self._signals_watched.close()
+            self._signals_watched = None
 
     def _pass_on(self, pids: Collection[int], grace: float) -> None:
         """Pass on to these processes what reached us, and by then has not reached them."""
-        for number, at in list(self._signals_got):
+        if self._signals_watched is not None:
+            now = time.monotonic()
+            self._signals_got += [(*got, now) for got in self._signals_watched.take()]
+        for number, by_kernel, at in list(self._signals_got):
             apart = [pid for pid in pids if not _shares_group(pid)]
             if len(apart) < len(pids) and time.monotonic() - at < grace:
                 continue
-            self._signals_got.remove((number, at))
-            by_terminal = number in _FROM_TERMINAL and _in_foreground()
+            self._signals_got.remove((number, by_kernel, at))
+            by_terminal = by_kernel and number in _FROM_TERMINAL  # it went to the whole group
             _send(apart if by_terminal else pids, number)
             if not by_terminal:
                 self._signal_sent = number
@@ -319,20 +321,6 @@ def _shares_group(pid: int) -> bool:
         return os.getpgid(pid) == os.getpgrp()
     except ProcessLookupError:
         return True
-
-
-def _in_foreground() -> bool:
-    """Whether our process group is the one that our terminal sends its signals to."""
-    try:
-        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        return os.tcgetpgrp(terminal) == os.getpgrp()
-    except OSError:
-        return False
-    finally:
-        os.close(terminal)
 
 
 def _send(pids: Iterable[int], number: int) -> None:

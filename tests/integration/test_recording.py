@@ -183,10 +183,10 @@ def test_an_environment_that_is_emptied(recorded):
     assert not started.trace.exists()
 
 
-@pytest.mark.parametrize("to", ["moetrace", "group", "terminal"])
+@pytest.mark.parametrize("to", ["moetrace", "group", "terminal", "moetrace in a terminal"])
 def test_an_interrupt_reaches_the_server_once(to, recorded, runtime, model_file, tmp_path):
     """GIVEN SIGINT to moetrace alone, to its group, or of a terminal THEN the server ends, as of one: cleanly."""
-    if to == "terminal":
+    if "terminal" in to:
         port = free_port()
         path = tmp_path / "t.moet"
         pid, terminal = pty.fork()
@@ -203,7 +203,10 @@ def test_an_interrupt_reaches_the_server_once(to, recorded, runtime, model_file,
         reader = keep(terminal, tmp_path / "said")
         until(lambda: listening(port))
         ask(ServerClient(f"http://127.0.0.1:{port}"))
-        os.write(terminal, b"\x03")
+        if to == "terminal":
+            os.write(terminal, b"\x03")
+        else:  # somebody else's `kill -INT`, which the server does not get
+            os.kill(pid, signal.SIGINT)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, (tmp_path / "said").read_text()
         reader.join(60)
         os.close(terminal)
