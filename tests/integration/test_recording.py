@@ -377,7 +377,14 @@ def test_a_capture_that_is_cut_short_says_so(runtime, model_file, tmp_path):
         "-t",
         "1",
     ]
-    run = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        line,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # who runs the tests in the background of a shell has it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     labels = path / "labels.jsonl"
     until(lambda: labels.exists() and labels.read_bytes().count(b"\n") > 1)
     run.send_signal(signal.SIGINT)

@@ -198,7 +198,7 @@ class _PromptEffects:
         basis = self._basis(spread)
         total = (white**2).sum()
         out = np.empty(order.shape[0])
-        step = max(1, _ORDER_BYTES // (8 * basis.size))
+        step = max(1, _ORDER_BYTES // (8 * max(1, basis.size)))
         for start in range(0, order.shape[0], step):
             mixes = order[start : start + step]
             # as well as the coordinates, the basis can be put into the opposite order: it is narrower

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import linalg, sparse
+from scipy import sparse
 
 from moetrace._native import top_sums
 from moetrace.analysis.counts.routed import membership
@@ -503,7 +503,8 @@ def _solve(
     gram = gram - x.shape[0] * np.outer(mx, mx)
     cross = (x.T @ y).astype(np.float64) - x.shape[0] * np.outer(mx, my)
     gram[np.diag_indices_from(gram)] += penalty
-    weight = linalg.solve(gram, cross, assume_a="pos").astype(x.dtype)
+    # numpy's, as all else here: its threads and those of scipy's library would wait for each other
+    weight = np.linalg.solve(gram, cross).astype(x.dtype)
     return weight, my - mx @ weight
 
 
