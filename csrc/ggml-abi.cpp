@@ -13,13 +13,20 @@ static bool function_find(F *& out, const char * name) {
     return out != nullptr;
 }
 
-bool ggml_abi::functions_find(std::string & error) {
+// Finds functions, and remembers the first that is not there.
+struct function_finder {
     const char * missing = nullptr;
-    const auto need = [&](auto *& out, const char * name) {
+
+    template <typename F>
+    void operator()(F *& out, const char * name) {
         if (!function_find(out, name) && !missing) {
             missing = name;
         }
-    };
+    }
+};
+
+bool ggml_abi::functions_find(std::string & error) {
+    function_finder need;
     need(graph_n_nodes,            "ggml_graph_n_nodes");
     need(graph_node,               "ggml_graph_node");
     need(graph_get_tensor,         "ggml_graph_get_tensor");
@@ -41,8 +48,8 @@ bool ggml_abi::functions_find(std::string & error) {
     need(new_tensor_4d,            "ggml_new_tensor_4d");
     need(tensor_alloc,             "ggml_backend_tensor_alloc");
     need(buffer_free,              "ggml_backend_buffer_free");
-    if (missing) {
-        error = std::string("ggml has no function ") + missing;
+    if (need.missing) {
+        error = std::string("ggml has no function ") + need.missing;
         return false;
     }
     function_find(backend_get_device,   "ggml_backend_get_device");
@@ -81,12 +88,7 @@ struct probe_functions {
 
     // gives the name of one that is missing
     const char * find() {
-        const char * missing = nullptr;
-        const auto need = [&](auto *& out, const char * name) {
-            if (!function_find(out, name) && !missing) {
-                missing = name;
-            }
-        };
+        function_finder need;
         need(mul_mat_id,      "ggml_mul_mat_id");
         need(add,             "ggml_add");
         need(get_rows,        "ggml_get_rows");
@@ -97,7 +99,7 @@ struct probe_functions {
         need(set_input,       "ggml_set_input");
         need(get_data,        "ggml_get_data");
         need(buffer_from_ptr, "ggml_backend_cpu_buffer_from_ptr");
-        return missing;
+        return need.missing;
     }
 };
 

@@ -12,6 +12,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -50,8 +51,12 @@ void parallel_for(size_t n, int n_threads, Make && make, Body && body) {
         }
     };
     std::vector<std::thread> threads;
-    for (size_t i = 1; i < wanted; i++) {
-        threads.emplace_back(work);
+    threads.reserve(wanted);
+    try {
+        for (size_t i = 1; i < wanted; i++) {
+            threads.emplace_back(work);
+        }
+    } catch (const std::system_error &) { // no more can be had: those there are do it
     }
     work();
     for (auto & thread : threads) {

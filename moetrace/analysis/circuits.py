@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from moetrace._native import pair_draws
-from moetrace.analysis.counts.routed import RoutedText, rotation, standardised
+from moetrace.analysis.counts.routed import RoutedText, rotation, standardised, usage
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.information import entropy_bits, shares
 from moetrace.analysis.statistics.shapes import Floats, Ints
@@ -86,7 +86,7 @@ def expert_circuits(
     n_permutations, seed
         Random rotations.
     max_rows
-        Whole prompts are drawn at random until they hold so many tokens.
+        Prompts, or stretches of long ones, are drawn at random until they hold so many tokens.
     max_edges, max_paths
         So many are listed, the strongest first; edges with ``p_family`` ≤ alpha always.
 
@@ -144,7 +144,7 @@ class _Pair:
         starts = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
         in_a, in_b = text.experts[rows, a].astype(np.uint16), text.experts[rows, b].astype(np.uint16)
         owner = np.repeat(np.arange(sizes.size), sizes)
-        sum_a, sum_b = (_by_prompt(x, owner, sizes.size, text.n_expert) for x in (in_a, in_b))
+        sum_a, sum_b = (usage(x, owner, sizes.size, text.n_expert).astype(np.float64) for x in (in_a, in_b))
         n = sizes.astype(np.float64)[:, None]
         spread = np.where(n > 1, n * n * (n - 1), 1.0)
         return cls(
@@ -198,13 +198,6 @@ class _Pair:
         n_expert = self.eligible.shape[0]
         table = np.bincount(self.first_a * n_expert + self.first_b, minlength=n_expert**2)
         return _information(table.reshape(n_expert, n_expert))
-
-
-def _by_prompt(ids: npt.NDArray[np.uint16], owner: Ints, n_prompts: int, n_expert: int) -> Floats:
-    """(P, E) rows of each prompt that use each expert."""
-    there = ids < n_expert
-    cells = (owner[:, None] * n_expert + ids)[there]
-    return np.bincount(cells, minlength=n_prompts * n_expert).reshape(n_prompts, n_expert).astype(np.float64)
 
 
 def _information(table: npt.ArrayLike) -> float:

@@ -13,7 +13,6 @@ from moetrace import data
 from moetrace.analysis.counts.from_trace import Routing
 from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.published import patterns as published
-from moetrace.analysis.statistics.shapes import some_requests
 from moetrace.analysis.text import lexicon
 from moetrace.analysis.text import token_patterns as patterns
 from moetrace.errors import MoetraceError, UsageError
@@ -64,14 +63,8 @@ class TokenPatterns(Question):
         routing = subject.routing
         whole = routing.text
         text = whole if whole.n_requests <= self.num_prompts else whole.of(np.arange(self.num_prompts))
-        if len(text) > self.max_tokens:
-            text = text.of(some_requests(text.starts, self.max_tokens, subject.seed))
+        text = text.some(self.max_tokens, subject.seed, None)  # whole: beginnings and ends are looked at
         sentences: list[str] = []
-        if text is not whole:
-            looked_at = (
-                f"{number(len(text), 'token')} of {text.n_requests:,} of {number(whole.n_requests, 'prompt')}"
-            )
-            sentences.append(f"This is about {looked_at}.")
         caveats = [
             "A type is found by spelling alone. That an expert takes a kind of token does not say what it computes.",
         ]
@@ -90,6 +83,11 @@ class TokenPatterns(Question):
             tables |= self._semantic(subject, text, sentences, caveats)
         if every:
             tables["combined_analysis"] = self._combined(tables)
+        if text is not whole:
+            looked_at = (
+                f"{number(len(text), 'token')} of {text.n_requests:,} of {number(whole.n_requests, 'prompt')}"
+            )
+            sentences.append(f"All of this is about {looked_at}.")
         # relations come last: where nothing else was asked for they may be all there is, and not testable
         alone = next(iter(tables), "") == "semantic_relations"
         concludes = not alone or bool(tables["semantic_relations"]["p_value"].notna().any())

@@ -114,7 +114,6 @@ class TracedProcess:
         self._model_path = model_argument(command)
         self._on_error, self._on_note = on_error, on_note
         self._signals_got: list[tuple[int, bool, float]] = []
-        self._signals_watched: SignalWatch | None = None
         self._signal_sent = 0
         self._llama: dict[int, Process] = {}  # processes that have loaded llama.cpp
         self._untraced: MoetraceError | None = None
@@ -151,13 +150,13 @@ class TracedProcess:
 
         Gives the program's exit code, 128 + n for signal n.
         """
-        with self._signals():
+        with contextlib.closing(SignalWatch([int(number) for number in _PASSED_ON])) as signals:
             while (code := self.process.poll()) is None:
-                self._pass_on([self.process.pid], GRACE_SECONDS)
+                self._pass_on(signals, [self.process.pid], GRACE_SECONDS)
                 self._watch()
                 time.sleep(POLL_SECONDS)
             self._exit_code = code if code >= 0 else 128 - code
-            self._wait_for_left()
+            self._wait_for_left(signals)
         return self._exit_code
 
     def finish(self, exit_code: int | None) -> None:
@@ -234,23 +233,13 @@ class TracedProcess:
 
     # -- signals -----------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        self._signals_watched = SignalWatch([int(number) for number in _PASSED_ON])
-        try:
-            yield
-        finally:
-            self._signals_watched.close()
-            self._signals_watched = None
-
-    def _pass_on(self, pids: Collection[int], grace: float) -> None:
+    def _pass_on(self, signals: SignalWatch, pids: Collection[int], grace: float) -> None:
         """Pass on to these processes what reached us, and by then has not reached them."""
-        if self._signals_watched is not None:
-            now = time.monotonic()
-            self._signals_got += [(*got, now) for got in self._signals_watched.take()]
+        now = time.monotonic()
+        self._signals_got += [(*got, now) for got in signals.take()]
         for number, by_kernel, at in list(self._signals_got):
             apart = [pid for pid in pids if not _shares_group(pid)]
-            if len(apart) < len(pids) and time.monotonic() - at < grace:
+            if len(apart) < len(pids) and now - at < grace:
                 continue
             self._signals_got.remove((number, by_kernel, at))
             by_terminal = by_kernel and number in _FROM_TERMINAL  # it went to the whole group
@@ -258,7 +247,7 @@ class TracedProcess:
             if not by_terminal:
                 self._signal_sent = number
 
-    def _wait_for_left(self) -> None:
+    def _wait_for_left(self, signals: SignalWatch) -> None:
         """Go on recording what the program has left behind, until it ends."""
         since = time.monotonic()
         hosts = running_hosts(self.trace.path)
@@ -278,7 +267,7 @@ class TracedProcess:
                     f"{Path(self.command[0]).name} has ended with exit code {self._exit_code}; {names} runs on and is "
                     "recorded until it ends"
                 )
-            self._pass_on(hosts, GRACE_SECONDS_LEFT)
+            self._pass_on(signals, hosts, GRACE_SECONDS_LEFT)
             time.sleep(POLL_SECONDS)
             if not all(process_alive(pid) for pid in hosts) or time.monotonic() > self._next_watch:
                 self._next_watch = time.monotonic() + WATCH_SECONDS

@@ -80,7 +80,9 @@ def test_of_long_requests_stretches_are_drawn() -> None:
     assert some.prompts == text.prompts
     assert (np.diff(some.rows.reshape(5, 5), axis=1) == 1).all()
     assert len({tuple(p) for p in some.positions.reshape(5, 5).tolist()}) > 1, "not all from the beginning"
-    assert (text.some(25, 0, beginnings=True).positions.reshape(5, 5) == np.arange(5)).all()
+    assert (text.some(25, 0, "beginning").positions.reshape(5, 5) == np.arange(5)).all()
+    assert len(text.some(25, 0, None)) == 20  # whole ones
+    assert len(text.some(5, 0, None)) == 10  # at least one
     alone = text.take(text.owner == 3).some(5, 0)
     assert alone.prompts == ("3",)  # a request without rows is not drawn
     assert len(alone) == 5

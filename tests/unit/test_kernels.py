@@ -157,6 +157,18 @@ i32 = np.int32
         ),
         lambda: _native.group_sums(i32([[0, 1]]), np.zeros((2, 2)), 1),
         lambda: _native.split_divergence(np.zeros((2, 1, 1), "u2"), i32([[0, 1]]), np.array([0, 1]), 4),
+        lambda: _native.pair_draws(
+            np.zeros((2, 1), "u2"),
+            np.zeros((2, 1), "u2"),
+            np.array([0, 4]),
+            np.array([0, 0]),
+            i32([[0, 1]]),
+            np.zeros((4, 4)),
+            np.ones((4, 4)),
+            np.zeros((4, 4)),
+            np.ones((4, 4), bool),
+        ),
+        lambda: _native.top_sums(np.zeros((1, 4)), np.zeros((1, 4), "f4"), np.array([5])),
         lambda: _native.cache_hits(i32([[4]]), np.zeros((1, 1), "i8"), np.array([1]), 4),
         lambda: _native.cache_hits(i32([[0]]), np.zeros((1, 1), "i8"), np.array([0]), 4),
         lambda: _native.lag_agreement(

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moetrace.analysis.counts.counting import breaks
-from moetrace.analysis.statistics.shapes import Floats, Ints, rows_of, some_requests
+from moetrace.analysis.statistics.shapes import Floats, Ints, Stretch, some_requests, spans
 from moetrace.errors import UsageError
 
 # A field that follows from the others unless it is given.
@@ -135,28 +135,22 @@ class RoutedText:
         """Only some requests (indices over R), numbered anew; a copy."""
         chosen = np.asarray(requests, dtype=np.int64)
         return self._at(
-            rows_of(self.starts, chosen),
+            spans(self.starts[chosen], np.diff(self.starts)[chosen]),
             np.diff(self.starts)[chosen],
             **self._names(chosen),
         )
 
-    def some(self, max_rows: int, seed: int | Sequence[int], *, beginnings: bool = False) -> RoutedText:
+    def some(
+        self, max_rows: int, seed: int | Sequence[int], stretch: Stretch | None = "anywhere"
+    ) -> RoutedText:
         """Requests, at least one, drawn at random until they hold ``max_rows`` rows; itself if all fit.
 
-        A request holds an eighth of them at most, or its even share if there are fewer requests: of a longer one it
-        is a stretch, anywhere in it or its beginning.
+        Of long ones it is a stretch (:func:`~moetrace.analysis.statistics.shapes.some_requests`).
         """
         if len(self) <= max_rows:
             return self
-        sizes = np.diff(self.starts)
-        among = min(8, max(1, int(np.count_nonzero(sizes))))
-        held = np.minimum(sizes, max(1, max_rows // among))
-        chosen = some_requests(np.concatenate(([0], np.cumsum(held))), max_rows, seed)
-        rng = np.random.default_rng(seed)
-        skipped = np.floor(rng.random(sizes.size) * (sizes - held + 1)).astype(np.int64)
-        begin = self.starts[:-1] + (0 if beginnings else skipped)
-        rows = [np.arange(begin[i], begin[i] + held[i]) for i in chosen.tolist()]
-        return self._at(np.concatenate(rows), held[chosen], **self._names(chosen))
+        chosen, begin, held = some_requests(self.starts, max_rows, np.random.default_rng(seed), stretch)
+        return self._at(spans(begin, held), held, **self._names(chosen))
 
     def _names(self, requests: Ints) -> dict[str, list[str]]:
         named = {"prompts": self.prompts, "labels": self.labels}
@@ -178,6 +172,12 @@ def membership(ids: npt.NDArray[Any], n_expert: int) -> npt.NDArray[np.float32]:
     out = np.zeros((*ids.shape[:-1], n_expert + 1), dtype=np.float32)
     np.put_along_axis(out, np.minimum(ids.astype(np.int64), n_expert), 1.0, axis=-1)
     return out[..., :n_expert]
+
+
+def usage(ids: npt.NDArray[Any], group: Ints, n_groups: int, n_expert: int) -> Ints:
+    """How many rows of each group use each expert: ids (n, k), group (n,) → a new (G, E); ids of E or more are none."""
+    cells = (group[:, None] * n_expert + ids)[ids < n_expert]
+    return np.bincount(cells, minlength=n_groups * n_expert).reshape(n_groups, n_expert)
 
 
 def rotation(starts: Ints, rng: np.random.Generator) -> Ints:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from moetrace._native import split_divergence
 from moetrace.analysis.counts.counting import RoutingCounts
-from moetrace.analysis.counts.routed import RoutedText
+from moetrace.analysis.counts.routed import RoutedText, usage
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.information import entropy_bits, jsd_bits, shares
 from moetrace.analysis.statistics.shapes import Floats, Ints
@@ -97,7 +97,7 @@ def generation_phases(
     min_steps
         Shortest phase.
     """
-    used = text.some(max_rows, seed, beginnings=True)
+    used = text.some(max_rows, seed, "beginning")
     rng = np.random.default_rng(seed)
     experts = used.experts.astype(np.uint16)
     step = np.arange(len(used)) - np.repeat(used.starts[:-1], np.diff(used.starts))
@@ -228,11 +228,7 @@ class _Side:
         place = np.arange(owner.size) - (np.cumsum(self.sizes) - self.sizes)[owner]
         taken = place >= (self.sizes - n)[owner] if last else place < n[owner]
         ids = self._text.experts[rows[taken], self._layer]
-        there = ids < self._text.n_expert
-        cells = (owner[taken][:, None] * self._text.n_expert + ids)[there]
-        shape = n.size, self._text.n_expert
-        used = np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
-        return np.nan_to_num(shares(used / np.maximum(n, 1)[:, None]))
+        return np.nan_to_num(shares(usage(ids, owner[taken], n.size, self._text.n_expert)))
 
 
 def answers_match(generated: str, answer: object) -> bool:

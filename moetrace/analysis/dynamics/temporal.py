@@ -24,7 +24,7 @@ from moetrace.analysis.counts.counting import (
 )
 from moetrace.analysis.counts.from_trace import Chosen
 from moetrace.analysis.statistics import nulls
-from moetrace.analysis.statistics.shapes import Floats, layer_numbers, rows_of, some_requests
+from moetrace.analysis.statistics.shapes import Floats, layer_numbers, some_requests, spans
 from moetrace.errors import UsageError
 
 
@@ -82,8 +82,8 @@ def shuffle_test(
 ) -> pd.DataFrame:
     """Test whether the order of tokens matters: each request's tokens are put in random order, many times.
 
-    Arrays as for :func:`moetrace.analysis.counts.counting.count_routing`; first experts in the router's order. Whole
-    requests are drawn at random until they hold ``max_rows`` rows.
+    Arrays as for :func:`moetrace.analysis.counts.counting.count_routing`; first experts in the router's order.
+    Requests, or stretches of long ones, are drawn at random until they hold ``max_rows`` rows.
 
     Returns one row per (layer, lag): ``top1`` and ``overlap`` observed on these rows, their mean over the
     orders (``_shuffle``), ``_p`` (one-sided: more agreement than in random order) and ``_p_family`` (max-T
@@ -92,10 +92,11 @@ def shuffle_test(
     """
     rng = np.random.default_rng(seed)
     order = reading_order(request, position, keep, shifted)
-    chosen = rows_of(order.request_starts, some_requests(order.request_starts, max_rows, rng))
+    drawn, begin, held = some_requests(order.request_starts, max_rows, rng)
+    chosen = spans(begin, held)
     if not chosen.size:
         raise UsageError("there are no rows to shuffle", fix="choose a phase and requests that have rows")
-    owner = np.repeat(np.arange(order.requests.size), np.diff(order.request_starts))[chosen]
+    owner = np.repeat(drawn, held)
     run = np.searchsorted(order.run_starts, chosen, side="right")
     rows = order.rows[chosen]
     ids = np.asarray(experts[rows])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ import pandas as pd
 from scipy import sparse
 
 from moetrace._native import kind_counts, kind_moments
-from moetrace.analysis.counts.routed import RoutedText, membership, standardised
+from moetrace.analysis.counts.routed import RoutedText, membership, standardised, usage
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.shapes import Floats, Ints
 
@@ -82,10 +83,8 @@ class _Layer:
         self._ids = text.experts[:, layer]
         rows = np.flatnonzero(self._known)
         self._total = self._by_prompt(rows)
-        there = self._ids[rows] < text.n_expert
-        cells = (text.owner[rows][:, None] * text.n_expert + self._ids[rows])[there]
-        size = text.n_requests * text.n_expert
-        self._of_expert = np.bincount(cells, minlength=size).reshape(-1, text.n_expert).astype(np.float64)
+        of_expert = usage(self._ids[rows], text.owner[rows], text.n_requests, text.n_expert)
+        self._of_expert = of_expert.astype(np.float64)
         self._of_kind: dict[int, tuple[Ints, Floats]] = {}
 
     def _by_prompt(self, rows: Ints) -> Floats:
@@ -147,35 +146,21 @@ def associate(
     z, p_value = (np.full(shape, np.nan) for _ in range(2))
     largest = np.full(n_permutations, -np.inf)
     # With a single prompt, or prompts of one token each, there may be nothing to rearrange.
-    same: tuple[Ints, sparse.csr_array, Ints, npt.NDArray[np.int32], npt.NDArray[np.float32]] | None = None
+    at: _Rows | None = None
     for layer in range(n_layers):
         rows = np.flatnonzero(text.known(layer))
         if not rows.size:
             continue
-        if same is None or not np.array_equal(rows, same[0]):
+        if at is None or not np.array_equal(rows, at.rows):
             # The same numbers in every layer: what layers share, the largest statistic must share too.
-            sizes = np.bincount(text.owner[rows], minlength=text.n_requests)
-            starts = np.concatenate(([0], np.cumsum(sizes[sizes > 0]))).astype(np.int64)
-            order = orders(rearrange, starts, n_permutations, seed)
-            times = np.stack([np.bincount(one, minlength=rows.size) for one in order]).astype(np.float32)
-            same = rows, sparse.csr_array(member[:, rows]), starts, order, times
-        _, kinds, starts, order, times = same
+            at = _Rows.of(text, member, rows, rearrange, n_permutations, seed)
         ids = text.experts[rows, layer].astype(np.uint16)
-        activity = np.bincount(ids[ids < n_expert], minlength=n_expert)
-        n_kind = np.asarray(kinds.sum(axis=1)).ravel()
-        kind, row = (np.asarray(x, dtype=np.int64) for x in kinds.tocoo().coords)
-        prompt = np.searchsorted(starts, row, side="right") - 1
-        in_prompts = np.bincount(np.unique(kind * len(starts) + prompt) // len(starts), minlength=n_kinds)
-        eligible = ((n_kind >= min_support) & (in_prompts >= min_prompts))[:, None] & (
-            activity >= min_activity
-        )
-        score: _Score = _WithinPrompts(kind, row, prompt, ids, starts, n_expert)
-        if not within:
-            # an exchange of prompts of unequal length takes some rows twice
-            score = _Overall(kind, row, prompt, ids, starts, n_expert, times @ membership(ids, n_expert))
+        active = np.bincount(ids[ids < n_expert], minlength=n_expert) >= min_activity
+        eligible = ((at.n_kind >= min_support) & (at.in_prompts >= min_prompts))[:, None] & active
+        score = _within_prompts(at, ids, n_expert) if within else _overall(at, ids, n_expert)
         for some in parts(np.flatnonzero(eligible.any(axis=1)), n_expert * (n_permutations + 1)):
             tested = eligible[some]
-            null = score(some, order)[:, tested]
+            null = score(some)[:, tested]
             # What stays whatever is rearranged (the first token of every text, say) is no finding.
             null -= null.mean(axis=0)
             null /= np.maximum(null.std(axis=0), 1.0)
@@ -205,72 +190,101 @@ def parts(kinds: Ints, cells_each: int) -> Iterator[Ints]:
         yield kinds[start : start + step]
 
 
-class _Score:
-    """Statistics of some kinds against all experts, for each rearrangement: (1 + B, C', E)."""
+@dataclass(frozen=True)
+class _Rows:
+    """The rows at which a layer is known, and all that follows from them alone.
 
-    def __init__(
-        self, kind: Ints, row: Ints, prompt: Ints, ids: npt.NDArray[np.uint16], starts: Ints, n_expert: int
-    ) -> None:
-        self._kind, self._row, self._prompt = kind, row, prompt
-        self._ids, self._starts, self._n_expert = ids, starts, n_expert
+    ``starts`` (P + 1,) is where each prompt's begin, ``order`` (1 + B, M) their rearrangements. ``kind``, ``row`` and
+    ``prompt`` are the memberships, sorted by kind and row; ``n_kind`` and ``in_prompts`` (C,) how many rows each kind
+    has, in how many prompts.
+    """
 
-    def __call__(self, some: Ints, order: npt.NDArray[np.int32]) -> Floats:
-        raise NotImplementedError
+    rows: Ints
+    starts: Ints
+    order: npt.NDArray[np.int32]
+    kind: npt.NDArray[np.int32]
+    row: npt.NDArray[np.int32]
+    prompt: npt.NDArray[np.int32]
+    n_kind: Ints
+    in_prompts: Ints
 
-    def _cells(self, some: Ints) -> tuple[npt.NDArray[np.int32], ...]:
-        """Kind (numbered among ``some``), row and prompt of each membership, sorted by kind and row."""
-        number = np.full(int(self._kind.max(initial=-1)) + 1, -1)
+    @classmethod
+    def of(
+        cls,
+        text: RoutedText,
+        member: sparse.csr_array,
+        rows: Ints,
+        rearrange: Rearrange,
+        n_permutations: int,
+        seed: int,
+    ) -> _Rows:
+        sizes = np.bincount(text.owner[rows], minlength=text.n_requests)
+        starts = np.concatenate(([0], np.cumsum(sizes[sizes > 0]))).astype(np.int64)
+        mine = sparse.csr_array(member[:, rows])
+        mine.sort_indices()
+        kind, row = (np.asarray(x, dtype=np.int32) for x in mine.tocoo().coords)
+        prompt = (np.searchsorted(starts, row, side="right") - 1).astype(np.int32)
+        n = member.shape[0]
+        met = np.unique(kind.astype(np.int64) * len(starts) + prompt) // len(starts)
+        return cls(
+            rows,
+            starts,
+            orders(rearrange, starts, n_permutations, seed),
+            kind,
+            row,
+            prompt,
+            np.bincount(kind, minlength=n),
+            np.bincount(met, minlength=n),
+        )
+
+    @cached_property
+    def times(self) -> npt.NDArray[np.float32]:
+        """(1 + B, M) how often each row is taken: an exchange of prompts of unequal length takes some twice."""
+        n = self.order.shape[1]
+        return np.stack([np.bincount(one, minlength=n) for one in self.order]).astype(np.float32)
+
+    def cells(self, some: Ints) -> tuple[npt.NDArray[np.int32], ...]:
+        """The memberships of some kinds (ascending): kind, numbered among these, row, and prompt."""
+        number = np.full(self.n_kind.size, -1, dtype=np.int32)
         number[some] = np.arange(some.size)
-        mine = np.flatnonzero(number[self._kind] >= 0)
-        cells = number[self._kind[mine]], self._row[mine], self._prompt[mine]
-        order = np.lexsort((cells[1], cells[0]))
-        kind, row, prompt = (np.ascontiguousarray(cell[order], dtype=np.int32) for cell in cells)
-        return kind, row, prompt
+        mine = np.flatnonzero(number[self.kind] >= 0)
+        return number[self.kind[mine]], self.row[mine], self.prompt[mine]
 
 
-class _Overall(_Score):
-    """How much more often than by their totals experts meet kinds; ``totals`` (1 + B, E) of the rearranged experts."""
+#: statistics of some kinds (C',) against all experts, for each rearrangement: (1 + B, C', E)
+_Score = Callable[[Ints], Floats]
 
-    def __init__(
-        self,
-        kind: Ints,
-        row: Ints,
-        prompt: Ints,
-        ids: npt.NDArray[np.uint16],
-        starts: Ints,
-        n_expert: int,
-        totals: npt.NDArray[np.float32],
-    ) -> None:
-        super().__init__(kind, row, prompt, ids, starts, n_expert)
-        self._totals = totals.astype(np.float64)[:, None, :]
 
-    def __call__(self, some: Ints, order: npt.NDArray[np.int32]) -> Floats:
-        kind, row, _ = self._cells(some)
-        counts = kind_counts(kind, row, self._ids, order, some.size, self._n_expert)
-        m, b = len(self._ids), self._totals
-        a = np.bincount(kind, minlength=some.size).astype(np.float64)[:, None]
+def _overall(at: _Rows, ids: npt.NDArray[np.uint16], n_expert: int) -> _Score:
+    """How much more often than by their totals experts meet kinds."""
+    m = len(ids)
+    b = (at.times @ membership(ids, n_expert)).astype(np.float64)[:, None, :]
+
+    def score(some: Ints) -> Floats:
+        kind, row, _ = at.cells(some)
+        counts = kind_counts(kind, row, ids, at.order, some.size, n_expert)
+        a = at.n_kind[some].astype(np.float64)[:, None]
         variance = a * b * (m - a) * (m - b) / (m * m * max(m - 1, 1))
         return standardised(counts.astype(np.float64), a * b / m, variance)
 
+    return score
 
-class _WithinPrompts(_Score):
+
+def _within_prompts(at: _Rows, ids: npt.NDArray[np.uint16], n_expert: int) -> _Score:
     """The same against each prompt's own totals, studentised over prompts.
 
     The first and last tokens of a text that remembers lie further from its mean than those inside, so a text that is
     turned round varies too little; how prompts differ from each other shows how much it should.
     """
+    sizes = np.diff(at.starts)
+    share = usage(ids, np.repeat(np.arange(sizes.size), sizes), sizes.size, n_expert) / sizes[:, None]
 
-    def __call__(self, some: Ints, order: npt.NDArray[np.int32]) -> Floats:
-        kind, row, prompt = self._cells(some)
-        sizes = np.diff(self._starts)
-        there = self._ids < self._n_expert
-        owner = np.repeat(np.arange(sizes.size), sizes)
-        cells = (owner[:, None] * self._n_expert + self._ids)[there]
-        share = (
-            np.bincount(cells, minlength=sizes.size * self._n_expert).reshape(sizes.size, -1) / sizes[:, None]
-        )
+    def score(some: Ints) -> Floats:
+        kind, row, prompt = at.cells(some)
         n = np.bincount(kind * sizes.size + prompt, minlength=some.size * sizes.size).reshape(some.size, -1)
         expected = n[:, :, None] * share
-        total, squares = kind_moments(kind, row, prompt, self._ids, order, expected)
+        total, squares = kind_moments(kind, row, prompt, ids, at.order, expected)
         excess = total - expected.sum(axis=1)
         return standardised(excess, np.zeros(()), squares + (expected**2).sum(axis=1))
+
+    return score

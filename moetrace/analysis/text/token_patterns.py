@@ -27,7 +27,7 @@ import pandas as pd
 from scipy import sparse
 
 from moetrace._native import group_sums, kind_counts
-from moetrace.analysis.counts.routed import RoutedText, exchange, rotation
+from moetrace.analysis.counts.routed import RoutedText, exchange, rotation, usage
 from moetrace.analysis.domains.domain import domain_lift, domain_test
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.shapes import Floats, Ints
@@ -179,10 +179,7 @@ def types_beyond_words(text: RoutedText, typed: TypedText, n_permutations: int, 
     largest = np.full(n_permutations + 1, -np.inf)
     for layer in range(n_layers):
         known = np.flatnonzero(text.known(layer))
-        ids = text.experts[known, layer]
-        there = ids < text.n_expert
-        cells = (word[known][:, None] * text.n_expert + ids)[there]
-        used = np.bincount(cells, minlength=n_words * text.n_expert).reshape(n_words, -1).astype(np.float64)
+        used = usage(text.experts[known, layer], word[known], n_words, text.n_expert).astype(np.float64)
         n = np.bincount(word[known], minlength=n_words).astype(np.float64)
         # Every word counts once, so that a single frequent one cannot carry its type.
         rate = np.divide(used, n[:, None], out=np.zeros_like(used), where=n[:, None] > 0)
@@ -387,10 +384,9 @@ def counts_of(text: RoutedText) -> tuple[Ints, Ints]:
     n_layers = text.experts.shape[1]
     included = np.zeros((text.n_requests, n_layers, text.n_expert), dtype=np.int64)
     tokens = np.zeros((text.n_requests, n_layers), dtype=np.int64)
-    owners = indicator(text.owner, text.n_requests)
     for layer in range(n_layers):
-        included[:, layer] = np.rint(owners @ text.member(layer)).astype(np.int64)
-        tokens[:, layer] = np.rint(owners @ text.known(layer).astype(np.float64)).astype(np.int64)
+        included[:, layer] = usage(text.experts[:, layer], text.owner, text.n_requests, text.n_expert)
+        tokens[:, layer] = np.bincount(text.owner[text.known(layer)], minlength=text.n_requests)
     return included, tokens
 
 
