@@ -67,12 +67,20 @@ def split_divergence(
     n_expert: int,
     n_threads: int = 0,
 ) -> NDArray[np.float64]: ...
-def top_sums(
+def top_hits(
     scores: NDArray[np.float32] | NDArray[np.float64],
-    used: NDArray[np.float32],
+    picks: NDArray[np.uint16],
     sizes: NDArray[np.int64],
     n_threads: int = 0,
-) -> NDArray[np.float64]: ...
+) -> NDArray[np.int32]: ...
+def pick_sums(
+    features: NDArray[np.float32],
+    picks: NDArray[np.uint16],
+    group: NDArray[np.int32],
+    n_groups: int,
+    n_expert: int,
+    n_threads: int = 0,
+) -> NDArray[np.float32]: ...
 
 class SignalWatch:
     """Takes over signals until it is closed, and tells which came; one at a time (csrc/signals.h)."""

@@ -6,12 +6,6 @@ namespace moetrace {
 
 namespace {
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define FOR_EACH_CPU __attribute__((target_clones("popcnt", "default")))
-#else
-#define FOR_EACH_CPU
-#endif
-
 // bits that are set in both, summed over rows m with partner[m]: of row m and the one `lag` before it
 FOR_EACH_CPU int64_t bits_shared(const uint64_t * word, const uint8_t * both, size_t lag, size_t m) {
     int64_t n = 0;

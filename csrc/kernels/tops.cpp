@@ -1,4 +1,4 @@
-// What is among the best of each row.
+// What is among the best of each row, and what the rows that pick something have in sum.
 
 #include "kernels.h"
 
@@ -8,43 +8,96 @@ namespace moetrace {
 
 namespace {
 
-// (n, Z) the sum of `used` (n, E) over each row's m best scores (n, E), for each m of sizes; of equal scores the lower
-// column is better, and what is no number is worst.
+// For each of k picks: how many of the E scores are better than its own: larger, or equal and further left. A pick of E or
+// more has the last rank there can be.
 template <typename T>
-array<double> top_sums(const array<T> & scores, const array<float> & used, const array<int64_t> & sizes, int n_threads) {
-    need(scores.ndim() == 2 && used.ndim() == 2 && scores.shape(0) == used.shape(0) && scores.shape(1) == used.shape(1), "scores and used are (n, E)");
-    const size_t n = (size_t) scores.shape(0), E = (size_t) scores.shape(1), Z = (size_t) sizes.size();
-    const int64_t * size = sizes.data();
-    need(Z && std::all_of(size, size + Z, [E](int64_t m) { return m > 0 && (size_t) m <= E; }), "sizes are 1 to E");
-    const size_t most = (size_t) *std::max_element(size, size + Z);
-    const T * score = scores.data();
-    const float * use = used.data();
-    array<double> out({ (py::ssize_t) n, (py::ssize_t) Z });
-    double * sums = out.mutable_data();
-    constexpr size_t BLOCK = 256; // rows
-    struct best { std::vector<T> score; std::vector<int32_t> which; };
-    parallel_for((n + BLOCK - 1)/BLOCK, n_threads, [&] { return best { std::vector<T>(most), std::vector<int32_t>(most) }; }, [&](size_t block, best & s) {
-        for (size_t r = block*BLOCK; r < std::min(n, (block + 1)*BLOCK); r++) {
-            size_t kept = 0; // of the columns so far, the best first
-            for (size_t e = 0; e < E; e++) {
-                const T x = score[r*E + e] == score[r*E + e] ? score[r*E + e] : -std::numeric_limits<T>::infinity();
-                if (kept == most && !(x > s.score[most - 1])) {
-                    continue;
-                }
-                size_t at = kept < most ? kept++ : most - 1;
-                for (; at > 0 && x > s.score[at - 1]; at--) {
-                    s.score[at] = s.score[at - 1];
-                    s.which[at] = s.which[at - 1];
-                }
-                s.score[at] = x;
-                s.which[at] = (int32_t) e;
+FOR_EACH_CPU void ranks_of(const T * score, size_t E, const uint16_t * pick, size_t k, int32_t * rank) {
+    for (size_t i = 0; i < k; i++) {
+        const size_t e = pick[i];
+        if (e >= E) {
+            rank[i] = std::numeric_limits<int32_t>::max();
+            continue;
+        }
+        const T x = score[e];
+        int32_t larger = 0, no_less = 0;
+        for (size_t j = 0; j < E; j++) {
+            larger  += score[j] > x;
+            no_less += score[j] >= x;
+        }
+        if (no_less > larger + 1) {
+            for (size_t j = 0; j < e; j++) {
+                larger += score[j] == x;
             }
-            for (size_t z = 0; z < Z; z++) {
-                double sum = 0.0;
-                for (size_t i = 0; i < (size_t) size[z]; i++) {
-                    sum += (double) use[r*E + (size_t) s.which[i]];
+        }
+        rank[i] = larger;
+    }
+}
+
+// (n, L, Z) how many of the picks (n, L, k) are among the m best scores (n, L, E), for each m of sizes; of equal scores the
+// lower column is better, and what is no number is worst. Picks of E or more are none.
+template <typename T>
+array<int32_t> top_hits(const array<T> & scores, const array<uint16_t> & picks, const array<int64_t> & sizes, int n_threads) {
+    need(scores.ndim() == 3 && picks.ndim() == 3 && scores.shape(0) == picks.shape(0) && scores.shape(1) == picks.shape(1),
+        "scores are (n, L, E), picks (n, L, k)");
+    const size_t n = (size_t) scores.shape(0), L = (size_t) scores.shape(1), E = (size_t) scores.shape(2), k = (size_t) picks.shape(2),
+        Z = (size_t) sizes.size();
+    const int64_t * size = sizes.data();
+    const T * score = scores.data();
+    const uint16_t * pick = picks.data();
+    array<int32_t> out({ (py::ssize_t) n, (py::ssize_t) L, (py::ssize_t) Z });
+    int32_t * hits = out.mutable_data();
+    constexpr size_t BLOCK = 256; // cells
+    struct scratch { std::vector<T> row; std::vector<int32_t> rank; };
+    parallel_for((n*L + BLOCK - 1)/BLOCK, n_threads, [E, k] { return scratch { std::vector<T>(E), std::vector<int32_t>(k) }; },
+            [&](size_t block, scratch & s) {
+        for (size_t cell = block*BLOCK; cell < std::min(n*L, (block + 1)*BLOCK); cell++) {
+            for (size_t e = 0; e < E; e++) {
+                const T x = score[cell*E + e];
+                s.row[e] = x == x ? x : -std::numeric_limits<T>::infinity();
+            }
+            std::fill(hits + cell*Z, hits + (cell + 1)*Z, 0);
+            ranks_of(s.row.data(), E, pick + cell*k, k, s.rank.data());
+            for (const int32_t rank : s.rank) {
+                for (size_t z = 0; z < Z; z++) {
+                    hits[cell*Z + z] += rank < size[z];
                 }
-                sums[r*Z + z] = sum;
+            }
+        }
+    });
+    return out;
+}
+
+FOR_EACH_CPU void add_to(float * sum, const float * x, size_t F) {
+    for (size_t f = 0; f < F; f++) {
+        sum[f] += x[f];
+    }
+}
+
+// (G, L, E, F) features (n, F) summed over the rows of each group (n,) that pick an expert, picks (n, L, k).
+array<float> pick_sums(const array<float> & features, const array<uint16_t> & picks, const array<int32_t> & group, int64_t n_groups,
+        int64_t n_expert, int n_threads) {
+    need(features.ndim() == 2 && picks.ndim() == 3 && features.shape(0) == picks.shape(0) && group.size() == picks.shape(0),
+        "features are (n, F), picks (n, L, k), groups (n,)");
+    const size_t n = (size_t) picks.shape(0), L = (size_t) picks.shape(1), k = (size_t) picks.shape(2), F = (size_t) features.shape(1),
+        E = (size_t) n_expert;
+    const int32_t * of = group.data();
+    need(n_groups >= 0 && n_expert >= 0 && std::all_of(of, of + n, [n_groups](int32_t g) { return g >= 0 && g < n_groups; }),
+        "a group is not there");
+    const float * x = features.data();
+    const uint16_t * pick = picks.data();
+    array<float> out({ (py::ssize_t) n_groups, (py::ssize_t) L, (py::ssize_t) n_expert, (py::ssize_t) F });
+    float * sums = out.mutable_data();
+    parallel_for(L, n_threads, [] { return 0; }, [&](size_t layer, int) {
+        for (size_t g = 0; g < (size_t) n_groups; g++) {
+            std::fill(sums + (g*L + layer)*E*F, sums + (g*L + layer + 1)*E*F, 0.0f);
+        }
+        for (size_t r = 0; r < n; r++) {
+            float * mine = sums + ((size_t) of[r]*L + layer)*E*F;
+            for (size_t j = 0; j < k; j++) {
+                const size_t e = pick[(r*L + layer)*k + j];
+                if (e < E) {
+                    add_to(mine + e*F, x + r*F, F);
+                }
             }
         }
     });
@@ -54,8 +107,10 @@ array<double> top_sums(const array<T> & scores, const array<float> & used, const
 } // namespace
 
 void bind_tops(py::module_ & m) {
-    m.def("top_sums", &top_sums<float>, py::arg("scores").noconvert(), py::arg("used"), py::arg("sizes"), py::arg("n_threads") = 0);
-    m.def("top_sums", &top_sums<double>, py::arg("scores"), py::arg("used"), py::arg("sizes"), py::arg("n_threads") = 0);
+    m.def("top_hits", &top_hits<float>, py::arg("scores").noconvert(), py::arg("picks"), py::arg("sizes"), py::arg("n_threads") = 0);
+    m.def("top_hits", &top_hits<double>, py::arg("scores"), py::arg("picks"), py::arg("sizes"), py::arg("n_threads") = 0);
+    m.def("pick_sums", &pick_sums, py::arg("features"), py::arg("picks"), py::arg("group"), py::arg("n_groups"), py::arg("n_expert"),
+        py::arg("n_threads") = 0);
 }
 
 } // namespace moetrace

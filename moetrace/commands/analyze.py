@@ -64,8 +64,7 @@ class Analyze:
             with progress_line() as progress:
                 subject = subject_of(recordings, args, args.model, placement(args), progress)
                 finding = asked(**given).answer(subject)
-            show([finding], args)
-        return 0
+            return show([finding], args)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

@@ -35,9 +35,15 @@ def progress_line() -> Iterator[Callable[[str], None]]:
 
     def show(what: str) -> None:
         width = shutil.get_terminal_size().columns - 2
-        print(f"\r\x1b[K{what[:width]} …", end="", file=sys.stderr, flush=True)
+        # gone again before something else is printed
+        print(f"\r\x1b[K{what[:width]} …" if what else "\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     try:
         yield show
     finally:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        show("")
+
+
+def of_questions(show: Callable[[str], None]) -> Callable[[str, int, int], None]:
+    """Show on such a line what is being asked, and how many of how many are answered."""
+    return lambda asked, done, total: show(f"{done} of {total} answered; now {asked}" if asked else "")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from moetrace.commands.options import add_option, paint
 from moetrace.commands.placement import add_placement, placement
-from moetrace.commands.progress import progress_bar
+from moetrace.commands.progress import of_questions, progress_line
 from moetrace.commands.selecting import add_choice
-from moetrace.commands.showing import opened, subject_of
+from moetrace.commands.showing import add_keeping, opened, subject_of
 from moetrace.errors import InputError
 from moetrace.findings import Finding, ask_all
 
@@ -63,6 +63,8 @@ class Report:
             parser, "-s", "--seed", type=int, default=0, metavar="N", help="of permutations and bootstraps"
         )
 
+        add_keeping(parser)
+
     def run(self, args: argparse.Namespace) -> int:
         """Make it."""
         from moetrace.report.page import write_report
@@ -74,9 +76,12 @@ class Report:
         folder = Path(args.output or f"{Path(args.recordings[0]).stem}-report")
         with ExitStack() as stack:
             recordings = opened(args.recordings, args, stack)
-            subject = subject_of(recordings, args, args.model, placement(args))
-            with progress_bar("questions") as update:
-                findings = ask_all(subject, given=given, progress=update)
+            with progress_line() as progress:
+                subject = subject_of(recordings, args, args.model, placement(args), progress)
+                asked = ask_all(
+                    subject, given=given, keep=not args.no_keep, workers=None, progress=of_questions(progress)
+                )
+                findings = tuple(asked)
             report = write_report(subject, findings, folder, [Path(p).name for p in args.recordings])
             width = min(120, shutil.get_terminal_size().columns)
             sys.stdout.write(summary(report, width=width, paint=paint))

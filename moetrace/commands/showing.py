@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from moetrace.commands.selecting import open_chosen
 from moetrace.findings import Finding, Subject
 from moetrace.numbers import numbers
 from moetrace.report.files import write_finding
-from moetrace.report.text import FORMATS, render
+from moetrace.report.text import FORMATS, rendered
 from moetrace.trace.importers import CountTable, open_source
 from moetrace.trace.trace import Trace
 
@@ -31,6 +31,16 @@ def add_showing(parser: argparse.ArgumentParser) -> None:
         parser, "--max-rows", type=int, default=20, metavar="N", help="rows of a printed table; 0: all"
     )
     add_option(parser, "-o", "--output", metavar="DIR", help="write JSON, CSV and figures there")
+
+
+def add_keeping(parser: argparse.ArgumentParser) -> None:
+    """Add the option of those who ask many questions."""
+    add_option(
+        parser,
+        "--no-keep",
+        action="store_true",
+        help="ask all anew, and keep no answers in the trace's folder",
+    )
 
 
 def opened(paths: Sequence[str], args: argparse.Namespace, stack: ExitStack) -> list[Trace | CountTable]:
@@ -62,10 +72,24 @@ def subject_of(
     )
 
 
-def show(findings: Sequence[Finding], args: argparse.Namespace) -> None:
-    """Print findings, and write them where ``-o`` says."""
-    sys.stdout.write(render(findings, args.format, max_rows=args.max_rows or None))
-    if args.output:
+def show(findings: Iterable[Finding], args: argparse.Namespace) -> int:
+    """Print findings as they come, and write them where ``-o`` says; gives the exit code.
+
+    That is 1 if none was answered, or one failed.
+    """
+    answered = failed = False
+
+    def written() -> Iterator[Finding]:
+        nonlocal answered, failed
         for finding in findings:
-            for path in write_finding(finding, Path(args.output)):
-                print(f"Wrote {path}", file=sys.stderr)
+            answered |= finding.not_answered is None
+            failed |= finding.failed
+            yield finding
+            if args.output:
+                for path in write_finding(finding, Path(args.output)):
+                    print(f"Wrote {path}", file=sys.stderr)
+
+    for piece in rendered(written(), args.format, max_rows=args.max_rows or None):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    return 0 if answered and not failed else 1

@@ -6,9 +6,9 @@ import argparse
 from contextlib import ExitStack
 
 from moetrace.commands.options import add_option
-from moetrace.commands.progress import progress_bar
+from moetrace.commands.progress import of_questions, progress_line
 from moetrace.commands.selecting import add_choice
-from moetrace.commands.showing import add_showing, opened, show, subject_of
+from moetrace.commands.showing import add_keeping, add_showing, opened, show, subject_of
 from moetrace.errors import UsageError
 from moetrace.findings import QUESTIONS, ask_all, question
 
@@ -40,16 +40,17 @@ class Stats:
         )
         add_choice(parser)
         add_showing(parser)
+        add_keeping(parser)
 
     def run(self, args: argparse.Namespace) -> int:
-        """Ask every question; 1 if none could be answered."""
+        """Ask every question; 1 if none could be answered, or one failed."""
         only = None if args.only is None else wanted(args.only)
-        with ExitStack() as stack:
-            subject = subject_of(opened(args.recordings, args, stack), args)
-            with progress_bar("questions") as update:
-                findings = ask_all(subject, only, progress=update)
-            show(findings, args)
-        return 0 if any(finding.not_answered is None for finding in findings) else 1
+        with ExitStack() as stack, progress_line() as progress:
+            subject = subject_of(opened(args.recordings, args, stack), args, progress=progress)
+            findings = ask_all(
+                subject, only, keep=not args.no_keep, workers=None, progress=of_questions(progress)
+            )
+            return show(findings, args)
 
 
 def wanted(only: str) -> list[str]:

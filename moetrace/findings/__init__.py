@@ -16,12 +16,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import entry_points
 
 from moetrace.errors import UsageError
+from moetrace.findings.asking import Progress, answers
 from moetrace.findings.finding import Figure, Finding, Method, Question, Widget, parameter
+from moetrace.findings.kept import Kept
 from moetrace.findings.subject import Subject
 
 __all__ = [
@@ -86,21 +88,31 @@ def ask_all(
     subject: Subject,
     only: Sequence[str] | None = None,
     given: Sequence[Finding] = (),
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[Finding, ...]:
-    """Ask questions of the subject: those of these names, or else all, in the order of the report.
+    *,
+    keep: bool = False,
+    workers: int | None = 1,
+    progress: Progress = lambda asked, done, total: None,
+) -> Iterator[Finding]:
+    """Ask questions of the subject: those of these names, or else all; findings come in the order of the report.
 
     Of all, comparisons are asked of two traces only; what needs a model and has none says so. Findings in ``given``
-    (made elsewhere) are not asked again; those of other questions follow.
+    (made elsewhere) are not asked again; those of other questions follow. With ``keep`` answers are kept with the
+    trace, and those kept are given (:class:`~moetrace.findings.kept.Kept`); ``workers`` as for
+    :func:`~moetrace.findings.asking.answers`.
     """
     by_name = {finding.name: finding for finding in given}
-    names = list(QUESTIONS if only is None else only)
-    out = []
-    for done, name in enumerate(names):
-        if name in by_name:
-            out.append(by_name.pop(name))
-        elif only is not None or not question(name).compares or len(subject.traces) == 2:
-            out.append(question(name)().ask(subject))
-        if progress:
-            progress(done + 1, len(names))
-    return (*out, *by_name.values())
+    names = [
+        name
+        for name in (QUESTIONS if only is None else only)
+        if name in by_name or only is not None or not question(name).compares or len(subject.traces) == 2
+    ]
+    asked = answers(
+        [question(name)() for name in names if name not in by_name],
+        subject,
+        kept=Kept.of(subject) if keep else None,
+        workers=workers,
+        progress=progress,
+    )
+    for name in names:
+        yield by_name.pop(name) if name in by_name else next(asked)
+    yield from by_name.values()

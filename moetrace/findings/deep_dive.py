@@ -76,7 +76,7 @@ class DeepDive(Question):
                 f"{', '.join(found.consumers)} share one decision: the published heatmaps of them are one and the same."
             )
         tables = {"deep_dive": table, "as_published_components": pd.concat(parts, ignore_index=True)}
-        return self.finding(subject, sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, [*caveats, *subject.together])
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Domain by expert, for each matrix that the ids went to, and the lift."""

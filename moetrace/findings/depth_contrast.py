@@ -78,7 +78,9 @@ class DepthContrast(Question):
             " that number.",
         ]
         tables = {"contrast": table, "as_published_early_late": old}
-        return self.finding(subject, [sentence], tables, caveats, concludes=verdict is not None)
+        return self.finding(
+            subject, [sentence], tables, [*caveats, *subject.together], concludes=verdict is not None
+        )
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Early, late, and their difference."""

@@ -72,7 +72,9 @@ class DomainEntropy(Question):
             "test": tested,
             "as_published_entropy": _published(subject.activations),
         }
-        return self.finding(subject, sentences, tables, caveats, concludes=test.testable)
+        return self.finding(
+            subject, sentences, tables, [*caveats, *subject.together], concludes=test.testable
+        )
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Entropy by layer, a line per domain."""

@@ -39,10 +39,11 @@ class DomainSeparation(Question):
         """Test every layer."""
         found = subject.domain_test(statistic=self.statistic, n_permutations=self.permutations)
         layers, chi, top = published_separation(subject.activations)
-        caveats = []
+        caveats = subject.together
+        units = "groups of prompts" if caveats else "prompts"
         if found.testable:
             caveats.append(
-                f"Tested with {found.n_prompts} prompts of {found.n_domains} domains; prompts are taken to be"
+                f"Tested with {found.n_prompts:,} {units} of {found.n_domains} domains; {units} are taken to be"
                 " exchangeable if domain does not matter, so they should be alike in length and kind."
             )
             caveats.append(

@@ -82,7 +82,11 @@ class ExpertCache(Question):
         used = int(layer["tokens"].iloc[0])
         caveats = [
             f"Hits are counted on {used:,} tokens of held-out prompts, after the others warmed the caches up"
-            + (f"; of {len(text):,} tokens" if len(text) > 2 * used + self.max_tokens else "")
+            + (
+                f"; of {len(subject.routing.texts):,} tokens"
+                if len(subject.routing.texts) > 2 * used + self.max_tokens
+                else ""
+            )
             + ".",
             "Tokens are computed one at a time, prompt after prompt; those computed together share what is fetched.",
             "A miss is counted, not timed: what it costs depends on the link, and fetching ahead can hide it"

@@ -62,10 +62,10 @@ class ExpertCircuits(Question):
         )
         sure = found.edges[found.edges["p_family"] <= self.alpha]
         depend = found.layers[found.layers["p_family"] <= self.alpha]
-        n_pairs = len(found.layers)
+        n_pairs, n_prompts = len(found.layers), len(subject.routing.prompts)
         said = [
             f"The first experts of two layers depend on each other for {len(depend)} of {number(n_pairs, 'pair')} of"
-            f" layers, in {number(found.tokens, 'token')} of {found.prompts:,} of {number(text.n_requests, 'prompt')}"
+            f" layers, in {number(found.tokens, 'token')} of {found.prompts:,} of {number(n_prompts, 'prompt')}"
             f" (family-wise at {self.alpha:g}).",
         ]
         row = best(found.layers, "excess_bits")

@@ -90,7 +90,7 @@ class ExpertFrequency(Question):
             "As published: percentages leave unused experts out, and as_published_world adds up unrelated experts of"
             " different layers that share a number; 'global' ranks (layer, expert) instead."
         )
-        return self.finding(subject, sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, [*caveats, *subject.together])
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Layer by expert, for all prompts and for each domain."""

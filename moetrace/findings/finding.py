@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from moetrace.findings.subject import Subject
+
+
+OUT_OF_MEMORY = (
+    "there is not enough memory for it\n  fix: look at fewer layers (--layers) or at one phase (--phase)"
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class Finding:
         Which rows were looked at; "" if that is not one phase of a subject.
     not_answered
         If it could not be answered: why, and what would help. Then there are no tables.
+    failed
+        Whether that is no fault of the recording's: memory ran out, or moetrace has a mistake.
     """
 
     name: str
@@ -59,6 +68,7 @@ class Finding:
     concludes: bool = True
     phase_note: str = ""
     not_answered: str | None = None
+    failed: bool = False
 
     def __post_init__(self) -> None:
         for name, table in self.tables.items():
@@ -68,33 +78,51 @@ class Finding:
                 raise ValueError(f"table {name}: labels belong into columns, not into the index")
 
     def to_json(self) -> str:
-        """Give it as JSON, numbers to 15 decimals; NaN and missing values become null."""
-        tables = {
-            name: json.loads(t.to_json(orient="split", index=False, double_precision=15))
-            for name, t in self.tables.items()
-        }
+        """Give it as JSON: tables as ``columns``, their ``dtypes``, and rows of ``data``.
+
+        Nothing of a number is lost; NaN and missing values become null, what is infinite "inf" or "-inf".
+        """
         shallow = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return json.dumps({**shallow, "tables": tables, "parameters": dict(self.parameters)}, indent=1)
+        tables = {name: _table_json(table) for name, table in self.tables.items()}
+        whole = {**shallow, "tables": tables, "parameters": dict(self.parameters)}
+        return json.dumps(whole, allow_nan=False, default=str)
 
     @classmethod
     def from_json(cls, text: str, path: str = "the finding") -> Finding:
         """Read what :meth:`to_json` gave. Raises InputError if ``text`` is something else."""
         try:
             given = json.loads(text)
-            tables = {
-                name: pd.DataFrame(t["data"], columns=t["columns"]) for name, t in given.pop("tables").items()
-            }
-            # a column of nothing but null: numbers that are not known, not objects
-            tables = {
-                name: t.astype({c: "float64" for c in t if t[c].dtype == object and t[c].isna().all()})
-                for name, t in tables.items()
-            }
+            tables = {name: _table_of(table) for name, table in given.pop("tables").items()}
             given |= {key: tuple(given[key]) for key in ("sentences", "caveats")}
             return cls(**given, tables=tables)
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise InputError(
                 f"{path} holds no finding", why=str(e), fix="write it with `moetrace analyze -o`"
             ) from None
+
+
+def _table_json(table: pd.DataFrame) -> dict[str, Any]:
+    columns = [[_json_value(value) for value in table[name].tolist()] for name in table]
+    return {
+        "columns": [str(name) for name in table],
+        "dtypes": [str(dtype) for dtype in table.dtypes],
+        "data": list(map(list, zip(*columns, strict=True))),
+    }
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    if isinstance(value, list | tuple):
+        return [_json_value(one) for one in value]
+    return None if value is pd.NA or value is pd.NaT else value
+
+
+def _table_of(given: Mapping[str, Any]) -> pd.DataFrame:
+    table = pd.DataFrame(given["data"], columns=given["columns"], dtype=object)
+    for name, dtype in zip(table, given["dtypes"], strict=True):
+        table[name] = table[name].astype("object" if dtype in ("category", "str") else dtype)
+    return table
 
 
 @dataclass(frozen=True)
@@ -180,6 +208,8 @@ class Question(ABC):
         Whether it sets two traces against each other (``subject.pair``); others take traces together.
     place
         Where it stands in the report: the smaller the earlier; moetrace's own are 10, 20, ….
+    slow
+        Whether it takes much longer than others: then it is asked before them.
     widgets, methods
         Interactive figures of the report, and entries of its appendix, that it brings.
     """
@@ -190,6 +220,7 @@ class Question(ABC):
     needs_model: ClassVar[bool] = False
     compares: ClassVar[bool] = False
     place: ClassVar[int] = 1000
+    slow: ClassVar[bool] = False
     widgets: ClassVar[tuple[Widget, ...]] = ()
     methods: ClassVar[tuple[Method, ...]] = ()
 
@@ -202,11 +233,27 @@ class Question(ABC):
         return {}
 
     def ask(self, subject: Subject) -> Finding:
-        """Answer it, or say in the finding why it cannot be answered."""
+        """Answer it, or say in the finding why it cannot be answered; a mistake's traceback goes to stderr."""
         try:
             return self.answer(subject)
         except MoetraceError as e:
-            return Finding(self.name, self.title, parameters=self.parameters, not_answered=str(e))
+            return self.not_answered(str(e))
+        except MemoryError:
+            return self.not_answered(OUT_OF_MEMORY, failed=True)
+        except Exception as e:  # of whatever kind: it must not cost the other questions
+            traceback.print_exc()
+            return self.not_answered(f"moetrace failed: {type(e).__name__}: {e}", failed=True)
+
+    def not_answered(self, why: str, *, failed: bool = False) -> Finding:
+        """Make the finding of a question that could not be answered."""
+        return Finding(
+            self.name,
+            self.title,
+            parameters=self.parameters,
+            concludes=False,
+            not_answered=why,
+            failed=failed,
+        )
 
     def finding(
         self,

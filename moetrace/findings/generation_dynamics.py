@@ -45,9 +45,9 @@ class GenerationDynamics(Question):
         """Answer it."""
         routing = subject.routing
         text = routing.text
-        persistence = temporal.persistence(routing.counts)
+        persistence = temporal.persistence(routing.prompt_counts)
         persistence = persistence[persistence["lag"] <= self.max_lag].reset_index(drop=True)
-        changes = dynamics.handoffs(routing.counts)
+        changes = dynamics.handoffs(routing.prompt_counts)
         phases = dynamics.generation_phases(
             text,
             min_steps=self.min_steps,
@@ -96,7 +96,9 @@ class GenerationDynamics(Question):
             "As published, a phase boundary compares k experts with up to 3k of the window before, so that it fires"
             " almost always; the published primary expert is an arbitrary one of the chosen (row `arbitrary`)."
         )
-        return self.finding(subject, said, tables, caveats, concludes=bool(changes.iloc[-1]["pairs"]))
+        return self.finding(
+            subject, said, tables, [*caveats, *subject.drawn], concludes=bool(changes.iloc[-1]["pairs"])
+        )
 
     def _phases_of_work(self, subject: Subject, said: list[str], caveats: list[str]) -> _Tables:
         try:
@@ -145,7 +147,7 @@ class GenerationDynamics(Question):
         n_right = int(outputs["right"].sum())
         said.append(f"{n_right} of {len(outputs)} outputs hold the expected answer.")
         tables: _Tables = {"answers": outputs}
-        counts = decode.counts
+        counts = decode.prompt_counts
         where = np.flatnonzero(np.isin(counts.prompts, outputs["prompt"].to_numpy(dtype=np.str_)))
         mine = counts.of(where)
         right = outputs.set_index("prompt")["right"].reindex(mine.prompts.tolist()).to_numpy(dtype=bool)

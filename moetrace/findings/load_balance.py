@@ -56,7 +56,7 @@ class LoadBalance(Question):
                 f"{number(int(unused['unused'].sum()), 'expert')} in {number(len(unused), 'layer')} never came up"
                 + (f"; one may still be chosen by up to {bound:.2%} of tokens." if bound > 0 else ".")
             )
-        return self.finding(subject, sentences, {"load_balance": table})
+        return self.finding(subject, sentences, {"load_balance": table}, subject.together)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Jain's index by layer, with its interval."""

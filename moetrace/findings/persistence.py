@@ -46,7 +46,7 @@ class Persistence(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Measure every layer and lag."""
-        table = temporal.persistence(subject.routing.counts)
+        table = temporal.persistence(subject.routing.prompt_counts)
         tables = {"persistence": table}
         sentences = []
         first = table[(table["lag"] == 1) & (table["pairs"] > 0)]
@@ -90,7 +90,7 @@ class Persistence(Question):
             tables["as_published_lag1"] = published_lag1(subject.activations, int(max(subject.n_expert)))
         except UsageError as e:
             caveats.append(f"The published lag 1 needs domains: {e.what}.")
-        return self.finding(subject, sentences, tables, caveats, concludes=not first.empty)
+        return self.finding(subject, sentences, tables, [*caveats, *subject.drawn], concludes=not first.empty)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """The strongest layer by lag, and all layers at lag 1."""

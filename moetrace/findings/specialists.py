@@ -101,7 +101,7 @@ class Specialists(Question):
             "The strongest is the one whose interval begins highest. Words can be the reason why a domain prefers an"
             " expert (matched-separation). Intervals cover slightly less than 95 % (docs/statistics.md).",
         ]
-        return self.finding(subject, out, tables, caveats, concludes=test.testable)
+        return self.finding(subject, out, tables, [*caveats, *subject.together], concludes=test.testable)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """The surest specialists, and how many there are by layer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from moetrace.analysis import DomainTest, Routing, RoutingCounts, domain_test, f
 from moetrace.analysis.counts import overview
 from moetrace.analysis.counts.from_trace import LABEL_THEM, NO_DOMAIN, PHASES, Phase
 from moetrace.analysis.published.notebook import Activations, activations
-from moetrace.errors import UsageError
+from moetrace.errors import MoetraceError, UsageError
 from moetrace.model.file import ModelFile
 from moetrace.model.identity import refuse_other_model
 from moetrace.trace import naming
@@ -164,6 +165,27 @@ class Subject:
             chosen += " The trace has no generated ones."
         return chosen
 
+    @property
+    def looked_at(self) -> list[Any]:
+        """What decides answers beside traces and questions, as JSON values."""
+        return [
+            self._phase,
+            None if self.layers is None else list(self.layers),
+            self.seed,
+            list(self._names or ()),
+        ]
+
+    def prepare(self) -> None:
+        """Make what many questions need, as far as it can be made; a question that lacks it says so."""
+        with suppress(MoetraceError, MemoryError):
+            _ = self.phase
+            if self.traces:
+                _ = self.loss, self.phases, self.domains, self.entries
+            _ = self.counts
+            if self.table is None:
+                _ = self.routing.prompt_counts, self.routing.text
+            _ = self.activations
+
     @cached_property
     def routing(self) -> Routing:
         """The chosen rows, their counts and texts, made once for all questions. Raises UsageError for a count table."""
@@ -188,6 +210,25 @@ class Subject:
                 )
             counts, numbers = counts[:, chosen], numbers[chosen]
         return RoutingCounts.of_table(counts, self.table.domains, numbers)
+
+    @property
+    def together(self) -> list[str]:
+        """If groups stand for prompts in :attr:`counts`: a sentence that says so."""
+        if self.table is not None or self.routing.each_apart:
+            return []
+        n = self.counts.n_prompts
+        return [
+            f"Groups stand for prompts: {n.sum():,} prompts in {n.size:,} groups of about {np.median(n):.0f} of one"
+            " domain, drawn at random. Tests exchange groups, and intervals leave out one at a time."
+        ]
+
+    @property
+    def drawn(self) -> list[str]:
+        """If some prompts stand for all where each is counted by itself: a sentence that says so."""
+        if self.routing.each_apart:
+            return []
+        of = f"{self.routing.prompt_counts.prompts.size:,} of {len(self.routing.prompts):,} prompts"
+        return [f"Neighbours were counted in {of}, drawn at random."]
 
     @cached_property
     def labelled(self) -> RoutingCounts:

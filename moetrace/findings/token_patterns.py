@@ -83,9 +83,10 @@ class TokenPatterns(Question):
             tables |= self._semantic(subject, text, sentences, caveats)
         if every:
             tables["combined_analysis"] = self._combined(tables)
-        if text is not whole:
+        n_prompts = len(routing.prompts)
+        if text.n_requests < n_prompts:
             looked_at = (
-                f"{number(len(text), 'token')} of {text.n_requests:,} of {number(whole.n_requests, 'prompt')}"
+                f"{number(len(text), 'token')} of {text.n_requests:,} of {number(n_prompts, 'prompt')}"
             )
             sentences.append(f"All of this is about {looked_at}.")
         # relations come last: where nothing else was asked for they may be all there is, and not testable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 
 import pandas as pd
 from tabulate import tabulate
@@ -16,8 +16,15 @@ from moetrace.printable import printable
 FORMATS = ("table", "md", "csv", "json")
 
 
-def render(findings: Sequence[Finding], form: str, *, max_rows: int | None = None, width: int = 100) -> str:
-    """Give findings in one of ``FORMATS``.
+def render(findings: Iterable[Finding], form: str, *, max_rows: int | None = None, width: int = 100) -> str:
+    """Give findings in one of ``FORMATS``, as :func:`rendered` does, in one text."""
+    return "".join(rendered(findings, form, max_rows=max_rows, width=width))
+
+
+def rendered(
+    findings: Iterable[Finding], form: str, *, max_rows: int | None = None, width: int = 100
+) -> Iterator[str]:
+    """Give findings in one of ``FORMATS``, piece by piece: each finding's when it comes.
 
     Parameters
     ----------
@@ -27,23 +34,30 @@ def render(findings: Sequence[Finding], form: str, *, max_rows: int | None = Non
         Characters a line of sentences takes.
     """
     if form == "json":
-        return "[" + ",\n".join(finding.to_json() for finding in findings) + "]\n"
-    if form == "csv":
-        return _csv(findings)
+        begin = "["
+        for finding in findings:
+            yield begin + finding.to_json()
+            begin = ",\n"
+        yield "[]\n" if begin == "[" else "]\n"
+    elif form == "csv":
+        yield from _csv(findings)
+    else:
+        for finding in findings:
+            yield _text(finding, form, max_rows, width)
+
+
+def _text(finding: Finding, form: str, max_rows: int | None, width: int) -> str:
     out = io.StringIO()
-    for finding in findings:
-        out.write(
-            f"## {finding.title}\n\n" if form == "md" else f"{finding.title}\n{'─' * len(finding.title)}\n"
-        )
-        if finding.not_answered is not None:
-            out.write(f"Not answered: {finding.not_answered}\n\n")
-            continue
-        for text in (*finding.sentences, *filter(None, [finding.phase_note]), *finding.caveats):
-            out.write(f"- {printable(text)}\n" if form == "md" else _bullet(text, width))
-        for name, table in finding.tables.items():
-            out.write(f"\n{f'### {name}' if form == 'md' else name}\n")
-            out.write(table_text(table, "github" if form == "md" else "simple", max_rows) + "\n")
-        out.write("\n")
+    out.write(f"## {finding.title}\n\n" if form == "md" else f"{finding.title}\n{'─' * len(finding.title)}\n")
+    if finding.not_answered is not None:
+        out.write(f"Not answered: {finding.not_answered}\n\n")
+        return out.getvalue()
+    for text in (*finding.sentences, *filter(None, [finding.phase_note]), *finding.caveats):
+        out.write(f"- {printable(text)}\n" if form == "md" else _bullet(text, width))
+    for name, table in finding.tables.items():
+        out.write(f"\n{f'### {name}' if form == 'md' else name}\n")
+        out.write(table_text(table, "github" if form == "md" else "simple", max_rows) + "\n")
+    out.write("\n")
     return out.getvalue()
 
 
@@ -79,9 +93,15 @@ def _bullet(text: str, width: int) -> str:
     return textwrap.fill(printable(text), width, initial_indent="• ", subsequent_indent="  ") + "\n"
 
 
-def _csv(findings: Sequence[Finding]) -> str:
+def _csv(findings: Iterable[Finding]) -> Iterator[str]:
     """All tables, one after the other, in long form if there is more than one: each with a line naming it."""
-    tables = [(f.name, name, table) for f in findings for name, table in f.tables.items()]
-    if len(tables) == 1:
-        return tables[0][2].to_csv(index=False)
-    return "\n".join(f"# {name}/{table}\n{frame.to_csv(index=False)}" for name, table, frame in tables)
+    waiting: tuple[str, pd.DataFrame] | None = None  # a single table has no such line
+    several = False
+    for finding in findings:
+        for name, table in finding.tables.items():
+            if waiting is not None:
+                yield f"{waiting[0]}\n{waiting[1].to_csv(index=False)}\n"
+                several = True
+            waiting = f"# {finding.name}/{name}", table
+    if waiting is not None:
+        yield f"{waiting[0]}\n{waiting[1].to_csv(index=False)}" if several else waiting[1].to_csv(index=False)

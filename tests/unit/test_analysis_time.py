@@ -102,11 +102,11 @@ def test_shuffle_test_observes_what_counting_counts() -> None:
     assert tested["top1"].to_numpy() == pytest.approx(told["top1"].to_numpy(), nan_ok=True)
 
 
-def test_shuffle_test_takes_whole_requests_up_to_the_limit() -> None:
+def test_shuffle_test_takes_even_stretches_of_requests_up_to_the_limit() -> None:
     rows = whole(3)
     names = ("experts", "request", "position", "n_expert", "state")
     tested = shuffle_test(**{n: rows[n] for n in names}, n_permutations=3, max_lag=2, max_rows=130)
-    assert tested.attrs["rows"] == 120
+    assert (tested.attrs["rows"], tested.attrs["requests"]) == (128, 4)  # 32 of each one's 60
     with pytest.raises(UsageError, match="no rows"):
         shuffle_test(**{n: rows[n] for n in names}, keep=np.zeros(240, bool))
 

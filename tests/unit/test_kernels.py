@@ -134,12 +134,32 @@ def test_tops(seed: int, n: int, n_expert: int, single: bool) -> None:
     """Many scores are equal: then the lower id is better."""
     rng = np.random.default_rng(seed)
     scores = rng.integers(0, 5, (n, n_expert)).astype(np.float32 if single else np.float64)
-    used = (rng.random((n, n_expert)) < 0.3).astype(np.float32)
+    picks = np.argsort(rng.random((n, n_expert + 2)), axis=1)[:, :3].astype(np.uint16)  # two of them are none
+    used = membership(picks, n_expert)
     sizes = np.unique(rng.integers(1, n_expert + 1, 3))
-    order = np.argsort(-scores, axis=1, kind="stable")
+    scores[rng.random(scores.shape) < 0.1] = np.nan
+    order = np.argsort(-np.nan_to_num(scores, nan=-np.inf), axis=1, kind="stable")
     want = np.cumsum(np.take_along_axis(used, order, axis=1), axis=1)[:, sizes - 1]
-    np.testing.assert_array_equal(_native.top_sums(scores, used, sizes), want)
-    np.testing.assert_array_equal(_native.top_sums(scores, used, sizes[:1])[:, 0], want[:, 0])
+    np.testing.assert_array_equal(_native.top_hits(scores[:, None], picks[:, None], sizes)[:, 0], want)
+    layers = np.stack((scores, scores[:, ::-1]), axis=1)
+    both = _native.top_hits(layers, np.stack((picks, picks), axis=1), sizes)
+    np.testing.assert_array_equal(both[:, 0], want)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32), n=st.integers(0, 200), n_expert=st.integers(1, 20), n_groups=st.integers(1, 4)
+)
+def test_pick_sums(seed: int, n: int, n_expert: int, n_groups: int) -> None:
+    rng = np.random.default_rng(seed)
+    features = rng.integers(-4, 5, (n, 11)).astype(np.float32)
+    picks = rng.integers(0, n_expert + 2, (n, 3, 2)).astype(np.uint16)
+    picks[:, :, 1] = np.where(picks[:, :, 1] == picks[:, :, 0], n_expert + 9, picks[:, :, 1])
+    group = rng.integers(0, n_groups, n).astype(np.int32)
+    got = _native.pick_sums(features, picks, group, n_groups, n_expert)
+    for g in range(n_groups):
+        uses = membership(picks[group == g], n_expert)
+        np.testing.assert_array_equal(got[g], np.einsum("nle,nf->lef", uses, features[group == g]))
 
 
 i32 = np.int32
@@ -168,7 +188,8 @@ i32 = np.int32
             np.zeros((4, 4)),
             np.ones((4, 4), bool),
         ),
-        lambda: _native.top_sums(np.zeros((1, 4)), np.zeros((1, 4), "f4"), np.array([5])),
+        lambda: _native.top_hits(np.zeros((1, 1, 4)), np.zeros((2, 1, 1), "u2"), np.array([1])),
+        lambda: _native.pick_sums(np.zeros((1, 4), "f4"), np.zeros((1, 1, 1), "u2"), i32([2]), 2, 4),
         lambda: _native.cache_hits(i32([[4]]), np.zeros((1, 1), "i8"), np.array([1]), 4),
         lambda: _native.cache_hits(i32([[0]]), np.zeros((1, 1), "i8"), np.array([0]), 4),
         lambda: _native.lag_agreement(

@@ -165,6 +165,9 @@ class RoutingCounts:
     ----------
     prompts, labels
         (P,) names of the prompts (sorted, unique) and their domains ("" where unlabelled).
+    n_prompts
+        (P,) how many prompts each stands for: 1, unless they were taken together
+        (:func:`~moetrace.analysis.counts.units.taken_together`).
     layers
         (L,) llama.cpp's layer numbers.
     n_expert_used
@@ -187,6 +190,7 @@ class RoutingCounts:
 
     prompts: npt.NDArray[np.str_]
     labels: npt.NDArray[np.str_]
+    n_prompts: Ints
     layers: Ints
     n_expert_used: Ints
     tokens: Ints
@@ -208,6 +212,7 @@ class RoutingCounts:
         return cls(
             prompts=names[order],
             labels=names[order],
+            n_prompts=np.ones(names.size, dtype=np.int64),
             layers=layer_numbers(layers, table.shape[1]),
             n_expert_used=np.zeros(table.shape[1], dtype=np.int64),
             tokens=np.zeros(table.shape[:2], dtype=np.int64),
@@ -252,9 +257,13 @@ class RoutingCounts:
             out[theirs] += b
             return out
 
+        n_prompts = np.zeros(prompts.size, dtype=np.int64)
+        n_prompts[mine] = self.n_prompts
+        n_prompts[theirs] = np.maximum(n_prompts[theirs], other.n_prompts)
         return RoutingCounts(
             prompts=prompts,
             labels=labels,
+            n_prompts=n_prompts,
             layers=self.layers,
             n_expert_used=self.n_expert_used,
             transitions=self.transitions + other.transitions,
@@ -270,7 +279,9 @@ class RoutingCounts:
         prompt.
         """
         index = np.asarray(prompts)
-        chosen = {name: getattr(self, name)[index] for name in (*_PER_PROMPT, "prompts", "labels")}
+        chosen = {
+            name: getattr(self, name)[index] for name in (*_PER_PROMPT, "prompts", "labels", "n_prompts")
+        }
         return RoutingCounts(
             layers=self.layers,
             n_expert_used=self.n_expert_used,
@@ -367,6 +378,7 @@ def count_routing(
     return RoutingCounts(
         prompts=who.astype(np.str_),
         labels=domains[index].astype(np.str_),
+        n_prompts=np.ones(who.size, dtype=np.int64),
         layers=layer_numbers(layers, n_layers),
         n_expert_used=per_layer(n_expert_used, n_layers, k),
         **tables.finish(),

@@ -5,7 +5,8 @@ Everything else in :mod:`moetrace.analysis` takes arrays, counts, texts, or the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from operator import add
@@ -30,7 +31,8 @@ from moetrace.analysis.counts.counting import (
     reading_order,
 )
 from moetrace.analysis.counts.routed import RoutedText
-from moetrace.analysis.statistics.shapes import Ints
+from moetrace.analysis.counts.units import evenly, taken_together
+from moetrace.analysis.statistics.shapes import Ints, some_requests, spans
 from moetrace.errors import ChannelMissingError, MoetraceError, UsageError
 
 Phase = Literal["prefill", "decode", "unknown", "all"]
@@ -40,8 +42,13 @@ NO_DOMAIN = "no request of the trace has a domain"
 LABEL_THEM = "label requests (moetrace drive --label-key domain)"
 
 CHUNK = 1 << 13  # rows looked at together
-# Token counts of all ids may take this much memory; beyond it the most frequent ids are kept.
+# What tables of prompts, of token ids, and texts may take of memory. Beyond it prompts are taken together or drawn,
+# the most frequent ids are kept, and texts are drawn.
+_TABLE_BYTES = 512 << 20
 _TOKEN_BYTES = 512 << 20
+_TEXT_BYTES = 512 << 20
+# Prompts that are compared each with each.
+_PAIRED = 2000
 
 
 class RoutedRows(Protocol):
@@ -127,12 +134,15 @@ class Chosen:
         Which rows: those of requests in this phase, without drafts that may be no text.
     labelled
         Only rows of requests that have a domain.
+    only
+        Only rows of these prompts; None: of all.
     """
 
     trace: RoutedRows
     name: str
     phase: Phase
     labelled: bool = False
+    only: frozenset[str] | None = None
 
     @cached_property
     def keep(self) -> npt.NDArray[np.bool_]:
@@ -147,7 +157,16 @@ class Chosen:
             keep &= ~last_rows(request, requests.index, sizes, undecided)
         if self.labelled:
             keep &= np.array([*(bool(label) for label in self.labels), False])[request]
+        if self.only is not None:
+            keep &= np.array([*(prompt in self.only for prompt in self.prompts), False])[request]
         return keep
+
+    @cached_property
+    def asked(self) -> dict[str, str]:
+        """The prompts that have rows here, and their domains."""
+        request = np.asarray(self.trace.request)[self.keep]
+        numbers = np.flatnonzero(np.bincount(request, minlength=len(self.prompts)))
+        return {self.prompts[i]: self.labels[i] for i in numbers.tolist()}
 
     @cached_property
     def prompts(self) -> list[str]:
@@ -225,6 +244,21 @@ def present(
     return np.where((np.asarray(state[rows]) == PRESENT)[:, :, None], ids, np.iinfo(ids.dtype).max)
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Where texts stand, (T,) each: the part, the place in its reading order, the size, the prompt, the domain."""
+
+    parts: Ints
+    begin: Ints
+    sizes: Ints
+    prompts: tuple[str, ...]
+    labels: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """All their tokens."""
+        return int(self.sizes.sum())
+
+
 class Routing:
     """The chosen rows of traces; what is made of them is made at first use and kept.
 
@@ -292,36 +326,89 @@ class Routing:
             return ()
 
     @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """(P,) the prompts that have rows, in order of their names."""
+        return tuple(sorted(self._domains))
+
+    @cached_property
+    def _domains(self) -> dict[str, str]:
+        return {prompt: domain for chosen in self.chosen for prompt, domain in chosen.asked.items()}
+
+    def _room(self, *sizes: int) -> int:
+        """How many prompts there is room for, of tables with so many numbers for each layer."""
+        return max(1, _TABLE_BYTES // (8 * len(self.layers) * sum(sizes)))
+
+    @cached_property
     def counts(self) -> RoutingCounts:
-        """:class:`~moetrace.analysis.RoutingCounts` of the chosen rows, one streaming pass."""
-        return reduce(
-            add,
-            (
+        """:class:`~moetrace.analysis.RoutingCounts` of the chosen rows, one streaming pass.
+
+        Of more prompts than there is room for, groups stand for them
+        (:func:`~moetrace.analysis.counts.units.taken_together`): sums are the same; there are no lags.
+        """
+        if self.each_apart:
+            return self.prompt_counts
+        e = int(max(self.n_expert))
+        group = taken_together([self._domains[name] for name in self.prompts], self._room(2 * e))
+        of = dict(zip(self.prompts, group.tolist(), strict=True))
+        found = self._counted(self.chosen, 0, lambda prompt: f"{of[prompt]:07d}" if prompt in of else prompt)
+        return replace(found, n_prompts=np.bincount(group)[found.prompts.astype(np.int64)])
+
+    @property
+    def each_apart(self) -> bool:
+        """Whether there is room for tables of all prompts."""
+        return len(self.prompts) <= self._room(2 * int(max(self.n_expert)), 3 * self._max_lag)
+
+    @cached_property
+    def prompt_counts(self) -> RoutingCounts:
+        """The same prompt by prompt, with lags: of all, or of as many as there is room for, drawn at random."""
+        if self.each_apart:
+            return self._counted(self.chosen, self._max_lag)
+        drawn = np.random.default_rng(0).permutation(len(self.prompts))
+        drawn = drawn[: self._room(2 * int(max(self.n_expert)), 3 * self._max_lag)]
+        only = frozenset(self.prompts[i] for i in drawn.tolist())
+        return self._counted([replace(chosen, only=only) for chosen in self.chosen], self._max_lag)
+
+    def _counted(
+        self, parts: Iterable[Chosen], max_lag: int, group: Callable[[str], str] | None = None
+    ) -> RoutingCounts:
+        each = []
+        for chosen in parts:
+            names = chosen.names
+            if group is not None:
+                names["prompts"] = [group(prompt) for prompt in names["prompts"]]
+            each.append(
                 count_routing(
                     chosen.trace.experts,
                     chosen.trace.request,
                     chosen.trace.positions,
                     weights=self._weights(chosen),
-                    max_lag=self._max_lag,
+                    max_lag=max_lag,
+                    threads=os.cpu_count() or 1,
                     progress=self._progress,
                     **chosen.columns,
-                    **chosen.names,
+                    **names,
                 )
-                for chosen in self.chosen
-            ),
-        )
+            )
+        return reduce(add, each)
 
     @cached_property
     def token_counts(self) -> TokenCounts:
         """:class:`~moetrace.analysis.TokenCounts` of the labelled rows.
 
-        Of all token ids if they fit into 512 MiB, else of the most frequent ones.
+        Of all token ids if they fit into 512 MiB, else of the most frequent ones. Of more than 2,000 prompts as
+        many are drawn, as many of each domain as there are.
         """
         for chosen in self.chosen:
             _ = chosen.trace.experts  # or ChannelMissingError
         each = 8 * len(self.layers) * int(max(self.n_expert))
         at_most = max(1, _TOKEN_BYTES // each)
         parts = self.labelled
+        asked = {prompt: domain for chosen in parts for prompt, domain in chosen.asked.items()}
+        if len(asked) > _PAIRED:
+            names = sorted(asked)
+            drawn = evenly([asked[name] for name in names], _PAIRED, np.random.default_rng(0))
+            only = frozenset(np.array(names, np.str_)[drawn].tolist())
+            parts = tuple(replace(chosen, only=only) for chosen in parts)
         every = [chosen.trace.token_ids[chosen.keep] for chosen in parts]
         tokens = None
         if not any((part >= 0).any() for part in every):
@@ -345,41 +432,62 @@ class Routing:
         )  # fmt: skip
 
     @cached_property
+    def texts(self) -> Texts:
+        """Where each prompt's text stands: the first request of each."""
+        found: list[tuple[int, int, int, str, str]] = []
+        seen: set[str] = set()
+        for part, chosen in enumerate(self.chosen):
+            order = chosen.order
+            sizes = np.diff(order.request_starts).tolist()
+            for number, start, size in zip(
+                order.requests.tolist(), order.request_starts.tolist(), sizes, strict=False
+            ):
+                prompt = chosen.prompts[number]
+                if prompt not in seen:
+                    seen.add(prompt)
+                    found.append((part, start, size, prompt, chosen.labels[number]))
+        place = np.array([one[:3] for one in found], dtype=np.int64).reshape(-1, 3)
+        return Texts(
+            place[:, 0],
+            place[:, 1],
+            place[:, 2],
+            tuple(one[3] for one in found),
+            tuple(one[4] for one in found),
+        )
+
+    @cached_property
     def text(self) -> RoutedText:
         """The chosen rows as whole texts in reading order; a copy. One request per prompt: the first.
 
         Numbers and weights are as the traces have them, which ``sources`` counts in the order given; a cell that
-        was not computed or is lost has no expert.
+        was not computed or is lost has no expert. Of more than fit into 512 MiB (:attr:`texts` says how many there
+        are) whole ones are drawn at random.
         """
-        rows: list[Ints] = []
-        sizes: list[int] = []
-        prompts: list[str] = []
-        labels: list[str] = []
-        seen: set[str] = set()
-        for chosen in self.chosen:
-            order, pieces = chosen.order, [np.empty(0, dtype=np.int64)]
-            for i, number in enumerate(order.requests.tolist()):
-                if chosen.prompts[number] not in seen:
-                    seen.add(chosen.prompts[number])
-                    prompts.append(chosen.prompts[number])
-                    labels.append(chosen.labels[number])
-                    pieces.append(order.rows[order.request_starts[i] : order.request_starts[i + 1]])
-            sizes += [piece.size for piece in pieces[1:]]
-            rows.append(np.concatenate(pieces))
+        texts = self.texts
+        cells = len(self.layers) * int(max(self._given[0].n_expert_used))
+        room = _TEXT_BYTES // (cells * (self.chosen[0].trace.experts.dtype.itemsize + 4) + 64)
+        every = np.arange(len(texts.prompts))
+        if len(texts) > room:
+            edges = np.concatenate(([0], np.cumsum(texts.sizes)))
+            every = some_requests(edges, room, np.random.default_rng(0), None)[0]
+        rows = []
+        for part, chosen in enumerate(self.chosen):
+            mine = every[texts.parts[every] == part]
+            rows.append(chosen.order.rows[spans(texts.begin[mine], texts.sizes[mine])])
         parts = [(chosen.trace, mine) for chosen, mine in zip(self.chosen, rows, strict=True)]
         columns = [self._weights(chosen) for chosen in self.chosen]
         weights = [np.asarray(c[mine]) for c, mine in zip(columns, rows, strict=True) if c is not None]
         return RoutedText(
             np.concatenate([present(trace.experts, trace.state, mine) for trace, mine in parts]),
-            np.concatenate(([0], np.cumsum(sizes))).astype(np.int64),
+            np.concatenate(([0], np.cumsum(texts.sizes[every]))).astype(np.int64),
             int(max(self.n_expert)),
             weights=np.concatenate(weights) if len(weights) == len(parts) else None,
             tokens=np.concatenate([trace.token_ids[mine] for trace, mine in parts]),
             positions=np.concatenate([trace.positions[mine] for trace, mine in parts]),
             sources=np.repeat(np.arange(len(parts)), [mine.size for mine in rows]),
             rows=np.concatenate(rows),
-            prompts=prompts,
-            labels=labels,
+            prompts=[texts.prompts[i] for i in every.tolist()],
+            labels=[texts.labels[i] for i in every.tolist()],
             layers=self.layers,
         )
 

@@ -22,7 +22,7 @@ from moetrace.analysis.prediction.context_attention_routing import (
     context_attention_routing,
     routing_similarity,
 )
-from moetrace.analysis.prediction.predict import Prediction, Problem, Scores
+from moetrace.analysis.prediction.predict import Prediction, Problem, Scores, gain_tests
 from moetrace.analysis.prediction.task_prediction import task_prediction
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.shapes import Ints
@@ -92,6 +92,7 @@ def task_by_layer(
     *,
     routers: Mapping[int, RouterWeights] | None = None,
     max_tokens: int = 20_000,
+    n_permutations: int = 199,
     seed: int = 0,
     progress: Progress | None = None,
     **options: Any,
@@ -105,27 +106,29 @@ def task_by_layer(
     probe = early_index(columns, early_layer)
     wanted = [n for n in columns.wanted(layers) if n > early_layer]
     found: dict[int, Prediction] = {}
-    for done, layer in enumerate(wanted):
-        index = columns.index(layer)
-        part = text.take(text.known(index) & text.known(probe))
-        if len(part):
-            hidden = columns.column("gate_input", part, probe)
+    # layers that are known at the same tokens are tested together
+    alike: dict[bytes, list[int]] = {}
+    for layer in wanted:
+        alike.setdefault((text.known(columns.index(layer)) & text.known(probe)).tobytes(), []).append(layer)
+    for mask, together in alike.items():
+        part = text.take(np.frombuffer(mask, dtype=bool))
+        if not len(part):
+            continue
+        early = part.member(probe)
+        hidden = columns.column("gate_input", part, probe)
+        problems = (_problem(part, columns.index(layer), seed) for layer in together)
+        tests = gain_tests(problems, early, n_permutations=n_permutations, seed=seed)
+        for layer, test in zip(together, tests, strict=True):
+            problem = _problem(part, columns.index(layer), seed)
             gate = None if hidden is None or not routers else _routed(hidden, routers[layer])
-            found[layer] = task_prediction(
-                _problem(part, index, seed),
-                part.member(probe),
-                hidden,
-                gate,
-                seed=seed,
-                **options,
-            )
-        if progress is not None:
-            progress(done + 1, len(wanted))
+            found[layer] = task_prediction(problem, early, hidden, gate, seed=seed, test=test, **options)
+            if progress is not None:
+                progress(len(found), len(wanted))
     if not found:
         raise UsageError(
             f"no layer after {early_layer} has routing of these tokens", fix="choose another phase"
         )
-    return _joined(found)
+    return _joined({layer: found[layer] for layer in wanted if layer in found})
 
 
 def contexts_by_layer(

@@ -12,10 +12,10 @@ Shapes: n tokens, E experts, k used, F features, P prompts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import sparse
 
-from moetrace._native import top_sums
+from moetrace._native import pick_sums, top_hits
 from moetrace.analysis.counts.routed import membership
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.shapes import Floats, Ints
@@ -36,6 +36,8 @@ N_FOLDS = 5
 _PRIOR = 2.0
 # Prompts of similar length that are exchanged with each other in a permutation.
 _GROUP = 6
+# Room for the scores of many layers.
+_SCORE_BYTES = 32 << 20
 # Components of the features that are tried again and again with other prompts'.
 _MAX_FEATURES = 64
 
@@ -48,6 +50,8 @@ class Problem:
     ----------
     used
         (n, E) f4, 1 for the experts that a token uses.
+    picks
+        (n, k) u2 their numbers; E where a token uses fewer.
     k
         Experts per token.
     prompt
@@ -59,6 +63,7 @@ class Problem:
     """
 
     used: npt.NDArray[np.float32]
+    picks: npt.NDArray[np.uint16]
     k: int
     prompt: Ints
     run: Ints
@@ -100,7 +105,8 @@ class Problem:
 
         k = int(used.sum(axis=1).max())
         runs = codes if run is None else given(run)
-        return cls(used, k, codes, runs, given(token), given(position), fold)
+        picks = np.sort(np.minimum(experts, n_expert).astype(np.uint16), axis=1)[:, :k]
+        return cls(used, picks, k, codes, runs, given(token), given(position), fold)
 
     @property
     def n_prompts(self) -> int:
@@ -114,7 +120,7 @@ class Problem:
 
     def take(self, rows: Ints) -> Problem:
         """Some of the tokens, in the same folds; a copy."""
-        names = ("used", "prompt", "run", "token", "position", "fold")
+        names = ("used", "picks", "prompt", "run", "token", "position", "fold")
         return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
     def folds(self) -> list[tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
@@ -153,13 +159,38 @@ def table(p: Problem, key: npt.ArrayLike, prior: float = _PRIOR) -> Scores:
 
 def transition(p: Problem, features: npt.NDArray[Any]) -> Scores:
     """Mean of P(expert | an expert used elsewhere) over those used elsewhere (n, E'): a transition table."""
-    x = features.astype(np.float32)
+    x = sparse.csr_array(features.astype(np.float32))
     out = np.empty(p.used.shape, dtype=np.float32)
     for fit, held in p.folds():
         mean = p.used[fit].mean(axis=0)
         share = (x[fit].T @ p.used[fit] + _PRIOR * mean) / (x[fit].sum(axis=0)[:, None] + _PRIOR)
         out[held] = x[held] @ share
     return out
+
+
+def pick_ridge(p: Problem, features: npt.NDArray[Any]) -> Scores:
+    """:func:`ridge` on features (n, F) of which few are not 0: which experts a token uses elsewhere."""
+    x, used = sparse.csr_array(features.astype(np.float64)), sparse.csr_array(p.used.astype(np.float64))
+    mean: Floats = np.asarray(x.mean(axis=0)).reshape(-1)
+    square: Floats = np.asarray((x * x).mean(axis=0)).reshape(-1)
+    spread = np.sqrt(np.maximum(square - mean**2, 0.0))
+    scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 1e-5)
+    folds = [held for _, held in p.folds()]
+    grams = np.stack([(x[held].T @ x[held]).toarray() for held in folds])
+    crosses = np.stack([(x[held].T @ used[held]).toarray() for held in folds])
+    mx: Floats = np.stack([np.asarray(x[held].sum(axis=0)).reshape(-1) for held in folds])
+    my: Floats = np.stack([p.used[held].sum(axis=0, dtype=np.float64) for held in folds])
+    sizes = np.array([held.sum() for held in folds])
+    scores = np.empty(p.used.shape)
+    for i, held in enumerate(folds):
+        n = sizes.sum() - sizes[i]
+        a, b = (mx.sum(axis=0) - mx[i]) / n, (my.sum(axis=0) - my[i]) / n
+        gram = (grams.sum(axis=0) - grams[i] - n * np.outer(a, a)) * scale * scale[:, None]
+        gram[np.diag_indices_from(gram)] += max(x.shape[1], 1)
+        cross = (crosses.sum(axis=0) - crosses[i] - n * np.outer(a, b)) * scale[:, None]
+        weight = np.linalg.solve(gram, cross) * scale[:, None]
+        scores[held] = x[held] @ weight + (b - a @ weight)
+    return scores
 
 
 def ridge(
@@ -235,7 +266,8 @@ def hits(p: Problem, scores: Scores, sizes: Sequence[int]) -> Ints:
 
     Equal scores: the lower expert id first.
     """
-    return top_sums(np.asarray(scores), p.used, np.asarray(sizes, dtype=np.int64)).astype(np.int64)
+    found = top_hits(np.asarray(scores)[:, None], p.picks[:, None], np.asarray(sizes, dtype=np.int64))
+    return found[:, 0].astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -390,39 +422,70 @@ def gain_test(
     principal components are used. Whole prompts are exchanged: that their tokens follow each other does not matter.
     Prompts must be exchangeable if features say nothing.
     """
-    rng = np.random.default_rng((seed, 3))
+    options: dict[str, Any] = {"n_permutations": n_permutations, "max_tokens": max_tokens, "seed": seed}
+    return gain_tests([p], features, nuisance, **options)[0]
+
+
+def gain_tests(
+    problems: Iterable[Problem],
+    features: npt.NDArray[Any],
+    nuisance: npt.NDArray[Any] | None = None,
+    *,
+    n_permutations: int = 199,
+    max_tokens: int = 4000,
+    seed: int = 0,
+) -> list[GainTest]:
+    """:func:`gain_test` of several problems (layers) of the same tokens with the same features, side by side.
+
+    Every problem gets the same exchanges. They may be made one by one: none is kept.
+    """
+    following = iter(problems)
+    p, rng = next(following), np.random.default_rng((seed, 3))
     groups = _exchange_groups(p.prompt, max_tokens, rng)
     n = sum(starts.size * length for starts, length in groups)
     fold = p.fold[[i for starts, _ in groups for i in starts.tolist()]]
     if np.unique(fold).size < 2 or n_permutations < 1:
-        return GainTest(float("nan"), float("nan"), float("nan"), float("nan"), n)
+        return [
+            GainTest(float("nan"), float("nan"), float("nan"), float("nan"), n) for _ in chain([p], following)
+        ]
     rows = np.concatenate([(s[:, None] + np.arange(cut)).reshape(-1) for s, cut in groups])
     z = np.ones((n, 1)) if nuisance is None else np.hstack((np.ones((n, 1)), _scaled(nuisance[rows])))
     x = _scaled(features[rows]).astype(np.float64)
     x = _main_components(_scaled(x - z @ np.linalg.lstsq(z, x, rcond=None)[0]), _MAX_FEATURES)
-    exchange = _Exchange(groups, z, x, p.used[rows].astype(np.float64), p.k, fold)
+    picks = [each.picks[rows] for each in chain([p], following)]
+    exchange = _Exchange(groups, z, x, picks, p.n_expert, fold)
     floor, own = exchange.recall(None), np.arange(fold.size)
-    reached = np.array(
+    reached = np.stack(
         [exchange.recall(_shuffled(groups, rng) if b else own) - floor for b in range(n_permutations + 1)]
     )
-    null = reached[1:]
-    return GainTest(
-        float(reached[0]),
-        float(null.mean()),
-        float(np.quantile(null, 0.95)),
-        float(nulls.permutation_p(reached)),
-        n,
-    )
+    p_values = nulls.permutation_p(reached)
+    return [
+        GainTest(
+            float(reached[0, i]),
+            float(reached[1:, i].mean()),
+            float(np.quantile(reached[1:, i], 0.95)),
+            float(p_values[i]),
+            n,
+        )
+        for i in range(len(picks))
+    ]
 
 
 class _Exchange:
     """Cross-validated ridge regressions of prompts (P) with each other's features, x (n, F), beside z (n, Z).
 
-    Rows lie prompt by prompt as the groups name them, and are put fold by fold here.
+    Rows lie prompt by prompt as the groups name them, and are put fold by fold here. The regressions of several
+    problems have the same features: what is to be inverted is inverted once.
     """
 
     def __init__(
-        self, groups: list[tuple[Ints, int]], z: Floats, x: Floats, used: Floats, k: int, fold: Ints
+        self,
+        groups: list[tuple[Ints, int]],
+        z: Floats,
+        x: Floats,
+        picks: list[npt.NDArray[np.uint16]],
+        n_expert: int,
+        fold: Ints,
     ) -> None:
         lengths = np.concatenate([np.full(starts.size, length) for starts, length in groups])
         self._begin = np.cumsum(lengths) - lengths
@@ -430,13 +493,17 @@ class _Exchange:
         self._lengths = lengths[self._prompts]
         self._place = np.arange(len(z)) - np.repeat(np.cumsum(self._lengths) - self._lengths, self._lengths)
         rows = self._rows(np.arange(fold.size))
-        self._z, self._x, self._used = z[rows], x, used[rows]
+        self._z, self._x = z[rows], x
         of_row = np.repeat(fold[self._prompts], self._lengths)
+        self._fold = np.unique(of_row, return_inverse=True)[1].astype(np.int32)
         ends = np.append(np.flatnonzero(np.diff(of_row)) + 1, of_row.size)
         self._folds = [slice(a, b) for a, b in pairwise([0, *ends.tolist()])]
-        self._k = k
-        self._seen = self._used.astype(np.float32)
-        self._n_used = float(self._seen.sum())
+        self._k, self._of_k = np.unique([each.shape[1] for each in picks], return_inverse=True)
+        self._n_expert = n_expert
+        self._picks = np.full((len(z), len(picks), int(self._k.max())), n_expert, dtype=np.uint16)
+        for i, each in enumerate(picks):
+            self._picks[:, i, : each.shape[1]] = each[rows]
+        self._n_used = (self._picks < self._n_expert).sum(axis=(0, 2))
         self._penalty = np.concatenate((np.full(z.shape[1], 1e-3), np.full(x.shape[1], float(x.shape[1]))))
         self._penalty[0] = 1e-9  # the intercept's
 
@@ -444,17 +511,32 @@ class _Exchange:
         rows: Ints = np.repeat(self._begin[owner[self._prompts]], self._lengths) + self._place
         return rows
 
-    def recall(self, owner: Ints | None) -> float:
-        """Recall@k on held-out prompts if prompt i has the features of prompt ``owner[i]`` (None: no features)."""
+    def recall(self, owner: Ints | None) -> Floats:
+        """Recall@k of each problem on held-out prompts if prompt i has the features of prompt ``owner[i]``.
+
+        With None there are no features.
+        """
         a = self._z if owner is None else np.hstack((self._z, self._x[self._rows(owner)]))
         grams = [a[mine].T @ a[mine] for mine in self._folds]
-        targets = [a[mine].T @ self._used[mine] for mine in self._folds]
-        gram, target = sum(grams) + np.diag(self._penalty[: a.shape[1]]), sum(targets)
-        scores = np.empty(self._used.shape)
-        for mine, own_gram, own_target in zip(self._folds, grams, targets, strict=True):
-            weights = np.linalg.solve(gram - own_gram, target - own_target)
-            scores[mine] = a[mine] @ weights
-        return float(top_sums(scores, self._seen, np.array([self._k]), n_threads=1).sum() / self._n_used)
+        gram = sum(grams) + np.diag(self._penalty[: a.shape[1]])
+        solved = [np.linalg.inv(gram - own).astype(np.float32) for own in grams]
+        single = a.astype(np.float32)
+        found = np.zeros(self._n_used.size)
+        step = max(
+            1, _SCORE_BYTES // (4 * self._n_expert * max(mine.stop - mine.start for mine in self._folds))
+        )
+        for begin in range(0, found.size, step):
+            layers = slice(begin, begin + step)
+            picks = np.ascontiguousarray(self._picks[:, layers])
+            targets = pick_sums(single, picks, self._fold, len(grams), self._n_expert, n_threads=1)
+            targets = targets.reshape(len(grams), -1, a.shape[1])
+            total = targets.sum(axis=0)
+            for i, mine in enumerate(self._folds):
+                scores = single[mine] @ (solved[i] @ (total - targets[i]).T)
+                scores = scores.reshape(scores.shape[0], -1, self._n_expert)
+                hits = top_hits(scores, picks[mine], self._k, n_threads=1).sum(axis=0)
+                found[layers] += hits[np.arange(hits.shape[0]), self._of_k[layers]]
+        return np.asarray(found / self._n_used)
 
 
 def _exchange_groups(prompt: Ints, max_tokens: int, rng: np.random.Generator) -> list[tuple[Ints, int]]:

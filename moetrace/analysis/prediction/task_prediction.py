@@ -10,12 +10,14 @@ import numpy.typing as npt
 import pandas as pd
 
 from moetrace.analysis.prediction.predict import (
+    GainTest,
     Prediction,
     Problem,
     Scores,
     comparison,
     gain,
     gain_test,
+    pick_ridge,
     popularity,
     previous,
     ridge,
@@ -35,6 +37,7 @@ def task_prediction(
     n_permutations: int = 199,
     n_boot: int = 999,
     seed: int = 0,
+    test: GainTest | None = None,
 ) -> Prediction:
     """How well an early layer tells a later layer's experts of the same token.
 
@@ -47,6 +50,8 @@ def task_prediction(
         (n, D) f4: what the early layer's router read.
     gate
         (n, E): scores of the later layer's own router applied to that ("next gate on current hidden").
+    test
+        The test's result if it was made before (:func:`~moetrace.analysis.prediction.predict.gain_tests`).
 
     Predictors: ``popularity``, ``previous`` (token's experts in the later layer), ``token`` (table), ``transition``
     (:func:`transition`), ``gate``; then ``experts`` (:func:`ridge` on the early experts) and ``hidden``. Gains are
@@ -59,10 +64,11 @@ def task_prediction(
         "token": table(p, p.token),
         "transition": transition(p, early),
         **({} if gate is None else {"gate": gate}),
-        "experts": ridge(p, early),
+        "experts": pick_ridge(p, early),
         **({} if hidden is None else {"hidden": ridge(p, hidden)}),
     }
-    test = gain_test(p, early, n_permutations=n_permutations, seed=seed)
+    if test is None:
+        test = gain_test(p, early, n_permutations=n_permutations, seed=seed)
     more: dict[str, Any] = {"n_boot": n_boot, "seed": seed}
     best = list(scores)[-1]
     gains = [
