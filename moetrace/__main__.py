@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import keyword
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import moetrace
 from moetrace.commands.options import Command, add_subparser, red
@@ -43,10 +45,13 @@ COMMANDS = {
 
 def load(name: str) -> Command:
     """Import one subcommand; the others stay unread, which keeps the start fast."""
-    file = name.replace("-", "_") + ("_" if keyword.iskeyword(name) else "")
-    module = importlib.import_module(f"moetrace.commands.{file}")
+    module = importlib.import_module(f"moetrace.commands.{_file(name)}")
     command: Command = getattr(module, COMMANDS[name])()
     return command
+
+
+def _file(name: str) -> str:
+    return name.replace("-", "_") + ("_" if keyword.iskeyword(name) else "")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,19 +60,26 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(name: str | None = None) -> argparse.ArgumentParser:
-    """Make the parser; only the subcommand ``name`` is filled in (None: all, for the help)."""
+    """Make the parser; only the subcommand ``name`` is filled in (None: all)."""
     parser = _Parser(prog="moetrace", description=moetrace.__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"moetrace {moetrace.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for each in COMMANDS:
-        if name is None or each == name:
+        if each == name or name is None:
             command = load(each)
             sub = add_subparser(subparsers, each, command)
             command.prepare_parser(sub)
             sub.set_defaults(run=command.run, passthrough=command.passthrough)
         else:
-            subparsers.add_parser(each)
+            subparsers.add_parser(each, help=summary(each))
     return parser
+
+
+def summary(name: str) -> str:
+    """What a subcommand does, in one sentence: its docstring's first, without importing it."""
+    tree = ast.parse((Path(__file__).parent / "commands" / f"{_file(name)}.py").read_text(encoding="utf-8"))
+    classes = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == COMMANDS[name])
+    return (ast.get_docstring(next(classes)) or "").split("\n")[0]
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
@@ -82,7 +94,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
 def run(argv: Sequence[str]) -> int:
     """Parse and run; MoetraceErrors come out as they are."""
     ours, rest = split(argv)
-    name = ours[0] if ours and ours[0] in COMMANDS else None
+    name = ours[0] if ours and ours[0] in COMMANDS else ""
     args = make_parser(name).parse_args(ours)
     if rest is not None and not args.passthrough:
         raise UsageError(f"moetrace {args.command} takes nothing after --", fix="leave it out")

@@ -78,7 +78,7 @@ from moetrace.analysis.experts.merging import (
 )
 from moetrace.analysis.experts.outputs import chosen_outputs, expert_outputs
 from moetrace.analysis.placement.cache import CacheSimulation, cache_hits, expert_cache
-from moetrace.analysis.placement.cold_experts import clopper_pearson, cold_experts, trigger_tokens, wake_rates
+from moetrace.analysis.placement.cold_experts import cold_experts, trigger_tokens, wake_rates
 from moetrace.analysis.prediction.attention_prediction import attention_prediction
 from moetrace.analysis.prediction.context_attention_routing import ContextTest, context_attention_routing
 from moetrace.analysis.prediction.predict import GainTest, Prediction, Problem, gain_test
@@ -106,6 +106,7 @@ from moetrace.analysis.published.prediction import (
     as_published_task_prediction,
 )
 from moetrace.analysis.statistics.chance import Chance, chance
+from moetrace.analysis.statistics.nulls import clopper_pearson
 from moetrace.analysis.statistics.sums import MetricSums
 from moetrace.analysis.text.lexicon import join_words, token_type, type_words
 from moetrace.analysis.text.token_patterns import (

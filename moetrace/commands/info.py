@@ -75,7 +75,7 @@ def _facts(trace: Trace, contexts: list[Trace]) -> dict[str, object]:
             {
                 **context.facts,
                 "rows": len(context),
-                "requests": len(context.requests),
+                "requests": context.n_requests,
                 "loss": dataclasses.asdict(context.loss),
             }
             for context in contexts

@@ -14,7 +14,8 @@ from moetrace.commands.progress import of_questions, progress_line
 from moetrace.commands.selecting import add_choice
 from moetrace.commands.showing import add_keeping, opened, subject_of
 from moetrace.errors import InputError
-from moetrace.findings import Finding, ask_all
+from moetrace.findings import Finding, ask_each
+from moetrace.report.files import Written, read_finding
 
 
 class Report:
@@ -67,7 +68,7 @@ class Report:
 
     def run(self, args: argparse.Namespace) -> int:
         """Make it."""
-        from moetrace.report.page import write_report
+        from moetrace.report.page import write_part, write_report
         from moetrace.report.summary import summary
 
         # from the environment it comes as one text
@@ -78,11 +79,18 @@ class Report:
             recordings = opened(args.recordings, args, stack)
             with progress_line() as progress:
                 subject = subject_of(recordings, args, args.model, placement(args), progress)
-                asked = ask_all(
-                    subject, given=given, keep=not args.no_keep, workers=None, progress=of_questions(progress)
+                asked = ask_each(
+                    subject,
+                    given=given,
+                    then=lambda finding: write_part(finding, folder),
+                    keep=not args.no_keep,
+                    workers=None,
+                    progress=of_questions(progress),
                 )
-                findings = tuple(asked)
-            report = write_report(subject, findings, folder, [Path(p).name for p in args.recordings])
+                # one that ended too early wrote nothing
+                pairs = [(finding, part or Written(())) for finding, part in asked]
+            findings, parts = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+            report = write_report(subject, findings, folder, [Path(p).name for p in args.recordings], parts)
             width = min(120, shutil.get_terminal_size().columns)
             sys.stdout.write(summary(report, width=width, paint=paint))
         return 0
@@ -97,10 +105,5 @@ def read_findings(paths: list[str]) -> list[Finding]:
             raise InputError(
                 f"{path} holds no findings", fix="write them with `moetrace analyze NAME -o DIR`"
             )
-        for file in files:
-            try:
-                text = file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as e:
-                raise InputError(f"{file} cannot be read", why=str(e)) from e
-            out.append(Finding.from_json(text, str(file)))
+        out += [read_finding(file) for file in files]
     return out

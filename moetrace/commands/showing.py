@@ -86,7 +86,7 @@ def show(findings: Iterable[Finding], args: argparse.Namespace) -> int:
             failed |= finding.failed
             yield finding
             if args.output:
-                for path in write_finding(finding, Path(args.output)):
+                for path in write_finding(finding, Path(args.output)).files:
                     print(f"Wrote {path}", file=sys.stderr)
 
     for piece in rendered(written(), args.format, max_rows=args.max_rows or None):

@@ -19,9 +19,10 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import entry_points
+from typing import Any
 
 from moetrace.errors import UsageError
-from moetrace.findings.asking import Progress, answers
+from moetrace.findings.asking import Progress, Then, answers
 from moetrace.findings.finding import Figure, Finding, Method, Question, Widget, parameter
 from moetrace.findings.kept import Kept
 from moetrace.findings.subject import Subject
@@ -35,6 +36,7 @@ __all__ = [
     "Subject",
     "Widget",
     "ask_all",
+    "ask_each",
     "parameter",
     "question",
 ]
@@ -100,19 +102,34 @@ def ask_all(
     trace, and those kept are given (:class:`~moetrace.findings.kept.Kept`); ``workers`` as for
     :func:`~moetrace.findings.asking.answers`.
     """
+    return (
+        finding
+        for finding, _ in ask_each(subject, only, given, keep=keep, workers=workers, progress=progress)
+    )
+
+
+def ask_each(
+    subject: Subject,
+    only: Sequence[str] | None = None,
+    given: Sequence[Finding] = (),
+    *,
+    then: Then | None = None,
+    keep: bool = False,
+    workers: int | None = 1,
+    progress: Progress = lambda asked, done, total: None,
+) -> Iterator[tuple[Finding, Any]]:
+    """Ask as :func:`ask_all`, and give with each finding what ``then`` gives of it, where it was made."""
     by_name = {finding.name: finding for finding in given}
-    names = [
-        name
+    asked: list[Question | Finding] = [
+        by_name.pop(name) if name in by_name else question(name)()
         for name in (QUESTIONS if only is None else only)
         if name in by_name or only is not None or not question(name).compares or len(subject.traces) == 2
     ]
-    asked = answers(
-        [question(name)() for name in names if name not in by_name],
+    return answers(
+        [*asked, *by_name.values()],
         subject,
         kept=Kept.of(subject) if keep else None,
+        then=then,
         workers=workers,
         progress=progress,
     )
-    for name in names:
-        yield by_name.pop(name) if name in by_name else next(asked)
-    yield from by_name.values()

@@ -10,10 +10,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from threadpoolctl import threadpool_limits
 
+from moetrace.errors import MoetraceError
 from moetrace.findings.finding import OUT_OF_MEMORY, Finding, Question
 
 if TYPE_CHECKING:
@@ -22,62 +23,75 @@ if TYPE_CHECKING:
 
 #: takes what is being asked ("": nothing, an answer is given), how many are answered, and of how many
 Progress = Callable[[str, int, int], None]
+#: what is done with each finding where it was made: what it gives can be pickled
+Then = Callable[[Finding], Any]
 
 
 def answers(
-    questions: Sequence[Question],
+    asked: Sequence[Question | Finding],
     subject: Subject,
     *,
     kept: Kept | None = None,
+    then: Then | None = None,
     workers: int | None = None,
     progress: Progress = lambda asked, done, total: None,
-) -> Iterator[Finding]:
-    """Give the questions' findings in their order, each as soon as it and those before it are there.
+) -> Iterator[tuple[Finding, Any]]:
+    """Give questions' findings in their order, and what ``then`` gave of each, as soon as those before are there.
 
-    What is in ``kept`` is not asked again, and what is asked is put there. With two ``workers`` or more (by default
-    the processor's cores) every question is asked in a process of its own, where processes can be forked: one that
-    fails, or is killed, costs no other. With a model they are asked here, one after the other.
+    Findings among ``asked`` are given as they are. What is in ``kept`` is not asked again, and what is asked is put
+    there. With two ``workers`` or more (by default the processor's cores) each is asked in a process of its own,
+    where processes can be forked: one that fails, or is killed, costs no other. With a model they are asked here, one
+    after the other.
+
+    Raises the MoetraceError that ``then`` raises.
     """
-    found: dict[int, Finding] = {}
-    for i, question in enumerate(questions):
-        old = None if kept is None else kept.get(question)
-        if old is not None:
-            found[i] = old
-    left = {i: question for i, question in enumerate(questions) if i not in found}
+    tasks = {}
+    for i, each in enumerate(asked):
+        old = kept.get(each) if isinstance(each, Question) and kept is not None else None
+        tasks[i] = each if old is None else old
+    found: dict[int, tuple[Finding, Any]] = {}
+    if then is None:
+        found = {i: (task, None) for i, task in tasks.items() if isinstance(task, Finding)}
+    left = {i: task for i, task in tasks.items() if i not in found}
     n = min(os.cpu_count() or 1 if workers is None else workers, len(left))
-    if n > 1 and subject.model is None and sys.platform == "linux":
-        asked = _apart(left, subject, n, progress)
-    else:
-        asked = _here(left, subject, progress)
+    apart = n > 1 and subject.model is None and sys.platform == "linux"
+    made = (_apart if apart else _here)(left, subject, then, n, progress)
     given = 0
     while True:
         while given in found:
-            progress("", given, len(questions))
+            progress("", given, len(tasks))
             yield found.pop(given)
             given += 1
-        i, finding = next(asked, (-1, None))
+        i, finding, more = next(made, (-1, None, None))
         if finding is None:
             return
-        found[i] = finding
-        if kept is not None and finding.not_answered is None:
-            kept.put(questions[i], finding)
+        found[i] = finding, more
+        question = tasks[i]
+        if kept is not None and isinstance(question, Question) and finding.not_answered is None:
+            kept.put(question, finding)
 
 
-def _here(
-    left: dict[int, Question], subject: Subject, progress: Progress
-) -> Iterator[tuple[int, Finding | None]]:
-    for done, (i, question) in enumerate(left.items()):
-        progress(question.name, done, len(left))
-        yield i, question.ask(subject)
+_Made = Iterator[tuple[int, Finding | None, Any]]
+_Tasks = dict[int, Question | Finding]
 
 
-def _apart(
-    left: dict[int, Question], subject: Subject, n: int, progress: Progress
-) -> Iterator[tuple[int, Finding | None]]:
+def _done(task: Question | Finding, subject: Subject, then: Then | None) -> tuple[Finding, Any]:
+    finding = task if isinstance(task, Finding) else task.ask(subject)
+    return finding, then(finding) if then is not None else None
+
+
+def _here(tasks: _Tasks, subject: Subject, then: Then | None, n: int, progress: Progress) -> _Made:
+    for done, (i, task) in enumerate(tasks.items()):
+        progress(task.name, done, len(tasks))
+        yield i, *_done(task, subject, then)
+
+
+def _apart(tasks: _Tasks, subject: Subject, then: Then | None, n: int, progress: Progress) -> _Made:
     """Ask in forked processes, ``n`` at a time; what many questions need is made before, so that they share it."""
-    subject.prepare()
+    if any(isinstance(task, Question) for task in tasks.values()):
+        subject.prepare()
     fork = multiprocessing.get_context("fork")
-    waiting = sorted(left, key=lambda i: not left[i].slow)
+    waiting = sorted(tasks, key=lambda i: not getattr(tasks[i], "slow", False))
     running: dict[Connection, tuple[int, BaseProcess]] = {}
     done = 0
     try:
@@ -85,7 +99,7 @@ def _apart(
             while waiting and len(running) < n:
                 i = waiting.pop(0)
                 ours, theirs = fork.Pipe(duplex=False)
-                process = fork.Process(target=_asked, args=(left[i], subject, theirs), daemon=True)
+                process = fork.Process(target=_asked, args=(tasks[i], subject, then, theirs), daemon=True)
                 with warnings.catch_warnings():
                     warnings.simplefilter(
                         "ignore", DeprecationWarning
@@ -93,33 +107,42 @@ def _apart(
                     process.start()
                 theirs.close()
                 running[ours] = i, process
-            progress(", ".join(left[i].name for i, _ in running.values()), done, len(left))
+            progress(", ".join(tasks[i].name for i, _ in running.values()), done, len(tasks))
             ready = wait(list(running))
             for ours in [each for each in running if each in ready]:
                 i, asked = running.pop(ours)
                 try:
-                    finding: Finding = ours.recv()
+                    answer: tuple[Finding, Any] | MoetraceError = ours.recv()
                 except EOFError:  # killed, most likely for its memory
                     asked.join()
-                    finding = left[i].not_answered(_end(asked.exitcode or 0), failed=True)
+                    answer = _ended(tasks[i], asked.exitcode or 0), None
                 ours.close()
                 asked.join()
+                if isinstance(answer, MoetraceError):
+                    raise answer
                 done += 1
-                yield i, finding
+                yield i, *answer
     finally:
         for _, left_over in running.values():
             left_over.terminate()
             left_over.join()
 
 
-def _asked(question: Question, subject: Subject, answer: Connection) -> None:
+def _asked(task: Question | Finding, subject: Subject, then: Then | None, answer: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the one who asks says what there is to say
     subject.progress = lambda what: None
     with threadpool_limits(1):  # the others have the other cores
-        answer.send(question.ask(subject))
+        try:
+            answer.send(_done(task, subject, then))
+        except MoetraceError as e:
+            answer.send(e)
 
 
-def _end(code: int) -> str:
+def _ended(task: Question | Finding, code: int) -> Finding:
     if code == -signal.SIGKILL:
-        return OUT_OF_MEMORY
-    return f"the process that was asked ended with {signal.Signals(-code).name if code < 0 else code}"
+        why = OUT_OF_MEMORY
+    else:
+        why = f"the process that was asked ended with {signal.Signals(-code).name if code < 0 else code}"
+    return Finding(
+        task.name, task.title, parameters=task.parameters, concludes=False, not_answered=why, failed=True
+    )

@@ -15,6 +15,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
@@ -77,22 +78,29 @@ class Finding:
             if not table.index.equals(pd.RangeIndex(len(table))):
                 raise ValueError(f"table {name}: labels belong into columns, not into the index")
 
-    def to_json(self) -> str:
+    def to_json(self, beside: Mapping[str, str] = {}) -> str:
         """Give it as JSON: tables as ``columns``, their ``dtypes``, and rows of ``data``.
 
-        Nothing of a number is lost; NaN and missing values become null, what is infinite "inf" or "-inf".
+        Nothing of a number is lost; NaN and missing values become null, what is infinite "inf" or "-inf". Tables in
+        ``beside`` stand in Parquet files, whose names it has, relative to where the JSON is: they are {"file": NAME}.
         """
         shallow = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        tables = {name: _table_json(table) for name, table in self.tables.items()}
+        tables = {
+            name: {"file": beside[name]} if name in beside else _table_json(table)
+            for name, table in self.tables.items()
+        }
         whole = {**shallow, "tables": tables, "parameters": dict(self.parameters)}
         return json.dumps(whole, allow_nan=False, default=str)
 
     @classmethod
-    def from_json(cls, text: str, path: str = "the finding") -> Finding:
-        """Read what :meth:`to_json` gave. Raises InputError if ``text`` is something else."""
+    def from_json(cls, text: str, path: str = "the finding", folder: Path = Path()) -> Finding:
+        """Read what :meth:`to_json` gave, and the files that it names from ``folder``.
+
+        Raises InputError if ``text`` is something else, OSError if a file cannot be read.
+        """
         try:
             given = json.loads(text)
-            tables = {name: _table_of(table) for name, table in given.pop("tables").items()}
+            tables = {name: _table_of(table, folder) for name, table in given.pop("tables").items()}
             given |= {key: tuple(given[key]) for key in ("sentences", "caveats")}
             return cls(**given, tables=tables)
         except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -118,7 +126,9 @@ def _json_value(value: Any) -> Any:
     return None if value is pd.NA or value is pd.NaT else value
 
 
-def _table_of(given: Mapping[str, Any]) -> pd.DataFrame:
+def _table_of(given: Mapping[str, Any], folder: Path) -> pd.DataFrame:
+    if "file" in given:
+        return pd.read_parquet(folder / given["file"])
     table = pd.DataFrame(given["data"], columns=given["columns"], dtype=object)
     for name, dtype in zip(table, given["dtypes"], strict=True):
         table[name] = table[name].astype("object" if dtype in ("category", "str") else dtype)

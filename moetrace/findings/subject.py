@@ -212,6 +212,11 @@ class Subject:
         return RoutingCounts.of_table(counts, self.table.domains, numbers)
 
     @property
+    def prompt_counts(self) -> RoutingCounts:
+        """The same prompt by prompt, with neighbours: of all, or of some (:attr:`drawn`); of a table without."""
+        return self.counts if self.table is not None else self.routing.prompt_counts
+
+    @property
     def together(self) -> list[str]:
         """If groups stand for prompts in :attr:`counts`: a sentence that says so."""
         if self.table is not None or self.routing.each_apart:

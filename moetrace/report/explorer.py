@@ -78,8 +78,7 @@ def explorer(
         arrays["separation"] = _numbers(table.sort_values("layer")[names]).T.astype("<f4")
         strongest = np.nan_to_num(arrays["separation"][[2, 0]], nan=-1.0)
         head["start"] = int(strongest[0 if (strongest[0] >= 0).any() else 1].argmax())
-    if subject.table is None:
-        counts = subject.routing.prompt_counts
+    counts = subject.prompt_counts
     if counts.max_lag and counts.transitions.shape[1] and counts.transitions.any():
         arrays |= _step_arrays(counts, max_experts)
     return head, arrays

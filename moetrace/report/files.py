@@ -2,44 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetrace.errors import InputError, MoetraceError
 from moetrace.findings import QUESTIONS, Figure, Finding, question
+from moetrace.report.svg import inline_svg
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure as Canvas
 
 
-def write_finding(finding: Finding, folder: Path) -> list[Path]:
-    """Write NAME.json, tables/NAME-TABLE.csv and figures/NAME-FIGURE.{png,pdf}; gives the files.
+@dataclass(frozen=True)
+class Written:
+    """What was written of a finding: the files, and figures as elements of a page (name -> ``<svg>``)."""
+
+    files: tuple[Path, ...]
+    inline: Mapping[str, str] = field(default_factory=dict)
+
+
+#: tables of so many rows are no text
+MANY_ROWS = 100_000
+
+
+def write_finding(
+    finding: Finding, folder: Path, inline: Callable[[str], bool] = lambda name: False
+) -> Written:
+    """Write NAME.json, tables/NAME-TABLE.csv and figures/NAME-FIGURE.{png,pdf}.
+
+    A table of :data:`MANY_ROWS` rows or more becomes a Parquet file instead, where pyarrow is installed, and NAME.json
+    says where it is. Figures of which ``inline`` says so are given for a page, too.
 
     Raises MoetraceError if a file cannot be written.
     """
     from moetrace.plot.style import style
 
-    written: list[Path] = []
+    files: list[Path] = []
+    elements: dict[str, str] = {}
     try:
         for sub in ("tables", "figures"):
             (folder / sub).mkdir(parents=True, exist_ok=True)
-        written.append(folder / f"{finding.name}.json")
-        written[-1].write_text(finding.to_json(), encoding="utf-8")
+        beside = {}
         for name, table in finding.tables.items():
-            written.append(folder / "tables" / f"{finding.name}-{name}.csv")
-            table.to_csv(written[-1], index=False)
+            path = folder / table_file(finding, name)
+            if path.suffix == ".parquet":
+                table.to_parquet(path, index=False)
+                beside[name] = str(path.relative_to(folder))
+            else:
+                table.to_csv(path, index=False)
+            files.append(path)
+        files.insert(0, folder / f"{finding.name}.json")
+        files[0].write_text(finding.to_json(beside), encoding="utf-8")
         for name, figure in figures_of(finding).items():
             with style():
                 canvas = drawn(figure)
                 for ending in ("png", "pdf"):
-                    written.append(folder / "figures" / f"{finding.name}-{name}.{ending}")
-                    canvas.savefig(written[-1], dpi=150)
+                    files.append(folder / "figures" / f"{finding.name}-{name}.{ending}")
+                    canvas.savefig(files[-1], dpi=150)
+                if inline(name):
+                    elements[name] = inline_svg(canvas, figure, f"{finding.name}-{name}-")
     except OSError as e:
         raise MoetraceError(f"{e.filename or folder} cannot be written", why=e.strerror or str(e)) from e
-    return written
+    return Written(tuple(files), elements)
+
+
+def table_file(finding: Finding, name: str) -> str:
+    """Where :func:`write_finding` puts a table, relative to the folder."""
+    large = len(finding.tables[name]) >= MANY_ROWS and find_spec("pyarrow") is not None
+    return f"tables/{finding.name}-{name}.{'parquet' if large else 'csv'}"
+
+
+def read_finding(path: Path) -> Finding:
+    """Read NAME.json as :func:`write_finding` wrote it, with what stands beside it.
+
+    Raises InputError if it cannot be read.
+    """
+    try:
+        return Finding.from_json(path.read_text(encoding="utf-8"), str(path), path.parent)
+    except (OSError, UnicodeDecodeError, ImportError) as e:
+        raise InputError(f"{path} cannot be read", why=str(e)) from e
 
 
 def figures_of(finding: Finding) -> dict[str, Figure]:

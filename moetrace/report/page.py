@@ -6,7 +6,7 @@ import base64
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -19,10 +19,11 @@ from markupsafe import Markup
 
 import moetrace
 from moetrace.errors import MoetraceError
-from moetrace.findings import QUESTIONS, Finding, Subject, question
+from moetrace.findings import QUESTIONS, Figure, Finding, Subject, question
+from moetrace.plot.style import style
 from moetrace.report.captured import Captured, captured
 from moetrace.report.explorer import explorer, pack, table_json
-from moetrace.report.files import figures_of, write_finding
+from moetrace.report.files import Written, drawn, figures_of, table_file, write_finding
 from moetrace.report.methods import linked, methods
 from moetrace.report.script import page_script
 from moetrace.report.svg import inline_svg
@@ -61,21 +62,37 @@ def unanswered(findings: Sequence[Finding]) -> tuple[tuple[str, str], ...]:
     return tuple((", ".join(titles), reason) for reason, titles in why.items())
 
 
+def write_part(finding: Finding, folder: Path) -> Written:
+    """Write a finding's JSON, figures and tables into the report's folder; nothing of one that was not answered.
+
+    Raises MoetraceError if a file cannot be written.
+    """
+    if finding.not_answered is not None:
+        return Written(())
+    replaced = _replaced(finding)
+    return write_finding(finding, folder, lambda name: not name.startswith(replaced))
+
+
 def write_report(
-    subject: Subject, findings: Sequence[Finding], folder: Path, names: Sequence[str] = ()
+    subject: Subject,
+    findings: Sequence[Finding],
+    folder: Path,
+    names: Sequence[str] = (),
+    parts: Sequence[Written] | None = None,
 ) -> Report:
     """Write report.html, and each finding's JSON, figures/ and tables/, into ``folder``.
 
-    ``names`` are what the recordings are called, if not by their folders.
+    ``names`` are what the recordings are called, if not by their folders; ``parts`` what :func:`write_part` gave of
+    each finding, if that was done.
 
     Raises MoetraceError if a file cannot be written.
     """
     about = captured(subject, names)
-    files: list[Path] = []
-    for finding in findings:
-        if finding.not_answered is None:
-            files += write_finding(finding, folder)
-    text = render_page(subject, findings, about)
+    if parts is None:
+        parts = [write_part(finding, folder) for finding in findings]
+    files = [file for part in parts for file in part.files]
+    inline = {finding.name: part.inline for finding, part in zip(findings, parts, strict=True)}
+    text = render_page(subject, findings, about, inline)
     page = folder / "report.html"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,10 +102,18 @@ def write_report(
     return Report(page, tuple(files), about, tuple(findings))
 
 
-def render_page(subject: Subject, findings: Sequence[Finding], about: Captured) -> str:
-    """Give the page as HTML, at most :data:`MAX_BYTES` if that can be reached by leaving out detail."""
+def render_page(
+    subject: Subject,
+    findings: Sequence[Finding],
+    about: Captured,
+    inline: Mapping[str, Mapping[str, str]] | None = None,
+) -> str:
+    """Give the page as HTML, at most :data:`MAX_BYTES` if that can be reached by leaving out detail.
+
+    ``inline`` are the figures of each question, as :func:`write_part` gave them; they are drawn if it is not given.
+    """
     answered = [f for f in findings if f.not_answered is None]
-    sections = [_section(f, subject.phase_note) for f in answered]
+    sections = [_section(f, subject.phase_note, None if inline is None else inline[f.name]) for f in answered]
     opening = next((s for s in sections if s["name"] == "overview"), None)
     sections = [s for s in sections if s is not opening]
     for max_experts, max_rows in _SMALLER:
@@ -154,13 +179,24 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def _section(finding: Finding, phase_note: str) -> dict[str, Any]:
+def _replaced(finding: Finding) -> tuple[str, ...]:
+    """Beginnings of the names of figures in whose place the page has interactive ones."""
+    widgets = question(finding.name).widgets if finding.name in QUESTIONS else ()
+    return tuple(name for widget in widgets for name in widget.replaces)
+
+
+def _drawn(finding: Finding, name: str, figure: Figure) -> str:
+    with style():
+        return inline_svg(drawn(figure), figure, f"{finding.name}-{name}-")
+
+
+def _section(finding: Finding, phase_note: str, inline: Mapping[str, str] | None) -> dict[str, Any]:
     """What the template needs of an answered question; ``phase_note``, the page's own, is said once, above all."""
     known = finding.name in QUESTIONS
     doc = inspect.cleandoc(question(finding.name).__doc__ or "") if known else ""
     asks, _, how = doc.partition("\n")
     widgets = question(finding.name).widgets if known else ()
-    replaced = tuple(name for widget in widgets for name in widget.replaces)
+    replaced = _replaced(finding)
     return {
         "name": finding.name,
         "title": finding.title,
@@ -172,7 +208,10 @@ def _section(finding: Finding, phase_note: str) -> dict[str, Any]:
         "parameters": ", ".join(f"{n} {v}" for n, v in finding.parameters.items() if v not in ("", -1, None)),
         "widgets": [widget.name for widget in widgets],
         "figures": [
-            {"svg": inline_svg(figure, f"{finding.name}-{name}-"), "caption": figure.caption}
+            {
+                "svg": Markup(_drawn(finding, name, figure) if inline is None else inline[name]),
+                "caption": figure.caption,
+            }
             for name, figure in figures_of(finding).items()
             if not name.startswith(replaced)
         ],
@@ -181,7 +220,7 @@ def _section(finding: Finding, phase_note: str) -> dict[str, Any]:
                 "key": f"{finding.name}-{name}",
                 "name": _table_name(name),
                 "size": f"{len(table):,} rows × {len(table.columns)} columns",
-                "file": f"tables/{finding.name}-{name}.csv",
+                "file": table_file(finding, name),
             }
             for name, table in finding.tables.items()
         ],

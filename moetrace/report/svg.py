@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import re
 from html import escape
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
 from moetrace.findings import Figure
-from moetrace.plot.style import LIGHT, OKABE_ITO, style
-from moetrace.report.files import drawn
+from moetrace.plot.style import LIGHT, OKABE_ITO
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
 
 # Colours of the light style -> the page's variables, which know both themes.
 _VARIABLES = {
@@ -20,16 +23,14 @@ _VARIABLES = {
 }
 
 
-def inline_svg(figure: Figure, prefix: str) -> Markup:
-    """Draw a figure as an ``<svg>`` element to stand in an HTML page.
+def inline_svg(canvas: Canvas, figure: Figure, prefix: str) -> Markup:
+    """Give a figure, drawn in the light style on ``canvas``, as an ``<svg>`` element to stand in an HTML page.
 
     ``prefix`` goes before every id, which must be unique in the page. Namespaces and metadata, and with them
     every URL, are left out: HTML needs none.
     """
-    with style("light"):
-        canvas = drawn(figure)
-        out = io.StringIO()
-        canvas.savefig(out, format="svg", dpi=150, metadata={"Date": None})
+    out = io.StringIO()
+    canvas.savefig(out, format="svg", dpi=150, metadata={"Date": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, count=1, flags=re.DOTALL)

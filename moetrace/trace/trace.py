@@ -270,6 +270,11 @@ class Trace(Rows):
             result[name] = pd.Series([keys.get(key) for keys in own], index=frame.index, dtype=object)
         return result
 
+    @property
+    def n_requests(self) -> int:
+        """How many requests the contexts shown had: the length of :attr:`requests`."""
+        return np.unique(self._request_columns()["request"]).size
+
     def _request_columns(self) -> Columns:
         """Give the requests shown: the ended ones from their table, the running ones from rows."""
         if len(self.parts) > 1:
@@ -386,7 +391,9 @@ class Trace(Rows):
         """What became of everything that the model computed in the contexts shown."""
         if len(self.parts) > 1:
             return sum((part.loss for part in self.parts[1:]), self.parts[0].loss)
-        return count_loss(self.store_context, self.counters, int(self.requests["n_cached"].sum()))
+        columns = self._request_columns()
+        known = (columns["n_cached"] >= 0) & (columns["n_events_lost"] <= 0)
+        return count_loss(self.store_context, self.counters, int(columns["n_cached"][known].sum()))
 
     @property
     def total_loss(self) -> Loss:
@@ -503,7 +510,7 @@ class Trace(Rows):
             ("layers", f"{len(layers)} ({layers[0]} to {layers[-1]})"),
             ("experts", f"top-{'/'.join(map(str, used))} of {'/'.join(map(str, experts))}"),
             ("channels", ", ".join(self.channels)),
-            ("requests", f"{len(self.requests):,}"),
+            ("requests", f"{self.n_requests:,}"),
             ("completeness", f"{lost} of what is shown" if left_out else lost),
         ]
 

@@ -10,7 +10,8 @@ from scipy import stats
 from simulate import World
 
 import moetrace.analysis as m
-from moetrace.analysis.placement.cold_experts import clopper_pearson, cold_experts
+from moetrace.analysis.placement.cold_experts import cold_experts
+from moetrace.analysis.statistics.nulls import clopper_pearson
 from moetrace.analysis.text.token_patterns import counts_of
 
 

@@ -245,6 +245,7 @@ def dense_counts(n_prompts: int = 40, n_layers: int = 92, n_expert: int = 160, k
     return RoutingCounts(
         prompts=np.array([f"p{i:02}" for i in range(n_prompts)]),
         labels=np.array([f"domain{i % 5}" for i in range(n_prompts)]),
+        n_prompts=np.ones(n_prompts, dtype=np.int64),
         layers=np.arange(n_layers),
         n_expert_used=np.full(n_layers, k),
         tokens=tokens,
@@ -288,7 +289,7 @@ def test_the_page_stays_below_5_mb_at_92_layers_of_160_experts(tmp_path: Path) -
         subject = Subject([trace])
         about = captured(subject)
         stand_in = SimpleNamespace(
-            counts=counts, n_expert=np.full(92, 160),
+            counts=counts, prompt_counts=counts, n_expert=np.full(92, 160),
             phase_note="decode", seed=0, traces=(), table=None,
         )  # fmt: skip
         text = render_page(stand_in, findings, about)  # type: ignore[arg-type]

@@ -13,10 +13,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import stats
 
 from moetrace.analysis.counts.routed import membership
 from moetrace.analysis.statistics import nulls
+from moetrace.analysis.statistics.nulls import clopper_pearson
 from moetrace.analysis.statistics.shapes import Bools, Floats, Ints, layer_numbers
 from moetrace.errors import UsageError
 
@@ -203,14 +203,14 @@ def routing_manipulation(
     rows = []
     for method in table.columns:
         n, hits = len(table), int(table[method].notna().sum())
-        interval = stats.binomtest(hits, n).proportion_ci(level, "exact")
+        low, high = clopper_pearson(hits, n, level)
         row = {
             "method": method,
             "targets": n,
             "reached": hits,
             "rate": hits / n,
-            "low": interval.low,
-            "high": interval.high,
+            "low": float(low),
+            "high": float(high),
             "mean_evaluations": spent[method].mean(),
         }
         if method != "random":

@@ -14,9 +14,6 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.cluster.hierarchy import cut_tree, linkage
-from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import squareform
 
 from moetrace.analysis.counts.routed import membership
 from moetrace.analysis.experts.outputs import blocks_of_pairs
@@ -106,6 +103,8 @@ def align(a: Neurons, b: Neurons) -> Alignment:
     The Hungarian algorithm on the inner products of neurons: gate, up and down at once (Ainsworth et al.,
     arXiv 2209.04836, within one layer, where the matching is exact).
     """
+    from scipy.optimize import linear_sum_assignment  # a tenth of a second to import
+
     gain = a.fixed @ b.fixed.T
     sign = np.ones_like(gain)
     if a.free is not None and b.free is not None:
@@ -395,6 +394,9 @@ def group_experts(
     UsageError
         If ``n_expert`` is not in 1 … E, or not a multiple of ``n_blocks``.
     """
+    from scipy.cluster.hierarchy import cut_tree, linkage  # as above
+    from scipy.spatial.distance import squareform
+
     d = np.array(distance, np.float64)
     n = _check_count(len(d), n_expert, n_blocks)
     finite = d[np.isfinite(d)]

@@ -7,25 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import stats
+from scipy.special import ndtri, stdtrit
 
 from moetrace.analysis.counts.routed import RoutedText
+from moetrace.analysis.statistics.nulls import clopper_pearson
 from moetrace.analysis.statistics.shapes import Floats, Ints, layer_numbers
 from moetrace.errors import UsageError
-
-
-def clopper_pearson(count: npt.ArrayLike, n: npt.ArrayLike, level: float = 0.95) -> tuple[Floats, Floats]:
-    """Exact two-sided interval of a rate (Clopper & Pearson 1934); ``count`` and ``n`` need not be whole.
-
-    [0, 1] where n is 0. With count 0 the upper bound is 1 − ((1 − level)/2)^(1/n).
-    """
-    c, total = np.broadcast_arrays(np.asarray(count, dtype=np.float64), np.asarray(n, dtype=np.float64))
-    tail = (1 - level) / 2
-    low, high = np.zeros(c.shape), np.ones(c.shape)
-    some, below = (total > 0) & (c > 0), (total > 0) & (c < total)
-    low[some] = stats.beta.ppf(tail, c[some], total[some] - c[some] + 1)
-    high[below] = stats.beta.ppf(1 - tail, c[below] + 1, total[below] - c[below])
-    return low, high
 
 
 def cold_experts(
@@ -80,7 +67,7 @@ def cold_experts(
         """Independent tokens that ours are worth; how much prompts differ is itself known from few prompts only."""
         if p_prompts < 2:
             return np.broadcast_to(total, used.shape)
-        widen = stats.t.ppf(1 - tail, p_prompts - 1) / stats.norm.ppf(1 - tail)
+        widen = stdtrit(p_prompts - 1, 1 - tail) / ndtri(1 - tail)
         return np.asarray(total / (effect_ * widen**2))
 
     # Few picks say little about their own spread: then not less than that of the layer's others.

@@ -14,8 +14,7 @@ from functools import cache
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
-from scipy.special import gammaln
+from scipy.special import betaincinv, gammaln, ndtr, stdtrit
 
 from moetrace.analysis.statistics.shapes import Floats, Ints
 from moetrace.errors import UsageError
@@ -154,9 +153,10 @@ def benjamini_hochberg(p: npt.ArrayLike) -> Floats:
     """False-discovery q-values (Benjamini & Hochberg 1995) of p-values (M); NaN are left out and stay NaN."""
     values = np.asarray(p, dtype=np.float64)
     out = np.full(values.shape, np.nan)
-    known = ~np.isnan(values)
-    if known.any():
-        out[known] = stats.false_discovery_control(values[known])
+    known = np.flatnonzero(~np.isnan(values))
+    largest_first = known[np.argsort(-values[known])]
+    of_rank = values[largest_first] * known.size / np.arange(known.size, 0, -1)
+    out[largest_first] = np.minimum(np.minimum.accumulate(of_rank), 1.0)
     return out
 
 
@@ -213,7 +213,7 @@ def jackknife(
 
 @cache
 def _t_quantile(q: float, dof: int) -> float:
-    return float(stats.t.ppf(q, dof))
+    return float(stdtrit(dof, q))
 
 
 def ratio_interval(numerator: npt.ArrayLike, denominator: npt.ArrayLike, level: float = 0.95) -> Interval:
@@ -222,6 +222,20 @@ def ratio_interval(numerator: npt.ArrayLike, denominator: npt.ArrayLike, level: 
     top, bottom = a.sum(axis=0), b.sum(axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return jackknife(top / bottom, (top - a) / (bottom - b), level=level)
+
+
+def clopper_pearson(count: npt.ArrayLike, n: npt.ArrayLike, level: float = 0.95) -> tuple[Floats, Floats]:
+    """Exact two-sided interval of a rate (Clopper & Pearson 1934); ``count`` and ``n`` need not be whole.
+
+    [0, 1] where n is 0. With count 0 the upper bound is 1 − ((1 − level)/2)^(1/n).
+    """
+    c, total = np.broadcast_arrays(np.asarray(count, dtype=np.float64), np.asarray(n, dtype=np.float64))
+    tail = (1 - level) / 2
+    low, high = np.zeros(c.shape), np.ones(c.shape)
+    some, below = (total > 0) & (c > 0), (total > 0) & (c < total)
+    low[some] = betaincinv(c[some], total[some] - c[some] + 1, tail)
+    high[below] = betaincinv(c[below] + 1, total[below] - c[below], 1 - tail)
+    return low, high
 
 
 def bootstrap_weights(domains: Domains, n_boot: int, rng: np.random.Generator) -> Floats:
@@ -240,8 +254,8 @@ def expanded_tail(n: int, level: float = 0.95) -> float:
     """
     if n < 2:
         return float("nan")
-    t = float(stats.t.ppf(0.5 + level / 2, n - 1))
-    return float(stats.norm.cdf(-np.sqrt(n / (n - 1)) * t))
+    t = float(stdtrit(n - 1, 0.5 + level / 2))
+    return float(ndtr(-np.sqrt(n / (n - 1)) * t))
 
 
 def _strata_codes(strata: npt.ArrayLike | None, n: int) -> npt.NDArray[np.int64]:
