@@ -222,6 +222,8 @@ class Subject:
         if self.table is not None or self.routing.each_apart:
             return []
         n = self.counts.n_prompts
+        if n.max() == 1:
+            return []
         return [
             f"Groups stand for prompts: {n.sum():,} prompts in {n.size:,} groups of about {np.median(n):.0f} of one"
             " domain, drawn at random. Tests exchange groups, and intervals leave out one at a time."

@@ -31,7 +31,7 @@ from moetrace.analysis.counts.counting import (
     reading_order,
 )
 from moetrace.analysis.counts.routed import RoutedText
-from moetrace.analysis.counts.units import evenly, taken_together
+from moetrace.analysis.counts.units import ENOUGH, evenly, taken_together
 from moetrace.analysis.statistics.shapes import Ints, some_requests, spans
 from moetrace.errors import ChannelMissingError, MoetraceError, UsageError
 
@@ -348,12 +348,13 @@ class Routing:
         if self.each_apart:
             return self.prompt_counts
         e = int(max(self.n_expert))
-        group = taken_together([self._domains[name] for name in self.prompts], self._room(2 * e))
+        at_most = min(self._room(2 * e), 4 * ENOUGH)
+        group = taken_together([self._domains[name] for name in self.prompts], at_most)
         of = dict(zip(self.prompts, group.tolist(), strict=True))
         found = self._counted(self.chosen, 0, lambda prompt: f"{of[prompt]:07d}" if prompt in of else prompt)
         return replace(found, n_prompts=np.bincount(group)[found.prompts.astype(np.int64)])
 
-    @property
+    @cached_property
     def each_apart(self) -> bool:
         """Whether there is room for tables of all prompts."""
         return len(self.prompts) <= self._room(2 * int(max(self.n_expert)), 3 * self._max_lag)

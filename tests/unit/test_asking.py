@@ -1,0 +1,184 @@
+"""Questions asked in processes of their own, and answers that are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+import pytest
+import traces
+
+import moetrace
+from moetrace.__main__ import main
+from moetrace.errors import MoetraceError
+from moetrace.findings import Finding, Subject, ask_all, question
+from moetrace.findings.asking import answers
+from moetrace.findings.finding import Question
+from moetrace.findings.kept import FOLDER, Kept
+from moetrace.trace.labels import append_labels
+
+
+@dataclass(frozen=True)
+class Asked(Question):
+    """What happens?"""
+
+    name: ClassVar[str] = "asked"
+    title: ClassVar[str] = "Asked"
+
+    what: str = "fine"
+
+    def answer(self, subject: Subject) -> Finding:
+        """Do what it says."""
+        if self.what == "memory":
+            raise MemoryError
+        if self.what == "mistake":
+            raise ZeroDivisionError("a mistake")
+        if self.what == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.what == "slow":
+            time.sleep(0.5)
+        if self.what == "cannot":
+            raise MoetraceError("it has no such thing", fix="record it")
+        return self.finding(subject, [self.what, str(os.getpid())], {"t": pd.DataFrame({"a": [1.5, None]})})
+
+
+@pytest.fixture
+def subject(tmp_path: Path) -> Iterator[Subject]:
+    with moetrace.open(traces.small_trace(tmp_path / "t.moet")) as trace:
+        yield Subject([trace])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_one_that_fails_costs_no_other(
+    subject: Subject, workers: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["slow", "memory", "mistake", "cannot", "killed", "fine"]
+    if workers == 1:
+        asked.remove("killed")
+    found = dict(
+        zip(asked, [f for f, _ in answers([Asked(w) for w in asked], subject, workers=workers)], strict=True)
+    )
+    assert [f.parameters["what"] for f in found.values()] == asked  # in order, though the first was the last
+    assert found["fine"].sentences[0] == "fine"
+    assert (found["fine"].sentences[1] == str(os.getpid())) == (workers == 1)
+    assert {w for w, f in found.items() if f.failed} == {"memory", "mistake", "killed"} & set(asked)
+    assert "not enough memory" in str(found["memory"].not_answered)
+    assert "ZeroDivisionError: a mistake" in str(found["mistake"].not_answered)
+    assert "Traceback" in capfd.readouterr().err
+    assert "fix: record it" in str(found["cannot"].not_answered)
+
+
+def test_what_is_done_with_each_is_done_where_it_was_made(subject: Subject) -> None:
+    made = list(
+        answers([Asked("a"), Asked("b")], subject, workers=2, then=lambda f: (f.sentences[0], os.getpid()))
+    )
+    assert [more[0] for _, more in made] == ["a", "b"]
+    assert all(more[1] != os.getpid() for _, more in made)
+
+    def refuse(finding: Finding) -> None:
+        raise MoetraceError("no room")
+
+    with pytest.raises(MoetraceError, match="no room"):
+        list(answers([Asked("a"), Asked("b")], subject, workers=2, then=refuse))
+
+
+def test_answers_in_other_processes_are_those_in_this(subject: Subject) -> None:
+    for one, two in zip(ask_all(subject, workers=1), ask_all(subject, workers=2), strict=True):
+        assert (one.name, one.sentences, one.caveats) == (two.name, two.sentences, two.caveats)
+        for name, table in one.tables.items():
+            pd.testing.assert_frame_equal(two.tables[name], table, check_exact=True)
+
+
+def test_a_kept_answer_is_the_answer_to_the_last_digit(subject: Subject) -> None:
+    first = list(ask_all(subject, keep=True))
+    kept = Kept.of(subject)
+    for finding in first:
+        again = kept.get(question(finding.name)())
+        if finding.not_answered is not None:
+            assert again is None
+            continue
+        assert again is not None
+        assert (again.sentences, again.caveats, again.phase_note) == (
+            finding.sentences, finding.caveats, finding.phase_note,
+        )  # fmt: skip
+        for name, table in finding.tables.items():
+            strings = {c: "object" for c, t in table.dtypes.items() if str(t) in ("str", "category")}
+            pd.testing.assert_frame_equal(again.tables[name], table.astype(strings), check_exact=True)
+
+
+def kept_of(path: Path, **options: object) -> Kept:
+    with moetrace.open(path) as trace:
+        return Kept.of(Subject([trace], **options))  # type: ignore[arg-type]
+
+
+def test_what_changes_is_asked_anew(tmp_path: Path) -> None:
+    path = traces.small_trace(tmp_path / "t.moet")
+    with moetrace.open(path) as trace:
+        asked, finding = Asked("a"), Asked("a").answer(Subject([trace]))
+    kept_of(path).put(asked, finding)
+    assert kept_of(path).get(asked) is not None
+    assert kept_of(path).get(Asked("b")) is None
+    assert kept_of(path, seed=1).get(asked) is None
+    assert kept_of(path, phase="prefill").get(asked) is None
+    assert kept_of(path, layers=[0]).get(asked) is None
+    column = next(path.glob("ctx0/rows/experts*"))
+    before = column.stat()
+    data = column.read_bytes()
+    column.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert kept_of(path).get(asked) is None
+    column.write_bytes(data)
+    os.utime(column, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert kept_of(path).get(asked) is not None
+    append_labels(path, [{"request": 0, "id": "new", "label": "new"}])
+    assert kept_of(path).get(asked) is None
+
+
+def test_a_broken_answer_is_none_and_a_folder_that_cannot_be_written_keeps_none(tmp_path: Path) -> None:
+    path = traces.small_trace(tmp_path / "t.moet")
+    with moetrace.open(path) as trace:
+        finding = Asked("a").answer(Subject([trace]))
+    kept_of(path).put(Asked("a"), finding)
+    (file,) = (path / FOLDER).iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    assert kept_of(path).get(Asked("a")) is None
+    file.unlink()
+    (path / FOLDER).rmdir()
+    (path / FOLDER).touch()  # no folder can be made of that name
+    kept_of(path).put(Asked("a"), finding)
+    assert kept_of(path).get(Asked("a")) is None
+
+
+def test_stats_asks_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = traces.small_trace(tmp_path / "t.moet")
+    out = []
+    for more in ([], [], ["--no-keep"]):
+        assert main(["stats", str(path), "--only", "load-balance", "--format", "json", *more]) == 0
+        out.append(capsys.readouterr().out)
+    assert out[0] == out[1] == out[2]
+    (file,) = (path / FOLDER).iterdir()
+    assert file.name.startswith("load-balance-")
+    assert main(["verify", str(path)]) == 0
+
+
+def test_stats_prints_each_when_it_is_there_and_leaves_with_1_if_one_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = traces.small_trace(tmp_path / "t.moet")
+
+    def fail(self: object, subject: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(question("load-balance"), "answer", fail)
+    assert main(["stats", str(path), "--only", "overview,load-balance", "--format", "json"]) == 1
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["not_answered"] is None
+    assert second["failed"]
+    assert np.all([file.name.startswith("overview") for file in (path / FOLDER).iterdir()])
