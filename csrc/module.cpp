@@ -6,11 +6,15 @@
 #include "ring.h"
 #include "signals.h"
 
+#include <cerrno>
 #include <cstring>
+#include <fcntl.h>
 #include <memory>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 namespace py = pybind11;
 using namespace moetrace;
@@ -104,6 +108,29 @@ static std::string intervention_check(const py::bytes & file, const std::vector<
     return rules.parse({ bytes.begin(), bytes.end() }, error) && rules.fits(routers, error) ? "" : error;
 }
 
+// The first `size` bytes of a file, mapped read-only; unlike Python's own maps it does not keep the file open.
+static py::array_t<uint8_t> map_file(const std::string & path, size_t size) {
+    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    void * mapped = fd < 0 ? MAP_FAILED : mmap(nullptr, size, PROT_READ, MAP_SHARED, fd, 0);
+    const int error = errno;
+    if (fd >= 0) {
+        close(fd);
+    }
+    if (mapped == MAP_FAILED) {
+        errno = error;
+        PyErr_SetFromErrnoWithFilename(PyExc_OSError, path.c_str());
+        throw py::error_already_set();
+    }
+    struct owner { void * mapped; size_t size; };
+    const py::capsule keeper(new owner { mapped, size }, [](void * p) {
+        const std::unique_ptr<owner> mine((owner *) p);
+        munmap(mine->mapped, mine->size);
+    });
+    py::array_t<uint8_t> bytes((py::ssize_t) size, (const uint8_t *) mapped, keeper);
+    py::detail::array_proxy(bytes.ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
+    return bytes;
+}
+
 PYBIND11_MODULE(_native, m) {
     bind_caches(m);
     bind_kinds(m);
@@ -112,6 +139,7 @@ PYBIND11_MODULE(_native, m) {
     bind_splits(m);
     bind_tops(m);
 
+    m.def("map_file", &map_file, py::arg("path"), py::arg("size"));
     m.def("intervention_check", &intervention_check, py::arg("file"), py::arg("routers"));
     m.def("load_acquire",    &load_acquire<uint64_t>,  py::arg("buffer"), py::arg("offset"));
     m.def("load_acquire32",  &load_acquire<uint32_t>,  py::arg("buffer"), py::arg("offset"));

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moetrace._native import map_file
 from moetrace.errors import TraceError
 from moetrace.trace.ledger import (
     COLUMN_HEADER,
@@ -33,7 +34,7 @@ from moetrace.trace.ledger import (
     row_crc,
 )
 from moetrace.trace.rows import ColumnSpec
-from moetrace.trace.storage import disk_error, files_error, more_files, write_at
+from moetrace.trace.storage import disk_error, files_error, write_at
 
 _CHUNK = 4 << 20
 
@@ -378,14 +379,13 @@ class Table(Mapping[str, NDArray[Any]]):
             else:
                 path = column_path(self.path, name)
                 try:
-                    mapped = _mapped(path, header, shape)
+                    array = _mapped(path, header, shape)  # its base keeps the map
                 except (OSError, ValueError) as e:
                     if isinstance(e, OSError) and e.errno == errno.EMFILE:
                         raise files_error(path, e) from e
                     raise TraceError(
                         f"cannot map {path}", why=str(e), fix="run `moetrace verify` on the trace"
                     ) from e
-                array = mapped.view(np.ndarray)  # an ordinary array; its base keeps the map
             array.flags.writeable = False
             self._maps[name] = array
         return self._maps[name]
@@ -444,12 +444,10 @@ class Table(Mapping[str, NDArray[Any]]):
 
 
 def _mapped(path: Path, header: Header, shape: tuple[int, ...]) -> NDArray[Any]:
-    try:
-        return np.memmap(path, header.dtype, "r", offset=header.size, shape=shape)
-    except OSError as e:  # Python's maps hold a file each
-        if e.errno != errno.EMFILE or not more_files():
-            raise
-    return np.memmap(path, header.dtype, "r", offset=header.size, shape=shape)
+    size = _row_bytes(header.dtype, shape)
+    if header.size + size > path.stat().st_size:
+        raise ValueError("it is shorter than its ledger says")
+    return map_file(str(path), header.size + size)[header.size :].view(header.dtype).reshape(shape)
 
 
 def _row_bytes(dtype: str | np.dtype[Any], shape: tuple[int, ...]) -> int:

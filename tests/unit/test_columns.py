@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,15 +49,37 @@ def test_columns_are_read_only_views_of_the_file(tmp_path: Path) -> None:
         writer.seal()
     table = Table(tmp_path / "t")
     column = table["b"]
-    base = column
-    while isinstance(base.base, np.ndarray):
-        base = base.base
-    assert isinstance(base, np.memmap)
+    assert not column.flags.owndata
+    with (tmp_path / "t" / "b.npy").open("r+b") as file:
+        before = column.tobytes()
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+        file.flush()
+        assert column.tobytes() == before[:-1] + bytes([last[0] ^ 1])
+        file.seek(-1, 2)
+        file.write(last)
     assert table["b"] is column
     with pytest.raises(ValueError, match="read-only"):
         column[0] = 1
     assert list(table) == ["a", "time_ns", "b"]
     assert list(table.verify()) == []
+
+
+def test_a_column_outlives_its_table_and_keeps_no_file_open(tmp_path: Path) -> None:
+    with TableWriter.create(tmp_path / "t", SPEC) as writer:
+        writer.append(rows(0, 4))
+        writer.seal()
+    before = set(Path("/proc/self/fd").iterdir()) if sys.platform == "linux" else set()
+    table = Table(tmp_path / "t")
+    column, copy = table["b"], table["b"].copy()
+    if sys.platform == "linux":
+        assert set(Path("/proc/self/fd").iterdir()) == before
+    table.close()
+    del table
+    gc.collect()
+    np.testing.assert_array_equal(column, copy)
 
 
 def test_what_is_not_sealed_does_not_count(tmp_path: Path) -> None:
