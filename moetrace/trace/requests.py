@@ -32,7 +32,9 @@ are rejected if the request goes on, or a LAUNCH ends it.
 from __future__ import annotations
 
 import bisect
+import copy
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -84,6 +86,7 @@ EVENT_INPUTS = ("serial", "code", "sequence", "p0", "p1", "arg")
 #: and those that it reads too of contexts that number
 NUMBERED_ROW_INPUTS = ("token", "task", "events_before")
 NUMBERED_EVENT_INPUTS = ("number",)
+ROW_COLUMNS = (*ROW_INPUTS, *NUMBERED_ROW_INPUTS)
 
 CHUNK = 1 << 18  # rows looked at together
 _END = 1 << 40  # beyond every position
@@ -679,6 +682,78 @@ def _first_seen(request: NDArray[Any]) -> Iterator[int]:
             if number >= 0 and number not in seen:
                 seen.add(number)
                 yield number
+
+
+class Following:
+    """The requests of a context that is being recorded, brought up to date by what is new of it.
+
+    Parameters
+    ----------
+    context
+        Index of the context in the trace.
+    """
+
+    def __init__(self, context: int) -> None:
+        self._context = context
+        self._begin()
+
+    def _begin(self) -> None:
+        self._stored: deque[int] = deque()  # numbers that rows have, of requests that are not allotted yet
+        self._seen: set[int] = set()
+        self._rows = self._events = 0
+        self._last_serial = self._last = -1
+        self._ended: list[Columns] = []
+        self._assigner = RequestAssigner(self._context, self._allot)
+
+    def _allot(self) -> int:
+        number = self._stored.popleft() if self._stored else self._last + 1
+        self._last = max(self._last, number)
+        return number
+
+    def requests(
+        self,
+        rows: Mapping[str, NDArray[Any]],
+        events: Mapping[str, NDArray[Any]],
+        listed: NDArray[np.int64],
+    ) -> Columns:
+        """Give the requests that have rows in these tables and are not ``listed`` (numbers, (n,)), as if they ended.
+
+        The tables are those of the last call with what was sealed since; only that is read, unless an event came late.
+        """
+        serial, at = np.asarray(rows["serial"]), np.asarray(events["serial"])
+        late = at[self._events : self._events + 1].astype(np.int64) <= self._last_serial
+        if len(serial) < self._rows or len(at) < self._events or late.any():
+            self._begin()
+        # what happened after the last row waits for the next one
+        n, upto = len(serial), self._events
+        if n > self._rows:
+            upto = max(upto, int(np.searchsorted(at, serial[-1], side="right")))
+        for number in _first_seen(rows["request"][self._rows :]):
+            if number not in self._seen:
+                self._seen.add(number)
+                self._stored.append(number)
+        new = {name: rows[name][self._rows :] for name in rows if name in ROW_COLUMNS}
+        for _ in replay(self._assigner, new, {name: events[name][self._events : upto] for name in events}):
+            pass
+        self._rows, self._events = n, upto
+        self._last_serial = int(serial[-1]) if n else -1
+        running = copy.deepcopy(self._assigner, {id(self._assigner._allot): None})
+        for _ in replay(
+            running, {name: c[n:] for name, c in rows.items()}, {name: c[upto:] for name, c in events.items()}
+        ):
+            pass
+        ended = [*self._ended, self._assigner.take_ended()]
+        self._ended = [_without(columns, listed) for columns in ended if len(columns["request"])]
+        theirs = _without(running.finish(), np.concatenate([listed, *(c["request"] for c in self._ended)]))
+        return {
+            name: np.concatenate([columns[name] for columns in (*self._ended, theirs)]) for name in theirs
+        }
+
+
+def _without(columns: Columns, numbers: NDArray[np.int64]) -> Columns:
+    """Requests that are not among these."""
+    mine = ~np.isin(columns["request"], numbers)
+    return {name: column[mine] for name, column in columns.items()}
 
 
 def replay(

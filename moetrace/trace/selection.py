@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moetrace.trace.trace import Trace
 
 CHUNK = 1 << 16  # rows that iterators look at together
+_ENTRIES = 1 << 20  # choices of an Arrow batch
 _PHASES = [phase.name.lower() for phase in Phase]
 
 
@@ -354,20 +355,24 @@ class Rows:
         return self.arrow_reader().__arrow_c_stream__(requested_schema)
 
     def arrow_reader(self) -> pa.RecordBatchReader:
-        """Give :meth:`to_pandas` as a stream of Arrow batches (needs pyarrow)."""
+        """Give :meth:`to_pandas` as a stream of Arrow batches (needs pyarrow); label and phase are dictionaries."""
         pa = import_arrow()
-        schema = pa.RecordBatch.from_pandas(
-            self._long(np.arange(0)), preserve_index=False
-        ).schema.remove_metadata()
-        schema = (
-            schema.set(1, pa.field("label", pa.string()))
-            .set(4, pa.field("phase", pa.string()))
-            .remove_metadata()
-        )
-        batches = (
-            pa.RecordBatch.from_pandas(frame, schema=schema, preserve_index=False)
-            for frame in self.iter_pandas()
-        )
+
+        def batch(index: NDArray[np.intp]) -> Any:
+            arrays = {}
+            for name, values in self._long_columns(index).items():
+                if isinstance(values, tuple):
+                    codes, names = values
+                    codes = pa.array(codes.astype(np.int32), mask=codes < 0)
+                    arrays[name] = pa.DictionaryArray.from_arrays(codes, pa.array(names, pa.string()))
+                else:
+                    nothing = values.dtype.kind == "f" and np.isnan(values)
+                    arrays[name] = pa.array(values, mask=nothing if np.any(nothing) else None)
+            return pa.RecordBatch.from_pydict(arrays)
+
+        schema = batch(np.arange(0)).schema
+        each = max(1, _ENTRIES // (len(self.layers) * self._trace.layout.k))
+        batches = (batch(index) for _, index in self._pieces(each) if len(index))
         return pa.RecordBatchReader.from_batches(schema, batches)
 
     def _pieces(self, rows: int) -> Iterator[tuple[slice, NDArray[np.intp]]]:
@@ -385,12 +390,18 @@ class Rows:
         chain, layers = self._trace.chain, self._layer_index
         experts = chain.take("experts", index, layers)
         there = (chain.take("state", index, layers) == State.PRESENT)[:, :, None] & (experts != self.sentinel)
-        i, layer, rank = np.nonzero(there)
-        if "weights" in chain:
-            weight = chain.take("weights", index, layers)[i, layer, rank]
+        weights = chain.take("weights", index, layers) if "weights" in chain else None
+        if there.all():  # as a rule: nothing is to be looked for
+            n, n_layers, k = experts.shape
+            row = np.repeat(np.arange(n), n_layers * k)
+            layer, rank = np.tile(np.repeat(np.arange(n_layers), k), n), np.tile(np.arange(k), n * n_layers)
+            expert, weight = experts.reshape(-1), None if weights is None else weights.reshape(-1)
         else:
-            weight = np.full(len(i), np.nan, np.float32)
-        return i, layer, rank, experts[i, layer, rank], weight
+            row, layer, rank = np.nonzero(there)
+            expert, weight = experts[there], None if weights is None else weights[there]
+        if weight is None:
+            weight = np.full(len(row), np.nan, np.float32)
+        return row, layer, rank, expert, weight
 
     def _labels_of(self, request: NDArray[np.int64]) -> Any:
         codes, labels = self._trace.label_codes(request)
@@ -434,22 +445,26 @@ class Rows:
     def _long(self, index: NDArray[np.intp]) -> pd.DataFrame:
         import pandas as pd
 
+        columns = self._long_columns(index).items()
+        return pd.DataFrame({name: _categorical(*v) if isinstance(v, tuple) else v for name, v in columns})
+
+    def _long_columns(self, index: NDArray[np.intp]) -> dict[str, Any]:
+        """The columns of :meth:`to_pandas` for these rows: arrays, or codes and names."""
         chain = self._trace.chain
         i, layer, rank, expert, weight = self._entries(index)
         request = chain.take("request", index)
-        return pd.DataFrame(
-            {
-                "request": request[i],
-                "label": self._labels_of(request[i]),
-                "token": chain.take("token", index)[i],
-                "position": chain.take("position", index)[i],
-                "phase": _categorical(chain.take("phase", index)[i], _PHASES),
-                "layer": self.layers[layer].astype(np.int32),
-                "expert": expert,
-                "rank": rank.astype(np.uint16),
-                "weight": weight,
-            }
-        )
+        codes, labels = self._trace.label_codes(request)
+        return {
+            "request": request[i],
+            "label": (codes[i], labels),
+            "token": chain.take("token", index)[i],
+            "position": chain.take("position", index)[i],
+            "phase": (chain.take("phase", index)[i], _PHASES),
+            "layer": self.layers.astype(np.int32)[layer],
+            "expert": expert,
+            "rank": rank.astype(np.uint16),
+            "weight": weight,
+        }
 
     # -- selecting -----------------------------------------------------------------------------------
 

@@ -28,11 +28,9 @@ from moetrace.trace.record import COUNTERS, EventCode
 from moetrace.trace.requests import (
     REQUEST_TABLE,
     UNCERTAIN,
+    Following,
     Phase,
-    RequestAssigner,
-    allot_again,
     cut_off,
-    replay,
 )
 from moetrace.trace.ring import peek_counters
 from moetrace.trace.rows import Columns, Layout
@@ -94,6 +92,7 @@ class Trace(Rows):
         self._rows = slice(None)
         self._layer_index = slice(None)
         self._asked = context, model
+        self._following: dict[str, Following] = {}  # of contexts that are being recorded
         self._whole: Trace | None = None  # of the same trace: whose labelling this one shares
         self._show(choose(store, context, model))
 
@@ -181,6 +180,7 @@ class Trace(Rows):
     def in_context(self, context: str | int) -> Trace:
         """Give the same trace with one context shown: this one."""
         part = Trace(self.store, context)
+        part._following = self._following
         part._whole = self if self._whole is None else self._whole
         return part
 
@@ -290,18 +290,11 @@ class Trace(Rows):
         }
         columns["running"] = np.zeros(len(mine), bool)
         if self.live:
-            rows, events = self.store_context.rows, self.store_context.events
-            assigner = RequestAssigner(number, allot_again(rows["request"]))
-            for _ in replay(assigner, rows, events):
-                pass
-            rest = assigner.finish()
-            missing = ~np.isin(rest["request"], columns["request"])
-            columns = {
-                name: np.concatenate(
-                    [column, rest[name][missing] if name in rest else np.ones(missing.sum(), bool)]
-                )
-                for name, column in columns.items()
-            }
+            name = self.store_context.name
+            following = self._following.setdefault(name, Following(number))
+            rest = following.requests(self.store_context.rows, self.store_context.events, columns["request"])
+            rest["running"] = np.ones(len(rest["request"]), bool)
+            columns = {name: np.concatenate([column, rest[name]]) for name, column in columns.items()}
         serial, events = self.store_context.rows["serial"], self.store_context.events
         counted = self.counters.get("rows_produced", 0)
         columns["cut_off"] = cut_off(columns, serial, events, max(counted, int(serial[-1:].sum()) + 1))

@@ -17,7 +17,10 @@ from moetrace.trace.requests import (
     NUMBERED_ROW_INPUTS,
     REQUEST_TABLE,
     ROW_INPUTS,
+    Following,
     RequestAssigner,
+    allot_again,
+    replay,
 )
 
 Story = tuple[list[dict[str, int]], list[dict[str, int]]]
@@ -720,3 +723,37 @@ def test_whatever_is_lost_rows_keep_their_request_and_phase(lives: tuple[Server,
             assert {k: v for k, v in a.items() if k not in undecided} == {
                 k: v for k, v in b.items() if k not in undecided
             }
+
+
+@pytest.mark.parametrize("as_numbered", [False, True])
+@settings(max_examples=200, deadline=None)
+@given(stories(), st.lists(st.tuples(st.integers(0, 40), st.integers(0, 20)), max_size=4), st.integers(0, 5))
+def test_followed_as_it_grows_a_context_has_the_requests_that_it_has_in_the_end(
+    as_numbered: bool, story: Story, looks: list[tuple[int, int]], listed: int
+) -> None:
+    """GIVEN a context that grows, its events now before its rows and now after WHEN it is looked at between THEN the
+    requests are those that a reader of what is there finds, less those that are listed.
+    """
+    rows, events = (
+        columns(part, (*names, *more) if as_numbered else names)
+        for part, names, more in (
+            (story[0], ROW_INPUTS, NUMBERED_ROW_INPUTS),
+            (story[1], EVENT_INPUTS, NUMBERED_EVENT_INPUTS),
+        )
+    )
+    rows["request"] = np.array(assign(story, [], numbered=as_numbered)[0], np.int64)
+    following, n_rows, n_events = Following(0), 0, 0
+    for more_rows, more_events in [*looks, (10**6, 10**6)]:
+        n_rows, n_events = n_rows + more_rows, n_events + more_events
+        there = {name: column[:n_rows] for name, column in rows.items()}
+        happened = {name: column[:n_events] for name, column in events.items()}
+        known = np.unique(there["request"])[:listed] if n_rows > 10**5 else np.empty(0, np.int64)
+        found = following.requests(there, happened, known)
+        assigner = RequestAssigner(0, allot_again(there["request"]))
+        for _ in replay(assigner, there, happened):
+            pass
+        want = assigner.finish()
+        left = ~np.isin(want["request"], known)
+        order = np.argsort(found["request"], kind="stable")
+        for name, column in want.items():
+            np.testing.assert_array_equal(found[name][order], column[left][np.argsort(want["request"][left])])

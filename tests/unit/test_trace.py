@@ -202,7 +202,10 @@ def test_arrow(golden: moetrace.Trace) -> None:
     pa = pytest.importorskip("pyarrow")
     table = golden.to_arrow()
     assert table.num_rows == len(golden.to_pandas())
-    assert table.schema.field("phase").type == pa.string()
+    assert table.schema.field("phase").type == pa.dictionary(pa.int32(), pa.string())
+    frame = golden.to_pandas()
+    for name in frame:
+        assert table[name].to_pylist() == [None if pd.isna(v) else v for v in frame[name].tolist()]
     again = pa.table(golden)
     assert again.equals(table)
 

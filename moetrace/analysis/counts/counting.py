@@ -813,11 +813,15 @@ def _one_label_each(
 ) -> None:
     wrong = np.flatnonzero(domains != domains[index][prompt_of])
     if wrong.size:
-        name = names[wrong[0]]
-        raise UsageError(
-            f"prompt {name!r} has two domains: {domains[index[prompt_of[wrong[0]]]]}, {domains[wrong[0]]}",
-            fix="name prompts apart, or label them alike",
-        )
+        raise two_domains(names[wrong[0]], domains[index[prompt_of[wrong[0]]]], domains[wrong[0]])
+
+
+def two_domains(prompt: str, one: str, other: str) -> UsageError:
+    """What is raised of a prompt that would count for two domains."""
+    return UsageError(
+        f"prompt {str(prompt)!r} has two domains: {one}, {other}",
+        fix="name prompts apart, or label them alike",
+    )
 
 
 def _union(

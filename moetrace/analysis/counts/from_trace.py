@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
-from operator import add
-from typing import Any, Literal, Protocol
+from functools import cached_property
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +28,7 @@ from moetrace.analysis.counts.counting import (
     frequent_tokens,
     last_rows,
     reading_order,
+    two_domains,
 )
 from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.counts.units import ENOUGH, evenly, taken_together
@@ -163,10 +163,10 @@ class Chosen:
 
     @cached_property
     def asked(self) -> dict[str, str]:
-        """The prompts that have rows here, and their domains."""
+        """The prompts that have rows here, and their domains. Raises UsageError if one has two."""
         request = np.asarray(self.trace.request)[self.keep]
-        numbers = np.flatnonzero(np.bincount(request, minlength=len(self.prompts)))
-        return {self.prompts[i]: self.labels[i] for i in numbers.tolist()}
+        numbers = np.flatnonzero(np.bincount(request, minlength=len(self.prompts))).tolist()
+        return _domain_of((self.prompts[i], self.labels[i]) for i in numbers)
 
     @cached_property
     def prompts(self) -> list[str]:
@@ -222,6 +222,16 @@ class Chosen:
             return self.need(name)
         except (AttributeError, ChannelMissingError):
             return None
+
+
+def _domain_of(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Prompt -> domain. Raises UsageError if a prompt has two."""
+    out: dict[str, str] = {}
+    for prompt, domain in pairs:
+        known = out.setdefault(prompt, domain)
+        if known != domain:
+            raise two_domains(prompt, known, domain)
+    return out
 
 
 def by_prompt(chosen: Iterable[Chosen]) -> Iterator[tuple[Chosen, str, Ints]]:
@@ -332,7 +342,7 @@ class Routing:
 
     @cached_property
     def _domains(self) -> dict[str, str]:
-        return {prompt: domain for chosen in self.chosen for prompt, domain in chosen.asked.items()}
+        return _domain_of(pair for chosen in self.chosen for pair in chosen.asked.items())
 
     def _room(self, *sizes: int) -> int:
         """How many prompts there is room for, of tables with so many numbers for each layer."""
@@ -390,7 +400,7 @@ class Routing:
                     **names,
                 )
             )
-        return reduce(add, each)
+        return _sum(each)
 
     @cached_property
     def token_counts(self) -> TokenCounts:
@@ -404,7 +414,7 @@ class Routing:
         each = 8 * len(self.layers) * int(max(self.n_expert))
         at_most = max(1, _TOKEN_BYTES // each)
         parts = self.labelled
-        asked = {prompt: domain for chosen in parts for prompt, domain in chosen.asked.items()}
+        asked = _domain_of(pair for chosen in parts for pair in chosen.asked.items())
         if len(asked) > _PAIRED:
             names = sorted(asked)
             drawn = evenly([asked[name] for name in names], _PAIRED, np.random.default_rng(0))
@@ -421,15 +431,14 @@ class Routing:
             step = np.cumsum([0] + [len(chosen.labels) for chosen in parts[:-1]])
             owners = [c.trace.request[c.keep] + s for c, s in zip(parts, step, strict=True)]
             tokens = frequent_tokens(np.concatenate(every), np.concatenate(owners), at_most)
-        return reduce(
-            add,
-            (
+        return _sum(
+            [
                 count_tokens(
                     c.trace.experts, c.trace.token_ids, c.trace.request, c.trace.positions, tokens=tokens,
                     **c.columns, **c.names,
                 )
                 for c in parts
-            ),
+            ]
         )  # fmt: skip
 
     @cached_property
@@ -566,6 +575,22 @@ def _short(values: Ints) -> str:
     if kinds.size == values.size and kinds.size > 1:  # layer numbers
         return f"{kinds.size} from {kinds[0]} to {kinds[-1]}"
     return "/".join(map(str, kinds.tolist()))
+
+
+class _Adds(Protocol):
+    def __add__(self, other: Any, /) -> Any: ...
+
+
+A = TypeVar("A", bound=_Adds)
+
+
+def _sum(parts: list[A]) -> A:
+    """All of them, halves first: each is added to ones of its size."""
+    if len(parts) == 1:
+        return parts[0]
+    half = len(parts) // 2
+    total: A = _sum(parts[:half]) + _sum(parts[half:])
+    return total
 
 
 def _texts(trace: RoutedRows, column: str) -> list[str]:
