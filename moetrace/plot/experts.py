@@ -13,17 +13,25 @@ from moetrace.plot.style import axes, faint, layer_axis, legend_above, zero_line
 
 
 def rates(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw every expert's rate in order, the cold ones marked; ``table`` of :func:`moetrace.analysis.cold_experts`."""
+    """Draw experts' rates in order, the cold ones marked; ``table`` of :func:`moetrace.analysis.cold_experts`.
+
+    Of more experts than can be told apart some stand for their neighbours, evenly.
+    """
     ax = axes(ax)
-    rank = np.arange(1, len(table) + 1)
-    ax.fill_between(rank, table["cluster_low"], table["cluster_high"], alpha=0.3, linewidth=0)
-    ax.plot(rank, table["rate"], marker=".", linestyle="", label="rate, with its interval")
-    is_cold = table["cold"].to_numpy(dtype=bool)
-    ax.plot(rank[is_cold], table["rate"][is_cold], marker="x", linestyle="", color="C4", label="cold")
+    table = table.assign(rank=np.arange(1, len(table) + 1))
+    shown, cold = (_evenly(part, 1500) for part in (table, table[table["cold"].astype(bool)]))
+    ax.fill_between(shown["rank"], shown["cluster_low"], shown["cluster_high"], alpha=0.3, linewidth=0)
+    ax.plot(shown["rank"], shown["rate"], marker=".", linestyle="", label="rate, with its interval")
+    ax.plot(cold["rank"], cold["rate"], marker="x", linestyle="", color="C4", label="cold")
     ax.axhline(table["threshold"].max(), color=faint(), linestyle="--", label="cold below")
     ax.set(xlabel="experts of all layers, the coldest first", ylabel="share of tokens", ylim=(0, None))
     legend_above(ax)
     return ax
+
+
+def _evenly(table: pd.DataFrame, at_most: int) -> pd.DataFrame:
+    step = max(1, -(-len(table) // at_most))
+    return table.iloc[::step]
 
 
 def change_by_k(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:

@@ -57,12 +57,15 @@ def summary(
     for titles, reason in report.not_answered:
         out += _entry(titles, reason.split("\n"), width, lambda text: paint(text, "2"))
     folder = report.page.parent
-    count = {ending: sum(file.suffix == ending for file in report.files) for ending in (".png", ".csv")}
+    count = {
+        ending: sum(file.suffix == ending for file in report.files) for ending in (".png", ".csv", ".parquet")
+    }
     size = report.page.stat().st_size / 1e6
     out += [
         "",
         f"Wrote {report.page} ({size:.1f} MB), {count['.png']} figures (PNG and PDF), {count['.csv']} tables (CSV)"
-        f" in {folder}{os.sep}",
+        + (f", {count['.parquet']} (Parquet)" if count[".parquet"] else "")
+        + f" in {folder}{os.sep}",
         f"Next: open {report.page} in a browser",
     ]
     return "\n".join(out) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -123,6 +124,10 @@ def _verify(path: str | os.PathLike[str], progress: Progress | None) -> Verifica
         TraceStore(path)
     except TraceError as e:
         findings.append(Damage("meta.json", e.why or e.what, recoverable=False))
+    with contextlib.suppress(TraceError):  # found below
+        _ = (
+            store.requests
+        )  # before their rows: of what is recorded meanwhile no request is listed whose rows are not here
     contexts: list[ContextStore] = []
     for name in store.context_names:
         try:

@@ -83,7 +83,7 @@ export function showTip(text, x, y) {
 // -- a matrix on a canvas -----------------------------------------------------------------------------------
 
 // spec: { label, rows, columns, value(r, c) -> number, NaN (missing) or undefined (no such cell), text(r, c),
-//         rowName(r), columnName(c), rowTitle, columnTitle, scale (of scaleOf), ends, unit, square, chosen: row, at: [row, column], pick(r, c) }
+//         rowName(r), columnName(c), rowTitle, columnTitle, least (pixels of a column), scale (of scaleOf), ends, unit, square, chosen: row, at: [row, column], pick(r, c) }
 export class Matrix {
   constructor(host) {
     this.at = null;
@@ -123,7 +123,7 @@ export class Matrix {
     c.font = font;
     const names = Array.from({ length: spec.rows }, (_, r) => spec.rowName(r));
     const left = 20 + Math.min(110, Math.ceil(Math.max(...names.map((n) => c.measureText(n).width)))), bottom = 34, top = 4;
-    let cell = Math.max(4, (this.wide - left - 4) / spec.columns);
+    let cell = Math.max(spec.least ?? 4, (this.wide - left - 4) / spec.columns);
     if (spec.square) cell = Math.min(cell, Math.max(4, 620 / spec.columns));
     const tall = spec.square ? cell : Math.max(6, Math.min(20, 640 / spec.rows));
     const width = Math.floor(left + cell * spec.columns + 4), height = Math.ceil(top + tall * spec.rows + bottom);

@@ -6,27 +6,35 @@ import { Chart, Forest, Matrix } from "./charts.mjs";
 
 // -- state --------------------------------------------------------------------------------------------------
 
+const MANY = 64; // experts of whom most are used so little that shares of tokens look alike
+
+const plain = (data) => {
+  const two = [["share", "% of tokens"], ["even", "times even use"]];
+  return data.arrays.count.shape[2] > MANY ? two.reverse() : two;
+};
+
 // name -> [value, text] of each choice, the default first
 export const choicesOf = (data) => ({
   measure: [
-    ["share", "% of tokens"], ["even", "times even use"],
+    ...plain(data),
     ...(data.domains.length > 1 ? [["lift", "lift over other domains"]] : []),
   ],
   order: [["id", "by number"], ["layer", "by use in the chosen layer"], ["each", "by use, each layer for itself"]],
+  zoom: [["whole", "the window"], ["wide", "wide columns"]],
   family: [["overlap", "experts shared"], ["top1", "same first expert"]],
   steps: [["probability", "probability"], ["lift", "lift over random order"]],
 });
 
 // layer and domain are indices, domain 0 is all prompts
 export const initialState = (data) => ({
-  layer: data.start, domain: 0, expert: null, measure: "share", order: "id", family: "overlap", steps: "probability",
+  layer: data.start, domain: 0, expert: null, measure: plain(data)[0][0], order: "id", zoom: "whole", family: "overlap", steps: "probability",
 });
 
 // Lift compares a domain with others: it needs one, and ends where none is chosen.
 export function changedState(state, change) {
   const next = { ...state, ...change };
   if (change.measure === "lift" && !state.domain) next.domain = 1;
-  if (change.domain === 0 && state.measure === "lift") next.measure = "share";
+  if (change.domain === 0 && state.measure === "lift") next.measure = "even";
   return next;
 }
 
@@ -56,6 +64,8 @@ export function addressOf(state, data) {
 
 // -- figures ------------------------------------------------------------------------------------------------
 
+const WIDE = 14; // pixels of a column that can be told from its neighbours
+
 const short = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
 
 function measured(cells, measure) {
@@ -81,6 +91,7 @@ export function usage(cells, state, set, linked) {
       layer: `expert, most used in layer ${data.layers[state.layer]} first`,
       each: "rank of the expert in its layer",
     }[state.order],
+    least: state.zoom === "wide" ? WIDE : 1,
     pick: (r, c) => set({ layer: r, expert: expert[r][c] }),
     ...measured(cells, state.measure),
   };
@@ -96,6 +107,7 @@ export function layer(cells, state, set) {
     rowName: (r) => short(data.domains[r], 16), rowTitle: "",
     columnName: (c) => String(order[c]),
     columnTitle: state.order === "id" ? "expert" : "expert, most used first",
+    least: state.zoom === "wide" ? WIDE : 1,
     pick: (r, c) => set({ domain: r + 1, expert: order[c] }),
     ...measured(cells, state.measure),
   };

@@ -54,11 +54,23 @@ test("lift needs a domain", () => {
   const data = dataOf(), start = widgets.initialState(data);
   assert.equal(widgets.changedState(start, { measure: "lift" }).domain, 1);
   assert.equal(widgets.changedState({ ...start, domain: 2 }, { measure: "lift" }).domain, 2);
-  assert.equal(widgets.changedState({ ...start, domain: 2, measure: "lift" }, { domain: 0 }).measure, "share");
+  assert.equal(widgets.changedState({ ...start, domain: 2, measure: "lift" }, { domain: 0 }).measure, "even");
   assert.equal(widgets.stateFromAddress("#measure=lift", data, start).domain, 1);
   data.domains = ["code"];
   assert.ok(!widgets.choicesOf(data).measure.some(([name]) => name === "lift"));
   assert.equal(widgets.stateFromAddress("#measure=lift", data, start).measure, "share");
+});
+
+test("of many experts the map shows multiples of even use, and all of them in the window unless columns are to be wide", () => {
+  const data = dataOf();
+  assert.equal(widgets.initialState(data).measure, "share");
+  data.arrays.count = { ...data.arrays.count, shape: [3, 2, 512] };
+  const start = widgets.initialState(data);
+  assert.equal(start.measure, "even");
+  assert.equal(widgets.choicesOf(data).measure[0][0], "even");
+  const cells = new Cells(dataOf());
+  assert.equal(widgets.usage(cells, stateOf(cells.data), nothing, false).least, 1);
+  assert.ok(widgets.usage(cells, stateOf(cells.data, { zoom: "wide" }), nothing, false).least > 8);
 });
 
 test("the cell that is shown is the expert that its column names, in every order", () => {
