@@ -67,7 +67,6 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", default=list(traces.SIZES), choices=list(traces.SIZES))
     parser.add_argument("--real", type=Path)
     parser.add_argument("--folder", type=Path, default=Path("build/bench"))
-    parser.add_argument("--only", default="", help="questions, as stats takes them")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -85,13 +84,12 @@ def main() -> None:
         flush=True,
     )
     moetrace = [sys.executable, "-m", "moetrace"]
-    only = ["--only", args.only] if args.only else []
     for path in paths:
         out = args.folder / "report"
         write = ["report", str(path), "-o", str(out)]
         shutil.rmtree(path / "answers", ignore_errors=True)
         report = measured([*moetrace, *write, "--no-keep"])
-        stats = measured([*moetrace, "stats", str(path), *only])
+        stats = measured([*moetrace, "stats", str(path)])
         again = measured([*moetrace, *write])
         print(f"| {path.stem} | {stats} | {report} | {again} |", flush=True)
         shutil.rmtree(out, ignore_errors=True)

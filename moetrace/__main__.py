@@ -60,18 +60,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(name: str | None = None) -> argparse.ArgumentParser:
-    """Make the parser; only the subcommand ``name`` is filled in (None: all)."""
+    """Make the parser; only the subcommand ``name`` is filled in (None: all; "": none)."""
     parser = _Parser(prog="moetrace", description=moetrace.__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"moetrace {moetrace.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for each in COMMANDS:
-        if each == name or name is None:
+        if name is None or each == name:
             command = load(each)
             sub = add_subparser(subparsers, each, command)
             command.prepare_parser(sub)
             sub.set_defaults(run=command.run, passthrough=command.passthrough)
         else:
-            subparsers.add_parser(each, help=summary(each))
+            subparsers.add_parser(each, help=None if name else summary(each))
     return parser
 
 

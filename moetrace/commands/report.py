@@ -22,7 +22,8 @@ class Report:
     """Make a report of a trace: a page to look at, figures, tables.
 
     Asks every question that the recording can answer and writes into DIR: report.html, one file that needs no
-    network and no other file; figures/ as PNG and PDF; tables/ as CSV; each finding as JSON. Of a trace, of
+    network and no other file; figures/ as PNG and PDF; tables/ as CSV, very long ones as Parquet where pyarrow is
+    installed; each finding as JSON. Of a trace, of
     several taken together, of another program's recording (docs/import.md), or of a count table. Questions
     that need the model are asked if it is given (that takes a while); or ask them before, and name the folder:
 
@@ -67,7 +68,7 @@ class Report:
         add_keeping(parser)
 
     def run(self, args: argparse.Namespace) -> int:
-        """Make it."""
+        """Make it; 1 if a question failed."""
         from moetrace.report.page import write_part, write_report
         from moetrace.report.summary import summary
 
@@ -93,7 +94,7 @@ class Report:
             report = write_report(subject, findings, folder, [Path(p).name for p in args.recordings], parts)
             width = min(120, shutil.get_terminal_size().columns)
             sys.stdout.write(summary(report, width=width, paint=paint))
-        return 0
+        return 1 if any(finding.failed for finding in findings) else 0
 
 
 def read_findings(paths: list[str]) -> list[Finding]:

@@ -97,7 +97,7 @@ class AttentionPrediction(Question):
             tables |= {"as_published_evaluation": evaluation, "as_published_correlations": correlations}
         except MoetraceError as e:
             caveats.append(f"The published figures cannot be given: {e.what}.")
-        return self.finding(subject, sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, [*caveats, *subject.read])
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Recall by layer and predictor; the gains."""

@@ -97,7 +97,7 @@ class ColdExperts(Question):
             tables["wake"] = self._wake(subject, text, coldest[: self.wake], vocabulary, table, said)
         if self.ablate:
             tables["ablation"] = self._ablate(subject, text, coldest[: self.ablate], said)
-        return self.finding(subject, said, tables, [*caveats, *subject.together])
+        return self.finding(subject, said, tables, [*caveats, *subject.together, *subject.read])
 
     def _rates(self, table: pd.DataFrame) -> list[str]:
         verdict = table["verdict"].value_counts()

@@ -93,8 +93,8 @@ class Finding:
         return json.dumps(whole, allow_nan=False, default=str)
 
     @classmethod
-    def from_json(cls, text: str, path: str = "the finding", folder: Path = Path()) -> Finding:
-        """Read what :meth:`to_json` gave, and the files that it names from ``folder``.
+    def from_json(cls, text: str, path: str = "the finding", folder: Path | None = None) -> Finding:
+        """Read what :meth:`to_json` gave, and the files that it names from ``folder``; without one it may name none.
 
         Raises InputError if ``text`` is something else, OSError if a file cannot be read.
         """
@@ -126,8 +126,10 @@ def _json_value(value: Any) -> Any:
     return None if value is pd.NA or value is pd.NaT else value
 
 
-def _table_of(given: Mapping[str, Any], folder: Path) -> pd.DataFrame:
+def _table_of(given: Mapping[str, Any], folder: Path | None) -> pd.DataFrame:
     if "file" in given:
+        if folder is None:
+            raise ValueError(f"a table is in {given['file']}, which is not beside it")
         return pd.read_parquet(folder / given["file"])
     table = pd.DataFrame(given["data"], columns=given["columns"], dtype=object)
     for name, dtype in zip(table, given["dtypes"], strict=True):

@@ -97,7 +97,11 @@ class GenerationDynamics(Question):
             " almost always; the published primary expert is an arbitrary one of the chosen (row `arbitrary`)."
         )
         return self.finding(
-            subject, said, tables, [*caveats, *subject.drawn], concludes=bool(changes.iloc[-1]["pairs"])
+            subject,
+            said,
+            tables,
+            [*caveats, *subject.drawn, *subject.read],
+            concludes=bool(changes.iloc[-1]["pairs"]),
         )
 
     def _phases_of_work(self, subject: Subject, said: list[str], caveats: list[str]) -> _Tables:

@@ -15,11 +15,15 @@ import moetrace
 from moetrace import _native
 from moetrace.errors import MoetraceError
 from moetrace.findings.finding import Finding, Question
+from moetrace.trace.vocabulary import model_path
 
 if TYPE_CHECKING:
     from moetrace.findings.subject import Subject
+    from moetrace.trace.trace import Trace
 
 FOLDER = "answers"
+#: answers of one question that are kept: other phases, layers, parameters
+MANY = 16
 
 
 class Kept:
@@ -27,7 +31,8 @@ class Kept:
 
     They are found by what the traces hold (their sealed descriptions, labels and vocabularies, and when their columns
     were written), what is looked at, the question with its parameters, and this very version of moetrace: whatever
-    changes, is asked anew. Nothing is kept of a trace that grows, with a model, and where the folder cannot be written.
+    changes, is asked anew. Nothing is kept of a trace that grows, with a model, of questions that others have written
+    (whose code is not known to be the same), and where the folder cannot be written.
     """
 
     def __init__(self, folder: Path | None, key: str = "") -> None:
@@ -40,46 +45,43 @@ class Kept:
         if not traces or subject.model is not None or any(trace.live for trace in traces):
             return cls(None)
         try:
-            seals = [[*trace.shown, trace.path.name, seal(trace.path)] for trace in traces]
+            seals = [[*trace.shown, trace.path.name, seal(trace.path), _models(trace)] for trace in traces]
         except OSError:
             return cls(None)
         return cls(traces[0].path / FOLDER, _digest([_moetrace(), seals, subject.looked_at]))
 
     def get(self, question: Question) -> Finding | None:
         """Give the answer if it is there, whole."""
-        if self._folder is None:
-            return None
         path = self._path(question)
+        if path is None:
+            return None
         try:
             return Finding.from_json(gzip.decompress(path.read_bytes()).decode(), str(path))
         except (OSError, EOFError, ValueError, MoetraceError):
             return None
 
     def put(self, question: Question, finding: Finding) -> None:
-        """Keep an answer in place of the same question's older ones about what is no longer so."""
-        if self._folder is None:
-            return
+        """Keep an answer; of the same question's others the :data:`MANY` newest stay."""
         path = self._path(question)
+        if path is None:
+            return
         written = path.with_suffix(f".{os.getpid()}")
         try:
-            self._folder.mkdir(exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             written.write_bytes(gzip.compress(finding.to_json().encode(), 1, mtime=0))
             written.replace(path)
-            old = sorted(self._folder.glob(f"{question.name}-*.gz"), key=lambda p: p.stat().st_mtime_ns)
+            old = sorted(path.parent.glob(f"{question.name}-*.gz"), key=lambda p: p.stat().st_mtime_ns)
             for each in old[:-MANY]:
                 each.unlink()
         except OSError:
             with contextlib.suppress(OSError):
                 written.unlink(missing_ok=True)
 
-    def _path(self, question: Question) -> Path:
-        assert self._folder is not None
+    def _path(self, question: Question) -> Path | None:
+        if self._folder is None or type(question).__module__.split(".")[0] != moetrace.__name__:
+            return None
         key = _digest([self._key, question.parameters])
         return self._folder / f"{question.name}-{key}.json.gz"
-
-
-#: answers of one question that are kept: other phases, layers, parameters
-MANY = 16
 
 
 def seal(path: Path) -> str:
@@ -94,6 +96,13 @@ def seal(path: Path) -> str:
         what: Any = hashlib.sha256(file.read_bytes()).hexdigest() if small else stat.st_mtime_ns
         out.append([str(name), stat.st_size, what])
     return _digest(out)
+
+
+def _models(trace: Trace) -> list[str | None]:
+    """The model files that would be asked for the text of tokens: none where the trace has it."""
+    if any(trace.path.glob("vocabulary*.json")):
+        return []
+    return [model_path(trace.store, trace.store.context(name)) for name in trace.shown]
 
 
 @cache

@@ -40,9 +40,8 @@ class MatchedSeparation(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Test every layer."""
-        found = matched_separation(
-            subject.routing.token_counts, n_permutations=self.permutations, seed=subject.seed
-        )
+        counts = subject.routing.token_counts
+        found = matched_separation(counts, n_permutations=self.permutations, seed=subject.seed)
         table = found.table
         tested = table[table["p_value"].notna()]
         sentences = []
@@ -77,6 +76,12 @@ class MatchedSeparation(Question):
             "A token id is taken to route alike wherever it stands, but for its prompt: context that goes with a domain"
             " counts as domain. Published analyses have nothing of the kind.",
         ]
+        n_labelled = len(subject.routing.labelled_prompts)
+        if counts.prompts.size < n_labelled:
+            caveats.append(
+                f"Words were compared in {counts.prompts.size:,} of {n_labelled:,} prompts, drawn at random, as many of"
+                " each domain as there are."
+            )
         if found.verdict and len(tested):
             caveats.append(f"Some layers {found.verdict}.")
         return self.finding(subject, sentences, {"matched_separation": table}, caveats, concludes=not is_open)

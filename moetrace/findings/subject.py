@@ -237,6 +237,17 @@ class Subject:
         of = f"{self.routing.prompt_counts.prompts.size:,} of {len(self.routing.prompts):,} prompts"
         return [f"Neighbours were counted in {of}, drawn at random."]
 
+    @property
+    def read(self) -> list[str]:
+        """If some texts stand for all (:attr:`Routing.text`): a sentence that says so."""
+        text, texts = self.routing.text, self.routing.texts
+        if text.n_requests == len(texts.prompts):
+            return []
+        return [
+            f"Texts of {text.n_requests:,} of {len(texts.prompts):,} prompts, drawn at random, were read:"
+            f" {len(text):,} of {len(texts):,} tokens."
+        ]
+
     @cached_property
     def labelled(self) -> RoutingCounts:
         """:attr:`counts` of the prompts that have a domain. Raises UsageError if none has."""

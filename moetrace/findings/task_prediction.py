@@ -120,7 +120,7 @@ class TaskPrediction(Question):
             tables["as_published"] = published.task_by_layer(columns, early, seed=subject.seed)
         except MoetraceError as e:
             caveats.append(f"The published figures cannot be given: {e.what}. {e.fix}")
-        return self.finding(subject, sentences, tables, caveats)
+        return self.finding(subject, sentences, tables, [*caveats, *subject.read])
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Recall@k by layer; recall against how many are fetched, in the last layer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -23,6 +24,8 @@ from moetrace.findings import Finding, Subject, ask_all, question
 from moetrace.findings.asking import answers
 from moetrace.findings.finding import Question
 from moetrace.findings.kept import FOLDER, Kept
+from moetrace.report import files
+from moetrace.report.files import read_finding, write_finding
 from moetrace.trace.labels import append_labels
 
 
@@ -122,10 +125,15 @@ def kept_of(path: Path, **options: object) -> Kept:
 def test_what_changes_is_asked_anew(tmp_path: Path) -> None:
     path = traces.small_trace(tmp_path / "t.moet")
     with moetrace.open(path) as trace:
-        asked, finding = Asked("a"), Asked("a").answer(Subject([trace]))
+        asked = question("load-balance")()
+        finding = asked.answer(Subject([trace]))
     kept_of(path).put(asked, finding)
     assert kept_of(path).get(asked) is not None
-    assert kept_of(path).get(Asked("b")) is None
+    assert kept_of(path).get(question("domain-separation")()) is None
+    tested = [question("domain-separation")(permutations=n) for n in (19, 99)]  # type: ignore[call-arg]
+    kept_of(path).put(tested[0], finding)
+    assert kept_of(path).get(tested[0]) is not None
+    assert kept_of(path).get(tested[1]) is None
     assert kept_of(path, seed=1).get(asked) is None
     assert kept_of(path, phase="prefill").get(asked) is None
     assert kept_of(path, layers=[0]).get(asked) is None
@@ -144,16 +152,64 @@ def test_what_changes_is_asked_anew(tmp_path: Path) -> None:
 def test_a_broken_answer_is_none_and_a_folder_that_cannot_be_written_keeps_none(tmp_path: Path) -> None:
     path = traces.small_trace(tmp_path / "t.moet")
     with moetrace.open(path) as trace:
-        finding = Asked("a").answer(Subject([trace]))
-    kept_of(path).put(Asked("a"), finding)
+        asked = question("load-balance")()
+        finding = asked.answer(Subject([trace]))
+    kept_of(path).put(asked, finding)
     (file,) = (path / FOLDER).iterdir()
     file.write_bytes(file.read_bytes()[:-9])
-    assert kept_of(path).get(Asked("a")) is None
+    assert kept_of(path).get(asked) is None
     file.unlink()
     (path / FOLDER).rmdir()
     (path / FOLDER).touch()  # no folder can be made of that name
+    kept_of(path).put(asked, finding)
+    assert kept_of(path).get(asked) is None
+
+
+def test_what_others_ask_is_not_kept(tmp_path: Path) -> None:
+    """Their code may have changed, and nobody could tell."""
+    path = traces.small_trace(tmp_path / "t.moet")
+    with moetrace.open(path) as trace:
+        finding = Asked("a").answer(Subject([trace]))
     kept_of(path).put(Asked("a"), finding)
     assert kept_of(path).get(Asked("a")) is None
+    assert not (path / FOLDER).exists()
+
+
+def test_a_kept_answer_names_no_files(tmp_path: Path) -> None:
+    path = traces.small_trace(tmp_path / "t.moet")
+    with moetrace.open(path) as trace:
+        asked = question("load-balance")()
+        finding = asked.answer(Subject([trace]))
+    kept_of(path).put(asked, finding)
+    (file,) = (path / FOLDER).iterdir()
+    file.write_bytes(gzip.compress(finding.to_json({"load_balance": "elsewhere.parquet"}).encode()))
+    assert kept_of(path).get(asked) is None
+
+
+def test_a_long_table_is_a_parquet_file_that_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyarrow")
+    path = traces.small_trace(tmp_path / "t.moet")
+    monkeypatch.setattr(files, "MANY_ROWS", 3)
+    with moetrace.open(path) as trace:
+        finding = question("load-balance")().answer(Subject([trace]))
+    written = write_finding(finding, tmp_path / "out")
+    assert len(finding.tables["load_balance"]) >= 3
+    assert {file.suffix for file in written.files} == {".json", ".parquet", ".png", ".pdf"}
+    again = read_finding(tmp_path / "out" / "load-balance.json")
+    pd.testing.assert_frame_equal(again.tables["load_balance"], finding.tables["load_balance"])
+
+
+def test_a_report_leaves_with_1_if_a_question_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = traces.small_trace(tmp_path / "t.moet")
+
+    def fail(self: object, subject: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(question("load-balance"), "answer", fail)
+    assert main(["report", str(path), "-o", str(tmp_path / "out")]) == 1
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_stats_asks_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

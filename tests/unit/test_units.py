@@ -101,6 +101,9 @@ def test_texts_and_words_are_of_whole_prompts_drawn(subjects: tuple[Subject, Sub
         ("persistence", "of 80 prompts, drawn at random"),
         ("transitions", "of 80 prompts, drawn at random"),
         ("expert-circuits", "of 80 prompts"),
+        ("cold-experts", "of 80 prompts, drawn at random, were read"),
+        ("generation-dynamics", "of 80 prompts, drawn at random, were read"),
+        ("matched-separation", "Words were compared in 20 of 80 prompts"),
     ],
 )
 def test_sentences_say_so(subjects: tuple[Subject, Subject], name: str, said: str) -> None:

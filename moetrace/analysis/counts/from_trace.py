@@ -340,6 +340,11 @@ class Routing:
         """(P,) the prompts that have rows, in order of their names."""
         return tuple(sorted(self._domains))
 
+    @property
+    def labelled_prompts(self) -> tuple[str, ...]:
+        """Those of them that have a domain."""
+        return tuple(prompt for prompt in self.prompts if self._domains[prompt])
+
     @cached_property
     def _domains(self) -> dict[str, str]:
         return _domain_of(pair for chosen in self.chosen for pair in chosen.asked.items())
@@ -413,12 +418,10 @@ class Routing:
             _ = chosen.trace.experts  # or ChannelMissingError
         each = 8 * len(self.layers) * int(max(self.n_expert))
         at_most = max(1, _TOKEN_BYTES // each)
-        parts = self.labelled
-        asked = _domain_of(pair for chosen in parts for pair in chosen.asked.items())
-        if len(asked) > _PAIRED:
-            names = sorted(asked)
-            drawn = evenly([asked[name] for name in names], _PAIRED, np.random.default_rng(0))
-            only = frozenset(np.array(names, np.str_)[drawn].tolist())
+        parts, names = self.labelled, self.labelled_prompts
+        if len(names) > _PAIRED:
+            drawn = evenly([self._domains[name] for name in names], _PAIRED, np.random.default_rng(0))
+            only = frozenset(name for name, chosen in zip(names, drawn, strict=True) if chosen)
             parts = tuple(replace(chosen, only=only) for chosen in parts)
         every = [chosen.trace.token_ids[chosen.keep] for chosen in parts]
         tokens = None

@@ -52,7 +52,7 @@ class Report {
   }
 
   set(change) {
-    this.state = changedState(this.state, change);
+    this.state = changedState(this.state, change, this.data);
     history.replaceState(null, "", addressOf(this.state, this.data));
     this.show();
   }

@@ -31,10 +31,10 @@ export const initialState = (data) => ({
 });
 
 // Lift compares a domain with others: it needs one, and ends where none is chosen.
-export function changedState(state, change) {
+export function changedState(state, change, data) {
   const next = { ...state, ...change };
   if (change.measure === "lift" && !state.domain) next.domain = 1;
-  if (change.domain === 0 && state.measure === "lift") next.measure = "even";
+  if (change.domain === 0 && state.measure === "lift") next.measure = plain(data)[0][0];
   return next;
 }
 

@@ -52,9 +52,9 @@ test("an address that makes no sense changes nothing", () => {
 
 test("lift needs a domain", () => {
   const data = dataOf(), start = widgets.initialState(data);
-  assert.equal(widgets.changedState(start, { measure: "lift" }).domain, 1);
-  assert.equal(widgets.changedState({ ...start, domain: 2 }, { measure: "lift" }).domain, 2);
-  assert.equal(widgets.changedState({ ...start, domain: 2, measure: "lift" }, { domain: 0 }).measure, "even");
+  assert.equal(widgets.changedState(start, { measure: "lift" }, data).domain, 1);
+  assert.equal(widgets.changedState({ ...start, domain: 2 }, { measure: "lift" }, data).domain, 2);
+  assert.equal(widgets.changedState({ ...start, domain: 2, measure: "lift" }, { domain: 0 }, data).measure, "share");
   assert.equal(widgets.stateFromAddress("#measure=lift", data, start).domain, 1);
   data.domains = ["code"];
   assert.ok(!widgets.choicesOf(data).measure.some(([name]) => name === "lift"));
@@ -68,6 +68,7 @@ test("of many experts the map shows multiples of even use, and all of them in th
   const start = widgets.initialState(data);
   assert.equal(start.measure, "even");
   assert.equal(widgets.choicesOf(data).measure[0][0], "even");
+  assert.equal(widgets.changedState({ ...start, domain: 2, measure: "lift" }, { domain: 0 }, data).measure, "even");
   const cells = new Cells(dataOf());
   assert.equal(widgets.usage(cells, stateOf(cells.data), nothing, false).least, 1);
   assert.ok(widgets.usage(cells, stateOf(cells.data, { zoom: "wide" }), nothing, false).least > 8);
