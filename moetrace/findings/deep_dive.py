@@ -12,7 +12,7 @@ from moetrace.analysis import deep_dive
 from moetrace.analysis.published import notebook as published
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import best
+from moetrace.findings.wording import best, listed
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ class DeepDive(Question):
         ]
         if len(found.consumers) > 1:
             caveats.append(
-                f"{', '.join(found.consumers)} share one decision: the published heatmaps of them are one and the same."
+                f"{listed(found.consumers)} share one decision: the published heatmaps of them are one and the same."
             )
         tables = {"deep_dive": table, "as_published_components": pd.concat(parts, ignore_index=True)}
         return self.finding(subject, sentences, tables, [*caveats, *subject.together])
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
-        """Domain by expert, for each matrix that the ids went to, and the lift."""
+        """Domain by expert: shares of picks, and lift."""
         from moetrace import plot
 
         table = finding.tables["deep_dive"]
@@ -87,20 +87,19 @@ class DeepDive(Question):
         percent, lift = (
             table.pivot(index="domain", columns="expert", values=name) for name in ("percent", "lift")
         )
-        consumers = tuple(name for name in str(table["components"].iloc[0]).split(", ") if name)
-        height = 1.1 + 0.17 * len(percent) * max(1, len(consumers))
+        consumers = [
+            name.removeprefix("ffn_") for name in str(table["components"].iloc[0]).split(", ") if name
+        ]
+        one = f" One decision serves {listed(consumers)}: it is theirs alike." if len(consumers) > 1 else ""
         return {
-            "components": Figure(
-                lambda ax: plot.components(percent, consumers, ax=ax),
-                f"Layer {layer}: share of each domain's picks by expert, once per expert matrix. The blocks are alike,"
-                " because one decision serves all of them.",
-                (7.0, height),
+            "percent": Figure(
+                lambda ax: plot.heatmap(percent, label="% of the domain's picks", ax=ax),
+                f"Layer {layer}: share of each domain's picks by expert.{one}",
+                plot.size_of(len(percent)),
             ),
             "lift": Figure(
-                lambda ax: plot.heatmap(
-                    lift.rename_axis(index="", columns="expert"), label="lift", scale="lift", ax=ax
-                ),
+                lambda ax: plot.heatmap(lift, label="lift", scale="lift", ax=ax),
                 f"Layer {layer}: lift of each domain over the mean of domains, by expert.",
-                (7.0, 1.3 + 0.2 * len(lift)),
+                plot.size_of(len(percent)),
             ),
         }

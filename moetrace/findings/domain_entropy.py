@@ -85,7 +85,7 @@ class DomainEntropy(Question):
             "by_layer": Figure(
                 lambda ax: plot.entropy(table, ax=ax),
                 "Entropy of each domain's picks by layer, with 95 % intervals over prompts; dashed: all experts used"
-                " alike.",
+                " alike. Of many domains those of highest and lowest mean are named.",
             )
         }
 

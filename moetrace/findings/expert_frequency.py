@@ -14,6 +14,9 @@ from moetrace.findings.finding import Figure, Finding, Question, Widget, paramet
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, span
 
+#: of more domains only these many are drawn, each by itself
+_DRAWN = 10
+
 
 @dataclass(frozen=True)
 class ExpertFrequency(Question):
@@ -100,7 +103,7 @@ class ExpertFrequency(Question):
         counted = bool(usage["percent_of_tokens"].notna().any())
         share: plot.Measure = "percent_of_tokens" if counted else "percent"
         what = "tokens that use the expert" if counted else "picks"
-        size = (7.0, 1.5 + min(6.0, 0.16 * usage["layer"].nunique()))
+        size = plot.size_of(usage["layer"].nunique())
         out = {
             "all": Figure(
                 lambda ax: plot.usage(usage, measure=share, ax=ax),
@@ -110,10 +113,13 @@ class ExpertFrequency(Question):
         }
         if "expert_frequency" in finding.tables:
             table = finding.tables["expert_frequency"]
-            for i, name in enumerate(sorted(set(table["domain"]))):
+            picks = table.groupby("domain", sort=True)["count"].sum()
+            largest = picks.nlargest(_DRAWN, keep="first").index.sort_values()
+            some = f", one of the {_DRAWN} of most picks among {len(picks)}" if len(picks) > _DRAWN else ""
+            for i, name in enumerate(largest):
                 out[f"domain{i}"] = Figure(
                     lambda ax, name=name: plot.usage(table, name, measure=share, ax=ax),  # type: ignore[misc]
-                    f"Share of {what}, by layer and expert, domain {name}; same colours for all domains.",
+                    f"Share of {what}, by layer and expert, domain {name}{some}; same colours for all domains.",
                     size,
                 )
         return out

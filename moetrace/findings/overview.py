@@ -11,7 +11,7 @@ from moetrace.analysis.published import notebook as published
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Finding, Question
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import events_lost, not_computed, number
+from moetrace.findings.wording import events_lost, listed, not_computed, number
 from moetrace.trace import naming
 
 
@@ -75,20 +75,19 @@ class Overview(Question):
             each = f"{per.min()}" if per.min() == per.max() else f"{per.min()} to {per.max()}"
             plural = "" if each == "1" else "s"
             sentences.append(
-                f"{number(len(labelled), 'domain')} ({', '.join(labelled['domain'])}), {each} prompt{plural} each."
+                f"{number(len(labelled), 'domain')} ({listed(labelled['domain'])}), {each} prompt{plural} each."
             )
         caveats = [*subject.left_out]
         if loss.events_lost:
             caveats.append(events_lost(subject.traces))
         for trace in subject.traces:
             if len(trace.shown) > 1:
-                names = ", ".join(trace.shown)
                 sentences.append(
-                    f"{len(trace.shown)} contexts of {trace.path.name} are taken together: {names}."
+                    f"{len(trace.shown)} contexts of {trace.path.name} are taken together: {listed(trace.shown)}."
                 )
         kinds = {text for t in subject.traces if (text := str(naming.said(t.facts).get("description") or ""))}
         if len(kinds) > 1:
-            caveats.append(f"The traces are of different files of the model: {', '.join(sorted(kinds))}.")
+            caveats.append(f"The traces are of different files of the model: {listed(sorted(kinds))}.")
         if text := not_computed(layers):
             caveats.append(text)
         missing = [name for t in subject.traces for name in t.meta.get("import", {}).get("missing", [])]
@@ -117,7 +116,7 @@ class Overview(Question):
         )
         sentence = (
             f"A table of {picks.sum():,} picks: {number(len(domains), 'domain')}"
-            f" ({', '.join(domains['domain'])}), {number(len(layers), 'layer')}, {counts.n_expert} experts."
+            f" ({listed(domains['domain'])}), {number(len(layers), 'layer')}, {counts.n_expert} experts."
         )
         caveats = [
             "Without prompts there are values, but neither intervals nor tests; without tokens nothing about"

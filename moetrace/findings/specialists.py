@@ -12,7 +12,7 @@ from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Method, Question, Widget, parameter
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import best, span
+from moetrace.findings.wording import best, listed, span
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Specialists(Question):
             out += _largest(special, "The strongest specialist")
             if len(special):
                 per = special["domain"].value_counts()
-                told = ", ".join(f"{name} {count}" for name, count in per.items())
+                told = listed(f"{name} ({count})" for name, count in per.items())
                 out.append(f"Specialists by preferred domain: {told}.")
         named = classes["class"].value_counts()
         out.append(

@@ -19,7 +19,7 @@ from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.recorded import recorded
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import best, number, of_layers
+from moetrace.findings.wording import best, listed, number, of_layers
 
 ANALYSES = ("pattern_summary", "semantic_patterns", "sequence_patterns", "combined_analysis")
 RELATIONS = ("synonyms", "antonyms", "analogies", "arithmetic")
@@ -203,7 +203,7 @@ class TokenPatterns(Question):
             apart = found.relations[found.relations["p_family"] <= self.alpha]
             good = found.experts[(found.experts["p_family"] <= self.alpha) & (found.experts["low"] > 1)]
             say.append(
-                f"Prompts of different relations ({', '.join(sorted(set(text.labels or ())))}) route differently"
+                f"Prompts of different relations ({listed(sorted(set(text.labels or ())))}) route differently"
                 f" {of_layers(apart['layer'], len(found.relations))}; {len(good)} experts prefer one of them."
             )
         else:

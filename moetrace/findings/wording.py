@@ -26,6 +26,13 @@ def number(n: int, noun: str) -> str:
     return f"{n:,} {noun}" + ("" if n == 1 else "s")
 
 
+def listed(names: Iterable[object], at_most: int = 10, sep: str = ", ") -> str:
+    """``a, b, c``; of many ``a, b, c and 27 more``."""
+    every = [str(name) for name in names]
+    more = len(every) - at_most
+    return sep.join(every[:at_most]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def events_lost(traces: Iterable[Trace]) -> str:
     """What it means that events were lost, a sentence; empty if none were."""
     lossy = [trace for trace in traces if trace.loss.events_lost]

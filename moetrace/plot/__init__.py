@@ -8,13 +8,12 @@ drawn as missing (hatched, or left out), never as zero. Importing this package i
 from __future__ import annotations
 
 from moetrace.plot.agreement import agreement
-from moetrace.plot.components import components
 from moetrace.plot.depth import depth_contrast
 from moetrace.plot.dynamics import handoffs, information, phases
 from moetrace.plot.entropy import entropy
 from moetrace.plot.experts import alike, change_by_k, gain, kept, merging_curve, patterns, rates, success
 from moetrace.plot.gate import gate_distances
-from moetrace.plot.heatmap import Measure, heatmap, usage
+from moetrace.plot.heatmap import Measure, heatmap, size_of, usage
 from moetrace.plot.load import load_balance
 from moetrace.plot.persistence import persistence, persistence_by_layer, strongest_layer
 from moetrace.plot.prediction import correlation, gains, hit_rates, recall

@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from moetrace.plot.style import DARK, LIGHT, axes, faint, short
+from moetrace.plot.names import short, shortened, stand_for
+from moetrace.plot.style import DARK, LIGHT, axes, canvas, faint
 
 Measure = Literal["percent_of_tokens", "percent", "lift"]
 
@@ -33,14 +34,14 @@ def heatmap(
     Parameters
     ----------
     values
-        Float, (rows × columns), labelled by index and columns; NaN is hatched.
+        Float, (rows × columns), labelled by index and columns, whose names become the axes'; NaN is hatched.
     label
         What a value is, with its unit.
     scale
         "linear": cividis from 0 to ``high`` (the largest value if None). "lift": ratios on a logarithmic
         diverging scale around 1, cut at 1/4 and 4.
     """
-    ax = axes(ax, (7.0, 1.5 + min(6.0, 0.16 * len(values))))
+    ax = axes(ax, size_of(len(values)))
     data = np.ma.masked_invalid(values.to_numpy(dtype=np.float64))
     norm: Normalize
     if scale == "lift":
@@ -58,6 +59,7 @@ def heatmap(
         spine.set_visible(False)
     _ticks(ax, "x", values.columns)
     _ticks(ax, "y", values.index)
+    ax.set(xlabel=values.columns.name or "", ylabel=values.index.name or "")
     bar = ax.figure.colorbar(image, ax=ax, label=label, extend=extend, fraction=0.05, pad=0.02)
     bar.outline.set_visible(False)
     if scale == "lift":
@@ -67,6 +69,11 @@ def heatmap(
             FuncFormatter(lambda v, _: f"1/{1 / v:.0f}" if v < 0.9 else f"{v:.0f}")
         )
     return ax
+
+
+def size_of(n_rows: int) -> tuple[float, float]:
+    """Inches of a figure that shows a matrix of so many rows: room for a name beside each, and for the colour bar's."""
+    return 7.0, 1.5 + min(6.0, max(1.1, 0.17 * n_rows))
 
 
 def usage(
@@ -105,7 +112,7 @@ def usage(
     ax = heatmap(
         matrix, label=labels[measure], scale="lift" if measure == "lift" else "linear", high=high, ax=ax
     )
-    ax.set(xlabel="expert", ylabel="layer", title="all prompts" if domain is None else short(domain, 60))
+    ax.set_title("all prompts" if domain is None else short(domain, 60), parse_math=False)
     return ax
 
 
@@ -120,9 +127,13 @@ def _ticks(ax: Axes, which: Literal["x", "y"], labels: pd.Index[Any]) -> None:
     """Label as many of the cells as are readable: all if there are few, else round numbers."""
     axis = ax.xaxis if which == "x" else ax.yaxis
     n = len(labels)
-    room = 17 if which == "x" else 24
+    width, height = canvas(ax).get_size_inches()
+    room = 2.5 * width if which == "x" else max(24, 5.5 * (height - 1))
     step = next(s for s in (1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, 10**9) if n <= room * s)
     places: npt.NDArray[Any] = np.arange(0, n, step) if n else np.arange(0)
+    names = shortened(labels)
     axis.set_major_locator(FixedLocator(places.tolist()))
-    axis.set_ticklabels([short(str(labels[i])) for i in places])
+    axis.set_ticklabels([names[str(labels[i])] for i in places])
     axis.set_tick_params(length=2 if step > 1 else 0)
+    for text, i in zip(axis.get_ticklabels(), places, strict=False):
+        stand_for(text, str(labels[i]))

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import pandas as pd
 from matplotlib.axes import Axes
 
-from moetrace.plot.style import OKABE_ITO, axes, by_layer, faint, legend_above, line, short, zero_line
+from moetrace.plot.names import short
+from moetrace.plot.style import OKABE_ITO, axes, by_layer, faint, legend_above, line, zero_line
 
 
 def recall(

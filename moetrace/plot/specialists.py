@@ -7,7 +7,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from moetrace.plot.style import LIGHT, OKABE_ITO, axes, faint, layer_axis, legend_above, short
+from moetrace.plot.names import shortened, stand_for
+from moetrace.plot.style import LIGHT, OKABE_ITO, axes, faint, layer_axis, legend_above
 
 
 def specialists(table: pd.DataFrame, *, at_most: int = 24, ax: Axes | None = None) -> Axes:
@@ -18,21 +19,31 @@ def specialists(table: pd.DataFrame, *, at_most: int = 24, ax: Axes | None = Non
     table
         Of :func:`moetrace.analysis.specialists`, one row per (layer, expert).
     at_most
-        How many to draw, those of largest lower bound; how many there are is said below the axis.
+        How many to draw, those of largest lower bound; how many there are is said below the axis. Where they are
+        of more domains than there are colours, the domain stands beside each.
     """
     found = table[(table["kind"] == "specialist") & table["low"].notna()]
     shown = found.sort_values(["low", "lift"], ascending=False).head(at_most)
     ax = axes(ax, (7.0, 1.4 + 0.2 * max(3, len(shown))))
-    color = {name: OKABE_ITO[i % len(OKABE_ITO)] for i, name in enumerate(sorted(set(table["domain"])))}
+    domains = sorted(set(table["domain"]))
+    colored = domains if len(domains) <= len(OKABE_ITO) else sorted(set(shown["domain"]))
+    by_color = len(colored) <= len(OKABE_ITO)
+    names = shortened(set(shown["domain"]))
     place = np.arange(len(shown))
     for domain in sorted(set(shown["domain"])):
         mine = (shown["domain"] == domain).to_numpy()
         rows = shown[mine]
-        ax.hlines(place[mine], rows["low"], rows["high"], color=color[domain], linewidth=2, alpha=0.55)
-        ax.scatter(rows["lift"], place[mine], color=color[domain], s=18, zorder=3, label=short(str(domain)))
+        color = OKABE_ITO[colored.index(domain) if by_color else 0]
+        ax.hlines(place[mine], rows["low"], rows["high"], color=color, linewidth=2, alpha=0.55)
+        label = names[domain] if by_color else None
+        ax.scatter(rows["lift"], place[mine], color=color, s=18, zorder=3, label=label)
+        for y in () if by_color else place[mine]:
+            beside = ax.text(1.01, y, names[domain], color=faint(), va="center", size="small")
+            beside.set_transform(ax.get_yaxis_transform())
+            stand_for(beside, domain)
     ax.axvline(1.0, color=faint(), linewidth=0.9, linestyle="--")
-    names = [f"layer {a}, expert {b}" for a, b in zip(shown["layer"], shown["expert"], strict=True)]
-    ax.set_yticks(place, [short(name) for name in names])
+    experts = [f"layer {a}, expert {b}" for a, b in zip(shown["layer"], shown["expert"], strict=True)]
+    ax.set_yticks(place, experts)
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(max(len(shown), 1) - 0.4, -0.6)
     ax.set_xscale("log", base=2)
@@ -45,7 +56,7 @@ def specialists(table: pd.DataFrame, *, at_most: int = 24, ax: Axes | None = Non
     ax.set_xlabel(f"lift over the mean of domains, 95 % interval{left_out}")
     if not len(shown):
         ax.text(0.5, 0.5, "no expert is a specialist", transform=ax.transAxes, ha="center", color=faint())
-    legend_above(ax, 5)
+    legend_above(ax, 5, names)
     return ax
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -13,7 +14,12 @@ import numpy.typing as npt
 import pandas as pd
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
+
+from moetrace.plot.names import stand_for
 
 Theme = Literal["light", "dark"]
 
@@ -73,6 +79,13 @@ def axes(ax: Axes | None, size: tuple[float, float] = (7.0, 4.0)) -> Axes:
     return plt.figure(figsize=size, layout="constrained").add_subplot() if ax is None else ax
 
 
+def canvas(ax: Axes) -> Figure:
+    """The figure that the axes stand in."""
+    found = ax.get_figure(root=True)
+    assert found is not None
+    return found
+
+
 def ink() -> str:
     """The colour of lines that carry the data, in the style in force."""
     return str(mpl.rcParams["text.color"])
@@ -83,19 +96,31 @@ def faint() -> str:
     return str(mpl.rcParams["axes.edgecolor"])
 
 
-def legend_above(ax: Axes, columns: int = 4) -> None:
-    """Put the legend above the axes, where it hides nothing."""
+def legend_above(ax: Axes, columns: int = 4, names: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Put the legend above the axes, where it hides nothing, in as many columns as fit the figure.
+
+    ``names`` are whole names and what stands for them, as :func:`moetrace.plot.names.shortened` gives them.
+    """
     handles, labels = ax.get_legend_handles_labels()
-    if handles:
-        ax.legend(
-            handles,
-            labels,
-            loc="lower left",
-            bbox_to_anchor=(0.0, 1.0),
-            ncols=min(columns, len(handles)),
-            borderaxespad=0.2,
-            columnspacing=1.4,
-        )
+    if not handles:
+        return
+    font = FontProperties(size=mpl.rcParams["legend.fontsize"])
+    widest = max(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] for text in labels)
+    # beside the text a handle, its gap, and what lies between columns, in font sizes
+    column = widest + font.get_size_in_points() * (mpl.rcParams["legend.handlelength"] + 0.8 + 1.4)
+    room = 0.88 * 72 * canvas(ax).get_figwidth()
+    legend = ax.legend(
+        handles,
+        labels,
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        ncols=max(1, min(columns, len(handles), int(room / column))),
+        borderaxespad=0.2,
+        columnspacing=1.4,
+    )
+    whole = {form: name for name, form in names.items()}
+    for text in legend.get_texts():
+        stand_for(text, whole.get(text.get_text(), text.get_text()))
 
 
 def layer_axis(ax: Axes, layers: Sequence[int] | npt.NDArray[Any]) -> None:
@@ -110,12 +135,6 @@ def layer_axis(ax: Axes, layers: Sequence[int] | npt.NDArray[Any]) -> None:
 def marker(n: int) -> str:
     """The marker of a line of n points: none where they would run into each other."""
     return "o" if n <= 48 else ""
-
-
-def short(text: str, at_most: int = 24) -> str:
-    """Give a name that others chose as one that fits a legend, and in which $ is no mathematics."""
-    text = text if len(text) <= at_most else text[: at_most - 1] + "…"
-    return text.replace("$", r"\$")
 
 
 def line(
@@ -133,11 +152,18 @@ def line(
     band(ax, table[x], table[low], table[high], color)
 
 
-def by_layer(ax: Axes, layers: pd.Series[int], ylabel: str, columns: int = 4, **more: Any) -> Axes:
+def by_layer(
+    ax: Axes,
+    layers: pd.Series[int],
+    ylabel: str,
+    columns: int = 4,
+    names: Mapping[str, str] = MappingProxyType({}),
+    **more: Any,
+) -> Axes:
     """Finish a drawing whose x is the layer: the axis, its label, what else :meth:`Axes.set` takes, the legend."""
     layer_axis(ax, layers.to_numpy())
     ax.set(ylabel=ylabel, **more)
-    legend_above(ax, columns)
+    legend_above(ax, columns, names)
     return ax
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from moetrace.analysis.statistics import nulls
 from moetrace.findings import Subject
-from moetrace.findings.wording import events_lost
+from moetrace.findings.wording import events_lost, listed
 from moetrace.trace.remarks import remarks
 from moetrace.trace.trace import Trace
 
@@ -138,7 +138,7 @@ def _facts(subject: Subject, traces: Sequence[Trace]) -> tuple[tuple[str, str], 
 def _contexts(traces: Sequence[Trace]) -> str:
     """Which llama contexts are shown, where a trace has several."""
     several = [trace for trace in traces if len(trace.contexts) > 1]
-    return "; ".join(f"{trace.path.name}: {trace.shown_as}" for trace in several)
+    return listed((f"{trace.path.name}: {trace.shown_as}" for trace in several), sep="; ")
 
 
 def _completeness(subject: Subject) -> tuple[Remark, ...]:
@@ -176,9 +176,13 @@ def _completeness(subject: Subject) -> tuple[Remark, ...]:
         said.append(Remark("warn", events_lost(traces)))
     live = [trace.path.name for trace in traces if trace.live]
     if live and not loss.waiting:
-        said.append(Remark("warn", f"Not closed: {', '.join(live)}. This is what it held when it was read."))
+        said.append(Remark("warn", f"Not closed: {listed(live)}. This is what it held when it was read."))
+    told: dict[str, list[str]] = {}
     for trace in traces:
-        said += [Remark("warn", f"{trace.path.name}: {text}.") for text in remarks(trace.store)]
+        for text in remarks(trace.store):
+            told.setdefault(text, []).append(trace.path.name)
+    said += [Remark("warn", f"{listed(names)}: {text}.") for text, names in told.items()]
+    for trace in traces:
         for part in trace.parts:
             if status := part.facts.get("status"):
                 said.append(Remark("bad", f"The tracer stopped early: {status}"))
@@ -188,7 +192,7 @@ def _completeness(subject: Subject) -> tuple[Remark, ...]:
             said.append(
                 Remark(
                     "warn",
-                    f"Other contexts of {trace.path.name} lost entries or events: {', '.join(others)}.",
+                    f"Other contexts of {trace.path.name} lost entries or events: {listed(others)}.",
                 )
             )
     if loss.not_computed:

@@ -19,6 +19,7 @@ import pandas as pd
 from moetrace.analysis import transitions
 from moetrace.errors import MoetraceError
 from moetrace.findings import Finding, Subject
+from moetrace.plot.names import shortened
 from moetrace.report.files import widget_tables
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -52,6 +53,7 @@ def explorer(
     }
     head: dict[str, Any] = {
         "domains": domains,
+        "names": list(shortened(domains, 16).values()),
         "layers": counts.layers.tolist(),
         "start": 0,
         "n_expert": np.asarray(subject.n_expert).tolist(),

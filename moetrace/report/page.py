@@ -20,6 +20,7 @@ from markupsafe import Markup
 import moetrace
 from moetrace.errors import MoetraceError
 from moetrace.findings import QUESTIONS, Figure, Finding, Subject, question
+from moetrace.findings.wording import listed
 from moetrace.plot.style import style
 from moetrace.report.captured import Captured, captured
 from moetrace.report.explorer import explorer, pack, table_json
@@ -144,7 +145,7 @@ def _render(
     created = subject.traces[0].meta.get("created_ns") if subject.traces else None
     facts = dict(about.facts)
     return environment.get_template("report.html.j2").render(
-        name=", ".join(about.names),
+        name=listed(about.names, 5),
         captured=about,
         experts_line=f"{facts['layers'].split(' ')[0]} layers, {facts['experts']}",
         opening=opening,

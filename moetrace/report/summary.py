@@ -6,6 +6,7 @@ import os
 import textwrap
 from collections.abc import Callable
 
+from moetrace.findings.wording import listed
 from moetrace.printable import printable
 from moetrace.report.page import Report
 
@@ -28,7 +29,7 @@ def summary(
     about = report.captured
     facts = dict(about.facts)
     out = [
-        paint(", ".join(about.names), "1"),
+        paint(listed(about.names, 5), "1"),
         *_wrapped(f"{facts['model']} · {' · '.join(f'{n} {unit}' for n, unit in about.tiles)}", "  ", width),
     ]
     for remark in about.completeness:

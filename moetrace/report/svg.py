@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from moetrace.findings import Figure
+from moetrace.plot.names import HOVER
 from moetrace.plot.style import LIGHT, OKABE_ITO
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ _VARIABLES = {
     LIGHT["ground"].lower(): "var(--surface)",
     **{color.lower(): f"var(--c{i})" for i, color in enumerate(OKABE_ITO)},
 }
+
+# The group of a text that is cut; matplotlib takes the quotes that are not in its name.
+_WHOLE = re.compile(f"<g id=(?:\"{HOVER}[^\"]*\"|'{HOVER}[^']*')>")
 
 
 def inline_svg(canvas: Canvas, figure: Figure, prefix: str) -> Markup:
@@ -41,9 +45,18 @@ def inline_svg(canvas: Canvas, figure: Figure, prefix: str) -> Markup:
         f' style="max-width: {1.45 * width:.0f}px">'
     )
     text = head + text[text.index(">") + 1 :]
-    pieces = re.split(r"(<text\b.*?</text>)", text, flags=re.DOTALL)
     # text is what others may have written: only its tag is touched
-    return Markup("".join(_text(p, prefix) if p.startswith("<text") else _shape(p, prefix) for p in pieces))
+    pieces = re.split(rf"(<text\b.*?</text>|{_WHOLE.pattern})", text, flags=re.DOTALL)
+    return Markup("".join(_piece(piece, prefix) for piece in pieces))
+
+
+def _piece(piece: str, prefix: str) -> str:
+    if piece.startswith("<text"):
+        return _text(piece, prefix)
+    if found := _WHOLE.fullmatch(piece):
+        # as an attribute is escaped, it can stand in an element, too
+        return f"<g><title>{found[0][len('<g id=.') + len(HOVER) : -2]}</title>"
+    return _shape(piece, prefix)
 
 
 def _shape(piece: str, prefix: str) -> str:

@@ -81,7 +81,7 @@ DRAWINGS: dict[str, tuple[Callable[[Subject], Axes], str, str]] = {
     "transitions": (lambda a: plot.transitions(steps(a)), "next", "first expert"),
     "transitions_lift": (lambda a: plot.transitions(steps(a), measure="lift"), "next", "first expert"),
     "depth_contrast": (lambda a: plot.depth_contrast(of(analysis.depth_contrast, a)), "bits", ""),
-    "components": (lambda a: plot.components(of(analysis.deep_dive, a).percent), "expert", ""),
+    "deep_dive": (lambda a: plot.heatmap(of(analysis.deep_dive, a).percent, label="%"), "expert", "domain"),
 }  # fmt: skip
 
 
@@ -134,7 +134,8 @@ def test_a_label_is_no_mathematics(routed: Subject) -> None:
     ax.figure.canvas.draw()
     legend = ax.get_legend()
     assert legend is not None
-    assert r"a \$ b" in [text.get_text() for text in legend.get_texts()]
+    (text,) = [text for text in legend.get_texts() if text.get_text() == "a $ b"]
+    assert not text.get_parse_math()
 
 
 def test_the_strongest_specialists_are_drawn_with_their_intervals() -> None:

@@ -8,6 +8,7 @@ was asked more often.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from moetrace._native import group_sums
 from moetrace.analysis.statistics import information as info
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.nulls import Domains
@@ -397,25 +399,22 @@ def domain_lift(
     d, (_, n_layers, e) = len(domains), c.shape
     rng = np.random.default_rng(seed)
     weights = nulls.bootstrap_weights(domains, n_boot, rng)
-    member = (domains.codes[None, :] == np.arange(d)[:, None]).astype(np.float64)
     testable = nulls.feasibility(domains, strata).testable
     codes = nulls.permuted_codes(domains, n_permutations, rng, strata) if testable else None
     low, high = np.full((2, n_layers, d, e), np.nan)
     p_family = np.full((n_layers, d, e), np.nan)
-    tails = [nulls.expanded_tail(int(n), level) for n in domains.sizes]
+    blocks = _expert_blocks(e, d * max(n_boot, n_permutations))
     for layer in range(n_layers):
-        sums = np.stack([(weights * member[i]) @ c[:, layer] for i in range(d)], axis=1)
-        drawn = _lift(sums)
-        for i, tail in enumerate(tails):
-            if not np.isnan(tail):
-                low[layer, i], high[layer, i] = _percentiles(drawn[:, i], tail)
-        least, largest = _beyond_zero(member @ c[:, layer])
+        own = np.ascontiguousarray(c[:, layer])
+        low[layer], high[layer] = _drawn_lift(own, weights, domains, blocks, level)
+        table = group_sums(domains.codes[None].astype(np.int32), own, d)[0]
+        least, largest = _beyond_zero(table)
         low[layer] = np.minimum(low[layer], least)
-        high[layer] = np.where(member @ c[:, layer] > 0, high[layer], np.maximum(high[layer], largest))
+        high[layer] = np.where(table > 0, high[layer], np.maximum(high[layer], largest))
         if codes is not None:
-            null = np.concatenate([info.shares(s) for _, s in nulls.pooled(c[:, layer], codes, d)])
-            gap = np.abs(null - null.mean(axis=1, keepdims=True))
-            p_family[layer] = nulls.max_t(gap.reshape(gap.shape[0], -1)).reshape(d, e)
+            gaps = (gap.reshape(len(gap), -1) for gap in _gaps(own, codes, d, blocks))
+            parts = nulls.max_t_of_parts(gaps)
+            p_family[layer] = np.concatenate([p.reshape(d, -1) for p in parts], axis=1)
     _, by_domain = domain_counts(np.asarray(counts), labels)
     table = by_domain.transpose(1, 0, 2)
     index = pd.MultiIndex.from_product(
@@ -459,9 +458,50 @@ def specialists(lift: pd.DataFrame, *, alpha: float = 0.05, margin: float = 1.5)
     return out.drop(columns="count").reset_index()
 
 
-def _lift(sums: npt.ArrayLike) -> Floats:
-    """Lift of domain sums (..., D, E) over the mean of domains; NaN where nobody used the expert."""
-    share = info.shares(sums)
+def _expert_blocks(n_expert: int, each: int, max_bytes: int = 16 << 20) -> list[slice]:
+    """Experts in blocks, so that ``each`` numbers of every expert take about ``max_bytes``."""
+    step = max(1, max_bytes // (8 * max(1, each)))
+    return [slice(start, start + step) for start in range(0, n_expert, step)]
+
+
+def _drawn_lift(
+    counts: Floats, weights: Floats, domains: Domains, blocks: list[slice], level: float
+) -> tuple[Floats, Floats]:
+    """Percentiles, each (D, E), of the lift of one layer (P, E), prompts drawn as often as ``weights`` (B, P) say."""
+    d = len(domains)
+    mine = [np.flatnonzero(domains.codes == i) for i in range(d)]
+    of_domain = [np.ascontiguousarray(weights[:, prompts]) for prompts in mine]
+    tails = [nulls.expanded_tail(int(n), level) for n in domains.sizes]
+    low, high = np.full((2, d, counts.shape[1]), np.nan)
+    picks = np.stack(
+        [w @ counts[prompts].sum(axis=1) for w, prompts in zip(of_domain, mine, strict=True)], axis=1
+    )
+    for block in blocks:
+        sums = np.stack(
+            [w @ counts[prompts, block] for w, prompts in zip(of_domain, mine, strict=True)], axis=1
+        )
+        drawn = _lift(sums, picks)
+        for i, tail in enumerate(tails):
+            if not np.isnan(tail):
+                low[i, block], high[i, block] = _percentiles(drawn[:, i], tail)
+    return low, high
+
+
+def _gaps(counts: Floats, codes: Ints, n_domains: int, blocks: list[slice]) -> Iterator[Floats]:
+    """|share − mean share| of a layer (P, E) for assignments (B, P): (B, D, block), a block of experts at a time."""
+    picks = np.concatenate([s for _, s in nulls.pooled(counts.sum(axis=1), codes, n_domains)])
+    for block in blocks:
+        sums = np.concatenate([s for _, s in nulls.pooled(counts[:, block], codes, n_domains)])
+        share = info.shares(sums, picks)
+        yield np.abs(share - share.mean(axis=1, keepdims=True))
+
+
+def _lift(sums: npt.ArrayLike, picks: npt.ArrayLike | None = None) -> Floats:
+    """Lift of domain sums (..., D, E) over the mean of domains; NaN where nobody used the expert.
+
+    ``picks`` (..., D) are those of all experts, where the sums are of some.
+    """
+    share = info.shares(sums, picks)
     mean = share.mean(axis=-2, keepdims=True)
     return np.asarray(np.divide(share, mean, out=np.full_like(share, np.nan), where=mean > 0))
 

@@ -11,10 +11,10 @@ from moetrace.analysis.statistics.shapes import Floats
 _LN2 = float(np.log(2.0))
 
 
-def shares(counts: npt.ArrayLike) -> Floats:
-    """Counts (..., E) divided by their sum over the last axis; NaN where the sum is 0. A copy."""
+def shares(counts: npt.ArrayLike, of: npt.ArrayLike | None = None) -> Floats:
+    """Counts (..., E) divided by their sum over the last axis, or by ``of`` (...); NaN where that is 0. A copy."""
     c = np.asarray(counts, dtype=np.float64)
-    total = c.sum(axis=-1, keepdims=True)
+    total = c.sum(axis=-1, keepdims=True) if of is None else np.asarray(of, dtype=np.float64)[..., None]
     return np.asarray(np.divide(c, total, out=np.full_like(c, np.nan), where=total > 0))
 
 

@@ -8,7 +8,7 @@ deletes whole prompts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import betaincinv, gammaln, ndtr, stdtrit
 
+from moetrace._native import group_sums
 from moetrace.analysis.statistics.shapes import Floats, Ints
 from moetrace.errors import UsageError
 
@@ -106,11 +107,10 @@ def pooled(
     """
     c = np.asarray(counts, dtype=np.float64)
     flat = c.reshape(c.shape[0], -1)
-    step = max(1, int(max_bytes // max(1, 8 * n_domains * max(flat.shape))))
+    step = max(1, int(max_bytes // max(1, 8 * n_domains * flat.shape[1])))
     for start in range(0, codes.shape[0], step):
         part = codes[start : start + step]
-        member = (part[:, None, :] == np.arange(n_domains)[None, :, None]).astype(np.float64)
-        sums = member.reshape(-1, c.shape[0]) @ flat
+        sums = group_sums(part.astype(np.int32), flat, n_domains)
         yield slice(start, start + part.shape[0]), sums.reshape(part.shape[0], n_domains, *c.shape[1:])
 
 
@@ -136,17 +136,31 @@ def max_t(null: npt.ArrayLike) -> Floats:
     observed one included, which keeps the test exact), so that rare and frequent experts compete alike; a
     statistic without spread cannot reject and gets p = 1. NaN stays NaN.
     """
-    t = np.asarray(null, dtype=np.float64)
-    known = ~np.isnan(t)
-    n = np.maximum(known.sum(axis=0), 1)
-    mean = np.where(known, t, 0.0).sum(axis=0) / n
-    spread = np.sqrt((np.where(known, t - mean, 0.0) ** 2).sum(axis=0) / n)
-    still = ~(spread > 1e-12 * (1e-300 + np.where(known, np.abs(t), 0.0).max(axis=0)))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        z = np.where(still | ~known, -np.inf, (t - mean) / spread)
-    largest = z.max(axis=-1, keepdims=True)
-    p = (1.0 + (largest[1:] >= z[0] - 1e-9).sum(axis=0)) / t.shape[0]
-    return np.where(np.isnan(t[0]), np.nan, p)
+    return max_t_of_parts([null])[0]
+
+
+def max_t_of_parts(parts: Iterable[npt.ArrayLike]) -> list[Floats]:
+    """:func:`max_t` of a family that comes in parts (1 + B, ..., M_i), of which only one is held at a time."""
+    observed: list[tuple[Floats, npt.NDArray[np.bool_]]] = []
+    largest: Floats | None = None
+    for part in parts:
+        t = np.asarray(part, dtype=np.float64)
+        known = ~np.isnan(t)
+        n = np.maximum(known.sum(axis=0), 1)
+        mean = np.where(known, t, 0.0).sum(axis=0) / n
+        spread = np.sqrt((np.where(known, t - mean, 0.0) ** 2).sum(axis=0) / n)
+        still = ~(spread > 1e-12 * (1e-300 + np.where(known, np.abs(t), 0.0).max(axis=0)))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            z = np.where(still | ~known, -np.inf, (t - mean) / spread)
+        of_part = z.max(axis=-1, keepdims=True)
+        largest = of_part if largest is None else np.maximum(largest, of_part)
+        observed.append((z[0], ~known[0]))
+    if largest is None:
+        return []
+    return [
+        np.where(missing, np.nan, (1.0 + (largest[1:] >= z - 1e-9).sum(axis=0)) / len(largest))
+        for z, missing in observed
+    ]
 
 
 def benjamini_hochberg(p: npt.ArrayLike) -> Floats:

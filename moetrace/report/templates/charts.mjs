@@ -371,7 +371,7 @@ export class Chart {
 
 // -- intervals of a ratio -----------------------------------------------------------------------------------
 
-// spec: { label, xTitle, rows: [{ name, lift, low, high, sure, text }], note }
+// spec: { label, xTitle, rows: [{ name, whole, lift, low, high, sure, text }], note }
 export class Forest {
   constructor(host) {
     this.host = host;
@@ -389,7 +389,7 @@ export class Forest {
     this.wide = host.clientWidth;
     host.textContent = "";
     if (rows.length) {
-      const wide = this.wide || 600, left = wide < 500 ? 128 : 190, right = wide < 500 ? 12 : 150, height = 26 * rows.length + 46;
+      const wide = this.wide || 600, left = wide < 500 ? 128 : 205, right = wide < 500 ? 12 : 150, height = 26 * rows.length + 46;
       const low = Math.max(0.06, Math.min(0.5, ...rows.map((r) => r.low))), high = Math.max(2, ...rows.map((r) => r.high));
       const px = (v) => left + (Math.log(Math.max(v, low) / low) / Math.log(high / low)) * (wide - left - right);
       const svg = draw("svg", { class: "chart", viewBox: `0 0 ${wide} ${height}`, height, role: "img", "aria-label": label }, host);
@@ -400,7 +400,8 @@ export class Forest {
       draw("text", { class: "title", x: (left + wide - right) / 2, y: height - 6, "text-anchor": "middle" }, svg, xTitle);
       rows.forEach((r, i) => {
         const y = 18 + 26 * i, stroke = r.sure ? "var(--c0)" : "var(--c6)";
-        draw("text", { class: "title", x: left - 8, y: y + 4, "text-anchor": "end" }, svg, r.name);
+        const name = draw("text", { class: "title", x: left - 8, y: y + 4, "text-anchor": "end" }, svg, r.name);
+        draw("title", {}, name, r.whole);
         draw("line", { x1: px(r.low), x2: px(r.high), y1: y, y2: y, stroke, "stroke-width": 3, opacity: 0.6 }, svg);
         draw("circle", { cx: px(r.lift), cy: y, r: 4.5, fill: r.sure ? stroke : "var(--surface)", stroke, "stroke-width": 1.6 }, svg);
         if (right > 100) draw("text", { x: wide - right + 8, y: y + 4 }, svg, r.text);

@@ -44,7 +44,7 @@ class Report {
         box.setAttribute("aria-label", "layer");
       } else if (name === "domain") {
         option(box, 0, many ? "all prompts" : "all prompts (no labels)");
-        this.data.domains.forEach((text, i) => option(box, i + 1, text.length > 40 ? `${text.slice(0, 39)}…` : text));
+        this.data.domains.forEach((text, i) => option(box, i + 1, text.length > 60 ? `${text.slice(0, 29)}…${text.slice(-30)}` : text));
       } else this.choices[name].forEach(([value, text]) => option(box, value, text));
       const value = () => (/layer|domain/.test(name) ? Number(box.value) : box.value);
       box.addEventListener(name === "layer" ? "input" : "change", () => this.set({ [name]: value() }));

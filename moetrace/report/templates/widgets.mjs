@@ -66,8 +66,6 @@ export function addressOf(state, data) {
 
 const WIDE = 14; // pixels of a column that can be told from its neighbours
 
-const short = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
-
 function measured(cells, measure) {
   const { high, top } = cells;
   if (measure === "share") return { scale: ["linear", high], ends: ["0 %", `${high < top ? "≥ " : ""}${percent(high)}`], unit: "of tokens use the expert" };
@@ -104,7 +102,7 @@ export function layer(cells, state, set) {
     rows: data.domains.length, columns: cells.experts, chosen: state.domain - 1,
     value: (r, c) => cells.cell(state.measure, r + 1, state.layer, order[c]),
     text: (r, c) => cells.describe(r + 1, state.layer, order[c]),
-    rowName: (r) => short(data.domains[r], 16), rowTitle: "",
+    rowName: (r) => data.names[r], rowTitle: "",
     columnName: (c) => String(order[c]),
     columnTitle: state.order === "id" ? "expert" : "expert, most used first",
     least: state.zoom === "wide" ? WIDE : 1,
@@ -185,7 +183,7 @@ export function forest(cells, state) {
       if (!known(low) || !a.count.at(d + 1, l, e)) continue;
       const lift = cells.lift(d + 1, l, e);
       found.push({
-        name: `expert ${e} · ${short(name, 14)}`, lift, low, high, sure: p <= 0.05 && lift > 1,
+        name: `expert ${e} · ${data.names[d]}`, whole: name, lift, low, high, sure: p <= 0.05 && lift > 1,
         text: `${digits(lift)}${known(p) ? `, ${pvalue(p)}` : ""}`,
       });
     }

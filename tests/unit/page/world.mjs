@@ -9,7 +9,7 @@ export function array(values) {
 
 export function dataOf() {
   return {
-    domains: ["code", "math"], layers: [3, 5], start: 1, n_expert: [4, 3], k: [2, 2], lags: [1, 2, 4],
+    domains: ["code", "math"], names: ["code", "math"], layers: [3, 5], start: 1, n_expert: [4, 3], k: [2, 2], lags: [1, 2, 4],
     arrays: {
       count: array([
         [[9, 6, 9, 0], [6, 4, 2, 0]],
