@@ -39,13 +39,14 @@ class LoadBalance(Question):
         counts = subject.counts
         tokens = counts.tokens if subject.table is None else None
         table = load_balance(counts.included, tokens, layers=counts.layers, n_expert=subject.n_expert)
-        peak, uneven = best(table, "peak"), best(table, "jain", least=True)
+        column = "jain_jackknife" if table["jain_jackknife"].notna().any() else "jain"
+        peak, uneven = best(table, "peak"), best(table, column, least=True)
         if peak is None or uneven is None:
             raise UsageError("no layer has any routing", fix="choose rows that have some: --phase, --layers")
         unused = table[table["unused"] > 0]
         sentences = [
             f"Layer {uneven['layer']:.0f} is the least even: Jain index"
-            f" {span(uneven['jain'], uneven['jain_low'], uneven['jain_high'], '.2f')}; 1 would be even.",
+            f" {span(uneven[column], uneven['jain_low'], uneven['jain_high'], '.2f')}; 1 would be even.",
             f"The hottest expert is {peak['hottest']:.0f} of layer {peak['layer']:.0f}: "
             f"{peak['peak']:.1f} times the load of an even split"
             + (f", {peak['hottest_rate']:.1%} of the tokens." if peak["hottest_rate"] > 0 else "."),

@@ -12,7 +12,7 @@ from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Method, Question, Widget, parameter
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import best, layer_list, of_layers, span
+from moetrace.findings.wording import best, of_layers, span
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Persistence(Question):
             sentences.append(
                 f"Neighbouring tokens share more experts than tokens of the same prompt in random order"
                 f" {of_layers(stay['layer'], len(known))}"
-                + (f", and fewer in layer {layer_list(leave['layer'])}" if len(leave) else "")
+                + (f", and fewer {of_layers(leave['layer'], len(known))}" if len(leave) else "")
                 + "; that is by 95 % intervals of each layer, not corrected for many layers."
             )
             row = best(known, "overlap_excess")

@@ -8,13 +8,15 @@ from itertools import takewhile
 
 from matplotlib.text import Text
 
+from moetrace.printable import printable
+
 #: What marks, in an SVG group's id, the whole name of a text that is cut.
 HOVER = "whole name: "
 
 
 def short(text: str, at_most: int = 24) -> str:
     """Give a name as one that fits a legend, on one line, cut in the middle."""
-    return _cut(" ".join(text.split()), at_most)
+    return _cut(_on_one_line(text), at_most)
 
 
 def shortened(names: Iterable[object], at_most: int = 24) -> dict[str, str]:
@@ -67,8 +69,12 @@ def _around(name: str, begin: int, end: int, room: int) -> str:
 def _by(names: Iterable[str], at_most: int, forms: dict[str, str] | None = None) -> dict[str, list[str]]:
     out: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        out[_cut(" ".join((forms or {}).get(name, name).split()), at_most)].append(name)
+        out[short((forms or {}).get(name, name), at_most)].append(name)
     return out
+
+
+def _on_one_line(text: str) -> str:
+    return printable(" ".join(text.split()))
 
 
 def _cut(text: str, at_most: int) -> str:

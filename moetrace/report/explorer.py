@@ -26,13 +26,14 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def explorer(
-    subject: Subject, findings: Sequence[Finding], *, max_experts: int = 64
+    subject: Subject, findings: Sequence[Finding], *, max_experts: int = 64, max_p: float = 1.0
 ) -> tuple[dict[str, Any], Arrays]:
     """Gather header and arrays of the interactive figures.
 
     Counts come from the subject, whatever needed permutations or a bootstrap from the findings'
     tables, so that the page shows the very numbers of its sentences. ``max_experts`` bounds the transition
-    matrices: the most used first experts of a layer.
+    matrices: the most used first experts of a layer. Of lifts whose p is above ``max_p`` neither interval nor p is
+    given.
 
     Arrays, with D domains, L layers, E experts: ``count`` (D + 1, L, E) and ``tokens`` (D + 1, L), u4, first
     all prompts, then each domain; ``low``, ``high``, ``p`` (D, L, E) f2, of the lift; ``persistence`` (10, L,
@@ -62,6 +63,9 @@ def explorer(
     }
     tables = widget_tables(findings)
     if (lift := tables.get("forest")) is not None and domains:
+        if max_p < 1:
+            lift = lift[lift["p_family"] <= max_p]
+            head["sure"] = max_p
         arrays |= _lift_arrays(lift, domains, counts.layers.tolist(), counts.n_expert)
     if (table := tables.get("persistence")) is not None:
         names = [

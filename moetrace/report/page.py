@@ -29,9 +29,10 @@ from moetrace.report.methods import linked, methods
 from moetrace.report.script import page_script
 from moetrace.report.svg import inline_svg
 
-#: The page is made smaller until it is at most this large: fewer experts in transition matrices, fewer rows.
+#: The page is made smaller until it is at most this large: fewer experts in transition matrices, fewer rows, and only
+#: intervals of what is significant.
 MAX_BYTES = 5_000_000
-_SMALLER = ((64, 1000), (48, 300), (24, 60), (8, 20))
+_SMALLER = ((64, 1000, 1.0), (48, 300, 1.0), (24, 60, 0.05), (8, 20, 0.05))
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,8 @@ def render_page(
     sections = [_section(f, subject.phase_note, None if inline is None else inline[f.name]) for f in answered]
     opening = next((s for s in sections if s["name"] == "overview"), None)
     sections = [s for s in sections if s is not opening]
-    for max_experts, max_rows in _SMALLER:
-        head, arrays = explorer(subject, answered, max_experts=max_experts)
+    for max_experts, max_rows, max_p in _SMALLER:
+        head, arrays = explorer(subject, answered, max_experts=max_experts, max_p=max_p)
         head["tables"] = {
             f"{f.name}-{name}": table_json(table, max_rows)
             for f in answered

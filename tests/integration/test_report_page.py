@@ -305,3 +305,43 @@ def test_nothing_is_wider_than_the_screen(browser: Browser, report: SimpleNamesp
     browser.open(report.page, width=width)
     assert browser.value("document.documentElement.scrollWidth") <= width
     assert browser.value(f"document.querySelector('{USAGE} canvas').getBoundingClientRect().width") > 200
+
+
+# texts of figures that reach beyond them, or lie upon another one
+UNTIDY = """[...document.querySelectorAll('.figure, .plot svg')].flatMap((box) => {
+  const around = box.getBoundingClientRect();
+  const texts = [...box.querySelectorAll('text')].map((t) => [t.textContent, t.getBoundingClientRect()]);
+  const outside = texts.filter(([, b]) => b.left < around.left - 1 || b.right > around.right + 1);
+  const upon = texts.filter(([, a], i) => texts.slice(i + 1).some(([, b]) =>
+    Math.min(a.right, b.right) - Math.max(a.left, b.left) > 2 &&
+    Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 2));
+  return [...outside, ...upon].map(([text]) => text);
+})"""
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of 30 domains with long names that are alike, and of 512 experts."""
+    folder = tmp_path_factory.mktemp("many")
+    names = [f"conversations with customers, support, english, level {i} of many" for i in range(30)]
+    layout = make_layout(n_expert=512, k=10)
+    with moetrace.open(traces.labelled_trace(folder / "t.moet", names, layout=layout, n_prompts=3)) as trace:
+        subject = Subject([trace])
+        asked = [*ASKED[:3], "domain-entropy", "deep-dive", "expert-frequency"]
+        less = {"specialists": {"permutations": 99, "resamples": 50}}
+        findings = [question(name)(**less.get(name, {})).ask(subject) for name in asked]
+        page = render_page(subject, findings, captured(subject))
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    return folder / "report.html"
+
+
+@pytest.mark.parametrize("width", [768, 1300])
+def test_figures_of_many_domains_are_tidy(browser: Browser, many: Path, width: int) -> None:
+    browser.errors.clear()
+    browser.open(many, width=width)
+    assert browser.value(UNTIDY) == []
+    assert browser.value("document.querySelectorAll('.figure text').length") > 100
+    assert browser.value("document.querySelector('#conclusions').getBoundingClientRect().top") < 1000
+    names = browser.value("[...document.querySelectorAll('.figure g > title')].map((t) => t.textContent)")
+    assert "conversations with customers, support, english, level 7 of many" in names
+    assert browser.errors == []

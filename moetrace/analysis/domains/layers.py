@@ -209,9 +209,10 @@ def load_balance(
 
     Returns one row per layer: ``tokens``; ``hottest`` and ``hottest_rate`` (share of tokens that use the most
     used expert), ``peak`` (its load over uniform load); ``cv`` (population standard deviation of load over
-    its mean); ``jain`` (Jain's fairness index, 1 = even, 1/E = one expert) with ``jain_low``, ``jain_high``
-    (jackknife over prompts); ``unused`` experts, and ``unused_rate_bound``: the rate that an expert unseen in
-    so many tokens may still have, 3/tokens (rule of three, 95 %, independent tokens; prompts make it larger).
+    its mean); ``jain`` (Jain's fairness index, 1 = even, 1/E = one expert), too low of few tokens, so that
+    ``jain_jackknife`` with ``jain_low``, ``jain_high`` (over prompts) stands beside it; ``unused`` experts, and
+    ``unused_rate_bound``: the rate that an expert unseen in so many tokens may still have, 3/tokens (rule of three,
+    95 %, independent tokens; prompts make it larger).
     """
     c = np.asarray(counts, dtype=np.float64)
     n = np.zeros(c.shape[1]) if tokens is None else np.asarray(tokens, dtype=np.float64).sum(axis=0)
@@ -236,10 +237,13 @@ def load_balance(
                 "peak": total.max(axis=1) / mean,
                 "cv": spread / mean,
                 "jain": jain(total),
+                "jain_jackknife": np.clip(knife.estimate, 1 / own, 1.0),
                 "jain_low": np.clip(knife.low, 1 / own, 1.0),
                 "jain_high": np.clip(knife.high, 1 / own, 1.0),
                 "unused": own - (total > 0).sum(axis=1),
                 "unused_rate_bound": np.where(n > 0, np.minimum(3.0 / n, 1.0), np.nan),
             }
         )
-    return table if tokens is not None else table.assign(tokens=np.nan, jain_low=np.nan, jain_high=np.nan)
+    if tokens is None:
+        table[["tokens", "jain_jackknife", "jain_low", "jain_high"]] = np.nan
+    return table

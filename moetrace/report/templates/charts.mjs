@@ -22,6 +22,9 @@ const draw = (tag, attributes, parent, text) => {
   return element;
 };
 
+// pixels that the longest of some texts takes
+const widest = (context, texts) => Math.ceil(Math.max(...texts.map((text) => context.measureText(text).width)));
+
 const HINT = "Hover, or focus and use the arrow keys, for numbers.";
 
 // -- colour -------------------------------------------------------------------------------------------------
@@ -122,7 +125,7 @@ export class Matrix {
     const scale = scaleOf(spec.scale), c = this.canvas.getContext("2d"), ratio = Math.min(2, devicePixelRatio || 1);
     c.font = font;
     const names = Array.from({ length: spec.rows }, (_, r) => spec.rowName(r));
-    const left = 20 + Math.min(110, Math.ceil(Math.max(...names.map((n) => c.measureText(n).width)))), bottom = 34, top = 4;
+    const left = 20 + Math.min(110, widest(c, names)), bottom = 34, top = 4;
     let cell = Math.max(spec.least ?? 4, (this.wide - left - 4) / spec.columns);
     if (spec.square) cell = Math.min(cell, Math.max(4, 620 / spec.columns));
     const tall = spec.square ? cell : Math.max(6, Math.min(20, 640 / spec.rows));
@@ -389,7 +392,9 @@ export class Forest {
     this.wide = host.clientWidth;
     host.textContent = "";
     if (rows.length) {
-      const wide = this.wide || 600, left = wide < 500 ? 128 : 205, right = wide < 500 ? 12 : 150, height = 26 * rows.length + 46;
+      const pen = make("canvas").getContext("2d");
+      pen.font = `12px ${getComputedStyle(document.body).fontFamily}`;
+      const wide = this.wide || 600, left = 14 + widest(pen, rows.map((r) => r.name)), right = wide < 500 ? 12 : 150, height = 26 * rows.length + 46;
       const low = Math.max(0.06, Math.min(0.5, ...rows.map((r) => r.low))), high = Math.max(2, ...rows.map((r) => r.high));
       const px = (v) => left + (Math.log(Math.max(v, low) / low) / Math.log(high / low)) * (wide - left - right);
       const svg = draw("svg", { class: "chart", viewBox: `0 0 ${wide} ${height}`, height, role: "img", "aria-label": label }, host);

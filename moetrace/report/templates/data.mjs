@@ -23,6 +23,8 @@ export function half(bits) {
   return exponent ? sign * 2 ** (exponent - 15) * (1 + rest / 1024) : sign * 2 ** -24 * rest;
 }
 
+let halves; // the number of each of the 65536 halves
+
 // base64 of what explorer.pack gave -> its header, and arrays: name -> { shape, at(i, j, …) }
 export async function unpack(text) {
   const packed = Uint8Array.from(atob(text.trim()), (c) => c.charCodeAt(0));
@@ -37,8 +39,14 @@ export async function unpack(text) {
     for (let plane = 0, at = 4 + n + offset; plane < width; plane++)
       for (let i = 0; i < size; i++) bytes[i * width + plane] = raw[at++];
     let values = new KINDS[dtype](bytes.buffer);
-    if (dtype === "f2") values = Float32Array.from(values, half);
-    arrays[name] = { shape, at: (...where) => values[where.reduce((sum, x, i) => sum * shape[i] + x, 0)] };
+    if (dtype === "f2") {
+      halves ??= Float32Array.from({ length: 65536 }, (_, bits) => half(bits));
+      values = new Float32Array(size);
+      const bits = new Uint16Array(bytes.buffer);
+      for (let i = 0; i < size; i++) values[i] = halves[bits[i]];
+    }
+    const [, second = 1, third = 1] = shape; // none has more than three
+    arrays[name] = { shape, at: (i, j = 0, k = 0) => values[(i * second + j) * third + k] };
   }
   return { ...head, arrays };
 }
@@ -63,10 +71,18 @@ export class Cells {
 
   // over the mean of all domains; NaN where none used it
   lift(d, l, e) {
-    let sum = 0;
-    const n = this.data.domains.length;
-    for (let i = 1; i <= n; i++) sum += this.share(i, l, e);
-    return sum > 0 ? ((this.share(d, l, e) * n) / sum) : NaN;
+    const n = this.data.domains.length, sum = this.sums(l)[e];
+    return sum > 0 ? (this.share(d, l, e) * n) / sum : NaN;
+  }
+
+  // the domains' shares of each of a layer's experts, added up
+  sums(l) {
+    this.added ??= [];
+    return (this.added[l] ??= Float64Array.from(this.ids, (e) => {
+      let sum = 0;
+      for (let d = 1; d <= this.data.domains.length; d++) sum += this.share(d, l, e);
+      return sum;
+    }));
   }
 
   // undefined where the layer has no such expert
@@ -107,12 +123,13 @@ export class Cells {
 
   get sorted() {
     if (!this.kept) {
-      const [n, l, e] = this.data.arrays.count.shape, values = [];
+      const [n, l, e] = this.data.arrays.count.shape, values = new Float32Array(n * l * e);
+      let filled = 0;
       for (let d = 0; d < n; d++) for (let i = 0; i < l; i++) for (let j = 0; j < e; j++) {
         const v = this.share(d, i, j);
-        if (known(v)) values.push(v);
+        if (known(v)) values[filled++] = v;
       }
-      this.kept = values.sort((a, b) => a - b);
+      this.kept = values.subarray(0, filled).sort();
     }
     return this.kept;
   }
