@@ -67,7 +67,7 @@ def answers(
             return
         found[i] = finding, more
         question = tasks[i]
-        if kept is not None and isinstance(question, Question) and finding.not_answered is None:
+        if kept is not None and isinstance(question, Question) and not finding.failed:
             kept.put(question, finding)
 
 

@@ -98,11 +98,16 @@ def seal(path: Path) -> str:
     return _digest(out)
 
 
-def _models(trace: Trace) -> list[str | None]:
-    """The model files that would be asked for the text of tokens: none where the trace has it."""
+def _models(trace: Trace) -> list[Any]:
+    """The model files that would be asked for the text of tokens, and whether they are the same: none where the trace
+    has it."""
     if any(trace.path.glob("vocabulary*.json")):
         return []
-    return [model_path(trace.store, trace.store.context(name)) for name in trace.shown]
+    out = []
+    for path in (model_path(trace.store, trace.store.context(name)) for name in trace.shown):
+        stat = Path(path).stat() if path and Path(path).is_file() else None
+        out.append([path, stat and [stat.st_size, stat.st_mtime_ns]])
+    return out
 
 
 @cache

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from moetrace.errors import InputError, MoetraceError
 from moetrace.findings import QUESTIONS, Figure, Finding, question
-from moetrace.report.svg import inline_svg
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +40,7 @@ def write_finding(
     Raises MoetraceError if a file cannot be written.
     """
     from moetrace.plot.style import style
+    from moetrace.report.svg import inline_svg
 
     files: list[Path] = []
     elements: dict[str, str] = {}
