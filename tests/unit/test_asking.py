@@ -105,16 +105,22 @@ def test_a_kept_answer_is_the_answer_to_the_last_digit(subject: Subject) -> None
     kept = Kept.of(subject)
     for finding in first:
         again = kept.get(question(finding.name)())
-        if finding.not_answered is not None:
-            assert again is None
-            continue
         assert again is not None
-        assert (again.sentences, again.caveats, again.phase_note) == (
-            finding.sentences, finding.caveats, finding.phase_note,
+        assert (again.sentences, again.caveats, again.phase_note, again.not_answered) == (
+            finding.sentences, finding.caveats, finding.phase_note, finding.not_answered,
         )  # fmt: skip
         for name, table in finding.tables.items():
             strings = {c: "object" for c, t in table.dtypes.items() if str(t) in ("str", "category")}
             pd.testing.assert_frame_equal(again.tables[name], table.astype(strings), check_exact=True)
+
+
+def test_what_failed_is_asked_again(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Kept, "_path", lambda self, question: Path("never"))
+    put: list[Finding] = []
+    monkeypatch.setattr(Kept, "put", lambda self, question, finding: put.append(finding))
+    asked = [Asked(what) for what in ("mistake", "cannot", "fine")]
+    list(answers(asked, subject, kept=Kept.of(subject), workers=1))
+    assert [finding.parameters["what"] for finding in put] == ["cannot", "fine"]
 
 
 def kept_of(path: Path, **options: object) -> Kept:
