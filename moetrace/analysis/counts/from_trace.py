@@ -46,7 +46,7 @@ CHUNK = 1 << 13  # rows looked at together
 # the most frequent ids are kept, and texts are drawn.
 _TABLE_BYTES = 512 << 20
 _TOKEN_BYTES = 512 << 20
-_TEXT_BYTES = 512 << 20
+_TEXT_BYTES = 256 << 20
 # Prompts that are compared each with each.
 _PAIRED = 2000
 
@@ -473,7 +473,7 @@ class Routing:
         """The chosen rows as whole texts in reading order; a copy. One request per prompt: the first.
 
         Numbers and weights are as the traces have them, which ``sources`` counts in the order given; a cell that
-        was not computed or is lost has no expert. Of more than fit into 512 MiB (:attr:`texts` says how many there
+        was not computed or is lost has no expert. Of more than fit into 256 MiB (:attr:`texts` says how many there
         are) whole ones are drawn at random.
         """
         texts = self.texts
@@ -547,7 +547,7 @@ class Routing:
         """
         if len(self._given) != 1:
             raise UsageError(f"{what} takes one trace, not {len(self._given)}", fix="analyse them one by one")
-        return Chosen(self._given[0], "", self.phase)
+        return self.chosen[0] if len(self.chosen) == 1 else Chosen(self._given[0], "", self.phase)
 
     def _weights(self, chosen: Chosen) -> npt.NDArray[Any] | None:
         """What first experts are chosen by; None: the router's order."""

@@ -17,6 +17,7 @@ from moetrace.errors import UsageError
 # A field that follows from the others unless it is given.
 _FOLLOWS: Any = None
 # The fields with an entry for every row, beside ``experts`` and ``weights``.
+_CHUNK = 1 << 14  # rows looked at together
 _PER_ROW = ("tokens", "positions", "runs", "sources", "rows")
 
 
@@ -105,14 +106,18 @@ class RoutedText:
     @cached_property
     def first(self) -> Ints:
         """(M, L) first expert: of the largest weight where weights are known, else the router's; −1 none."""
-        ids = self.experts.astype(np.int64)
-        if self.weights is None:
-            chosen = ids[:, :, 0]
-        else:
-            w = np.where(ids < self.n_expert, self.weights, -np.inf)
-            best = np.nan_to_num(w, nan=-np.inf).argmax(axis=2)
-            chosen = np.take_along_axis(ids, best[:, :, None], axis=2)[:, :, 0]
-        return np.where(chosen < self.n_expert, chosen, -1)
+        out = np.empty(self.experts.shape[:2], dtype=np.int64)
+        for start in range(0, len(self), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            ids = self.experts[rows].astype(np.int64)
+            if self.weights is None:
+                chosen = ids[:, :, 0]
+            else:
+                w = np.where(ids < self.n_expert, self.weights[rows], -np.inf)
+                best = np.nan_to_num(w, nan=-np.inf).argmax(axis=2)
+                chosen = np.take_along_axis(ids, best[:, :, None], axis=2)[:, :, 0]
+            out[rows] = np.where(chosen < self.n_expert, chosen, -1)
+        return out
 
     def known(self, layer: int) -> npt.NDArray[np.bool_]:
         """(M,) whether routing in this layer (an index) is known."""

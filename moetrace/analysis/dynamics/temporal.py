@@ -18,6 +18,7 @@ from moetrace._native import lag_agreement
 from moetrace.analysis.counts.counting import (
     MAX_LAG,
     PRESENT,
+    ReadingOrder,
     RoutingCounts,
     member_words,
     reading_order,
@@ -38,31 +39,42 @@ def persistence(counts: RoutingCounts, level: float = 0.95) -> pd.DataFrame:
     ``_low`` and ``_high`` (jackknife over prompts). ``pairs`` is the number of pairs, ``prompts`` that of
     prompts which have any.
     """
-    n = counts.tokens.astype(np.float64)
-    k = counts.n_expert_used.astype(np.float64)[None, :, None]
-    pairs = counts.lag_pairs.astype(np.float64)
     out: dict[str, npt.NDArray[np.generic]] = {
         "layer": np.repeat(counts.layers, counts.max_lag),
         "lag": np.tile(np.arange(1, counts.max_lag + 1), counts.layers.size),
         "pairs": counts.lag_pairs.sum(axis=0).reshape(-1),
         "prompts": (counts.lag_pairs > 0).sum(axis=0).reshape(-1),
     }
-    with np.errstate(invalid="ignore", divide="ignore"):
-        for name, observed, used, per in (
-            ("top1", counts.lag_top1.astype(np.float64), counts.top1, 1.0),
-            ("overlap", counts.lag_shared / k, counts.included, k[0]),
-        ):
-            c = used.astype(np.float64)
-            marginal = ((c.sum(axis=0) / n.sum(axis=0)[:, None]) ** 2).sum(axis=1)[:, None] / per
-            shuffle = ((c * (c - 1)).sum(axis=2) / (n * (n - 1)))[:, :, None] / per
-            expected = np.where(pairs > 0, pairs * shuffle, 0.0)
-            out[name] = (observed.sum(axis=0) / pairs.sum(axis=0)).reshape(-1)
-            out[f"{name}_marginal"] = np.broadcast_to(marginal, pairs.shape[1:]).reshape(-1)
-            out[f"{name}_shuffle"] = (expected.sum(axis=0) / pairs.sum(axis=0)).reshape(-1)
-            excess = nulls.ratio_interval(observed - expected, pairs, level)
-            out[f"{name}_excess"] = ((observed - expected).sum(axis=0) / pairs.sum(axis=0)).reshape(-1)
-            out[f"{name}_low"], out[f"{name}_high"] = excess.low.reshape(-1), excess.high.reshape(-1)
+    for name in ("top1", "overlap"):
+        # a layer at a time: tables of very many prompts are large
+        each = [_of_layer(counts, layer, name, level) for layer in range(counts.layers.size)]
+        for part in each[0] if each else ():
+            out[f"{name}{part}"] = np.concatenate([columns[part] for columns in each])
     return pd.DataFrame(out)
+
+
+def _of_layer(counts: RoutingCounts, layer: int, name: str, level: float) -> dict[str, Floats]:
+    """The columns of one family of :func:`persistence`, by their ends, (D,) each."""
+    n, k = counts.tokens[:, layer].astype(np.float64), float(counts.n_expert_used[layer])
+    pairs = counts.lag_pairs[:, layer].astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if name == "top1":
+            observed, used, per = counts.lag_top1[:, layer].astype(np.float64), counts.top1, 1.0
+        else:
+            observed, used, per = counts.lag_shared[:, layer] / k, counts.included, k
+        c = used[:, layer].astype(np.float64)
+        marginal = ((c.sum(axis=0) / n.sum()) ** 2).sum() / per
+        shuffle = ((c * (c - 1)).sum(axis=1) / (n * (n - 1)))[:, None] / per
+        expected = np.where(pairs > 0, pairs * shuffle, 0.0)
+        excess = nulls.ratio_interval(observed - expected, pairs, level)
+        return {
+            "": observed.sum(axis=0) / pairs.sum(axis=0),
+            "_marginal": np.full(counts.max_lag, marginal),
+            "_shuffle": expected.sum(axis=0) / pairs.sum(axis=0),
+            "_excess": (observed - expected).sum(axis=0) / pairs.sum(axis=0),
+            "_low": excess.low,
+            "_high": excess.high,
+        }
 
 
 def shuffle_test(
@@ -79,11 +91,13 @@ def shuffle_test(
     n_permutations: int = 199,
     max_rows: int = 8000,
     seed: int = 0,
+    order: ReadingOrder | None = None,
 ) -> pd.DataFrame:
     """Test whether the order of tokens matters: each request's tokens are put in random order, many times.
 
     Arrays as for :func:`moetrace.analysis.counts.counting.count_routing`; first experts in the router's order.
-    Requests, or stretches of long ones, are drawn at random until they hold ``max_rows`` rows.
+    Requests, or stretches of long ones, are drawn at random until they hold ``max_rows`` rows. ``order`` is the
+    reading order of these columns, if it is known.
 
     Returns one row per (layer, lag): ``top1`` and ``overlap`` observed on these rows, their mean over the
     orders (``_shuffle``), ``_p`` (one-sided: more agreement than in random order) and ``_p_family`` (max-T
@@ -91,7 +105,7 @@ def shuffle_test(
     used, and ``n_permutations``.
     """
     rng = np.random.default_rng(seed)
-    order = reading_order(request, position, keep, shifted)
+    order = reading_order(request, position, keep, shifted) if order is None else order
     drawn, begin, held = some_requests(order.request_starts, max_rows, rng)
     chosen = spans(begin, held)
     if not chosen.size:
@@ -144,7 +158,9 @@ def shuffle_test(
 def shuffle_chosen(chosen: Chosen, **options: Any) -> pd.DataFrame:
     """:func:`shuffle_test` of a trace's chosen rows, with its options."""
     trace = chosen.trace
-    return shuffle_test(trace.experts, trace.request, trace.positions, **chosen.columns, **options)
+    return shuffle_test(
+        trace.experts, trace.request, trace.positions, order=chosen.order, **chosen.columns, **options
+    )
 
 
 @dataclass(frozen=True)

@@ -42,19 +42,32 @@ def as_published_dynamics(
     What is wrong: with k experts against up to 3k, the divergence is 2/3 or more even if all experts stay within
     the window, so that boundaries are everywhere; consistency and stability have no baseline.
     """
-    ids = text.experts.astype(np.int64)
-    k = ids.shape[2]
+    m, n_layers, k = text.experts.shape
+    picked = np.zeros((m, n_layers), dtype=np.int64)
     if primary == "arbitrary":
-        pick = np.random.default_rng(seed).integers(0, k, ids.shape[:2])[:, :, None]
-        first = np.take_along_axis(ids, pick, axis=2)[:, :, 0]
-    else:
-        first = ids[:, :, 0]
-    words = member_words(text.experts, text.n_expert)  # of (L, M)
-    size = _count(words)
-    place = np.arange(len(text)) - text.starts[:-1][text.owner]
-    both = (size[:, 1:] > 0) & (size[:, :-1] > 0) & (place[1:] > 0)
-    shared = np.where(both, _count([w[:, 1:] & w[:, :-1] for w in words]), 0).sum(axis=0)
-    largest = np.where(both, np.maximum(size[:, 1:], size[:, :-1]), 0).sum(axis=0)
+        picked = np.random.default_rng(seed).integers(0, k, (m, n_layers))
+    place = np.arange(m) - text.starts[:-1][text.owner]
+    shared, largest, n = (np.zeros(max(0, m - 1)), np.zeros(max(0, m - 1)), np.zeros(m, dtype=np.int64))
+    apart = np.zeros(m)
+    changes, same, pairs = 0, np.zeros(n_layers), np.zeros(n_layers)
+    for layer in range(n_layers):
+        ids = text.experts[:, layer]
+        first = np.take_along_axis(ids, picked[:, layer, None], axis=1)[:, 0]
+        words = [w[0] for w in member_words(ids[:, None], text.n_expert)]
+        size = _count(words)
+        both = (size[1:] > 0) & (size[:-1] > 0) & (place[1:] > 0)
+        shared += np.where(both, _count([w[1:] & w[:-1] for w in words]), 0)
+        largest += np.where(both, np.maximum(size[1:], size[:-1]), 0)
+        stays = (first[1:] == first[:-1]) & both
+        changes += int((both & ~stays).sum())
+        same[layer], pairs[layer] = stays.sum(), both.sum()
+        window = [_before(w, place) for w in words]
+        there = (_count(window) > 0) & (size > 0)
+        union = _count([w | before for w, before in zip(words, window, strict=True)])
+        kept = _count([w & before for w, before in zip(words, window, strict=True)])
+        n += there
+        with np.errstate(invalid="ignore", divide="ignore"):
+            apart += np.where(there, 1 - kept / union, 0.0)
     sums = [
         np.bincount(text.owner[1:], weights=x, minlength=text.n_requests)
         if len(text)
@@ -62,17 +75,9 @@ def as_published_dynamics(
         for x in (shared, largest)
     ]
     consistencies = np.divide(sums[0], sums[1], out=np.ones(text.n_requests), where=sums[1] > 0)
-    stays = (first.T[:, 1:] == first.T[:, :-1]) & both
-    changes, tokens = int((both & ~stays).sum()), len(text)
-    same, pairs = stays.sum(axis=1).astype(np.float64), both.sum(axis=1).astype(np.float64)
-
-    window = [_before(w, place) for w in words]
-    there = (_count(window) > 0) & (size > 0)
-    union = _count([w | before for w, before in zip(words, window, strict=True)])
-    kept = _count([w & before for w, before in zip(words, window, strict=True)])
-    n = there.sum(axis=0)
+    tokens = len(text)
     with np.errstate(invalid="ignore", divide="ignore"):
-        apart = np.where(there, 1 - kept / union, 0.0).sum(axis=0) / n
+        apart = apart / n
     possible = int((place >= 2).sum())
     steps = np.flatnonzero((place >= 2) & (n > 0) & (np.nan_to_num(apart) > threshold))
     boundaries = [(text.prompts[text.owner[m]], int(place[m]), float(apart[m])) for m in steps.tolist()]
@@ -96,10 +101,10 @@ def _count(words: list[npt.NDArray[np.unsignedinteger]]) -> Ints:
 
 
 def _before(word: npt.NDArray[np.unsignedinteger], place: Ints) -> npt.NDArray[np.unsignedinteger]:
-    """(L, M) the bits of the three rows before each row, within its request."""
+    """(M,) the bits of the three rows before each row, within its request."""
     out = np.zeros_like(word)
     for lag in (1, 2, 3):
-        out[:, lag:] |= np.where(place[lag:] >= lag, word[:, :-lag], word.dtype.type(0))
+        out[lag:] |= np.where(place[lag:] >= lag, word[:-lag], word.dtype.type(0))
     return out
 
 

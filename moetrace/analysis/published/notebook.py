@@ -451,7 +451,8 @@ def lag1(
     token_id, expert_id = a.first(
         a.domains.index(domain), a.layers.index(layer), a.components.index(component)
     )
-    sequence = expert_id[np.argsort(token_id, kind="quicksort")]
+    ascending = (token_id[1:] > token_id[:-1]).all()
+    sequence = expert_id if ascending else expert_id[np.argsort(token_id, kind="quicksort")]
     if sequence.size < 2:
         raise UsageError(f"{domain} has {sequence.size} token(s) in layer {layer}", fix="lag 1 needs two")
     same = int((sequence[:-1] == sequence[1:]).sum())
