@@ -304,10 +304,17 @@ class _Edges:
         ]
         flat.sort(key=lambda edge: -edge[0])
         sure = sum(self.p_family[i][a, b] <= alpha for _, i, a, b in flat)
-        rows = [self._edge(i, a, b) for _, i, a, b in flat[: max(max_edges, int(sure))]]
+        # which word each row has, the same for all edges of two layers
+        words = [self._words(pair) for pair in self.pairs]
+        rows = [self._edge(i, a, b, words[i]) for _, i, a, b in flat[: max(max_edges, int(sure))]]
         return pd.DataFrame(rows, columns=columns)
 
-    def _edge(self, i: int, a: int, b: int) -> tuple[object, ...]:
+    def _words(self, pair: _Pair) -> Ints | None:
+        tokens = np.asarray(self.text.tokens)[pair.rows]
+        known = tokens.size and (tokens >= 0).all()
+        return np.unique(tokens, return_inverse=True)[1] if known else None
+
+    def _edge(self, i: int, a: int, b: int, code: Ints | None) -> tuple[object, ...]:
         pair, n = self.pairs[i], self.pairs[i].rows.size
         use_a, use_b = ((x == e).any(axis=1).astype(np.float64) for x, e in ((pair.in_a, a), (pair.in_b, b)))
         begin, sizes = pair.starts[:-1], np.diff(pair.starts)
@@ -316,10 +323,8 @@ class _Edges:
         )
         seen, expected = self.joint[i][a, b], pair.expected[a, b]
         within = nulls.ratio_interval(together[:, None], (of_a * of_b / sizes)[:, None])
-        tokens = np.asarray(self.text.tokens)[pair.rows]
         given = float("nan")
-        if n and (tokens >= 0).all():
-            _, code = np.unique(tokens, return_inverse=True)
+        if code is not None:
             of_x, a_x, b_x = (np.bincount(code, weights=w) for w in (np.ones(n), use_a, use_b))
             words = float((a_x * b_x / of_x).sum())
             given = seen / words if words > 0 else float("nan")
