@@ -15,7 +15,7 @@ from moetrace.commands.options import add_option, add_subparser
 from moetrace.commands.placement import add_placement, placement, server_arguments
 from moetrace.commands.progress import progress_bar, progress_line
 from moetrace.commands.selecting import add_choice
-from moetrace.commands.showing import add_showing, opened, show, subject_of
+from moetrace.commands.showing import RECORDINGS, add_leaving_out, add_showing, opened, show, subject_of
 from moetrace.errors import UsageError
 from moetrace.findings import QUESTIONS, Question, question
 from moetrace.host.prompts import Prompt, read_prompts
@@ -48,7 +48,7 @@ class Analyze:
                 "traces",
                 nargs="*",
                 metavar="T.moet",
-                help="traces of one model, or recordings, taken together",
+                help=RECORDINGS,
             )
             _add_common(sub)
             group = sub.add_argument_group("parameters of this question")
@@ -81,6 +81,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "-n", "--n-predict", type=int, default=64, metavar="N", help="tokens to generate")
     add_placement(parser)
     add_showing(parser)
+    add_leaving_out(parser)
 
 
 def _add_parameter(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> None:

@@ -25,7 +25,8 @@ class Import:
     """Turn a recording of another program into a trace.
 
     Reads per-token JSON (DOMAIN/traces/token-NNNNN.json), `layer_id,expert_ids` and `gate_input` logs,
-    and OLMoE's JSON lines. What the source does not say is marked missing; see docs/import.md.
+    OLMoE's JSON lines, and lakes of `moetrace export`. What the source does not say is marked missing;
+    see docs/import.md.
     """
 
     passthrough = False
@@ -45,6 +46,8 @@ class Import:
         add_option(parser, "--label", default="", metavar="TEXT", help=help_)
         help_ = "keep the warm-up's rows and guess, as published analyses did (docs/import.md)"
         add_option(parser, "--as-published", action="store_true", help=help_)
+
+        add_option(parser, "--trace", metavar="NAME", help="which trace of a lake (default: the only one)")
 
     def run(self, args: argparse.Namespace) -> int:
         """Import, and say what was not there and what was left out."""
@@ -68,6 +71,7 @@ class Import:
             n_expert_used=args.n_expert_used,
             label=args.label,
             as_published=args.as_published,
+            trace=args.trace,
             progress=progress,
         )
         if on_terminal:
@@ -83,7 +87,7 @@ def summary(done: Imported) -> str:
     """What was read, what the source does not say, what was left out, and the next command."""
     lines = [
         f"Wrote {done.path}: {done.rows:,} tokens of {done.requests:,} requests, from {done.format}",
-        f"Not in the source: {', '.join(done.missing)}",
+        *([f"Not in the source: {', '.join(done.missing)}"] if done.missing else []),
     ]
     lines += [text.format(n=n) for name, text in _LEFT_OUT.items() if (n := getattr(done.tally, name))]
     return "\n".join([*lines, f"Next: moetrace info {done.path}"])

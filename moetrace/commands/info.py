@@ -46,7 +46,7 @@ class Info:
                         continue
                     if name == "context" and len(trace.contexts) > 1:
                         value += f" ({naming.role(context.facts)})"
-                    bad = name == "completeness" and not value.startswith("nothing lost")
+                    bad = name == "completeness" and (context.loss.lost or context.loss.events_lost)
                     shown = printable(value)
                     print(f"{name:<13} {red(shown) if bad else shown}")
                 loss = context.loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from moetrace.commands.options import add_option, paint
 from moetrace.commands.placement import add_placement, placement
 from moetrace.commands.progress import of_questions, progress_line
 from moetrace.commands.selecting import add_choice
-from moetrace.commands.showing import add_keeping, opened, subject_of
+from moetrace.commands.showing import RECORDINGS, add_keeping, add_leaving_out, opened, subject_of
 from moetrace.errors import InputError
 from moetrace.findings import Finding, ask_each
 from moetrace.report.files import Written, read_finding
+from moetrace.trace.fleet import apart
+from moetrace.trace.importers import CountTable
+from moetrace.trace.trace import Trace
 
 
 class Report:
@@ -36,9 +40,8 @@ class Report:
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Add the options."""
-        parser.add_argument(
-            "recordings", nargs="+", metavar="T.moet", help="traces of one model, or recordings"
-        )
+        parser.add_argument("recordings", nargs="+", metavar="T.moet", help=RECORDINGS)
+        add_leaving_out(parser)
         add_option(parser, "-o", "--output", metavar="DIR", help="folder; default: T-report")
         add_option(parser, "--phase", choices=["prefill", "decode", "unknown", "all"], help="rows to look at")
         add_option(
@@ -91,10 +94,17 @@ class Report:
                 # one that ended too early wrote nothing
                 pairs = [(finding, part or Written(())) for finding, part in asked]
             findings, parts = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-            report = write_report(subject, findings, folder, [Path(p).name for p in args.recordings], parts)
+            report = write_report(subject, findings, folder, _titles(recordings, args.recordings), parts)
             width = min(120, shutil.get_terminal_size().columns)
             sys.stdout.write(summary(report, width=width, paint=paint))
         return 1 if any(finding.failed for finding in findings) else 0
+
+
+def _titles(recordings: Sequence[Trace | CountTable], given: Sequence[str]) -> list[str]:
+    """What the recordings are called: as they were given, where each is one; else apart from each other."""
+    if len(recordings) == len(given):
+        return [Path(path).name for path in given]
+    return apart([each.path for each in recordings if isinstance(each, Trace)])
 
 
 def read_findings(paths: list[str]) -> list[Finding]:

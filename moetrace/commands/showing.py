@@ -6,15 +6,19 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moetrace.commands.options import add_option
 from moetrace.commands.selecting import open_chosen
+from moetrace.errors import MoetraceError, TraceError
 from moetrace.findings import Finding, Subject
 from moetrace.numbers import numbers
+from moetrace.printable import printable
 from moetrace.report.files import write_finding
 from moetrace.report.text import FORMATS, rendered
+from moetrace.trace.fleet import Traces, apart
 from moetrace.trace.importers import CountTable, open_source
 from moetrace.trace.trace import Trace
 
@@ -43,12 +47,43 @@ def add_keeping(parser: argparse.ArgumentParser) -> None:
     )
 
 
+#: what commands that take many are given
+RECORDINGS = "traces of one model, or recordings; patterns, folders or addresses (s3://…) of traces"
+
+
+def add_leaving_out(parser: argparse.ArgumentParser) -> None:
+    """Add the option of those who open many."""
+    help_ = "go on without traces that cannot be read, naming them"
+    add_option(parser, "--leave-out-unreadable", action="store_true", help=help_)
+
+
 def opened(paths: Sequence[str], args: argparse.Namespace, stack: ExitStack) -> list[Trace | CountTable]:
     """Open traces, other programs' recordings and count tables, as ``args`` choose; ``stack`` closes them."""
+    leave_out = getattr(args, "leave_out_unreadable", False)
     out: list[Trace | CountTable] = []
+    failed: MoetraceError | None = None
     for path in paths:
-        recording: Trace | CountTable = open_chosen(open_source, path, args)
-        out.append(recording if isinstance(recording, CountTable) else stack.enter_context(recording))
+        opener = partial(open_source, unreadable="leave out" if leave_out else "raise")
+        try:
+            recording: Trace | CountTable | Traces = open_chosen(opener, path, args)
+        except TraceError as e:
+            if not leave_out:
+                raise
+            failed = e
+            print(f"{printable(path)} is left out: {printable(e.why or e.what)}", file=sys.stderr)
+            continue
+        if isinstance(recording, CountTable):
+            out.append(recording)
+            continue
+        stack.enter_context(recording)
+        if isinstance(recording, Trace):
+            out.append(recording)
+            continue
+        for left in recording.left_out:
+            print(f"{printable(left[0])} is left out: {printable(left[1])}", file=sys.stderr)
+        out += recording
+    if failed is not None and not out:
+        raise failed
     return out
 
 
@@ -62,7 +97,7 @@ def subject_of(
     """The subject that the options of :func:`add_showing` describe."""
     return Subject(
         recordings,
-        names=[r.path.stem for r in recordings if isinstance(r, Trace)],
+        names=apart([r.path for r in recordings if isinstance(r, Trace)]),
         phase=args.phase,
         model=Path(model) if model else None,
         model_options=model_options,

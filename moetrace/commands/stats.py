@@ -8,7 +8,15 @@ from contextlib import ExitStack
 from moetrace.commands.options import add_option
 from moetrace.commands.progress import of_questions, progress_line
 from moetrace.commands.selecting import add_choice
-from moetrace.commands.showing import add_keeping, add_showing, opened, show, subject_of
+from moetrace.commands.showing import (
+    RECORDINGS,
+    add_keeping,
+    add_leaving_out,
+    add_showing,
+    opened,
+    show,
+    subject_of,
+)
 from moetrace.errors import UsageError
 from moetrace.findings import QUESTIONS, ask_all, question
 
@@ -23,15 +31,15 @@ class Stats:
       moetrace stats t.moet
       moetrace stats t.moet --only domain-separation,specialists --format csv > tables.csv
       moetrace stats monday.moet tuesday.moet -o results
+      moetrace stats 'fleet/*.moet' --model NAME
     """
 
     passthrough = False
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Add the options."""
-        parser.add_argument(
-            "recordings", nargs="+", metavar="T.moet", help="traces of one model, or recordings"
-        )
+        parser.add_argument("recordings", nargs="+", metavar="T.moet", help=RECORDINGS)
+        add_leaving_out(parser)
         add_option(
             parser,
             "--only",

@@ -55,14 +55,7 @@ class Overview(Question):
         by_phase = ", ".join(f"{n:,} {name}" for name, n in known.items() if n)
         experts = "/".join(map(str, sorted(set(layers["n_expert"]))))
         used = "/".join(map(str, sorted(set(layers["n_expert_used"]))))
-        whole = (
-            f"Nothing {'of this ' if subject.left_out else ''}was lost"
-            if loss.complete
-            else f"No entry, but {number(loss.events_lost, 'event')} lost"
-            if not loss.lost and not loss.waiting
-            else f"{loss.lost:,} of {loss.produced:,} entries were lost ({loss.lost / max(loss.produced, 1):.2%})"
-            + (f" and {loss.waiting:,} are not sealed yet" if loss.waiting else "")
-        )
+        whole = f"{loss.told.capitalize()}{' of what is shown' if subject.left_out else ''}"
         sentences = [
             f"{number(loss.rows, 'token')} of {number(n_prompts, 'prompt')} in {number(len(layers), 'layer')}"
             f"{f' with top-{used} routing among {experts} experts' if used != '0' else ', without experts'}. {whole};"

@@ -145,14 +145,11 @@ def _completeness(subject: Subject) -> tuple[Remark, ...]:
     traces, loss, left_out = subject.traces, subject.loss, subject.left_out
     said: list[Remark] = []
     if loss.lost:
-        rows = f"{loss.rows_lost:,} of {loss.rows_produced:,} tokens" if loss.rows_lost else ""
-        entries = f"{loss.lost:,} of {loss.produced:,} (token, layer) entries"
         said.append(
             Remark(
                 "bad",
-                f"Incomplete: {' and with them '.join(filter(None, (rows, entries)))}"
-                f" ({loss.lost / loss.produced:.2%}) were lost. They are missing below, not zero; if loss went"
-                " with load, what is left is not a fair sample.",
+                f"Incomplete: {loss.told}. What is lost is missing below, not zero; if loss went with load, what is"
+                " left is not a fair sample.",
             )
         )
     elif loss.complete:

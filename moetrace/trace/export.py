@@ -14,17 +14,17 @@ from typing import IO, TypeVar
 import numpy as np
 
 from moetrace.errors import UsageError
-from moetrace.trace.selection import Rows, import_arrow
+from moetrace.trace.longform import LongForm, import_arrow
 from moetrace.trace.storage import disk_error
 
 FORMATS = ("csv", "jsonl", "npz", "parquet", "arrow")
 _CHUNK = 1 << 11  # rows written together
 
 
-def export(rows: Rows, output: str | os.PathLike[str], format: str) -> None:  # noqa: A002
+def export(rows: LongForm, output: str | os.PathLike[str], format: str) -> None:  # noqa: A002
     """Write a trace, or a selection of it, to one file.
 
-    csv, jsonl, parquet and arrow (the IPC stream) hold the long form of :meth:`Rows.to_pandas`: one row per
+    csv, jsonl, parquet and arrow (the IPC stream) hold the long form of :meth:`LongForm.to_pandas`: one row per
     (token, layer, rank). npz holds the columns as they are, one array each, with ``layers``, ``n_expert``,
     ``n_expert_used``, ``contexts`` (names) and ``context`` (for each row, which of them).
 
@@ -72,7 +72,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def _csv(rows: Rows, f: IO[bytes]) -> None:
+def _csv(rows: LongForm, f: IO[bytes]) -> None:
     header = True
     for frame in rows.iter_pandas(rows=_CHUNK):
         f.write(frame.to_csv(index=False, header=header).encode())
@@ -81,12 +81,12 @@ def _csv(rows: Rows, f: IO[bytes]) -> None:
         f.write((",".join(rows.to_pandas().columns) + "\n").encode())
 
 
-def _jsonl(rows: Rows, f: IO[bytes]) -> None:
+def _jsonl(rows: LongForm, f: IO[bytes]) -> None:
     for frame in rows.iter_pandas(rows=_CHUNK):
         f.write(frame.to_json(orient="records", lines=True, double_precision=15).encode())
 
 
-def _npz(rows: Rows, f: IO[bytes]) -> None:
+def _npz(rows: LongForm, f: IO[bytes]) -> None:
     facts = {
         "layers": rows.layers,
         "n_expert": rows.n_expert,
@@ -113,7 +113,7 @@ def _npz(rows: Rows, f: IO[bytes]) -> None:
                     )
 
 
-def _parquet(rows: Rows, f: IO[bytes]) -> None:
+def _parquet(rows: LongForm, f: IO[bytes]) -> None:
     import_arrow()
     import pyarrow.parquet as pq
 
@@ -125,7 +125,7 @@ def _parquet(rows: Rows, f: IO[bytes]) -> None:
             writer.write_batch(batch)
 
 
-def _arrow(rows: Rows, f: IO[bytes]) -> None:
+def _arrow(rows: LongForm, f: IO[bytes]) -> None:
     pa = import_arrow()
     reader = rows.arrow_reader()
     with pa.ipc.new_stream(f, reader.schema) as writer:
@@ -146,7 +146,7 @@ def _ahead(items: Iterable[T]) -> Iterator[T]:
             yield item
 
 
-def dump(rows: Rows, f: IO[str]) -> None:
+def dump(rows: LongForm, f: IO[str]) -> None:
     """Write text, one line per token and layer: what a reader of the trace can be held against.
 
     Columns: context, serial, request, sequence, position, token, phase, layer, state, then ``expert:weight`` for each

@@ -60,6 +60,16 @@ class Loss:
         """True if nothing is lost, no event either, and nothing is waiting."""
         return self.lost == 0 and self.waiting == 0 and self.events_lost == 0
 
+    @property
+    def told(self) -> str:
+        """What is missing, in a phrase: ``nothing lost``, ``2 rows lost (0.33% of all entries), 5 not sealed yet``."""
+        what = f"{self.lost:,} entries" if self.lost and not self.rows_lost else f"{self.rows_lost:,} rows"
+        what += f" and {self.events_lost:,} events" if self.events_lost else ""
+        text = f"{what} lost" if self.lost or self.events_lost else "nothing lost"
+        if self.lost:
+            text += f" ({self.lost / self.produced:.2%} of all entries)"
+        return text + (f", {self.rows_waiting:,} not sealed yet" if self.rows_waiting else "")
+
     def __add__(self, other: Loss) -> Loss:
         return Loss(*(a + b for a, b in zip(self._values(), other._values(), strict=True)))
 

@@ -85,6 +85,11 @@ def _plain(value: object) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in str(value))
 
 
+def called(facts: Facts) -> str:
+    """Name the model as ``--model`` takes it, if it has a name; else as :func:`title` does."""
+    return next(iter(names(facts)), title(facts))
+
+
 def title(facts: Facts) -> str:
     """Name the model for people, as far as it is known."""
     architecture = str(said(facts).get("architecture") or "")

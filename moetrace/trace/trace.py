@@ -34,7 +34,7 @@ from moetrace.trace.requests import (
 )
 from moetrace.trace.ring import peek_counters
 from moetrace.trace.rows import Columns, Layout
-from moetrace.trace.selection import Rows
+from moetrace.trace.selection import Selectable
 from moetrace.trace.store import ContextStore, TraceStore
 from moetrace.trace.vocabulary import vocabulary_of
 
@@ -69,7 +69,7 @@ def open_trace(
     return Trace(TraceStore(path), context, model)
 
 
-class Trace(Rows):
+class Trace(Selectable):
     """A trace, open for reading: one llama context of it, or several of one model (:attr:`shown`) as if they were one.
 
     Of several contexts the rows follow each other, context by context, and so do events and requests; ``context``
@@ -486,12 +486,6 @@ class Trace(Rows):
         used = sorted(set(self.n_expert_used.tolist()))
         experts = sorted(set(self.n_expert.tolist()))
         layers = self.layers.tolist()
-        loss = self.loss
-        lost = "nothing lost" if not loss.rows_lost and not loss.lost else f"{loss.rows_lost:,} rows lost"
-        if loss.events_lost:
-            lost = f"{loss.rows_lost:,} rows and {loss.events_lost:,} events lost"
-        if loss.rows_waiting:
-            lost += f", {loss.rows_waiting:,} not sealed yet"
         decoded = sum(int(np.count_nonzero(part.phase == Phase.DECODE)) for part in self.parts)
         left_out = self.left_out
         return [
@@ -504,7 +498,7 @@ class Trace(Rows):
             ("experts", f"top-{'/'.join(map(str, used))} of {'/'.join(map(str, experts))}"),
             ("channels", ", ".join(self.channels)),
             ("requests", f"{self.n_requests:,}"),
-            ("completeness", f"{lost} of what is shown" if left_out else lost),
+            ("completeness", f"{self.loss.told} of what is shown" if left_out else self.loss.told),
         ]
 
     def __repr__(self) -> str:

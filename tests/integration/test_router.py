@@ -122,7 +122,7 @@ def test_a_model_must_be_chosen(recorded: Recorded, capsys: pytest.CaptureFixtur
     chosen = ["--model", str(recorded.files["two"])]
     assert main(["stats", path, *chosen, "--only", "overview", "--phase", "all"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "Nothing of this was lost" in out
+    assert "Nothing lost of what is shown" in " ".join(out.split())
     assert "is not shown: --context ctx0" in out
 
 

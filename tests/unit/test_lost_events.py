@@ -74,7 +74,7 @@ def test_every_place_that_speaks_of_loss_says_so(tmp_path: Path, capsys: pytest.
     assert dict(trace.summary())["completeness"] == "0 rows and 2 events lost"
     subject = Subject([trace])
     answer = question("overview")().answer(subject)
-    assert "No entry, but 2 events lost" in answer.sentences[0]
+    assert "0 rows and 2 events lost" in answer.sentences[0]
     assert "2 events of slots and their memory were lost" in " ".join(answer.caveats)
     remarks = [(remark.weight, remark.text) for remark in captured(subject).completeness]
     assert "good" not in dict(remarks)

@@ -155,7 +155,7 @@ def test_what_is_missing_is_listed_with_reason_and_fix(small: SimpleNamespace) -
 def test_loss_comes_first_and_loud(small: SimpleNamespace) -> None:
     about = small.report.captured
     assert about.completeness[0].weight == "bad"
-    assert "2 of 216 tokens and with them 6 of 648 (token, layer) entries" in about.completeness[0].text
+    assert "Incomplete: 2 rows lost (0.93% of all entries)" in about.completeness[0].text
     classes = [a.get("class") or "" for _, a in small.page.elements]
     assert "remark bad" in classes
     assert classes.index("remark bad") < next(i for i, c in enumerate(classes) if c == "conclusions")

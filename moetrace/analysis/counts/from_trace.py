@@ -224,6 +224,13 @@ class Chosen:
             return None
 
 
+def in_text(trace: RoutedRows) -> npt.NDArray[np.bool_]:
+    """Which rows of a trace, (N,), are tokens of a request's text: neither rejected drafts nor without a request."""
+    found = np.zeros(np.asarray(trace.request).shape, dtype=bool)
+    found[Chosen(trace, "", "all").order.rows] = True
+    return found
+
+
 def _domain_of(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Prompt -> domain. Raises UsageError if a prompt has two."""
     out: dict[str, str] = {}

@@ -8,6 +8,7 @@ one:
 ``expert-log`` lines ``layer_id,expert_ids`` (:mod:`.logs`)
 ``gate-log``   lines ``gate_input,layer_id,token_id,values`` (:mod:`.logs`)
 ``olmoe``      JSON lines with ``input_ids`` and ``exp_ids[token][k][layer]`` (:mod:`.olmoe`)
+``lake``       a folder of Parquet files that ``moetrace export`` wrote (:mod:`.lake`)
 ``counts``     CSV ``domain,layer_id,expert_id,count`` (:mod:`.counts`): arrays, not a trace
 ============== =====================================================================================
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import tempfile
@@ -11,14 +12,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetrace.errors import InputError, UsageError
 from moetrace.trace.columns import TableWriter
-from moetrace.trace.importers import logs, olmoe, token_json
+from moetrace.trace.contexts import of_model
+from moetrace.trace.fleet import Traces, found, is_many, open_traces
+from moetrace.trace.importers import lake, logs, olmoe, token_json
 from moetrace.trace.importers.counts import COLUMNS, CountTable, read_counts
 from moetrace.trace.importers.source import DECODE, PREFILL, Piece, Shape, Tally, lines, merged
 from moetrace.trace.jsonfile import write_json
@@ -30,7 +33,7 @@ from moetrace.trace.storage import disk_error
 from moetrace.trace.store import CONTEXT_NAME, FORMAT, META_NAME, VERSION, TraceStore
 from moetrace.trace.trace import Trace, open_trace
 
-FORMATS = ("token-json", "expert-log", "gate-log", "olmoe", "counts")
+FORMATS = ("token-json", "expert-log", "gate-log", "olmoe", "lake", "counts")
 CONSUMERS = ["ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"]
 BLOCK_BYTES = 32 << 20
 TOKEN_JSON_USED = 4
@@ -81,6 +84,8 @@ def detect(source: Path) -> str:
     if token_json.find(source):
         return "token-json"
     if source.is_dir():
+        if lake.is_lake(source):
+            return "lake"
         if any(source.glob("*.jsonl")):
             return "olmoe"
     else:
@@ -104,9 +109,13 @@ def detect(source: Path) -> str:
 
 
 def open_source(
-    path: str | PathLike[str], context: str | int | None = None, model: str | None = None
-) -> Trace | CountTable:
-    """Open a trace, or read a foreign recording as one.
+    path: str | PathLike[str],
+    context: str | int | None = None,
+    model: str | None = None,
+    *,
+    unreadable: Literal["raise", "leave out"] = "raise",
+) -> Trace | CountTable | Traces:
+    """Open a trace, or read a foreign recording as one; or many traces.
 
     A recording is imported into a temporary trace that goes when the object does; ``moetrace import`` keeps
     it.
@@ -114,14 +123,18 @@ def open_source(
     Parameters
     ----------
     path
-        A trace's folder, or anything that :func:`detect` knows.
+        A trace's folder, or anything that :func:`detect` knows; or what stands for many traces: a pattern
+        (``fleet/*.moet``), a folder that holds them, or an address that fsspec knows (``s3://bucket/fleet``).
     context, model
         Which llama contexts of a trace to show; see :func:`moetrace.trace.trace.open_trace`.
+    unreadable
+        What to do with those of many that cannot be read.
 
     Returns
     -------
     Trace
-        Or, for a count table, which has no tokens, a :class:`CountTable`.
+        Or, for a count table, which has no tokens, a :class:`CountTable`; for many traces
+        :class:`~moetrace.trace.fleet.Traces`.
 
     Raises
     ------
@@ -133,6 +146,13 @@ def open_source(
     source = Path(path)
     if (source / META_NAME).exists():
         return open_trace(source, context, model)
+    if is_many(path):
+
+        def opened(each: Path) -> Trace | None:
+            lacks = model is not None and not of_model(TraceStore(each).contexts, model)
+            return None if lacks else open_trace(each, context, model)
+
+        return open_traces(found(path), opened, leave_out=unreadable == "leave out", where=fspath(path))
     kind = detect(source)
     if kind == "counts":
         return read_counts(source)
@@ -158,6 +178,7 @@ def import_trace(
     n_expert_used: int | None = None,
     label: str = "",
     as_published: bool = False,
+    trace: str | None = None,
     progress: Progress | None = None,
 ) -> Imported:
     """Write a foreign recording as a trace.
@@ -180,6 +201,8 @@ def import_trace(
     as_published
         Keep what published analyses counted: warm-up rows cut to k, and the last layer's records of a prompt
         given to its last rows. ``import`` in the trace's meta.json tells.
+    trace
+        Which trace of a lake: its name or key; by default the only one.
     progress
         Called with the rows written so far.
 
@@ -201,6 +224,10 @@ def import_trace(
         )
     if kind not in FORMATS:
         raise UsageError(f"there is no format {kind!r}", fix=f"choose one of: {', '.join(FORMATS)}")
+    if kind == "lake":
+        key = lake.choose(source_, trace)
+        with _making(out_):
+            return Imported(out_, kind, *lake.write_from_lake(source_, key, out_), (), Tally())
     shape, pieces, tally = _read(kind, source_, n_expert_used, label, as_published)
     if n_expert is not None and n_expert < shape.n_expert_seen:
         raise InputError(
@@ -208,11 +235,7 @@ def import_trace(
             fix=f"give --n-expert {shape.n_expert_seen} or more",
         )
     facts = _Facts(kind, source_, shape, n_expert, as_published, predicted=kind == "olmoe")
-    try:
-        out_.mkdir(parents=True)
-    except OSError as e:
-        raise disk_error(out_, e) from e
-    try:
+    with _making(out_):
         n_rows, n_requests = _write(out_, facts, pieces, tally, progress)
         if n_rows == 0:
             raise InputError(
@@ -221,10 +244,21 @@ def import_trace(
                 "warm-up does",
                 fix="to count them all the same, give --as-published",
             )
-    except BaseException:
-        shutil.rmtree(out_, ignore_errors=True)
-        raise
     return Imported(out_, kind, n_rows, n_requests, facts.missing, tally)
+
+
+@contextlib.contextmanager
+def _making(out: Path) -> Iterator[None]:
+    """Make a folder, which goes again if what fills it fails."""
+    try:
+        out.mkdir(parents=True)
+    except OSError as e:
+        raise disk_error(out, e) from e
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def _read(
