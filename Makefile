@@ -82,9 +82,9 @@ notebooks: setup ## execute the example notebooks
 bench-overhead: setup ## what tracing costs; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/bench_overhead.py
 
-bench-analysis: $(STAMP)-package ## the analyses against the notebook's own method, and all of stats and report at the size of real models
+bench-analysis: $(STAMP)-package ## the analyses against the notebook's own method, and all of stats and report at the size of real models (half an hour); REAL=FOLDER of DOMAIN.npz, too
 	$(BIN)/python benchmarks/bench_analysis.py
-	$(BIN)/python benchmarks/bench_stats.py --sizes 48x128
+	$(BIN)/python benchmarks/bench_stats.py $(if $(REAL),--real $(REAL))
 
 releases: setup ## build llama.cpp releases of two years (once, an hour) and try moetrace on each
 	PYTHON=$(BIN)/python llama.cpp/releases.sh build/releases

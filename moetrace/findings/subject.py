@@ -40,7 +40,8 @@ class Subject:
     Parameters
     ----------
     traces
-        Of one model; or a single count table, of which :attr:`table` then tells and :attr:`traces` is empty.
+        Of one model; or a single count table, of which :attr:`table` then tells and :attr:`traces` is empty. These
+        are put in an order of their own, which is that of their recording.
     names
         One per trace, for its requests without an id.
     phase
@@ -76,7 +77,10 @@ class Subject:
         if tables and len(traces) > 1:
             raise UsageError("a count table stands alone", fix="ask about it by itself")
         self.table = tables[0] if tables else None
-        self.traces = tuple(given for given in traces if not isinstance(given, CountTable))
+        self._given = tuple(given for given in traces if not isinstance(given, CountTable))
+        # answers do not depend on the order in which traces are named
+        order = sorted(range(len(self._given)), key=lambda i: _identity(self._given[i]))
+        self.traces = tuple(self._given[i] for i in order)
         self.layers = None if layers is None else list(layers)
         self.model = model
         if model is not None:
@@ -87,7 +91,7 @@ class Subject:
         self.model_options = dict(model_options or {})
         self.seed = seed
         self.progress = progress
-        self._names = names
+        self._names = None if names is None else [names[i] for i in order]
         self._phase = phase
 
     @property
@@ -294,7 +298,7 @@ class Subject:
                 f"a comparison takes two traces, not {len(self.traces)}",
                 fix="give two: moetrace compare A.moet B.moet",
             )
-        one, two = self.traces
+        one, two = self._given
         phase = self._phase or "all"
         return self._choose([one], phase), self._choose([two], phase)
 
@@ -326,3 +330,9 @@ class Subject:
                 f"{what} needs the model", fix="give it to moetrace analyze or report: -m model.gguf"
             )
         return self.model
+
+
+def _identity(trace: Trace) -> tuple[int, str]:
+    """What orders traces, however they were named: when they were recorded, and where they lie."""
+    created = trace.meta.get("created_ns")
+    return created if isinstance(created, int) else 0, str(trace.path.absolute())

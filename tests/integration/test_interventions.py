@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from clients import moetrace_command
 from router_math import choice, mixing_weights, scores_of
 from running import TEXT, capture, python
 
@@ -404,16 +403,6 @@ def test_switching_while_the_server_runs(collector, runtime, model_file, tmp_pat
     assert list(trace.interventions["rules"]) == [both, "ablate:*:4", both]
     same_rows(request(trace, "before"), request(trace, "after 0"), "token_ids", "experts", "weights")
     assert trace.counters["rows_intervened"] == trace.intervened.sum()
-
-
-def moetrace_command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "moetrace", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 def test_switching_in_the_middle_of_a_request(runtime, model_file, tmp_path):

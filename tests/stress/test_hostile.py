@@ -64,26 +64,6 @@ def victim(tmp_path: Path) -> Path:
     return folder
 
 
-def drain_of(folder: Path) -> list[MoetraceError]:
-    """Record what a ring in the folder holds; gives what was told."""
-    told: list[MoetraceError] = []
-    trace = TraceWriter(folder)
-    drain = Drain(trace, told.append)
-    producer = Producer(LAYOUT, 64, OnFull.BLOCK)
-    producer.write(random_records(LAYOUT, 20, np.random.default_rng(0)))
-    producer.data[140] = 1  # closed
-    (folder / "ctx0").mkdir()
-    producer.save(folder / "ctx0" / "ring")
-    try:
-        drain.start()
-        drain.stop()
-        trace.close()
-    except MoetraceError as e:
-        told.append(e)
-    trace.detach()
-    return told
-
-
 # -- links ---------------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,23 @@ class Seq:
     waiting: int = 0
 
 
+def feed(
+    oracle: Any, rows: list[dict[str, int]], events: list[dict[str, int]]
+) -> tuple[list[int], list[int]]:
+    """Tell an oracle rows and events in the order of their serials; gives what it says of the rows: ids, phases."""
+    ids, phases = [], []
+    waiting = list(events)
+    for row in rows:
+        while waiting and waiting[0]["serial"] <= row["serial"]:
+            oracle.event(waiting.pop(0))
+        request, phase = oracle.row(row)
+        ids.append(request)
+        phases.append(phase)
+    for event in waiting:
+        oracle.event(event)
+    return ids, phases
+
+
 class Oracle:
     """Feed it everything in one go: ``run(rows, events)``."""
 
@@ -39,19 +56,10 @@ class Oracle:
         self.requests: list[dict[str, Any]] = []
 
     def run(self, rows: list[dict[str, int]], events: list[dict[str, int]]) -> tuple[list[int], list[int]]:
-        ids, phases = [], []
-        waiting = list(events)
-        for row in rows:
-            while waiting and waiting[0]["serial"] <= row["serial"]:
-                self.event(waiting.pop(0))
-            request, phase = self.row(row)
-            ids.append(request)
-            phases.append(phase)
-        for event in waiting:
-            self.event(event)
+        found = feed(self, rows, events)
         for seq in self.seqs.values():
             self.end(seq, self.launches and not seq.emptied)
-        return ids, phases
+        return found
 
     def end(self, seq: Seq, rejected: bool) -> None:
         if seq.request is not None and rejected:
@@ -201,20 +209,11 @@ class NumberedOracle:
         self.requests: list[dict[str, Any]] = []
 
     def run(self, rows: list[dict[str, int]], events: list[dict[str, int]]) -> tuple[list[int], list[int]]:
-        ids, phases = [], []
-        waiting = list(events)
-        for row in rows:
-            while waiting and waiting[0]["serial"] <= row["serial"]:
-                self.event(waiting.pop(0))
-            request, phase = self.row(row)
-            ids.append(request)
-            phases.append(phase)
-        for event in waiting:
-            self.event(event)
+        found = feed(self, rows, events)
         for seq in self.seqs.values():
             sure = seq.events_lost == self.lost
             self.end(seq, (seq.removed_before_emptied if sure else None) if self.launches else 0)
-        return ids, phases
+        return found
 
     def end(self, seq: NumberedSeq, undecided: int | None) -> None:
         if seq.request is not None:

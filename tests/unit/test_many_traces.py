@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import traces
+
+import moetrace
+from moetrace.findings import Subject, ask_all
 
 CODE = """
 import resource, sys
@@ -37,3 +41,24 @@ def test_a_thousand_traces_are_one(tmp_path: Path) -> None:
     (one, tokens), (many, sum_of_tokens) = found
     assert (one, many) == (1, 1000)
     assert sum_of_tokens == 1000 * tokens
+
+
+def test_the_order_in_which_traces_are_named_does_not_matter(tmp_path: Path) -> None:
+    """Not to the last digit, of no question that takes several traces."""
+    paths = [traces.labelled_trace(tmp_path / f"{name}.moet", seed=i) for i, name in enumerate("zay")]
+    for i, path in enumerate(paths):
+        lines = (path / "labels.jsonl").read_text().replace('"p', f'"{i}-p')
+        (path / "labels.jsonl").write_text(lines)
+    found = []
+    for order in ((0, 1, 2), (2, 0, 1)):
+        subject = Subject([moetrace.open(paths[i]) for i in order], names=[paths[i].stem for i in order])
+        found.append(list(ask_all(subject, workers=1)))
+    for one, two in zip(*found, strict=True):
+        assert (one.sentences, one.caveats, one.not_answered) == (
+            two.sentences,
+            two.caveats,
+            two.not_answered,
+        )
+        for name, table in one.tables.items():
+            pd.testing.assert_frame_equal(two.tables[name], table, check_exact=True)
+    assert sum(f.not_answered is None for f in found[0]) >= 10
