@@ -235,40 +235,48 @@ class Trace(Selectable):
 
         columns = self._request_columns()
         order = np.argsort(columns["request"], kind="stable")
-        frame = pd.DataFrame({name: column[order] for name, column in columns.items()})
-        frame = frame.drop_duplicates("request").set_index("request")
+        order = order[np.diff(columns["request"][order], prepend=-(1 << 62)) > 0]  # the first of each number
+        raw = {name: column[order] for name, column in columns.items()}
+        index = pd.Index(raw["request"], name="request")
         labels = self.labelling
-        said = [labels.said.get(number, {}) for number in frame.index.tolist()]
-        for name in (*UNCERTAIN, "n_events_lost"):
-            unknown = (frame[name] < 0) | ((frame["n_events_lost"] > 0) & (name != "n_events_lost"))
-            frame[name] = frame[name].astype("Int64").mask(unknown)
-        result = pd.DataFrame(index=frame.index)
-        for name in ("id", "label", "prompt"):
-            result[name] = pd.Series([s.get(name) for s in said], index=frame.index, dtype=object)
-        result["slot"] = frame["sequence"]
-        result["context"] = np.array(self.contexts, object)[frame["context"].to_numpy()]
+        said = [labels.said.get(number, {}) for number in index.tolist()]
+        lost_events = raw["n_events_lost"] > 0
+        missing = {name: (raw[name] < 0) | lost_events for name in UNCERTAIN}
+        missing["n_events_lost"] = raw["n_events_lost"] < 0
         # a request that generated nothing, and lacks its end, may lack a piece of its prompt
-        part_only = frame["cut_off"] & (frame["n_decode"] == 0)
-        computed = frame["n_prefill"].mask(
-            (frame["n_lost"] > 0) | (frame["n_unrecorded"].fillna(0) > 0) | part_only
-        )
-        result["n_prompt"] = (frame["n_cached"] + computed).astype("Int64")
+        part_only = raw["cut_off"] & (raw["n_decode"] == 0)
+        unrecorded = (raw["n_unrecorded"] > 0) & ~missing["n_unrecorded"]
+        in_part = (raw["n_lost"] > 0) | unrecorded | part_only
         generated = [n if is_number(n := s.get("n_generated")) else None for s in said]
-        result["n_generated"] = pd.array(generated, dtype="Int64")
         counts = [name for name in REQUEST_TABLE if name.startswith("n_")]
-        for name in [*counts, "first_serial", "last_serial", "start_ns", "end_ns", "running"]:
-            result[name] = frame[name]
-        result["label_unsure"] = frame.index.isin(labels.unsure)
-        own = [labels.extra.get(number, {}) for number in frame.index.tolist()]
+
+        def texts(values: list[Any]) -> pd.Series[Any]:
+            return pd.Series(values, index=index, dtype=object)
+
+        def whole(values: NDArray[Any], unknown: NDArray[np.bool_]) -> Any:
+            return pd.arrays.IntegerArray(values.astype(np.int64), unknown)
+
+        n_prompt = raw["n_cached"].astype(np.int64) + raw["n_prefill"]
+        result: dict[str, Any] = {
+            **{name: texts([s.get(name) for s in said]) for name in ("id", "label", "prompt")},
+            "slot": raw["sequence"],
+            "context": np.array(self.contexts, object)[raw["context"]],
+            "n_prompt": whole(n_prompt, missing["n_cached"] | in_part),
+            "n_generated": pd.array(generated, dtype="Int64"),
+            **{name: whole(raw[name], missing[name]) if name in missing else raw[name] for name in counts},
+            **{name: raw[name] for name in ("first_serial", "last_serial", "start_ns", "end_ns", "running")},
+            "label_unsure": index.isin(list(labels.unsure)),
+        }
+        own = [labels.extra.get(number, {}) for number in index.tolist()]
         others = sorted({key for keys in own for key in keys})
-        ours = {"request", *result.columns}
+        ours = {"request", *result}
         for key in others:
             name = key
             while name in ours or (name != key and name in others):
                 name = f"extra.{name}"
             ours.add(name)
-            result[name] = pd.Series([keys.get(key) for keys in own], index=frame.index, dtype=object)
-        return result
+            result[name] = texts([keys.get(key) for keys in own])
+        return pd.DataFrame(result, index=index)
 
     @property
     def n_requests(self) -> int:

@@ -78,7 +78,8 @@ def test_chunk_borders_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("threads", [2, 3, 50])
-def test_threads_do_not_show(threads: int) -> None:
+def test_threads_do_not_show(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "_PER_THREAD", 1)
     rows = random_rows(1, n=900, n_requests=9)
     done = []
     found = routing(rows, threads=threads, progress=lambda n, total: done.append((n, total)))

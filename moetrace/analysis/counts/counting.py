@@ -28,6 +28,7 @@ Progress = Callable[[int, int], None]
 
 PRESENT = 1
 MAX_LAG = 32
+_PER_THREAD = 1 << 14  # of fewer rows a thread costs more than it counts
 
 
 @dataclass(frozen=True)
@@ -369,7 +370,7 @@ def count_routing(
                 if progress:
                     progress(done, order.rows.size)
 
-    parts = list(_shares(order, prompt_of, threads))
+    parts = list(_shares(order, prompt_of, min(threads, max(1, order.rows.size // _PER_THREAD))))
     if len(parts) == 1:
         count(*parts[0])
     else:
