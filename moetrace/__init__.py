@@ -1,8 +1,8 @@
 """Which experts does this Mixture-of-Experts model really use, and what does that mean?
 
-``moetrace.open`` reads a trace, or another program's recording as one; ``moetrace.capture`` and
-``moetrace.serve`` record one; ``moetrace.evaluate`` says how well a model predicts texts. Everything is loaded
-when first used, so that importing moetrace costs next to nothing.
+``moetrace.open`` reads a trace, or another program's recording as one; ``moetrace.ask`` answers a question about
+it; ``moetrace.capture`` and ``moetrace.serve`` record one; ``moetrace.evaluate`` says how well a model predicts
+texts. Everything is loaded when first used, so that importing moetrace costs next to nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from moetrace.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from moetrace.findings import ask
     from moetrace.host.evaluate import Evaluator
     from moetrace.trace.importers import open_source as open  # noqa: A004
     from moetrace.trace.intervention import Intervention
@@ -45,6 +46,7 @@ __all__ = [
     "TraceError",
     "UsageError",
     "__version__",
+    "ask",
     "capture",
     "divergence",
     "evaluate",
@@ -54,6 +56,7 @@ __all__ = [
 
 _LAZY = {
     "Trace": ("moetrace.trace.trace", "Trace"),
+    "ask": ("moetrace.findings", "ask"),
     "open": ("moetrace.trace.importers", "open_source"),
     "capture": ("moetrace.host.inprocess", "capture"),
     "divergence": ("moetrace.host.evaluate", "divergence"),
@@ -64,7 +67,13 @@ _LAZY = {
 }
 
 
+# rooms that are there without an import of their own
+_ROOMS = ("analysis", "findings", "plot")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"moetrace.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'moetrace' has no attribute {name!r}")
     module, attribute = _LAZY[name]
@@ -74,4 +83,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_ROOMS])

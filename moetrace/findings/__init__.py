@@ -3,8 +3,7 @@
 The step between the analyses, which are functions of arrays, and whatever shows their results: the command line,
 the report, a notebook. ``QUESTIONS`` has them by name::
 
-    subject = Subject([moetrace.open("t.moet")])
-    finding = question("load-balance")().answer(subject)
+    finding = moetrace.ask("load-balance", moetrace.open("t.moet"))
     finding.sentences, finding.tables
 
 Every :class:`Question` in a file of this package is one of them; so is every one that an installed distribution
@@ -13,6 +12,7 @@ names as an entry point of the group ``moetrace.questions``.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 import warnings
@@ -21,11 +21,14 @@ from functools import cached_property
 from importlib.metadata import entry_points
 from typing import Any
 
+from moetrace.analysis.counts.from_trace import Phase
 from moetrace.errors import UsageError
 from moetrace.findings.asking import Progress, Then, answers
 from moetrace.findings.finding import Figure, Finding, Method, Question, Widget, parameter
 from moetrace.findings.kept import Kept
 from moetrace.findings.subject import Subject
+from moetrace.trace.importers.counts import CountTable
+from moetrace.trace.trace import Trace
 
 __all__ = [
     "QUESTIONS",
@@ -35,6 +38,7 @@ __all__ = [
     "Question",
     "Subject",
     "Widget",
+    "ask",
     "ask_all",
     "ask_each",
     "parameter",
@@ -84,6 +88,43 @@ def question(name: str) -> type[Question]:
     if name not in QUESTIONS:
         raise UsageError(f"there is no analysis {name!r}", fix=f"choose among: {', '.join(QUESTIONS)}")
     return QUESTIONS[name]
+
+
+def ask(
+    name: str,
+    recordings: Trace | CountTable | Sequence[Trace | CountTable],
+    *,
+    phase: Phase | None = None,
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    **parameters: Any,
+) -> Finding:
+    """Ask one question (``moetrace.ask``): ``ask("specialists", trace, permutations=9999)``.
+
+    Parameters
+    ----------
+    name
+        Of the question, as ``moetrace analyze`` lists them.
+    recordings
+        A trace, a count table, or several traces.
+    phase, layers, seed
+        As for :class:`Subject`.
+    parameters
+        Of the question.
+
+    Raises
+    ------
+    UsageError
+        If there is no such question or parameter.
+    MoetraceError
+        If it cannot be answered: what is missing.
+    """
+    asked = question(name)
+    unknown = sorted(set(parameters) - {field.name for field in dataclasses.fields(asked)})
+    if unknown:
+        known = ", ".join(field.name for field in dataclasses.fields(asked)) or "none"
+        raise UsageError(f"{name} has no parameter {', '.join(unknown)}", fix=f"it has {known}")
+    return asked(**parameters).answer(Subject(recordings, phase=phase, layers=layers, seed=seed))
 
 
 def ask_all(

@@ -8,13 +8,16 @@ that a finding that was saved draws the same figure as the one that was just mad
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
+import os
 import re
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,8 +27,10 @@ from moetrace.errors import InputError, MoetraceError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
 
     from moetrace.findings.subject import Subject
+    from moetrace.plot import Theme
 
 
 OUT_OF_MEMORY = (
@@ -33,7 +38,7 @@ OUT_OF_MEMORY = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Finding:
     """What one question gave.
 
@@ -77,6 +82,30 @@ class Finding:
                 raise ValueError(f"table name {name!r}: small letters, digits and _ only")
             if not table.index.equals(pd.RangeIndex(len(table))):
                 raise ValueError(f"table {name}: labels belong into columns, not into the index")
+
+    def __repr__(self) -> str:
+        said = self.not_answered or next(iter(self.sentences), "nothing is said.")
+        tables = ", ".join(f"{name} ({len(table):,})" for name, table in self.tables.items())
+        return f"<Finding {self.name}: {said.splitlines()[0]}{f' Tables: {tables}' if tables else ''}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what is said, what it does not mean, and the beginnings of the tables."""
+        if self.not_answered is not None:
+            said = "<br>".join(escape(line) for line in self.not_answered.splitlines())
+            return f"<p><b>{escape(self.title)}</b>: not answered. {said}</p>"
+        notes = [*filter(None, [self.phase_note]), *self.caveats]
+        return "".join(
+            (
+                f"<h4>{escape(self.title)}</h4>",
+                *(f"<p>{escape(sentence)}</p>" for sentence in self.sentences),
+                f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>" if notes else "",
+                *(
+                    f"<details><summary>{escape(name)}: {len(table):,} rows</summary>"
+                    f"{table.head(20).to_html(index=False, border=0)}</details>"
+                    for name, table in self.tables.items()
+                ),
+            )
+        )
 
     def to_json(self, beside: Mapping[str, str] = {}) -> str:
         """Give it as JSON: tables as ``columns``, their ``dtypes``, and rows of ``data``.
@@ -154,6 +183,35 @@ class Figure:
     draw: Callable[[Axes], Axes]
     caption: str
     size: tuple[float, float] = (7.0, 4.0)
+
+    def canvas(self) -> Canvas:
+        """Draw it, in the style in force; its layout is settled, so that it can be saved in many forms."""
+        from matplotlib.figure import Figure as Canvas
+
+        canvas = Canvas(figsize=self.size, layout="constrained")
+        self.draw(canvas.add_subplot())
+        canvas.draw_without_rendering()
+        canvas.set_layout_engine("none")
+        return canvas
+
+    def save(self, path: str | os.PathLike[str], *, theme: Theme = "light", dpi: float = 150) -> None:
+        """Write it in our style, as the file's name ends: .svg, .pdf, .png, ….
+
+        Raises ValueError for an ending that matplotlib does not know, OSError if the file cannot be written.
+        """
+        from moetrace import plot
+
+        with plot.style(theme):
+            self.canvas().savefig(path, dpi=dpi)
+
+    def _repr_png_(self) -> bytes:
+        """For notebooks."""
+        from moetrace import plot
+
+        out = io.BytesIO()
+        with plot.style():
+            self.canvas().savefig(out, format="png", dpi=100)
+        return out.getvalue()
 
 
 @dataclass(frozen=True)

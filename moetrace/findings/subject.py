@@ -40,8 +40,8 @@ class Subject:
     Parameters
     ----------
     traces
-        Of one model; or a single count table, of which :attr:`table` then tells and :attr:`traces` is empty. These
-        are put in an order of their own, which is that of their recording.
+        One, or several of one model, which are put in the order of their recording; or a single count table, of
+        which :attr:`table` then tells and :attr:`traces` is empty.
     names
         One per trace, for its requests without an id.
     phase
@@ -63,7 +63,7 @@ class Subject:
 
     def __init__(
         self,
-        traces: Sequence[Trace | CountTable],
+        traces: Trace | CountTable | Sequence[Trace | CountTable],
         *,
         names: Sequence[str] | None = None,
         phase: Phase | None = None,
@@ -73,6 +73,7 @@ class Subject:
         layers: Sequence[int] | None = None,
         progress: Callable[[str], None] = lambda what: None,
     ) -> None:
+        traces = [traces] if isinstance(traces, Trace | CountTable) else traces
         tables = [given for given in traces if isinstance(given, CountTable)]
         if tables and len(traces) > 1:
             raise UsageError("a count table stands alone", fix="ask about it by itself")

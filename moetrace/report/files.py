@@ -123,11 +123,5 @@ def _whole(finding: Finding) -> Iterator[None]:
 
 
 def drawn(figure: Figure) -> Canvas:
-    """Draw a figure, in the style in force; its layout is settled, so that it can be saved in many forms."""
-    from matplotlib.figure import Figure as Canvas
-
-    canvas = Canvas(figsize=figure.size, layout="constrained")
-    figure.draw(canvas.add_subplot())
-    canvas.draw_without_rendering()
-    canvas.set_layout_engine("none")
-    return canvas
+    """Draw a figure, in the style in force: :meth:`moetrace.findings.Figure.canvas`."""
+    return figure.canvas()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import traces
 
 import moetrace
 from moetrace.__main__ import main
-from moetrace.errors import MoetraceError
+from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings import Finding, Subject, ask_all, question
 from moetrace.findings.asking import answers
 from moetrace.findings.finding import Question
@@ -244,3 +245,32 @@ def test_stats_prints_each_when_it_is_there_and_leaves_with_1_if_one_failed(
     assert first["not_answered"] is None
     assert second["failed"]
     assert np.all([file.name.startswith("overview") for file in (path / FOLDER).iterdir()])
+
+
+def test_one_question_of_one_trace(tmp_path: Path) -> None:
+    with moetrace.open(traces.labelled_trace(tmp_path / "t.moet")) as trace:
+        finding = moetrace.ask("domain-separation", trace, permutations=19)
+        same = question("domain-separation")(permutations=19).answer(Subject([trace]))  # type: ignore[call-arg]
+        assert finding.sentences == same.sentences
+        with pytest.raises(UsageError, match="no parameter colour"):
+            moetrace.ask("domain-separation", trace, colour=1)
+        with pytest.raises(UsageError, match="no analysis"):
+            moetrace.ask("nothing", trace)
+    assert finding.sentences[0] in repr(finding)
+    assert len(repr(finding)) < 500
+    shown = finding._repr_html_()
+    assert finding.sentences[0].split(",")[0] in shown
+    assert "<table" in shown
+    hostile = Finding("x", "<b>", ("<script>",), ("&",), {"t": pd.DataFrame({"<i>": ["<u>"]})})
+    assert not {"<b>", "<script>", "<i>", "<u>"} & set(re.findall("<[a-z]+>", hostile._repr_html_()))
+    assert "not answered" in Finding("x", "t", not_answered="no\n  fix: it")._repr_html_()
+
+
+@pytest.mark.parametrize(("ending", "begins"), [("svg", b"<?xml"), ("png", b"\x89PNG"), ("pdf", b"%PDF")])
+def test_a_figure_is_saved_as_its_name_ends(tmp_path: Path, ending: str, begins: bytes) -> None:
+    with moetrace.open(traces.labelled_trace(tmp_path / "t.moet")) as trace:
+        finding = moetrace.ask("load-balance", trace)
+    figure = question("load-balance")().figures(finding)["jain"]
+    figure.save(tmp_path / f"f.{ending}", theme="dark")
+    assert (tmp_path / f"f.{ending}").read_bytes().startswith(begins)
+    assert figure._repr_png_().startswith(b"\x89PNG")
