@@ -55,7 +55,7 @@ class ExpertCache(Question):
         )
         layer = found.curve[found.curve["cache"] == "layer"]
         rate = layer.set_index(["policy", "slots"])
-        sentences = []
+        sentences = _advice(layer, _middle(layer)[0])
         for slot in _middle(layer):
             names = [p for p in ("pinned", "lru", "lfu", "oracle") if (p, slot) in rate.index]
             told = ", ".join(f"{_WORDS[p]} {_hits(rate.loc[(p, slot)])}" for p in names)
@@ -130,13 +130,31 @@ def _hits(row: Any) -> str:
     return span(float(row["hit_rate"]), float(row["low"]), float(row["high"]), ".1%")
 
 
+def _advice(layer: pd.DataFrame, slots: int) -> list[str]:
+    """What to do with so many slots per layer, if both ways were simulated: the first thing that one wants to know."""
+    rows = {row["policy"]: row for row in layer[layer["slots"] == slots].to_dict("records")}
+    if not {"pinned", "lru"} <= set(rows):
+        return []
+    pinned, lru = rows["pinned"], rows["lru"]
+    if lru["low"] > pinned["high"]:
+        advice = "Keep what was used last, rather than pin a hot set"
+    elif pinned["low"] > lru["high"]:
+        advice = "Pin a hot set, rather than keep what was used last"
+    else:
+        advice = "Pinning a hot set and keeping what was used last do alike"
+    return [
+        f"{advice}: with {slots} slots per layer {_hits(lru)} of the experts that tokens need are there if the last"
+        f" ones are kept, {_hits(pinned)} if the hottest of other prompts are pinned."
+    ]
+
+
 def _hot_set(layer: pd.DataFrame, hot: pd.DataFrame) -> str:
     known = hot[hot["activations"] > 0]
     pinned = layer[layer["policy"] == "pinned"]
     text = ""
     for row in pinned[pinned["slots"] == _middle(layer)[0]].to_dict("records"):
         text = (
-            "There is a hot set: what is hot in some prompts is hot in others. "
+            "What is hot in some prompts is hot in others, more than if use were even. "
             if row["low"] > row["memory"]
             else "No hot set was found that holds for other prompts. "
         )

@@ -196,7 +196,11 @@ def test_the_cache_question_in_experts_and_in_bytes(attending: Path, tmp_path: P
     assert finding.tables["cache"]["slots"].unique().tolist() == [2, 4, 8, 6, 12, 24]
     assert "memory_bytes" not in finding.tables["cache"]
     assert any("-m model.gguf" in caveat for caveat in finding.caveats)
-    assert "hot set" in " ".join(finding.sentences)
+    assert "hot set" in finding.sentences[0]
+    at = finding.tables["cache"].query("cache == 'layer' and slots == 2").set_index("policy")
+    apart = at.loc["lru", "low"] > at.loc["pinned", "high"], at.loc["pinned", "low"] > at.loc["lru", "high"]
+    said = {(True, False): "Keep what", (False, True): "Pin a", (False, False): "Pinning a"}[apart]
+    assert finding.sentences[0].startswith(said)
     model = model_file("olmoe", n_layer=3, n_expert=8, n_expert_used=2)
     with ModelFile(model) as file:
         names = [n for n in file.tensor_names if n.startswith("blk.0.") and "exps" in n]
