@@ -76,7 +76,13 @@ class DeepDive(Question):
                 f"{listed(found.consumers)} share one decision: the published heatmaps of them are one and the same."
             )
         tables = {"deep_dive": table, "as_published_components": pd.concat(parts, ignore_index=True)}
-        return self.finding(subject, sentences, tables, [*caveats, *subject.together])
+        return self.finding(
+            subject,
+            sentences,
+            tables,
+            [*caveats, *subject.together],
+            concludes=row is not None and table["domain"].nunique() > 1,
+        )
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Domain by expert: shares of picks, and lift."""

@@ -203,13 +203,19 @@ def _of_handoffs(table: pd.DataFrame) -> list[str]:
         return ["There are no neighbouring tokens, so nothing can be said about handoffs."]
     n_layers = len(table) - 1
     fewer = table.iloc[:-1]
-    stay = fewer[fewer["low"] > 0]
+    known = fewer[fewer["low"].notna()]
+    stay = known[known["low"] > 0]
+    longer = (
+        f"Experts stay longer than in random order {of_layers(stay['layer'], len(known))} (95 % intervals of each"
+        " layer, not corrected for many layers)."
+        if len(known)
+        else "With a single prompt there is no interval: whether experts stay longer than in random order is not known."
+    )
     return [
         f"The first expert changes in {row['handoffs']:.2f} of {number(n_layers, 'layer')} from one token to the next;"
         f" in random order it would in {row['shuffle']:.2f}:"
         f" {span(row['fewer'], row['low'], row['high'], '.2f')} fewer.",
-        f"Experts stay longer than in random order {of_layers(stay['layer'], n_layers)}"
-        " (95 % intervals of each layer, not corrected for many layers).",
+        longer,
     ]
 
 

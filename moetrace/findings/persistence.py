@@ -90,7 +90,9 @@ class Persistence(Question):
             tables["as_published_lag1"] = published_lag1(subject.activations, int(max(subject.n_expert)))
         except UsageError as e:
             caveats.append(f"The published lag 1 needs domains: {e.what}.")
-        return self.finding(subject, sentences, tables, [*caveats, *subject.drawn], concludes=not first.empty)
+        return self.finding(
+            subject, sentences, tables, [*caveats, *subject.drawn], concludes=bool(len(known))
+        )
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """The strongest layer by lag, and all layers at lag 1."""

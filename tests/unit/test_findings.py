@@ -146,3 +146,23 @@ def test_no_parameter_takes_the_name_of_an_option_that_all_share(name: str) -> N
         "n_predict",
     }
     assert not shared & set(question(name).__dataclass_fields__)
+
+
+def test_a_single_prompt_concludes_nothing_that_needs_several(tmp_path: Path) -> None:
+    """No layer is said to be none of those that an interval tells apart, where there is no interval."""
+    path = traces.labelled_trace(tmp_path / "t.moet", ("a",), n_prompts=1, n_decode=(300, 301))
+    with moetrace.open(path) as trace:
+        subject = Subject([trace])
+        found = {name: question(name)().ask(subject) for name in QUESTIONS}
+    open_ones = (
+        "domain-separation",
+        "specialists",
+        "deep-dive",
+        "depth-contrast",
+        "persistence",
+        "domain-entropy",
+    )
+    assert [name for name in open_ones if found[name].concludes] == []
+    said = {name: " ".join(f.sentences) for name, f in found.items() if f.not_answered is None}
+    assert [name for name, text in said.items() if "in none of" in text] == []
+    assert "no interval" in said["generation-dynamics"]
