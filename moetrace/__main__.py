@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import importlib
 import keyword
 import os
+import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import moetrace
@@ -54,9 +56,37 @@ def _file(name: str) -> str:
     return name.replace("-", "_") + ("_" if keyword.iskeyword(name) else "")
 
 
+_CHOICE = re.compile(r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)", re.DOTALL)
+_KINDS = {"COMMAND": "command", "NAME": "question"}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
-        raise UsageError(message, fix=f"see {self.prog} --help")
+        see = f"see {self.prog} --help"
+        if found := _CHOICE.fullmatch(message):
+            argument, given, choices = found.groups()
+            near = _near(given, [choice.strip("' ") for choice in choices.split(",")])
+            if argument in _KINDS:
+                message = f"there is no {_KINDS[argument]} {given!r}"
+            raise UsageError(message, fix=f"did you mean {near}? Or {see}" if near else see)
+        raise UsageError(message, fix=see)
+
+
+def _near(given: str, known: Iterable[str]) -> str:
+    """The one that was most likely meant; empty if none is like it."""
+    return next(iter(difflib.get_close_matches(given, list(known), 1, 0.6)), "")
+
+
+def _refuse(name: str, extra: list[str], parser: argparse.ArgumentParser, passthrough: bool) -> None:
+    """Say what to do with arguments that the command does not know. Raises UsageError."""
+    shown = " ".join(extra)
+    if passthrough and not extra[0].startswith("-"):
+        fix = f"what is not moetrace's stands behind --: moetrace {name} -- {shown}"
+    else:
+        options = [option for action in parser._actions for option in action.option_strings]
+        near = _near(extra[0].split("=")[0], options)
+        fix = f"{f'did you mean {near}? Or ' if near else ''}see {parser.prog} --help"
+    raise UsageError(f"unrecognized arguments: {shown}", fix=fix)
 
 
 def make_parser(name: str | None = None) -> argparse.ArgumentParser:
@@ -69,7 +99,7 @@ def make_parser(name: str | None = None) -> argparse.ArgumentParser:
             command = load(each)
             sub = add_subparser(subparsers, each, command)
             command.prepare_parser(sub)
-            sub.set_defaults(run=command.run, passthrough=command.passthrough)
+            sub.set_defaults(run=command.run, passthrough=command.passthrough, parser=sub)
         else:
             subparsers.add_parser(each, help=None if name else summary(each))
     return parser
@@ -95,7 +125,9 @@ def run(argv: Sequence[str]) -> int:
     """Parse and run; MoetraceErrors come out as they are."""
     ours, rest = split(argv)
     name = ours[0] if ours and ours[0] in COMMANDS else ""
-    args = make_parser(name).parse_args(ours)
+    args, extra = make_parser(name).parse_known_args(ours)
+    if extra:
+        _refuse(args.command, extra, args.parser, args.passthrough and rest is None)
     if rest is not None and not args.passthrough:
         raise UsageError(f"moetrace {args.command} takes nothing after --", fix="leave it out")
     args.rest = rest or []

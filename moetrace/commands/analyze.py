@@ -50,6 +50,7 @@ class Analyze:
                 metavar="T.moet",
                 help=RECORDINGS,
             )
+            sub.set_defaults(parser=sub)  # whose options are suggested
             _add_common(sub)
             group = sub.add_argument_group("parameters of this question")
             for field in dataclasses.fields(asked):

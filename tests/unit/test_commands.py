@@ -308,3 +308,24 @@ def test_an_empty_trace_may_be_replaced(tmp_path: Path) -> None:
     path.mkdir()
     assert TraceWriter(path).discard()
     assert path.is_dir(), "it was there before"
+
+
+@pytest.mark.parametrize(
+    ("typed", "fix"),
+    [
+        (["stat", "t.moet"], "did you mean stats? Or see moetrace --help"),
+        (["run", "llama-server", "-m", "x"], "moetrace run -- llama-server -m x"),
+        (["doctor", "llama-server"], "moetrace doctor -- llama-server"),
+        (["analyze", "load-balanc", "t"], "did you mean load-balance? Or see moetrace analyze --help"),
+        (["analyze", "specialists", "t", "--permutation", "9"], "did you mean --permutations?"),
+        (["stats", "t", "--phse", "decode"], "did you mean --phase? Or see moetrace stats --help"),
+        (["stats", "t", "--phase", "decoding"], "did you mean decode?"),
+        (["stats", "t", "--zzzz"], "see moetrace stats --help"),
+        (["xyzzy"], "see moetrace --help"),
+    ],
+)
+def test_what_was_most_likely_meant_is_said(typed: list[str], fix: str, capsys: Capture) -> None:
+    assert main(typed) == 2
+    error = capsys.readouterr().err
+    assert fix in error
+    assert ("did you mean" in error) == ("did you mean" in fix)
