@@ -9,8 +9,10 @@ import importlib
 import keyword
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,30 +21,30 @@ from moetrace.commands.options import Command, add_subparser, red
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.printable import printable
 
-#: subcommand -> the class in moetrace/commands/SUBCOMMAND.py (import_.py), in the order of the help
-COMMANDS = {
-    "run": "Run",
-    "drive": "Drive",
-    "capture": "Capture",
-    "demo": "Demo",
-    "start": "Start",
-    "stop": "Stop",
-    "intervene": "Intervene",
-    "status": "Status",
-    "resume": "Resume",
-    "import": "Import",
-    "info": "Info",
-    "verify": "Verify",
-    "recover": "Recover",
-    "dump": "Dump",
-    "stats": "Stats",
-    "analyze": "Analyze",
-    "compare": "Compare",
-    "report": "Report",
-    "export": "Export",
-    "doctor": "Doctor",
-    "preload-path": "PreloadPath",
+#: subcommands by what one does with them, in the order of use; each is a class in moetrace/commands
+GROUPS = {
+    "record": {"demo": "Demo", "run": "Run", "drive": "Drive", "capture": "Capture"},
+    "while it records": {
+        "status": "Status",
+        "start": "Start",
+        "stop": "Stop",
+        "intervene": "Intervene",
+        "resume": "Resume",
+    },
+    "look": {"info": "Info", "verify": "Verify", "recover": "Recover", "dump": "Dump"},
+    "ask": {"stats": "Stats", "report": "Report", "analyze": "Analyze", "compare": "Compare"},
+    "bring in, take out": {"import": "Import", "export": "Export"},
+    "set up": {"doctor": "Doctor", "preload-path": "PreloadPath"},
 }
+#: subcommand -> the class in moetrace/commands/SUBCOMMAND.py (import_.py)
+COMMANDS = {name: kind for group in GROUPS.values() for name, kind in group.items()}
+
+_EXAMPLES = """\
+moetrace doctor -- llama-server                              will it work?
+moetrace run -o t.moet -- llama-server -m model.gguf         serve as ever, and record
+moetrace capture -m model.gguf -f prompts.jsonl -o t.moet    or without a server
+moetrace report t.moet                                       a page to look at, figures, tables
+moetrace stats 'fleet/*.moet' --only specialists             one question, of many traces"""
 
 
 def load(name: str) -> Command:
@@ -91,9 +93,18 @@ def _refuse(name: str, extra: list[str], parser: argparse.ArgumentParser, passth
 
 def make_parser(name: str | None = None) -> argparse.ArgumentParser:
     """Make the parser; only the subcommand ``name`` is filled in (None: all; "": none)."""
-    parser = _Parser(prog="moetrace", description=moetrace.__doc__, allow_abbrev=False)
+    parser = _Parser(
+        prog="moetrace",
+        usage="moetrace COMMAND ...",
+        description=(moetrace.__doc__ or "").split("\n")[0],
+        epilog=None if name else _overview(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"moetrace {moetrace.__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, help=argparse.SUPPRESS, prog="moetrace"
+    )
     for each in COMMANDS:
         if name is None or each == name:
             command = load(each)
@@ -101,8 +112,20 @@ def make_parser(name: str | None = None) -> argparse.ArgumentParser:
             command.prepare_parser(sub)
             sub.set_defaults(run=command.run, passthrough=command.passthrough, parser=sub)
         else:
-            subparsers.add_parser(each, help=None if name else summary(each))
+            subparsers.add_parser(each)
     return parser
+
+
+def _overview() -> str:
+    """All subcommands, by what one does with them, and examples."""
+    width = min(100, shutil.get_terminal_size().columns) - 2
+    lines = []
+    for title, names in GROUPS.items():
+        lines.append(f"{title}:")
+        for each in names:
+            first, *others = textwrap.wrap(summary(each), max(20, width - 16))
+            lines += [f"  {each:<14}{first}", *(f"{'':16}{line}" for line in others)]
+    return "\n".join([*lines, "", "examples:", textwrap.indent(_EXAMPLES, "  ")])
 
 
 def summary(name: str) -> str:
