@@ -8,7 +8,7 @@ however few tokens there are; from 5 tokens nothing can be concluded, and nothin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -209,6 +209,26 @@ def _information(table: npt.ArrayLike) -> float:
 
 
 @dataclass
+class _Sides:
+    """Uses of the experts of two layers, each looked at once; ``code`` is which word each row has, if that is known."""
+
+    pair: _Pair
+    code: Ints | None
+    found: dict[tuple[str, int], tuple[Floats, Floats, Floats]] = field(default_factory=dict)
+
+    def uses(self, side: str, expert: int) -> tuple[Floats, Floats, Floats]:
+        """Where an expert is used, (n,) 0 or 1; how often by request, and by word."""
+        if (side, expert) not in self.found:
+            use = (getattr(self.pair, side) == expert).any(axis=1).astype(np.float64)
+            of: Floats = np.add.reduceat(use, self.pair.starts[:-1], dtype=np.float64)
+            words: Floats = (
+                np.empty(0) if self.code is None else np.bincount(self.code, weights=use).astype(np.float64)
+            )
+            self.found[side, expert] = use, of, words
+        return self.found[side, expert]
+
+
+@dataclass
 class _Edges:
     text: RoutedText
     pairs: list[_Pair]
@@ -304,9 +324,13 @@ class _Edges:
         ]
         flat.sort(key=lambda edge: -edge[0])
         sure = sum(self.p_family[i][a, b] <= alpha for _, i, a, b in flat)
-        # which word each row has, the same for all edges of two layers
-        words = [self._words(pair) for pair in self.pairs]
-        rows = [self._edge(i, a, b, words[i]) for _, i, a, b in flat[: max(max_edges, int(sure))]]
+        chosen = flat[: max(max_edges, int(sure))]
+        rows: list[tuple[object, ...]] = [()] * len(chosen)
+        for i, pair in enumerate(self.pairs):
+            sides = _Sides(pair, self._words(pair))
+            for at, (_, of, a, b) in enumerate(chosen):
+                if of == i:
+                    rows[at] = self._edge(i, a, b, sides)
         return pd.DataFrame(rows, columns=columns)
 
     def _words(self, pair: _Pair) -> Ints | None:
@@ -314,19 +338,16 @@ class _Edges:
         known = tokens.size and (tokens >= 0).all()
         return np.unique(tokens, return_inverse=True)[1] if known else None
 
-    def _edge(self, i: int, a: int, b: int, code: Ints | None) -> tuple[object, ...]:
+    def _edge(self, i: int, a: int, b: int, sides: _Sides) -> tuple[object, ...]:
         pair, n = self.pairs[i], self.pairs[i].rows.size
-        use_a, use_b = ((x == e).any(axis=1).astype(np.float64) for x, e in ((pair.in_a, a), (pair.in_b, b)))
+        (use_a, of_a, a_x), (use_b, of_b, b_x) = sides.uses("in_a", a), sides.uses("in_b", b)
         begin, sizes = pair.starts[:-1], np.diff(pair.starts)
-        together, of_a, of_b = (
-            np.add.reduceat(x, begin, dtype=np.float64) for x in (use_a * use_b, use_a, use_b)
-        )
+        together = np.add.reduceat(use_a * use_b, begin, dtype=np.float64)
         seen, expected = self.joint[i][a, b], pair.expected[a, b]
         within = nulls.ratio_interval(together[:, None], (of_a * of_b / sizes)[:, None])
         given = float("nan")
-        if code is not None:
-            of_x, a_x, b_x = (np.bincount(code, weights=w) for w in (np.ones(n), use_a, use_b))
-            words = float((a_x * b_x / of_x).sum())
+        if sides.code is not None:
+            words = float((a_x * b_x / np.bincount(sides.code)).sum())
             given = seen / words if words > 0 else float("nan")
         return (
             int(self.text.layers[pair.a]),

@@ -21,6 +21,7 @@ from moetrace.errors import MoetraceError, UsageError
 from moetrace.model.file import ModelFile
 from moetrace.model.identity import refuse_other_model
 from moetrace.trace import naming
+from moetrace.trace.fleet import Traces
 from moetrace.trace.importers.counts import CountTable
 from moetrace.trace.loss import Loss
 from moetrace.trace.trace import Trace
@@ -43,7 +44,7 @@ class Subject:
         One, or several of one model, which are put in the order of their recording; or a single count table, of
         which :attr:`table` then tells and :attr:`traces` is empty.
     names
-        One per trace, for its requests without an id.
+        One per trace, for its requests without an id; by default those of :class:`~moetrace.trace.fleet.Traces`.
     phase
         Which rows to look at; None: decode where there are such rows, else prefill, else those of unknown
         phase. :attr:`phase` says which it is, :attr:`phase_note` why.
@@ -73,6 +74,8 @@ class Subject:
         layers: Sequence[int] | None = None,
         progress: Callable[[str], None] = lambda what: None,
     ) -> None:
+        if names is None and isinstance(traces, Traces):
+            names = traces.names
         traces = [traces] if isinstance(traces, Trace | CountTable) else traces
         tables = [given for given in traces if isinstance(given, CountTable)]
         if tables and len(traces) > 1:

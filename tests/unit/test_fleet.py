@@ -76,7 +76,7 @@ def test_they_are_found_and_named(fleet: Path, where: str) -> None:
         pd.testing.assert_frame_equal(requests.loc["tuesday/a"], one_by_one[2].requests, check_names=False)
         assert [len(found[:3]), found[:3].names[-1]] == [3, "tuesday/a"]
         # a request without an id is called after its server
-        counts = Subject(found, names=found.names).counts
+        counts = Subject(found).counts
         assert {name.rsplit("#")[0] for name in counts.prompts} == set(found.names)
         together = from_trace(*one_by_one, names=found.names).counts
         np.testing.assert_array_equal(counts.included, together.included)

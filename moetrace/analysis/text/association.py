@@ -86,6 +86,7 @@ class _Layer:
         of_expert = usage(self._ids[rows], text.owner[rows], text.n_requests, text.n_expert)
         self._of_expert = of_expert.astype(np.float64)
         self._of_kind: dict[int, tuple[Ints, Floats]] = {}
+        self._found: dict[int, tuple[float, float, Floats]] = {}
 
     def _by_prompt(self, rows: Ints) -> Floats:
         return np.bincount(self._text.owner[rows], minlength=self._text.n_requests).astype(np.float64)
@@ -100,15 +101,8 @@ class _Layer:
 
     def row(self, kind: int, expert: int, name: str) -> tuple[object, ...]:
         """What the table says of a kind and an expert, but for the test."""
-        rows, here = self._kind(kind)
-        met = self._by_prompt(rows[(self._ids[rows] == expert).any(axis=1)])
-        sums = [met, self._of_expert[:, expert], here, self._total]
-        both, of_expert, of_kind, total = (s.sum() for s in sums)
-        rest = [s.sum() - s for s in sums]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            lift = both * total / (of_expert * of_kind)
-            without = np.nan_to_num(rest[0] * rest[3] / (rest[1] * rest[2]), nan=0.0, posinf=0.0)
-        interval = nulls.jackknife(lift, without[sums[3] > 0])
+        of_kind, total, each = self._experts(kind)
+        both, of_expert, lift, low, high, prompts = each[:, expert].tolist()
         return (
             int(self._text.layers[self._layer]),
             expert,
@@ -119,10 +113,28 @@ class _Layer:
             both / of_expert,
             of_kind / total,
             lift,
-            float(np.maximum(interval.low, 0.0)),
-            float(interval.high),
-            int((sums[0] > 0).sum()),
+            low,
+            high,
+            int(prompts),
         )
+
+    def _experts(self, kind: int) -> tuple[float, float, Floats]:
+        """Tokens of a kind, all tokens; for each expert (6, E): tokens of both, of it, lift, low, high, prompts."""
+        if kind not in self._found:
+            rows, here = self._kind(kind)
+            text = self._text
+            met = usage(self._ids[rows], text.owner[rows], text.n_requests, text.n_expert).astype(np.float64)
+            sums = [met, self._of_expert, here[:, None], self._total[:, None]]
+            both, of_expert, of_kind, total = (s.sum(axis=0) for s in sums)
+            rest = [s.sum(axis=0) - s for s in sums]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                lift = both * total / (of_expert * of_kind)
+                without = np.nan_to_num(rest[0] * rest[3] / (rest[1] * rest[2]), nan=0.0, posinf=0.0)
+            interval = nulls.jackknife(lift, without[self._total > 0])
+            prompts = (met > 0).sum(axis=0)
+            each = [both, of_expert, lift, np.maximum(interval.low, 0.0), interval.high, prompts]
+            self._found[kind] = float(of_kind[0]), float(total[0]), np.stack(each)
+        return self._found[kind]
 
 
 def associate(
