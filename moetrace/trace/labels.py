@@ -7,6 +7,8 @@ them, no request gets the label, and that is counted.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -135,15 +137,24 @@ def append_labels(trace: Path, labels: Iterable[Mapping[str, Any]]) -> None:
     Raises
     ------
     MoetraceError
-        If the disk is full or fails.
+        If the disk is full or fails: then none of these lines is in the file.
     """
     path = trace / LABELS_NAME
-    text = "".join(json.dumps(sealed(label)) + "\n" for label in labels)
+    text = "".join(json.dumps(sealed(label)) + "\n" for label in labels).encode("ascii")
     try:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         fd = os.open(path, flags, 0o644)
         try:
-            write_all(fd, text.encode("ascii"))
+            with contextlib.suppress(OSError):  # some file systems know no locks
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            size = os.fstat(fd).st_size
+            torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"  # whoever wrote last was cut off
+            try:
+                write_all(fd, b"\n" + text if torn else text)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(fd, size)  # half a line would spoil the next one
+                raise
         finally:
             os.close(fd)
     except OSError as e:

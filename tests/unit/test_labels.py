@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -573,3 +576,40 @@ def test_in_many_worlds_no_label_is_anothers():
         assert not found.unsure & found.said.keys()
     assert sure > 500
     assert doubtful > 100
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
+    """The limit on a file's size stands in for the disk's: what was there stays, what comes after is whole."""
+    append_labels(tmp_path, [{"request": 0, "id": "a", "label": "x"}])
+    before = (tmp_path / "labels.jsonl").read_bytes()
+    code = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from moetrace.errors import DiskError\n"
+        "from moetrace.trace.labels import append_labels\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 30}, resource.RLIM_INFINITY))\n"
+        "try:\n"
+        "    append_labels(Path(sys.argv[1]), [{'request': 1, 'id': 'b', 'label': 'y' * 100}])\n"
+        "except DiskError as e:\n"
+        "    print(e.what)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert "cannot write" in run.stdout
+    assert (tmp_path / "labels.jsonl").read_bytes() == before
+    append_labels(tmp_path, [{"request": 2, "id": "c", "label": "z"}])
+    lines, damage = read_labels(tmp_path)
+    assert [line.request for line in lines] == [0, 2]
+    assert damage == []
+
+
+def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
+    append_labels(tmp_path, [{"request": 0, "id": "a", "label": "x"}])
+    with (tmp_path / "labels.jsonl").open("ab") as f:
+        f.write(b'{"request": 1, "id": "b", "la')
+    append_labels(tmp_path, [{"request": 2, "id": "c", "label": "z"}])
+    lines, damage = read_labels(tmp_path)
+    assert [line.request for line in lines] == [0, 2]
+    assert len(damage) == 1
