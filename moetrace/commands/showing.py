@@ -125,6 +125,7 @@ def show(findings: Iterable[Finding], args: argparse.Namespace) -> int:
                     print(f"Wrote {path}", file=sys.stderr)
 
     for piece in rendered(written(), args.format, max_rows=args.max_rows or None):
-        sys.stdout.write(piece)
+        raw = args.format in ("csv", "json") and sys.stdout.isatty()  # names that others chose, as they are
+        sys.stdout.write(printable(piece, keep="\n") if raw else piece)
         sys.stdout.flush()
     return 0 if answered and not failed else 1

@@ -50,7 +50,7 @@ def _text(finding: Finding, form: str, max_rows: int | None, width: int) -> str:
     out = io.StringIO()
     out.write(f"## {finding.title}\n\n" if form == "md" else f"{finding.title}\n{'─' * len(finding.title)}\n")
     if finding.not_answered is not None:
-        out.write(f"Not answered: {finding.not_answered}\n\n")
+        out.write(f"Not answered: {printable(finding.not_answered, keep=chr(10))}\n\n")
         return out.getvalue()
     for text in (*finding.sentences, *filter(None, [finding.phase_note]), *finding.caveats):
         out.write(f"- {printable(text)}\n" if form == "md" else _bullet(text, width))
@@ -70,7 +70,7 @@ def table_text(table: pd.DataFrame, style: str = "simple", max_rows: int | None 
     numeric = [pd.api.types.is_numeric_dtype(dtype) for dtype in table.dtypes]
     text = tabulate(
         rows,
-        headers=[str(c) for c in table.columns],
+        headers=[printable(str(c)) for c in table.columns],
         tablefmt=style,
         disable_numparse=True,
         colalign=["right" if n else "left" for n in numeric] if rows else None,

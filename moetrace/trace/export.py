@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
 from moetrace.errors import UsageError
+from moetrace.printable import printable
 from moetrace.trace.longform import LongForm, import_arrow
 from moetrace.trace.storage import disk_error
 
@@ -50,11 +52,20 @@ def export(rows: LongForm, output: str | os.PathLike[str], format: str) -> None:
     if str(output) == "-":
         if format in ("npz", "parquet"):
             raise UsageError(f"{format} cannot be written to stdout", fix="give a file with -o")
-        write(rows, sys.stdout.buffer)
-        sys.stdout.buffer.flush()
+        terminal = sys.stdout.isatty() and format in ("csv", "jsonl")
+        write(rows, _Terminal() if terminal else sys.stdout.buffer)
+        sys.stdout.flush()
         return
     with _replacing(Path(output)) as f:
         write(rows, f)
+
+
+class _Terminal(io.BytesIO):
+    """A terminal, which labels that others chose must not steer."""
+
+    def write(self, data: Any) -> int:
+        sys.stdout.write(printable(bytes(data).decode("utf-8", "replace"), keep="\n"))
+        return len(data)
 
 
 @contextlib.contextmanager

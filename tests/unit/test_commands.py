@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from traces import small_trace
+from traces import labelled_trace, small_trace
 
 import moetrace
 from moetrace.__main__ import COMMANDS, load, main, split
@@ -329,3 +330,30 @@ def test_what_was_most_likely_meant_is_said(typed: list[str], fix: str, capsys: 
     error = capsys.readouterr().err
     assert fix in error
     assert ("did you mean" in error) == ("did you mean" in fix)
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "stats"])
+def test_labels_of_others_do_not_steer_a_terminal(tmp_path: Path, form: str) -> None:
+    """On a terminal control characters are shown as what they are; a pipe gets every byte."""
+    hostile = "a\x1b]0;owned\x07"
+    path = labelled_trace(tmp_path / "t.moet", (hostile, "b"), n_prompts=3)
+    command = (
+        ["stats", "--only", "overview", "--format", "csv"]
+        if form == "stats"
+        else ["export", "--format", form]
+    )
+    typed = [sys.executable, "-m", "moetrace", command[0], str(path), *command[1:]]
+    ours, theirs = os.openpty()
+    with subprocess.Popen(typed, stdout=theirs, stderr=subprocess.DEVNULL) as run:
+        os.close(theirs)
+        seen = b""
+        with contextlib.suppress(OSError):  # the other end is gone
+            while part := os.read(ours, 1 << 16):
+                seen += part
+    os.close(ours)
+    assert run.returncode == 0
+    assert b"owned" in seen
+    assert b"\x1b" not in seen
+    assert b"\x07" not in seen
+    piped = subprocess.run(typed, capture_output=True, check=True).stdout
+    assert hostile.encode() in piped or b"u001b" in piped
