@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -165,6 +165,10 @@ class Selection(Selectable):
         """:attr:`Trace.consumers` of the selected layers."""
         every = self._trace.consumers
         return [every[i] for i in np.arange(len(every))[self._layer_index].tolist()]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, a selection is its trace, opened again, and numbers of rows and layers."""
+        return Selection, (self._trace, self._rows, self._layer_index)
 
     def __repr__(self) -> str:
         return f"<Selection of {self._trace.path}: {len(self):,} tokens × {len(self.layers)} layers>"

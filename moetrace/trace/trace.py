@@ -481,6 +481,11 @@ class Trace(Selectable):
         """Let go of the files. Views that are still held keep their own maps."""
         self.store.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, a trace is where it lies and what of it is shown: it is opened again, wherever that is."""
+        context, model = (self.shown[0], None) if len(self.shown) == 1 else self._asked
+        return open_trace, (str(self.path.absolute()), context, model)
+
     def __enter__(self) -> Trace:
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -389,3 +390,16 @@ def test_an_empty_context(tmp_path: Path) -> None:
     assert trace.store_context.facts["name"] == context_of(layout)["name"]
     assert set(REQUEST_TABLE) == set(trace.store.requests)
     assert set(layout.event_columns) == set(trace.store_context.events)
+
+
+def test_pickled_it_is_opened_again(tmp_path: Path) -> None:
+    """For other processes: by its path, never by its columns."""
+    with moetrace.open(GOLDEN / "two-contexts", context=0) as trace:
+        chosen = trace.sel(label="code", layer=[1, 3])
+        for each in (trace, chosen):
+            packed = pickle.dumps(each)
+            assert len(packed) < 2000
+            again = pickle.loads(packed)
+            np.testing.assert_array_equal(again.experts, each.experts)
+            np.testing.assert_array_equal(again.serial, each.serial)
+            pd.testing.assert_frame_equal(again.requests, each.requests)

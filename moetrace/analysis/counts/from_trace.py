@@ -144,6 +144,10 @@ class Chosen:
     labelled: bool = False
     only: frozenset[str] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled without what was found out meanwhile."""
+        return Chosen, (self.trace, self.name, self.phase, self.labelled, self.only)
+
     @cached_property
     def keep(self) -> npt.NDArray[np.bool_]:
         """(N,) the rows."""
