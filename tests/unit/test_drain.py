@@ -363,7 +363,8 @@ def test_contexts_that_end_are_closed_at_once(tmp_path: Path, told: Told) -> Non
         until(lambda n=i: len(drain.contexts) > n and drain.contexts[n].ended)  # type: ignore[misc]
         assert not host.ring.exists()
         n_files = n_files or files()
-        until(lambda: files() <= n_files)  # the drain may have one open this very moment
+        # the drain may have one open this very moment
+        until(lambda most=n_files: files() <= most)  # type: ignore[misc]
     drain.stop()
     trace.close()
     assert verify(trace.path).findings == ()
