@@ -13,7 +13,14 @@ from moetrace.commands.options import add_option, paint
 from moetrace.commands.placement import add_placement, placement
 from moetrace.commands.progress import of_questions, progress_line
 from moetrace.commands.selecting import add_choice
-from moetrace.commands.showing import RECORDINGS, add_keeping, add_leaving_out, opened, subject_of
+from moetrace.commands.showing import (
+    RECORDINGS,
+    add_keeping,
+    add_leaving_out,
+    add_units,
+    opened,
+    subject_of,
+)
 from moetrace.errors import InputError
 from moetrace.findings import Finding, ask_each
 from moetrace.report.files import Written, read_finding
@@ -47,6 +54,7 @@ class Report:
         add_option(
             parser, "--layers", metavar="LIST", help="layers to look at, for example 0-5,23; default: all"
         )
+        add_units(parser)
         add_option(
             parser,
             "--findings",

@@ -30,11 +30,31 @@ def add_showing(parser: argparse.ArgumentParser) -> None:
     add_option(
         parser, "-s", "--seed", type=int, default=0, metavar="N", help="of permutations and bootstraps"
     )
+    add_units(parser)
     add_option(parser, "--format", choices=FORMATS, default="table", help="of what is printed")
     add_option(
         parser, "--max-rows", type=int, default=20, metavar="N", help="rows of a printed table; 0: all"
     )
     add_option(parser, "-o", "--output", metavar="DIR", help="write JSON, CSV and figures there")
+
+
+def add_units(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which prompts are one observation, and which can be exchanged."""
+    add_option(
+        parser,
+        "--group-key",
+        metavar="KEY",
+        help="prompts whose lines in the prompts file have the same KEY are one observation; id: each by itself;"
+        " default: those of one group, and those whose texts begin alike",
+    )
+    add_option(
+        parser,
+        "--strata",
+        default="auto",
+        metavar="KEY",
+        help="tests exchange prompts with the same KEY only; length: those about as long; none: all; auto: length where"
+        " domains' prompts differ in it",
+    )
 
 
 def add_keeping(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +123,8 @@ def subject_of(
         model_options=model_options,
         seed=args.seed,
         layers=numbers(args.layers, "--layers") if args.layers else None,
+        group_key=args.group_key,
+        strata=args.strata,
         progress=progress,
     )
 

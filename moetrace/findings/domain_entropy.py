@@ -72,6 +72,8 @@ class DomainEntropy(Question):
             "test": tested,
             "as_published_entropy": _published(subject.activations),
         }
+        if test.testable:
+            caveats += subject.exchanged
         return self.finding(
             subject, sentences, tables, [*caveats, *subject.together], concludes=test.testable
         )

@@ -20,7 +20,8 @@ class DomainSeparation(Question):
 
     Effect: Jensen-Shannon divergence of the domains' distributions in bits, and Cramér's V, both freed of what
     prompts add by the jackknife over prompts, with 95 % intervals. Null: whole prompts are exchanged between
-    domains (jsd_null_mean and jsd_null_q95 are what prompts alone produce). q_value is Benjamini-Hochberg over
+    domains (jsd_null_mean and jsd_null_q95 are what prompts alone produce); tested is Welch's distance of means, which
+    neither long prompts nor unequal scatter mislead. q_value is Benjamini-Hochberg over
     layers, p_family max-T over layers. With one prompt per domain there is no such test: domain and prompt are
     the same thing then. As published: the notebook's parts 4 and 6, chi-square over single picks, per layer and
     component, which rejects almost always, domains or not (docs/statistics.md).
@@ -31,7 +32,7 @@ class DomainSeparation(Question):
     place: ClassVar[int] = 20
     widgets: ClassVar[tuple[Widget, ...]] = (Widget("separation", "domain_test", replaces=("by_layer",)),)
 
-    statistic: str = parameter("jsd", "what is tested", choices=["jsd", "pseudo_f", "entropy"])
+    statistic: str = parameter("welch", "what is tested", choices=["welch", "jsd", "pseudo_f", "entropy"])
     permutations: int = parameter(999, "arrangements of prompts to draw")
     alpha: float = parameter(0.05, "false discoveries to allow")
 
@@ -44,8 +45,9 @@ class DomainSeparation(Question):
         if found.testable:
             caveats.append(
                 f"Tested with {found.n_prompts:,} {units} of {found.n_domains} domains; {units} are taken to be"
-                " exchangeable if domain does not matter, so they should be alike in length and kind."
+                " exchangeable if domain does not matter, so they should be alike in kind."
             )
+            caveats += [*subject.exchanged, *scattered(found, self.alpha)]
             caveats.append(
                 "The test asks whether labels matter at all, the interval how far apart domains of such prompts are:"
                 " a few unusual prompts widen the interval, so it may reach 0 where the test rejects."
@@ -123,6 +125,18 @@ def sentences(found: DomainTest, alpha: float) -> list[str]:
         if n > 1:
             out.append(f"Most domain-specific layers, in order: {', '.join(f'{x:.0f}' for x in order)}.")
     return out
+
+
+def scattered(found: DomainTest, alpha: float) -> list[str]:
+    """Whether prompts of some domains scatter more than others'."""
+    table = found.table
+    wider = table[table["dispersion_q"] <= alpha]
+    if not len(wider):
+        return []
+    return [
+        f"Prompts of some domains scatter more than those of others {of_layers(wider['layer'], len(table))} (PERMDISP):"
+        " Welch's statistic allows for that, the others, and tests of single experts, do not."
+    ]
 
 
 def old_sentence(layers: pd.DataFrame) -> list[str]:

@@ -340,7 +340,7 @@ class Question(ABC):
             self.name,
             self.title,
             tuple(sentences),
-            tuple(caveats),
+            (*caveats, *(subject.copies if of_phase else ())),
             dict(tables),
             self.parameters,
             concludes=concludes and bool(sentences),

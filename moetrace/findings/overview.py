@@ -21,7 +21,8 @@ class Overview(Question):
 
     Everything that the model computed is accounted for: an entry (token, layer) is present, not computed by
     llama.cpp (the last layer of tokens that need no output), lost, or not sealed yet. Positions that the prompt
-    cache served were not computed and stand beside this sum. As published: the notebook's part 2, which counts
+    cache served were not computed and stand beside this sum. ``independent`` counts a domain's prompts of the phase
+    looked at, copies of a text and turns of a conversation once. As published: the notebook's part 2, which counts
     each router decision once per expert matrix.
     """
 
@@ -35,7 +36,7 @@ class Overview(Question):
             return self._of_table(subject)
         if not subject.traces:
             raise UsageError("there is no trace to look at", fix="give at least one")
-        subject.routing  # noqa: B018  # raises by itself
+        routing = subject.routing
         loss, phases, domains, layers = subject.loss, subject.phases, subject.domains, subject.entries
         completeness = pd.DataFrame(
             [
@@ -93,6 +94,8 @@ class Overview(Question):
                     else "."
                 )
             )
+        independent = pd.Series(list(routing.domains), dtype=object).value_counts()
+        domains = domains.assign(independent=domains["domain"].map(independent).fillna(0).astype("int64"))
         tables = {"completeness": completeness, "phases": phases, "domains": domains, "layers": layers}
         try:
             tables |= published_overview(subject.activations)

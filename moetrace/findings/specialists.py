@@ -10,6 +10,7 @@ import pandas as pd
 from moetrace.analysis.domains import domain
 from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
+from moetrace.findings.domain_separation import scattered
 from moetrace.findings.finding import Figure, Finding, Method, Question, Widget, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, listed, span
@@ -20,10 +21,11 @@ class Specialists(Question):
     """Which experts prefer a domain, by how much, and which serve all domains alike?
 
     Lift: a domain's share of picks for the expert over the mean of that share over domains. Interval: each
-    domain's prompts redrawn (cluster bootstrap). A specialist's share differs more than prompts exchanged between
-    domains make any expert's of the layer differ (max-T over experts and domains); a generalist's intervals lie
-    within 1/margin to margin in every domain; about the others the data do not say. As published: the notebook's
-    part 5, quartiles of the coefficient of variation, which names about a quarter of the experts either way.
+    domain's prompts redrawn (cluster bootstrap). A specialist's share, the mean of its prompts', lies further from
+    other domains', in standard errors, than any expert's of any layer does when prompts are exchanged between domains
+    (max-T over layers, experts and domains); a generalist's intervals lie within 1/margin to margin in every domain;
+    about the others the data do not say. As published: the notebook's part 5, quartiles of the coefficient of
+    variation, which names about a quarter of the experts either way.
     """
 
     name: ClassVar[str] = "specialists"
@@ -34,14 +36,14 @@ class Specialists(Question):
             "specialist",
             "Specialist, generalist, undecided",
             r"specialists?|generalists?|undecided",
-            "A specialist's lift is larger than chance allows (p ≤ 0.05 over all experts and domains of its layer). A"
+            "A specialist's lift is larger than chance allows (p ≤ 0.05 over all experts and domains of all layers). A"
             " generalist's intervals all lie within 1/1.5 and 1.5. About the others the data cannot say; a quartile cut"
             " would have named a quarter of them either way.",
         ),
     )
     widgets: ClassVar[tuple[Widget, ...]] = (Widget("forest", "domain_lift"),)
 
-    alpha: float = parameter(0.05, "chance of any false specialist in a layer")
+    alpha: float = parameter(0.05, "chance of any false specialist")
     margin: float = parameter(1.5, "lift that still counts as alike")
     permutations: int = parameter(999, "arrangements of prompts to draw")
     resamples: int = parameter(2000, "bootstrap samples")
@@ -60,6 +62,7 @@ class Specialists(Question):
             n_expert=subject.n_expert,
             n_boot=self.resamples,
             n_permutations=self.permutations,
+            strata=subject.strata,
             seed=subject.seed,
         )
         kinds = domain.specialists(lift, alpha=self.alpha, margin=self.margin)
@@ -75,7 +78,7 @@ class Specialists(Question):
             .value_counts()
             .reindex(["specialist", "generalist", "undecided", "unused"], fill_value=0)
         )
-        test = subject.domain_test(n_permutations=1)
+        test = subject.domain_test(statistic="entropy", n_permutations=min(self.permutations, 199))
         if not test.testable:
             out = [
                 f"Which experts are specialists {test.verdict}.",
@@ -101,6 +104,8 @@ class Specialists(Question):
             "The strongest is the one whose interval begins highest. Words can be the reason why a domain prefers an"
             " expert (matched-separation). Intervals cover slightly less than 95 % (docs/statistics.md).",
         ]
+        if test.testable:
+            caveats += [*subject.exchanged, *scattered(test, self.alpha)]
         return self.finding(subject, out, tables, [*caveats, *subject.together], concludes=test.testable)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:

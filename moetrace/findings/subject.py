@@ -16,8 +16,11 @@ import pandas as pd
 from moetrace.analysis import DomainTest, Routing, RoutingCounts, domain_test, from_trace
 from moetrace.analysis.counts import overview
 from moetrace.analysis.counts.from_trace import LABEL_THEM, NO_DOMAIN, PHASES, Phase
+from moetrace.analysis.domains.lengths import WIDTH, LengthClasses, length_classes
 from moetrace.analysis.published.notebook import Activations, activations
+from moetrace.analysis.statistics.nulls import ONE_ARRANGEMENT
 from moetrace.errors import MoetraceError, UsageError
+from moetrace.findings.wording import listed, number
 from moetrace.model.file import ModelFile
 from moetrace.model.identity import refuse_other_model
 from moetrace.trace import naming
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 NO_PROMPTS = "cannot be tested: counts do not tell the prompts of a domain apart"
+OF_LENGTH = (
+    "cannot be told from the length of their prompts: no two of different domains are as long as each other"
+)
 
 # Decode rows first: what was generated. A recording by others may not know its phases.
 _PHASES: tuple[Phase, ...] = ("decode", "prefill", "unknown")
@@ -56,6 +62,11 @@ class Subject:
         Of permutations and bootstraps: the same seed gives the same numbers.
     layers
         Numbers of the layers to look at; all if not given.
+    strata
+        Among which prompts tests exchange domains: "auto", those as long as each other if domains differ in length;
+        "length", those in any case; "none", all; else those of which clients said the same under this key.
+    group_key
+        What tells which prompts are one observation, as :func:`~moetrace.analysis.from_trace` takes it.
     progress
         Told what is being done, while traces are counted, or the model is run many times.
 
@@ -72,6 +83,8 @@ class Subject:
         model_options: Mapping[str, Any] | None = None,
         seed: int = 0,
         layers: Sequence[int] | None = None,
+        group_key: str | None = None,
+        strata: str = "auto",
         progress: Callable[[str], None] = lambda what: None,
     ) -> None:
         if names is None and isinstance(traces, Traces):
@@ -94,6 +107,8 @@ class Subject:
                 self.model = file.parts[0]  # the part that llama.cpp loads a model by
         self.model_options = dict(model_options or {})
         self.seed = seed
+        self.group_key = group_key
+        self._strata = strata
         self.progress = progress
         self._names = None if names is None else [names[i] for i in order]
         self._phase = phase
@@ -181,6 +196,8 @@ class Subject:
             None if self.layers is None else list(self.layers),
             self.seed,
             list(self._names or ()),
+            self.group_key,
+            self._strata,
         ]
 
     def prepare(self) -> None:
@@ -223,6 +240,30 @@ class Subject:
     def prompt_counts(self) -> RoutingCounts:
         """The same prompt by prompt, with neighbours: of all, or of some (:attr:`drawn`); of a table without."""
         return self.counts if self.table is not None else self.routing.prompt_counts
+
+    @property
+    def copies(self) -> list[str]:
+        """If some prompts are no independent observations: a sentence that says so."""
+        if self.table is not None or "routing" not in self.__dict__:
+            return []
+        n, independent = self.routing.n_prompts, len(self.routing.prompts)
+        n_continued = self.routing.n_continued
+        unsure = (
+            f"{number(n_continued, 'request')} went on from a text of the server's prompt cache of which the recording"
+            " does not say whose it was: they may be of one conversation with others (--group-key tells;"
+            " llama-server's --cache-ram 0 keeps texts in their slots)."
+        )
+        told = [unsure] if n_continued else []
+        if n == independent:
+            return told
+        why = "the others repeat one of their domain, begin with it, share half of it or more, or are of its `group`"
+        if self.group_key is not None:
+            why = f"those with the same `{self.group_key}` are one"
+        return [
+            f"{n:,} prompts are {number(independent, 'independent text')}: {why}. Tests exchange, and intervals leave"
+            " out, independent texts.",
+            *told,
+        ]
 
     @property
     def together(self) -> list[str]:
@@ -278,13 +319,72 @@ class Subject:
         counts = self.counts
         return self.routing.n_expert if self.table is None else np.full(counts.layers.size, counts.n_expert)
 
+    @cached_property
+    def lengths(self) -> LengthClasses | None:
+        """Classes of length of the labelled prompts, if it is among those that tests exchange them."""
+        if self.table is not None or self._strata not in ("auto", "length"):
+            return None
+        counts = self.labelled
+        tokens = counts.tokens.max(axis=1) / counts.n_prompts
+        return length_classes(tokens, counts.labels, always=self._strata == "length")
+
+    @cached_property
+    def strata(self) -> npt.NDArray[Any] | None:
+        """(P,) of the labelled prompts, among which of them tests exchange domains; None: among all."""
+        if self.lengths is not None:
+            return self.lengths.codes
+        if self.table is not None or self._strata in ("auto", "length", "none"):
+            return None
+        said = self.routing.request_column(self._strata)
+        if not said:
+            raise UsageError(
+                f"no request has {self._strata!r}",
+                fix="give auto, length, none, or a key of the prompts file's lines",
+            )
+        if self.together:
+            raise UsageError(
+                "groups stand for prompts, which have no key of their own",
+                fix="leave out --strata, or take fewer traces",
+            )
+        return np.array([str(said.get(prompt, "")) for prompt in self.labelled.prompts.tolist()])
+
+    @property
+    def exchanged(self) -> list[str]:
+        """If tests exchange prompts only among some: sentences that say so."""
+        if self.strata is None:
+            return []
+        if self.lengths is None:
+            return [f"Prompts are exchanged among those with the same `{self._strata}`."]
+        medians = self.lengths.medians
+        short, long = min(medians, key=lambda d: medians[d]), max(medians, key=lambda d: medians[d])
+        out = [
+            f"Domains' prompts are not alike in length (half of {short}'s have at most {medians[short]:,.0f} tokens, of"
+            f" {long}'s {medians[long]:,.0f}): they are exchanged among those that are as long, within a factor of"
+            f" {WIDTH:g} (--strata none: among all)."
+        ]
+        if alone := self.lengths.alone:
+            out.append(
+                f"No prompt of {listed(alone)} is as long as one of another domain: what is tested is said of the"
+                " others only."
+            )
+        return out
+
     def domain_test(self, **options: Any) -> DomainTest:
-        """:func:`moetrace.analysis.domain_test` of the labelled prompts, with its options and this seed.
+        """:func:`moetrace.analysis.domain_test` of the labelled prompts, with its options, this seed and these strata.
 
         Of a table there is none: its domains stand where single prompts would.
         """
         counts = self.labelled
-        test = domain_test(counts.included, counts.labels, layers=counts.layers, seed=self.seed, **options)
+        test = domain_test(
+            counts.included,
+            counts.labels,
+            layers=counts.layers,
+            strata=self.strata,
+            seed=self.seed,
+            **options,
+        )
+        if self.lengths is not None and test.verdict == ONE_ARRANGEMENT:
+            return replace(test, verdict=OF_LENGTH)
         return test if self.table is None else replace(test, verdict=NO_PROMPTS)
 
     def in_phase(self, phase: Phase) -> Routing:
@@ -314,6 +414,7 @@ class Subject:
             *rows,
             phase=phase,
             names=self._names if len(traces) == len(self.traces) else None,
+            group_key=self.group_key,
             progress=lambda done, total: self.progress(f"counting: {done:,} of {total:,} tokens"),
         )
 

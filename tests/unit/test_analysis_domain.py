@@ -23,6 +23,7 @@ from moetrace.analysis import (
     expert_frequency,
     specialists,
 )
+from moetrace.analysis.domains import spread
 from moetrace.analysis.domains.domain import jensen_shannon_distances, pseudo_f
 from moetrace.analysis.statistics import information as info
 from moetrace.analysis.statistics import nulls
@@ -192,7 +193,7 @@ def test_order_of_prompts_and_names_of_domains_do_not_matter(seed: int) -> None:
     counts, labels = prompts(seed)
     mix = np.random.default_rng(seed).permutation(len(labels))
     renamed = np.array([{"d0": "z", "d1": "a", "d2": "m"}[d] for d in labels])
-    drop = ["p_value", "q_value", "p_family", "jsd_null_mean", "jsd_null_q95"]
+    drop = ["p_value", "q_value", "p_family", "dispersion_p", "dispersion_q", "jsd_null_mean", "jsd_null_q95"]
     tables = [
         domain_test(c, d, n_permutations=9).table.drop(columns=drop)
         for c, d in ((counts, labels), (counts[mix], labels[mix]), (counts, renamed))
@@ -206,7 +207,7 @@ def test_order_of_prompts_and_names_of_domains_do_not_matter(seed: int) -> None:
 def test_unused_experts_do_not_matter(seed: int) -> None:
     counts, labels = prompts(seed)
     wide = np.concatenate((counts, np.zeros((*counts.shape[:2], 7), dtype=int)), axis=2)
-    for statistic in ("jsd", "pseudo_f", "entropy"):
+    for statistic in ("welch", "jsd", "pseudo_f", "entropy"):
         few, many = (domain_test(c, labels, n_permutations=19, statistic=statistic) for c in (counts, wide))
         pd.testing.assert_frame_equal(few.table, many.table)
 
@@ -233,6 +234,44 @@ def test_pseudo_f_is_anderson_s() -> None:
     counts, _ = prompts(4)
     found = jensen_shannon_distances(counts[:, 0])
     assert found[2, 7] == pytest.approx(jensenshannon(counts[2, 0], counts[7, 0], base=2) ** 2)
+
+
+def test_two_experts_and_two_domains_are_tested_as_single_numbers_are() -> None:
+    """Shares of two experts are one number: Welch's t, Student's t, and Levene's test of its distances from means."""
+    from scipy.stats import levene, ttest_ind
+
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(20, 200, 16)
+    counts = np.stack((rng.binomial(tokens, rng.uniform(0.2, 0.6, 16)), tokens), axis=1)
+    counts[:, 1] -= counts[:, 0]
+    codes = np.repeat([0, 1], [6, 10])[None, :]
+    share = counts[:, 0] / tokens
+    a, b = share[:6], share[6:]
+    assert spread.welch(counts, codes, 2)[0] == pytest.approx(ttest_ind(a, b, equal_var=False).statistic ** 2)
+    found = spread.gaps(counts, codes, 2, slice(None))[0]
+    assert found[:, 0] == pytest.approx(np.array([1, -1]) * ttest_ind(a, b).statistic)
+    assert found[:, 1] == pytest.approx(-found[:, 0])
+    even = np.repeat([0, 1], 8)[None, :]
+    assert spread.dispersion(counts, even, 2)[0] == pytest.approx(
+        levene(share[:8], share[8:], center="mean").statistic
+    )
+
+
+def test_many_domains_are_compared_as_welch_s_analysis_of_variance_does() -> None:
+    """W* of single numbers is Welch's F (1951), computed here from its textbook formula."""
+    rng = np.random.default_rng(6)
+    sizes = np.array([4, 7, 9])
+    codes = np.repeat([0, 1, 2], sizes)
+    share = rng.uniform(0.1, 0.9, 20) ** (codes + 1)
+    counts = np.round(np.stack((share, 1 - share), axis=1) * 10**6).astype(int)
+    x = counts[:, 0] / counts.sum(axis=1)
+    mean, variance = (
+        np.array([f(x[codes == d]) for d in range(3)]) for f in (np.mean, lambda v: v.var(ddof=1))
+    )
+    w = sizes / variance
+    between = (w * (mean - (w * mean).sum() / w.sum()) ** 2).sum() / 2
+    expected = between / (1 + 2 * 1 / 8 * ((1 - w / w.sum()) ** 2 / (sizes - 1)).sum())
+    assert spread.welch(counts, codes[None, :], 3)[0] == pytest.approx(expected)
 
 
 def test_benjamini_hochberg_leaves_unknown_p_values_out() -> None:

@@ -119,7 +119,8 @@ def test_traces_of_one_name_keep_their_prompts_apart(tmp_path: Path) -> None:
         bare = [{k: v for k, v in line.items() if k != "id"} for line in lines]
         (path / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bare))
     with moetrace.open(paths[0]) as a, moetrace.open(paths[1]) as b:
-        assert Subject([a, b], names=["t", "t"]).counts.prompts.size == 12
+        assert Subject([a, b], names=["t", "t"], group_key="id").counts.prompts.size == 12
+        assert Subject([a, b], names=["t", "t"]).counts.prompts.size == 6  # they are copies
 
 
 # -- what they say ---------------------------------------------------------------------------------------

@@ -14,7 +14,10 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
 
+from moetrace.analysis.counts.clusters import text_clusters
 from moetrace.analysis.counts.columns import TokenColumns
 from moetrace.analysis.counts.counting import (
     MAX_LAG,
@@ -40,6 +43,8 @@ PHASES = {"prefill": 0, "decode": 1, "unknown": 2}
 
 NO_DOMAIN = "no request of the trace has a domain"
 LABEL_THEM = "label requests (moetrace drive --label-key domain)"
+#: what clients call requests that are no independent observations
+GROUP = "group"
 
 CHUNK = 1 << 13  # rows looked at together
 # What tables of prompts, of token ids, and texts may take of memory. Beyond it prompts are taken together or drawn,
@@ -76,8 +81,8 @@ class RoutedRows(Protocol):
     def row(self) -> npt.NDArray[np.uint32]: ...
     @property
     def requests(self) -> pd.DataFrame:
-        """One row per request, the index its number; ``label``, ``id``, ``n_shifts`` and ``n_undecided`` (then
-        ``n_prefill`` and ``n_decode`` too) where known.
+        """One row per request, the index its number; ``label``, ``id``, ``n_shifts``, ``n_undecided`` (then
+        ``n_prefill`` and ``n_decode`` too) and ``n_cached`` (then ``slot`` and ``first_serial`` too) where known.
         """
         ...
 
@@ -97,6 +102,7 @@ def from_trace(
     top1: Literal["weight", "router"] = "weight",
     max_lag: int = MAX_LAG,
     names: Sequence[str] | None = None,
+    group_key: str | None = None,
     progress: Progress | None = None,
 ) -> Routing:
     """The routing of one trace, or of several taken together.
@@ -112,12 +118,17 @@ def from_trace(
     names
         One name per trace, to tell their requests apart (default "0", "1", …; numbered where two are alike).
         Requests with the same ``id`` are one prompt, in whichever trace they are.
+    group_key
+        What clients said that tells which prompts are one observation: those that have the same. None: prompts of
+        one ``group``, and those whose texts begin alike (:func:`~moetrace.analysis.counts.clusters.text_clusters`),
+        each domain by itself. "id": every prompt stands for itself.
 
-    Raises UsageError if no row is of this phase.
+    Raises UsageError if no row is of this phase, or no request has the key.
     """
     if not traces:
         raise UsageError("there is no trace to analyse", fix="give at least one")
-    return Routing(traces, phase, top1, max_lag, tuple(names or map(str, range(len(traces)))), progress)
+    given = tuple(names or map(str, range(len(traces))))
+    return Routing(traces, phase, top1, max_lag, given, group_key, progress)
 
 
 @dataclass(frozen=True)
@@ -135,7 +146,10 @@ class Chosen:
     labelled
         Only rows of requests that have a domain.
     only
-        Only rows of these prompts; None: of all.
+        Only rows of these clusters; None: of all.
+    clusters
+        Of each request, by its number, what it is an observation of: the prompt that stands for all that are not
+        independent of it (:meth:`Routing.chosen`).
     """
 
     trace: RoutedRows
@@ -143,10 +157,11 @@ class Chosen:
     phase: Phase
     labelled: bool = False
     only: frozenset[str] | None = None
+    clusters: Sequence[str] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled without what was found out meanwhile."""
-        return Chosen, (self.trace, self.name, self.phase, self.labelled, self.only)
+        return Chosen, (self.trace, self.name, self.phase, self.labelled, self.only, self.clusters)
 
     @cached_property
     def keep(self) -> npt.NDArray[np.bool_]:
@@ -162,15 +177,24 @@ class Chosen:
         if self.labelled:
             keep &= np.array([*(bool(label) for label in self.labels), False])[request]
         if self.only is not None:
-            keep &= np.array([*(prompt in self.only for prompt in self.prompts), False])[request]
+            keep &= np.array([*(cluster in self.only for cluster in self.clusters), False])[request]
         return keep
 
     @cached_property
     def asked(self) -> dict[str, str]:
         """The prompts that have rows here, and their domains. Raises UsageError if one has two."""
+        return _domain_of((self.prompts[i], self.labels[i]) for i in self._numbers)
+
+    @property
+    def observed(self) -> dict[str, str]:
+        """The clusters that have rows here, and their domains."""
+        return {self.clusters[i]: self.labels[i] for i in self._numbers}
+
+    @cached_property
+    def _numbers(self) -> list[int]:
         request = np.asarray(self.trace.request)[self.keep]
-        numbers = np.flatnonzero(np.bincount(request, minlength=len(self.prompts))).tolist()
-        return _domain_of((self.prompts[i], self.labels[i]) for i in numbers)
+        numbers: list[int] = np.flatnonzero(np.bincount(request, minlength=len(self.prompts))).tolist()
+        return numbers
 
     @cached_property
     def prompts(self) -> list[str]:
@@ -213,7 +237,7 @@ class Chosen:
     @property
     def names(self) -> dict[str, Any]:
         """What counting takes beside :attr:`columns`."""
-        return {"prompts": self.prompts, "labels": self.labels, "n_expert_used": self.trace.n_expert_used}
+        return {"prompts": self.clusters, "labels": self.labels, "n_expert_used": self.trace.n_expert_used}
 
     def need(self, name: str) -> npt.NDArray[Any]:
         """A column that a trace may lack. Raises ChannelMissingError if it does."""
@@ -246,15 +270,15 @@ def _domain_of(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def by_prompt(chosen: Iterable[Chosen]) -> Iterator[tuple[Chosen, str, Ints]]:
-    """The rows of every request in reading order, and its prompt; prompts in order of their names."""
+    """The rows of every request in reading order, and its cluster; prompts in order of their names."""
     found = []
     for number, each in enumerate(chosen):
         order = each.order
         for i, request in enumerate(order.requests.tolist()):
             rows = order.rows[order.request_starts[i] : order.request_starts[i + 1]]
             found.append((each.prompts[request], number, request, each, rows))
-    for prompt, _, _, each, rows in sorted(found, key=lambda one: one[:3]):
-        yield each, prompt, rows
+    for _, _, request, each, rows in sorted(found, key=lambda one: one[:3]):
+        yield each, each.clusters[request], rows
 
 
 def present(
@@ -289,6 +313,11 @@ class Routing:
         Which rows.
     chosen
         They, trace by trace; of a trace with several contexts context by context, so that columns are views.
+    group_key
+        What told which prompts are one observation; None: ``group``, and their texts.
+    n_continued
+        How many requests go on from a text in the server's cache of which it is not known whose it was: they stand for
+        themselves, but need not be independent.
     """
 
     def __init__(
@@ -298,9 +327,11 @@ class Routing:
         top1: Literal["weight", "router"],
         max_lag: int,
         names: Sequence[str],
+        group_key: str | None,
         progress: Progress | None,
     ) -> None:
         self.phase = phase
+        self.group_key = group_key
         self._given, self._top1, self._max_lag = tuple(traces), top1, max_lag
         alike = len(set(names)) < len(names)
         given = [f"{name}.{i}" if alike else name for i, name in enumerate(names)]
@@ -309,9 +340,9 @@ class Routing:
         each = [
             (part, name) for t, name in zip(traces, given, strict=True) for part in getattr(t, "parts", (t,))
         ]
-        self.chosen = tuple(Chosen(part, name, phase) for part, name in each)
         self._progress = progress
-        if not any(chosen.keep.any() for chosen in self.chosen):
+        chosen = [Chosen(part, name, phase) for part, name in each]
+        if not any(one.keep.any() for one in chosen):
             there = sorted(
                 {name for part, _ in each for name, code in PHASES.items() if (part.phase == code).any()}
             )
@@ -319,6 +350,7 @@ class Routing:
                 f"the trace has no {phase} rows",
                 fix=f"choose the phase {' or '.join(there)}" if there else "capture something first",
             )
+        self.chosen, self.n_continued = _clustered(chosen, group_key)
 
     @property
     def labelled(self) -> tuple[Chosen, ...]:
@@ -348,8 +380,18 @@ class Routing:
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:
-        """(P,) the prompts that have rows, in order of their names."""
+        """(P,) the prompts that have rows, in order of their names: of each cluster the one that stands for it."""
         return tuple(sorted(self._domains))
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """(P,) their domains; "" where they have none."""
+        return tuple(self._domains[prompt] for prompt in self.prompts)
+
+    @cached_property
+    def n_prompts(self) -> int:
+        """How many there are if each stands for itself."""
+        return len(_domain_of(pair for chosen in self.chosen for pair in chosen.asked.items()))
 
     @property
     def labelled_prompts(self) -> tuple[str, ...]:
@@ -358,7 +400,8 @@ class Routing:
 
     @cached_property
     def _domains(self) -> dict[str, str]:
-        return _domain_of(pair for chosen in self.chosen for pair in chosen.asked.items())
+        _ = self.n_prompts  # refuses a prompt of two domains
+        return _domain_of(pair for chosen in self.chosen for pair in chosen.observed.items())
 
     def _room(self, *sizes: int) -> int:
         """How many prompts there is room for, of tables with so many numbers for each layer."""
@@ -375,7 +418,7 @@ class Routing:
             return self.prompt_counts
         e = int(max(self.n_expert))
         at_most = min(self._room(2 * e), 4 * ENOUGH)
-        group = taken_together([self._domains[name] for name in self.prompts], at_most)
+        group = taken_together(self.domains, at_most)
         of = dict(zip(self.prompts, group.tolist(), strict=True))
         found = self._counted(self.chosen, 0, lambda prompt: f"{of[prompt]:07d}" if prompt in of else prompt)
         return replace(found, n_prompts=np.bincount(group)[found.prompts.astype(np.int64)])
@@ -457,7 +500,7 @@ class Routing:
 
     @cached_property
     def texts(self) -> Texts:
-        """Where each prompt's text stands: the first request of each."""
+        """Where each prompt's text stands: the first request of each cluster."""
         found: list[tuple[int, int, int, str, str]] = []
         seen: set[str] = set()
         for part, chosen in enumerate(self.chosen):
@@ -466,7 +509,7 @@ class Routing:
             for number, start, size in zip(
                 order.requests.tolist(), order.request_starts.tolist(), sizes, strict=False
             ):
-                prompt = chosen.prompts[number]
+                prompt = chosen.clusters[number]
                 if prompt not in seen:
                     seen.add(prompt)
                     found.append((part, start, size, prompt, chosen.labels[number]))
@@ -548,7 +591,7 @@ class Routing:
             if name in requests:
                 for number, value in requests[name].items():
                     if value is not None and not (isinstance(value, float) and np.isnan(value)):
-                        out.setdefault(chosen.prompts[int(str(number))], value)
+                        out.setdefault(chosen.clusters[int(str(number))], value)
         return out
 
     def whole(self, what: str) -> Chosen:
@@ -558,11 +601,136 @@ class Routing:
         """
         if len(self._given) != 1:
             raise UsageError(f"{what} takes one trace, not {len(self._given)}", fix="analyse them one by one")
-        return self.chosen[0] if len(self.chosen) == 1 else Chosen(self._given[0], "", self.phase)
+        if len(self.chosen) == 1:
+            return self.chosen[0]
+        every = Chosen(self._given[0], self.chosen[0].name, self.phase)
+        names = list(every.prompts)
+        for chosen in self.chosen:
+            for number in chosen.trace.requests.index.tolist():
+                names[number] = chosen.clusters[number]
+        return replace(every, clusters=names)
 
     def _weights(self, chosen: Chosen) -> npt.NDArray[Any] | None:
         """What first experts are chosen by; None: the router's order."""
         return chosen.channel("weights") if self._top1 == "weight" else None
+
+
+def _clustered(parts: Sequence[Chosen], key: str | None) -> tuple[tuple[Chosen, ...], int]:
+    """The same with their clusters: named after the first, in order of names, of the prompts in each.
+
+    Also gives the number of requests that go on from a text of which it is not known whose it was.
+    """
+    if key == "id":
+        return tuple(replace(chosen, clusters=chosen.prompts) for chosen in parts), 0
+    number: dict[str, int] = {}  # of each prompt
+    same: list[tuple[int, int]] = []
+    first: dict[tuple[object, ...], int] = {}  # who had this first
+
+    def join(what: tuple[object, ...], prompt: str) -> None:
+        mine = number.setdefault(prompt, len(number))
+        same.append((first.setdefault(what, mine), mine))
+
+    named = False
+    for chosen in parts:
+        requests = chosen.trace.requests
+        given = GROUP if key is None else key
+        if given not in requests:
+            continue
+        for request, value in requests[given].dropna().items():
+            i, named = int(str(request)), True
+            join(("said", chosen.labels[i], str(value)), chosen.prompts[i])
+    if key is not None and not named:
+        raise UsageError(
+            f"no request has {key!r}",
+            fix="give a key that the lines of the prompts file have, or that requests show",
+        )
+    n_unknown = 0
+    if key is None:
+        texts, n_prompt, owners = [], [], []
+        for chosen in parts:
+            for one in _beginnings(chosen):
+                texts.append(one.text)
+                n_prompt.append(one.n_prompt)
+                owners.append((chosen.prompts[one.request], chosen.labels[one.request]))
+                n_unknown += not one.known
+        found = text_clusters(texts, n_prompt, [label for _, label in owners])
+        for code, (prompt, label) in zip(found.tolist(), owners, strict=True):
+            join(("text", label, code), prompt)
+    for chosen in parts:
+        for prompt in chosen.prompts:
+            number.setdefault(prompt, len(number))
+    pairs = np.array(same, dtype=np.int64).reshape(-1, 2).T
+    graph = sparse.coo_array(
+        (np.ones(pairs.shape[1]), (pairs[0], pairs[1])), shape=(len(number), len(number))
+    )
+    code_of = connected_components(graph, directed=False)[1]
+    stands: dict[int, str] = {}
+    for prompt in sorted(number):
+        stands.setdefault(int(code_of[number[prompt]]), prompt)
+    cluster = {prompt: stands[int(code_of[i])] for prompt, i in number.items()}
+    named_parts = (replace(chosen, clusters=[cluster[p] for p in chosen.prompts]) for chosen in parts)
+    return tuple(named_parts), n_unknown
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """A request's text from the first token on, as far as it is known, and the size of its prompt."""
+
+    request: int
+    text: npt.NDArray[np.int32]
+    n_prompt: int
+    known: bool
+
+
+def _beginnings(chosen: Chosen) -> Iterator[_Beginning]:
+    """Those of all requests. What the prompt cache served is the text that was in the slot before.
+
+    Unless the slot's memory was loaded, copied or moved in between: then it is not known. Of what is not known no two
+    tokens are alike.
+    """
+    trace, order = chosen.trace, Chosen(chosen.trace, chosen.name, "all").order
+    ids = np.array(trace.token_ids, dtype=np.int32)[order.rows]
+    unknown = np.flatnonzero(ids < 0)
+    ids[unknown] = -1 - np.arange(unknown.size)
+    n_unknown = unknown.size
+    position, phase = np.asarray(trace.positions)[order.rows], np.asarray(trace.phase)[order.rows]
+    edges = order.request_starts.tolist()
+    requests = trace.requests.reindex(order.requests)
+    told = {"n_cached", "slot", "first_serial"} <= set(requests)
+    first = requests["first_serial"].tolist() if told else list(range(len(order.requests)))
+    slots = requests["slot"].tolist() if told else [-1] * len(first)
+    cached = requests["n_cached"].fillna(-1).tolist() if told else [-1] * len(first)
+    moved = _moved(trace)
+    held: dict[int, tuple[int, npt.NDArray[np.int32]]] = {}  # by each slot: from which serial on, and what
+    for i in sorted(range(len(first)), key=first.__getitem__):
+        a, b, slot = edges[i], edges[i + 1], slots[i]
+        text, n_prompt = ids[a:b], int((phase[a:b] == PHASES["prefill"]).sum())
+        start, known = int(position[a]), True
+        if start > 0:
+            since, before = held.get(slot, (0, text[:0]))
+            known = cached[i] == start <= len(before) and not any(
+                np.searchsorted(moved[of], since, "right") < np.searchsorted(moved[of], first[i], "right")
+                for of in (slot, -1)
+                if of in moved
+            )
+            if not known:
+                before = -1 - n_unknown - np.arange(start, dtype=np.int32)
+                n_unknown += start
+            text, n_prompt = np.concatenate((before[:start], text)), n_prompt + start
+        held[slot] = first[i], text
+        yield _Beginning(int(order.requests[i]), text, n_prompt or len(text), known)
+
+
+def _moved(trace: RoutedRows) -> dict[int, Ints]:
+    """When a slot's memory came from elsewhere: the serials, ascending, by slot; -1: of all."""
+    events = getattr(getattr(trace, "trace", trace), "events", None)
+    if events is None:
+        return {}
+    events = events[events["event"].isin(["restore", "seq_cp", "seq_add", "seq_div", "context", "resume"])]
+    slots = np.where(events["event"] == "seq_cp", events["arg"], events["sequence"])
+    slots[events["event"].isin(["context", "resume"])] = -1
+    serials = events["serial"].to_numpy(dtype=np.int64)
+    return {int(slot): np.sort(serials[slots == slot]) for slot in np.unique(slots)}
 
 
 def _refuse_misfit(one: RoutedRows, name_of_one: str, other: RoutedRows, name: str) -> None:

@@ -17,15 +17,18 @@ import numpy.typing as npt
 import pandas as pd
 
 from moetrace._native import group_sums
+from moetrace.analysis.domains import spread
 from moetrace.analysis.statistics import information as info
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.nulls import Domains
 from moetrace.analysis.statistics.shapes import Floats, Ints, layer_numbers, per_layer
 from moetrace.errors import UsageError
 
-Statistic = Literal["jsd", "pseudo_f", "entropy"]
+Statistic = Literal["welch", "jsd", "pseudo_f", "entropy"]
 
 N_PERMUTATIONS = 999
+#: of arrangements, so many show what prompts alone produce
+_SHOWN = 199
 N_BOOT = 2000
 
 
@@ -182,7 +185,9 @@ class DomainTest:
         ``jsd_low``, ``jsd_high`` (bias-corrected, 95 %), ``cramers_v``, ``cramers_v_corrected`` (Bergsma),
         ``cramers_v_jackknife`` with ``v_low``, ``v_high``; ``chi2``, ``dof`` and ``chi2_p`` (as published:
         not a test of domains); ``p_value`` (permutation of whole prompts), ``q_value`` (Benjamini-Hochberg
-        over layers), ``p_family`` (max-T over layers).
+        over layers), ``p_family`` (max-T over layers); ``dispersion_p`` and ``dispersion_q``, the same of a test
+        whether prompts of some domains scatter more than those of others
+        (:func:`~moetrace.analysis.domains.spread.dispersion`).
     """
 
     verdict: str
@@ -204,7 +209,7 @@ def domain_test(
     labels: npt.ArrayLike,
     *,
     layers: npt.ArrayLike | None = None,
-    statistic: Statistic = "jsd",
+    statistic: Statistic = "welch",
     n_permutations: int = N_PERMUTATIONS,
     strata: npt.ArrayLike | None = None,
     seed: int = 0,
@@ -219,14 +224,17 @@ def domain_test(
     labels
         (P,) domain of each prompt.
     statistic
-        "jsd": divergence of the pooled domains; "pseudo_f": PERMANOVA (Anderson 2001) on squared
+        "welch": distance of the domains' middles, prompts weighing equally, each domain with its own scatter
+        (:func:`~moetrace.analysis.domains.spread.welch`); "jsd": divergence of the pooled domains, which long
+        prompts rule; "pseudo_f": PERMANOVA (Anderson 2001) on squared
         Jensen-Shannon distances between prompts; "entropy": spread of the domains' entropies (Miller-Madow)
         around their mean.
     strata
         (P,) optional groups (prompt template, length) within which prompts are exchanged.
 
-    Prompts are taken to be exchangeable between domains if domain does not matter: match their lengths, or
-    give length classes as strata.
+    Prompts are taken to be exchangeable between domains if domain does not matter. Where domains' prompts differ in
+    length, only "welch" is calibrated, as long as routing does not change along a prompt; where it may, give
+    classes of length as strata (:func:`~moetrace.analysis.domains.lengths.length_classes`).
     """
     c = _prompt_counts(counts)
     domains = Domains.of(labels)
@@ -240,11 +248,18 @@ def domain_test(
     jsd, v = jackknife_separation(c, domains, level)
     null = np.full((1, n_layers), np.nan)
     jsd_null = np.full((1, n_layers), np.nan)
-    p = q = family = np.full(n_layers, np.nan)
+    p = q = family = scattered = np.full(n_layers, np.nan)
     if chance_of.testable:
         codes = nulls.permuted_codes(domains, n_permutations, np.random.default_rng(seed), strata)
         null = _statistics(c, codes, len(domains), statistic)
-        jsd_null = (null if statistic == "jsd" else _statistics(c, codes, len(domains), "jsd"))[1:]
+        jsd_null = (null if statistic == "jsd" else _statistics(c, codes[: _SHOWN + 1], len(domains), "jsd"))[
+            1:
+        ]
+        scattered = nulls.permutation_p(
+            np.stack(
+                [spread.dispersion(c[:, layer], codes, len(domains)) for layer in range(n_layers)], axis=1
+            )
+        )
         p, family = nulls.permutation_p(null), nulls.max_t(null)
         q = nulls.benjamini_hochberg(p)
     # an arrangement that leaves a domain without tokens in a layer has no value there
@@ -269,6 +284,8 @@ def domain_test(
             "p_value": p,
             "q_value": q,
             "p_family": family,
+            "dispersion_p": scattered,
+            "dispersion_q": nulls.benjamini_hochberg(scattered),
         }
     )
     return DomainTest(
@@ -329,6 +346,10 @@ def delete_one_domains(counts: Floats, domains: Domains) -> tuple[Floats, _Witho
 def _statistics(counts: Floats, codes: Ints, n_domains: int, statistic: Statistic) -> Floats:
     """The statistic of every layer under every assignment of prompts: (B, L)."""
     out = np.empty((codes.shape[0], counts.shape[1]))
+    if statistic == "welch":
+        for layer in range(counts.shape[1]):
+            out[:, layer] = spread.welch(counts[:, layer], codes, n_domains)
+        return out
     if statistic == "pseudo_f":
         for layer in range(counts.shape[1]):
             out[:, layer] = pseudo_f(jensen_shannon_distances(counts[:, layer]), codes, n_domains)
@@ -388,10 +409,11 @@ def domain_lift(
     Returns one row per (layer, domain, expert): ``count``, ``share`` (of the domain's picks), ``lift`` with
     ``low`` and ``high`` (cluster bootstrap: each domain's prompts redrawn; expanded percentile interval,
     Hesterberg 2015; where a domain never chose the expert, widened by the rule of three, which no redrawing
-    shows), and ``p_family``: permutation p-value of |share − mean share|, prompts exchanged between domains,
-    corrected by max-T over all experts and domains of the layer. An expert that nobody used has lift NaN. With
-    a single prompt in the domain the interval is NaN, and ``p_family`` is NaN where domains cannot be tested
-    (:func:`moetrace.analysis.statistics.nulls.feasibility`).
+    shows); ``gap``, the domain's mean share, prompts weighing equally, less the mean over domains, in standard errors
+    (:func:`~moetrace.analysis.domains.spread.gaps`); and ``p_family``: its permutation p-value, two-sided, prompts
+    exchanged between domains, corrected by max-T over all experts and domains of all layers. An
+    expert that nobody used has lift NaN. With a single prompt in the domain the interval is NaN, and ``p_family`` is
+    NaN where domains cannot be tested (:func:`moetrace.analysis.statistics.nulls.feasibility`).
     """
     c = _prompt_counts(counts)
     domains = Domains.of(labels)
@@ -402,7 +424,7 @@ def domain_lift(
     testable = nulls.feasibility(domains, strata).testable
     codes = nulls.permuted_codes(domains, n_permutations, rng, strata) if testable else None
     low, high = np.full((2, n_layers, d, e), np.nan)
-    p_family = np.full((n_layers, d, e), np.nan)
+    p_family, gap = np.full((2, n_layers, d, e), np.nan)
     blocks = _expert_blocks(e, d * max(n_boot, n_permutations))
     for layer in range(n_layers):
         own = np.ascontiguousarray(c[:, layer])
@@ -411,10 +433,18 @@ def domain_lift(
         least, largest = _beyond_zero(table)
         low[layer] = np.minimum(low[layer], least)
         high[layer] = np.where(table > 0, high[layer], np.maximum(high[layer], largest))
-        if codes is not None:
-            gaps = (gap.reshape(len(gap), -1) for gap in _gaps(own, codes, d, blocks))
-            parts = nulls.max_t_of_parts(gaps)
-            p_family[layer] = np.concatenate([p.reshape(d, -1) for p in parts], axis=1)
+    if codes is not None:
+
+        def gaps() -> Iterator[Floats]:
+            for layer in range(n_layers):
+                for block in blocks:
+                    found = spread.gaps(c[:, layer], codes, d, block)
+                    gap[layer, :, block] = found[0]
+                    yield np.abs(found).reshape(len(found), -1)
+
+        parts = iter(nulls.max_t_of_parts(gaps()))
+        for layer in range(n_layers):
+            p_family[layer] = np.concatenate([next(parts).reshape(d, -1) for _ in blocks], axis=1)
     _, by_domain = domain_counts(np.asarray(counts), labels)
     table = by_domain.transpose(1, 0, 2)
     index = pd.MultiIndex.from_product(
@@ -427,6 +457,7 @@ def domain_lift(
             "lift": _lift(table).reshape(-1),
             "low": low.reshape(-1),
             "high": high.reshape(-1),
+            "gap": gap.reshape(-1),
             "p_family": p_family.reshape(-1),
         },
         index=index,
@@ -439,23 +470,23 @@ def specialists(lift: pd.DataFrame, *, alpha: float = 0.05, margin: float = 1.5)
     From :func:`domain_lift`, one row per (layer, expert): ``kind``, ``domain`` (the one of largest lift),
     ``lift``, ``low``, ``high``, ``p_family`` of that domain.
 
-    "specialist": significant in its domain (``p_family`` ≤ alpha, lift > 1); "generalist": every domain's
+    "specialist": significant in its domain (``p_family`` ≤ alpha, lift > 1, gap > 0); "generalist": every domain's
     interval lies within [1/margin, margin]; "unused": nobody used it; "undecided": everything else. The
     notebook's quartile cut instead always names a quarter of the experts either way.
     """
     keys = ["layer", "expert"]
     best = lift.fillna({"lift": -1.0}).groupby(keys)["lift"].idxmax()
-    out = lift.loc[best, [*keys, "domain", "lift", "low", "high", "p_family", "count"]].set_index(keys)
+    out = lift.loc[best, [*keys, "domain", "lift", "low", "high", "gap", "p_family", "count"]].set_index(keys)
     inside = lift.assign(inside=(lift["low"] >= 1 / margin) & (lift["high"] <= margin))
     everywhere = inside.groupby(keys)["inside"].all()
     used = lift.groupby(keys)["count"].sum() > 0
     kind = np.select(
-        [~used, (out["p_family"] <= alpha) & (out["lift"] > 1), everywhere],
+        [~used, (out["p_family"] <= alpha) & (out["lift"] > 1) & (out["gap"] > 0), everywhere],
         ["unused", "specialist", "generalist"],
         "undecided",
     )
     out.insert(0, "kind", kind)
-    return out.drop(columns="count").reset_index()
+    return out.drop(columns=["count", "gap"]).reset_index()
 
 
 def _expert_blocks(n_expert: int, each: int, max_bytes: int = 16 << 20) -> list[slice]:
@@ -485,15 +516,6 @@ def _drawn_lift(
             if not np.isnan(tail):
                 low[i, block], high[i, block] = _percentiles(drawn[:, i], tail)
     return low, high
-
-
-def _gaps(counts: Floats, codes: Ints, n_domains: int, blocks: list[slice]) -> Iterator[Floats]:
-    """|share − mean share| of a layer (P, E) for assignments (B, P): (B, D, block), a block of experts at a time."""
-    picks = np.concatenate([s for _, s in nulls.pooled(counts.sum(axis=1), codes, n_domains)])
-    for block in blocks:
-        sums = np.concatenate([s for _, s in nulls.pooled(counts[:, block], codes, n_domains)])
-        share = info.shares(sums, picks)
-        yield np.abs(share - share.mean(axis=1, keepdims=True))
 
 
 def _lift(sums: npt.ArrayLike, picks: npt.ArrayLike | None = None) -> Floats:

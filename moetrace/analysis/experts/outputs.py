@@ -165,7 +165,7 @@ def layer_rows(routing: Routing, index: int, at_most: int | None = None) -> Laye
         trace = each.trace
         k = int(trace.n_expert_used[index])
         mine = rows[(rows >= starts[i]) & (rows < starts[i + 1])] - starts[i]
-        names = np.array([*each.prompts, ""], dtype=np.str_)
+        names = np.array([*each.clusters, ""], dtype=np.str_)
         found.append(
             (
                 np.asarray(gate_input[mine, index], np.float32),

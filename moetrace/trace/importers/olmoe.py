@@ -1,7 +1,7 @@
 """JSON lines of the OLMoE analysis: ``input_ids``, ``predicted_token_ids``, ``exp_ids[token][k][layer]``.
 
 A line is one text that the model read in one forward pass: its token ids and positions are known, weights are
-not.
+not. Other keys with texts or numbers, such as ``group``, are kept with the request.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from moetrace.trace.importers.source import (
 )
 
 MAX_TOKEN = 1 << 31
+KEYS = ("input_ids", "exp_ids", "predicted_token_ids", "label", "domain", "id")
 
 
 def find(source: Path) -> list[Path]:
@@ -57,8 +58,10 @@ def _ids(path: Path, line: int, text: dict[str, Any], field: str, below: int, nd
 
 def records(
     path: Path,
-) -> Iterator[tuple[int, str, NDArray[np.int64], NDArray[np.int64] | None, NDArray[np.int64]]]:
-    """Line, label, (n,) token ids, (n,) predicted ids or None, and (n, k, L) experts of each text."""
+) -> Iterator[
+    tuple[int, str, NDArray[np.int64], NDArray[np.int64] | None, NDArray[np.int64], dict[str, str | float]]
+]:
+    """Line, label, (n,) token ids, (n,) predicted ids or None, (n, k, L) experts, and what else each line says."""
     for line, text in lines(path):
         obj = parse_object(path, line, text)
         token = _ids(path, line, obj, "input_ids", MAX_TOKEN, 1)
@@ -80,7 +83,12 @@ def records(
         label = obj.get("label", obj.get("domain", path.stem))
         if not isinstance(label, str):
             raise malformed(path, line, "label", "is no text")
-        yield line, label, token, predicted, experts
+        extra = {
+            key: value
+            for key, value in obj.items()
+            if key not in KEYS and isinstance(value, str | int | float)
+        }
+        yield line, label, token, predicted, experts, extra
 
 
 def shape(source: Path) -> Shape:
@@ -88,7 +96,7 @@ def shape(source: Path) -> Shape:
     found: tuple[int, int] | None = None
     highest = -1
     for path in find(source):
-        for line, _, token, _, experts in records(path):
+        for line, _, token, _, experts, _ in records(path):
             if not len(token):
                 continue
             if found is None:
@@ -107,7 +115,7 @@ def pieces(source: Path, shape: Shape, tally: Tally, *, label: str = "") -> Iter
     """One piece and one request per text; its label is its own, else ``label``, else the file's name."""
     layers = np.array(shape.layers, np.int64)
     for path in find(source):
-        for line, own, token, predicted, experts in records(path):
+        for line, own, token, predicted, experts, extra in records(path):
             n = len(token)
             if n:
                 yield Piece(
@@ -123,4 +131,5 @@ def pieces(source: Path, shape: Shape, tally: Tally, *, label: str = "") -> Iter
                     time_ns=int_array(n, -1),
                     phase=np.full(n, PREFILL, np.uint8),
                     row=np.arange(n, dtype=np.int64),
+                    extra=extra,
                 )

@@ -4,8 +4,8 @@ place."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -51,6 +51,8 @@ class Piece:
         (n,) int64 index within the ubatch, from 0: a new ubatch begins where it does not rise.
     skipped
         Rows missing before this piece: the source numbers its tokens and left some out.
+    extra
+        What else the source says of the request: JSON values.
     """
 
     request: str
@@ -66,6 +68,7 @@ class Piece:
     phase: NDArray[np.uint8]
     row: NDArray[np.int64]
     skipped: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def merged(pieces: Iterator[Piece], n_bytes: int) -> Iterator[Piece]:

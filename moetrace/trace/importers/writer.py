@@ -395,9 +395,8 @@ def _write(
                     _end(requests, current)
                 start = int(piece.time_ns[0])
                 current = _Request(n_requests, piece.request, piece.label, n_serials + piece.skipped, start)
-                append_labels(
-                    out, [{"request": n_requests, "id": piece.request, "label": piece.label, "prompt": None}]
-                )
+                said = {"request": n_requests, "id": piece.request, "label": piece.label, "prompt": None}
+                append_labels(out, [said | ({"extra": dict(piece.extra)} if piece.extra else {})])
                 n_requests += 1
             else:
                 current.n_lost += piece.skipped
