@@ -111,7 +111,7 @@ class ColdExperts(Question):
         if len(unseen):
             said.append(
                 f"{len(unseen)} were never used; each of them may still be used by up to"
-                f" {unseen['bound'].max():.2%} of tokens."
+                f" {unseen['cluster_high'].max():.2%} of tokens."
             )
         seen = table[table["used"] > 0]
         if len(seen):

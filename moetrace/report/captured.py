@@ -223,7 +223,10 @@ def _limits(subject: Subject) -> tuple[str, ...]:
     counts = subject.counts
     labelled = counts.labelled()
     if not labelled.prompts.size:
-        said.append("Nothing can be said about domains: no request has a label (moetrace drive --label-key).")
+        said.append(
+            "Nothing can be said about domains: no request has a label (a `label` in each line of the prompts"
+            " file: moetrace drive -f)."
+        )
     else:
         chance_of = nulls.feasibility(nulls.Domains.of(labelled.labels))
         if not chance_of.testable:

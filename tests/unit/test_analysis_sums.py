@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrace.analysis import MetricSums, domain_lift, expert_usage, load_balance, usage_difference
+from moetrace.analysis import (
+    MetricSums,
+    cold_experts,
+    domain_lift,
+    expert_usage,
+    load_balance,
+    usage_difference,
+)
 from moetrace.analysis.counts import overview
 from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
@@ -69,7 +76,14 @@ def test_usage_has_every_expert_with_its_interval() -> None:
     used = first[first["count"] > 0]
     assert ((used["low"] < used["percent_of_tokens"]) & (used["percent_of_tokens"] < used["high"])).all()
     never = first[first["count"] == 0].iloc[0]
-    assert (never["low"], never["high"]) == (0, pytest.approx(300 / total))
+    # the exact bound of fewer tokens than there are: those of one prompt are alike
+    cold = cold_experts(counts, tokens, n_expert_used=2, layers=[3, 7]).set_index(["layer", "expert"])
+    theirs = cold.loc[(3, int(never["expert"]))]
+    assert theirs["effective_tokens"] < total
+    assert (never["low"], never["high"]) == (0, pytest.approx(100 * theirs["cluster_high"]))
+    assert never["high"] == pytest.approx(100 * (1 - 0.025 ** (1 / theirs["effective_tokens"])))
+    balance = load_balance(counts, tokens).set_index("layer")
+    assert balance.loc[0, "unused_rate_bound"] == pytest.approx(never["high"] / 100)
     assert sorted(first["rank"]) == [1, 2, 3, 4, 5]
     assert first.set_index("rank").loc[1, "count"] == first["count"].max()
     smaller = expert_usage(counts, tokens, n_expert=[5, 4])

@@ -42,7 +42,7 @@ Phase = Literal["prefill", "decode", "unknown", "all"]
 PHASES = {"prefill": 0, "decode": 1, "unknown": 2}
 
 NO_DOMAIN = "no request of the trace has a domain"
-LABEL_THEM = "label requests (moetrace drive --label-key domain)"
+LABEL_THEM = "give each line of the prompts file a `label` (moetrace drive -f)"
 #: what clients call requests that are no independent observations
 GROUP = "group"
 

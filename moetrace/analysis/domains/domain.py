@@ -21,6 +21,7 @@ from moetrace.analysis.domains import spread
 from moetrace.analysis.statistics import information as info
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.nulls import Domains
+from moetrace.analysis.statistics.rates import Rates
 from moetrace.analysis.statistics.shapes import Floats, Ints, layer_numbers, per_layer
 from moetrace.errors import UsageError
 
@@ -142,24 +143,22 @@ def expert_usage(
     :func:`expert_frequency`.
 
     Returns one row per (layer, expert): ``count``; ``percent`` of the layer's picks; ``percent_of_tokens`` that
-    used it, with ``low`` and ``high`` (jackknife over prompts; for an expert that was never used 0 and the rule
-    of three, 3/tokens); ``rank`` in its layer, 1 for the most used, equal counts by expert id.
+    used it, with ``low`` and ``high`` (:class:`~moetrace.analysis.statistics.rates.Rates`; of one prompt as if its
+    tokens were independent for experts that it never used, else NaN); ``rank`` in its layer, 1 for the most used,
+    equal counts by expert id.
     """
     c, n = np.asarray(counts, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
     _, n_layers, e = c.shape
-    rate = nulls.ratio_interval(c, np.broadcast_to(n[:, :, None], c.shape), level)
-    total, seen = c.sum(axis=0), n.sum(axis=0)[:, None]
-    seen = np.where(seen > 0, seen, np.nan)
-    of_tokens, never = 100.0 * total / seen, np.minimum(300.0 / seen, 100.0)
-    high = np.where(total > 0, np.minimum(100.0 * rate.high, 100.0), never)
-    low = np.where(total > 0, np.maximum(100.0 * rate.low, 0.0), 0.0 * seen)
+    rates, total = Rates.of(c, n, level), c.sum(axis=0)
+    known = (total == 0) | (len(c) > 1)
+    low, high = (np.where(known, 100.0 * end, np.nan) for end in (rates.low, rates.high))
     place = np.argsort(np.argsort(-total, axis=1, kind="stable"), axis=1) + 1
     index = pd.MultiIndex.from_product([layer_numbers(layers, n_layers), range(e)], names=["layer", "expert"])
     return pd.DataFrame(
         {
             "count": total.astype(np.int64).reshape(-1),
             "percent": 100.0 * info.shares(total).reshape(-1),
-            "percent_of_tokens": of_tokens.reshape(-1),
+            "percent_of_tokens": 100.0 * rates.rate.reshape(-1),
             "low": low.reshape(-1),
             "high": high.reshape(-1),
             "rank": place.reshape(-1),

@@ -13,6 +13,7 @@ from moetrace.analysis.domains.domain import delete_one_domains, domain_counts
 from moetrace.analysis.statistics import information as info
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.nulls import Domains
+from moetrace.analysis.statistics.rates import Rates
 from moetrace.analysis.statistics.shapes import Floats, Ints, layer_numbers, per_layer
 from moetrace.errors import UsageError
 
@@ -211,8 +212,8 @@ def load_balance(
     used expert), ``peak`` (its load over uniform load); ``cv`` (population standard deviation of load over
     its mean); ``jain`` (Jain's fairness index, 1 = even, 1/E = one expert), too low of few tokens, so that
     ``jain_jackknife`` with ``jain_low``, ``jain_high`` (over prompts) stands beside it; ``unused`` experts, and
-    ``unused_rate_bound``: the rate that an expert unseen in so many tokens may still have, 3/tokens (rule of three,
-    95 %, independent tokens; prompts make it larger).
+    ``unused_rate_bound``: the rate that one of them may still have, of one prompt as if its tokens were independent
+    (``high`` of :class:`~moetrace.analysis.statistics.rates.Rates`; NaN where all were used).
     """
     c = np.asarray(counts, dtype=np.float64)
     n = np.zeros(c.shape[1]) if tokens is None else np.asarray(tokens, dtype=np.float64).sum(axis=0)
@@ -225,6 +226,12 @@ def load_balance(
             return np.asarray(load.sum(axis=-1) ** 2 / (own * (load**2).sum(axis=-1)))
 
     knife = nulls.jackknife(jain(total), np.stack([jain(total - each) for each in c]), level=level)
+    bound = np.full(len(own), np.nan)
+    if tokens is not None:
+        never = (total == 0) & (np.arange(total.shape[1]) < own[:, None])
+        bound = np.where(
+            never.any(axis=1), np.where(never, Rates.of(c, tokens, level).high, 0.0).max(axis=1), np.nan
+        )
     hottest: Ints = total.argmax(axis=1)
     spread = np.sqrt(np.maximum((total**2).sum(axis=1) / own - mean**2, 0.0))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -241,7 +248,7 @@ def load_balance(
                 "jain_low": np.clip(knife.low, 1 / own, 1.0),
                 "jain_high": np.clip(knife.high, 1 / own, 1.0),
                 "unused": own - (total > 0).sum(axis=1),
-                "unused_rate_bound": np.where(n > 0, np.minimum(3.0 / n, 1.0), np.nan),
+                "unused_rate_bound": bound,
             }
         )
     if tokens is None:

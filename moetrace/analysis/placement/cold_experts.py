@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.special import ndtri, stdtrit
 
 from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.statistics.nulls import clopper_pearson
-from moetrace.analysis.statistics.shapes import Floats, Ints, layer_numbers
+from moetrace.analysis.statistics.rates import Rates
+from moetrace.analysis.statistics.shapes import Ints, layer_numbers
 from moetrace.errors import UsageError
 
 
@@ -41,59 +41,33 @@ def cold_experts(
     level that holds for all experts of all layers together (Bonferroni, one-sided); ``cold`` = bound < threshold;
     ``threshold``; ``prompts`` that use it; ``verdict``: "cold", "in use" (cluster_low ≥ threshold) or "undecided".
 
-    An expert's design effect is its variance between prompts (a ratio estimate's) over the binomial one, at least 1.
-    With fewer than 30 picks it is at least the mean of its layer's experts that have 5 or more. A single prompt
-    allows none, and tokens count as independent.
+    What tokens are worth: :class:`~moetrace.analysis.statistics.rates.Rates`.
     """
     c = np.asarray(counts, dtype=np.float64)
     n = np.asarray(tokens, dtype=np.float64)
     if c.ndim != 3 or n.shape != c.shape[:2]:
         raise UsageError(f"counts {c.shape} and tokens {n.shape} do not fit", fix="give (P, L, E) and (P, L)")
-    p_prompts, n_layers, n_expert = c.shape
+    _, n_layers, n_expert = c.shape
     numbers = layer_numbers(layers, n_layers)
     used, total = c.sum(axis=0), n.sum(axis=0)[:, None]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        rate = used / total
-        binomial = rate * (1 - rate) / total
-        between = ((c - rate * n[:, :, None]) ** 2).sum(axis=0) * p_prompts / max(p_prompts - 1, 1) / total**2
-        effect = np.where((used >= 5) & (binomial > 0), np.maximum(between / binomial, 1.0), np.nan)
-    if p_prompts < 2:
-        effect[:] = np.nan
-    known = ~np.isnan(effect)
-    sums = np.where(known, effect, 0.0).sum(axis=1, keepdims=True)
-    mean = np.divide(sums, known.sum(axis=1, keepdims=True), out=np.ones_like(sums), where=sums > 0)
-
-    def worth(effect_: Floats, tail: float) -> Floats:
-        """Independent tokens that ours are worth; how much prompts differ is itself known from few prompts only."""
-        if p_prompts < 2:
-            return np.broadcast_to(total, used.shape)
-        widen = stdtrit(p_prompts - 1, 1 - tail) / ndtri(1 - tail)
-        return np.asarray(total / (effect_ * widen**2))
-
-    # Few picks say little about their own spread: then not less than that of the layer's others.
-    at_least = np.where(known, np.maximum(effect, mean), mean)
-    tail = (1 - level) / used.size
-    effective = worth(np.where(known & (used >= 30), effect, at_least), (1 - level) / 2)
+    rates = Rates.of(c, n, level)
     low, high = clopper_pearson(used, np.broadcast_to(total, used.shape), level)
-    share = np.nan_to_num(rate)
-    cluster_low, cluster_high = clopper_pearson(share * effective, effective, level)
-    careful = worth(at_least, tail)
-    bound = clopper_pearson(share * careful, careful, 1 - 2 * tail)[1]
+    bound = rates.bound((1 - level) / used.size)
     threshold = (cold_below * np.asarray(n_expert_used, dtype=np.float64) / n_expert) * np.ones(n_layers)
     cold = bound < threshold[:, None]
-    verdict = np.where(cold, "cold", np.where(cluster_low >= threshold[:, None], "in use", "undecided"))
+    verdict = np.where(cold, "cold", np.where(rates.low >= threshold[:, None], "in use", "undecided"))
     table = pd.DataFrame(
         {
             "layer": np.repeat(numbers, n_expert),
             "expert": np.tile(np.arange(n_expert), n_layers),
             "tokens": np.broadcast_to(total, used.shape).ravel().astype(np.int64),
             "used": used.ravel().astype(np.int64),
-            "rate": rate.ravel(),
+            "rate": rates.rate.ravel(),
             "low": low.ravel(),
             "high": high.ravel(),
-            "effective_tokens": effective.ravel(),
-            "cluster_low": cluster_low.ravel(),
-            "cluster_high": cluster_high.ravel(),
+            "effective_tokens": rates.effective.ravel(),
+            "cluster_low": rates.low.ravel(),
+            "cluster_high": rates.high.ravel(),
             "bound": bound.ravel(),
             "threshold": np.repeat(threshold, n_expert),
             "cold": cold.ravel(),
