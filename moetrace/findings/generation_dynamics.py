@@ -25,10 +25,10 @@ class GenerationDynamics(Question):
     """How does the choice of experts move on from token to token?
 
     Overlap of the sets and sameness of the first expert by lag and layer, handoffs per token, both against the same
-    prompts' tokens in random order; phases by change-points against the same prompts read backwards; prompt tokens
-    against generated ones; and, where prompts carry an answer (key ``answer`` of their line), right against wrong
-    outputs. First asked by the chuk-mlx experiment on expert dynamics (consistency .459, 20.8 handoffs per token,
-    phases everywhere); the as_published tables follow its formulas.
+    prompts' tokens in random order; early tokens against late ones (null: the same prompts read backwards), and whether
+    that is a change or a drift; prompt tokens against generated ones; and, where prompts carry an answer (key
+    ``answer`` of their line), right against wrong outputs. First asked by the chuk-mlx experiment on expert dynamics
+    (consistency .459, 20.8 handoffs per token, phases everywhere); the as_published tables follow its formulas.
     """
 
     name: ClassVar[str] = "generation-dynamics"
@@ -62,7 +62,7 @@ class GenerationDynamics(Question):
             "phases": phases.common,
             "phase_curve": phases.curve,
         }
-        said = _of_handoffs(changes) + _of_phases(phases, self.alpha)
+        said = _of_handoffs(changes) + _of_phases(phases, self.min_steps)
         caveats: list[str] = []
         if len(subject.traces) == 1:
             tables["order_test"] = temporal.shuffle_chosen(
@@ -219,23 +219,38 @@ def _of_handoffs(table: pd.DataFrame) -> list[str]:
     ]
 
 
-def _of_phases(phases: dynamics.Phases, alpha: float) -> list[str]:
+def _of_phases(phases: dynamics.Phases, min_steps: int) -> list[str]:
     tested = phases.common[phases.common["p_value"].notna()]
     if tested.empty:
         return ["The texts are too short for phases."]
-    found = tested[tested["p_value"] <= alpha]
+    found = tested[tested["p_value"] <= tested["level"]]
     first = tested.iloc[0].to_dict()
-    if len(found):
-        steps = ", ".join(str(step) for step in sorted(found["change"]))
-        said = (
-            f"Routing changes at step {steps}, in all prompts alike"
-            f" ({first['jsd_bits']:.3f} bits between before and after, {first['null_bits']:.3f} by chance;"
-            f" {p_value(first['p_value'])})."
-        )
-    else:
-        said = (
-            f"There are no phases that prompts have in common: the largest change, at step {first['change']}, is"
-            f" {first['jsd_bits']:.3f} bits, where chance gives up to {first['null_bits']:.3f}"
+    if not len(found):
+        return [
+            "No difference between early and late tokens that prompts have in common was found: the largest, at step"
+            f" {first['change']}, is {first['jsd_bits']:.3f} bits, where chance gives up to {first['null_bits']:.3f}"
             f" ({p_value(first['p_value'])})."
-        )
-    return [said]
+        ]
+    rows = found.to_dict("records")
+    return [_of_change({str(k): v for k, v in row.items()}, i, min_steps) for i, row in enumerate(rows)]
+
+
+def _of_change(row: dict[str, Any], place: int, min_steps: int) -> str:
+    where = f"step {row['change']} (95 %: {row['low']} to {row['high']})"
+    if row["low"] <= row["start"] + min_steps:
+        where += " or before"
+    what = {
+        "change": f"a change at {where} fits prompts that were held out better than a drift",
+        "drift": "a steady drift fits prompts that were held out better than a change at any step",
+        "either": f"whether at a step, {where}, or steadily these prompts do not say",
+    }[row["fits"]]
+    stretch = "" if place == 0 else f" of steps {row['start']} to {row['end'] - 1}"
+    share = (
+        ""
+        if np.isnan(row["share"])
+        else f", in about {row['share']:.0%} of the prompts ({row['share_low']:.0%} to {row['share_high']:.0%})"
+    )
+    return (
+        f"Early and late tokens{stretch} are routed differently{share}: {what} ({row['jsd_bits']:.3f} bits,"
+        f" {row['null_bits']:.3f} by chance; {p_value(row['p_value'])})."
+    )

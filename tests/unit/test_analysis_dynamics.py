@@ -247,6 +247,47 @@ def test_a_change_of_usage_is_found_where_it_is() -> None:
     assert short.common["p_value"].isna().all()
 
 
+def drawn(seed: int, logits: np.ndarray, n_prompts: int = 24) -> np.ndarray:
+    """Top-2 of logits (n_prompts, T, L, E) with noise: rows of all prompts, (n_prompts * T, L, 2)."""
+    noisy = logits + np.random.default_rng(seed).gumbel(size=(n_prompts, *logits.shape[1:]))
+    return np.argsort(-noisy, axis=-1)[..., :2].reshape(-1, *logits.shape[2:-1], 2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("world", ["change", "drift", "change of a third", "nothing"])
+def test_a_change_is_told_from_a_drift_and_from_one_of_few_prompts(world: str) -> None:
+    """What is said of 8 made-up recordings of 24 prompts: none is called what it is not."""
+    said, places, shares = [], [], []
+    for seed in range(8):
+        rng = np.random.default_rng((1, seed))
+        logits = np.zeros((24, 45, 2, 16)) + rng.normal(0, 0.5, (24, 1, 2, 16))
+        effect, step = rng.normal(0, 2, (2, 16)), np.arange(45)[None, :, None, None]
+        if world == "drift":
+            logits = logits + effect * step / 45
+        elif world != "nothing":
+            of = np.arange(24)[:, None, None, None] < (8 if world == "change of a third" else 24)
+            logits = logits + np.where(of & (step >= 20), effect, 0)
+        text = m.RoutedText(drawn(seed, logits), np.arange(25) * 45, 16)
+        first = m.generation_phases(text, n_permutations=99, seed=seed).common.iloc[0]
+        if first["p_value"] <= 0.05:
+            said.append(first["fits"])
+            places.append(first["low"] <= 20 <= first["high"])
+            shares.append((first["share_low"], first["share"], first["share_high"]))
+    if world == "nothing":
+        assert len(said) <= 2
+        return
+    assert len(said) == 8
+    if world == "drift":
+        assert set(said) == {"drift"}
+        return
+    assert "drift" not in said
+    assert sum(places) >= 7
+    low, share, high = np.array(shares).T
+    truth = 1 / 3 if world == "change of a third" else 1.0
+    assert ((low <= truth) & (truth <= high)).sum() >= 7
+    assert share.mean() == pytest.approx(truth, abs=0.15)
+    assert world == "change of a third" or set(said) == {"change"}
+
+
 def test_prefill_and_decode_are_compared_prompt_by_prompt_at_equal_length() -> None:
     one, two = routed(1, sizes=(30,) * 8), routed(2, sizes=(12,) * 8)
     table = m.phase_comparison(one, two, n_permutations=99)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ import pandas as pd
 from moetrace._native import split_divergence
 from moetrace.analysis.counts.counting import RoutingCounts
 from moetrace.analysis.counts.routed import RoutedText, usage
+from moetrace.analysis.dynamics.changes import describe_change
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.information import entropy_bits, jsd_bits, shares
 from moetrace.analysis.statistics.shapes import Floats, Ints
@@ -58,15 +59,18 @@ def handoffs(counts: RoutingCounts, level: float = 0.95) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Phases:
-    """Changes of routing at steps of the generation that prompts have in common.
+    """Early and late steps of the generation that are routed differently, in prompts taken together.
 
     Attributes
     ----------
     common
         One row per stretch of steps between changes: ``start``, ``end`` (steps from the first row, end not
-        included), ``prompts`` that reach it, ``change`` (a step, or NA), ``jsd_bits`` between before and after (mean
-        over layers), ``null_bits`` its 95 % quantile if there is no change, ``p_value``. A stretch with ``p_value`` ≤
-        alpha is divided, and its parts follow.
+        included), ``prompts`` that reach it, ``change`` (the step of the largest difference between before and after,
+        or NA), ``jsd_bits`` of it (mean over layers), ``null_bits`` its 95 % quantile if order does not matter,
+        ``p_value``, and the ``level`` that it is held to. A stretch with ``p_value`` ≤ ``level`` has ``low``,
+        ``high``, ``fits``, ``share``, ``share_low`` and ``share_high``
+        (:class:`~moetrace.analysis.dynamics.changes.Change`); if it is no drift, it is divided, and its parts follow,
+        held to half its level.
     curve
         One row per step of the first stretch: ``step``, ``jsd_bits`` if the change were there, ``null_q95``.
     """
@@ -84,13 +88,14 @@ def generation_phases(
     max_rows: int = 8000,
     seed: int = 0,
 ) -> Phases:
-    """Look for steps at which routing changes, against the same prompts with some of them read backwards.
+    """Look for early and late steps that are routed differently, against the same prompts, some read backwards.
 
     The divergence between the tokens before and after a step (Jensen-Shannon, weighted by their numbers, mean
     over layers, all prompts added up step by step) is largest at a change. Without phases a generation looks the
     same read forwards and backwards, so each prompt's rows are reversed or not, at random: that keeps how experts
     follow each other, how prompts differ, and how long they are. With n prompts p-values cannot fall below
-    2^(1 − n): 6 prompts at least.
+    2^(1 − n): 6 prompts at least. Whatever makes early tokens unlike late ones rejects: a change at a step, a drift,
+    a few first tokens; :func:`~moetrace.analysis.dynamics.changes.describe_change` tells them apart where it can.
 
     Parameters
     ----------
@@ -104,9 +109,9 @@ def generation_phases(
     longest = int(np.diff(used.starts).max(initial=0))
     rows: list[dict[str, object]] = []
     curve = pd.DataFrame({"step": [], "jsd_bits": [], "null_q95": []})
-    waiting = [(0, longest)]
+    waiting = [(0, longest, alpha)]
     while waiting:
-        start, end = waiting.pop(0)
+        start, end, level = waiting.pop(0)
         inside = np.flatnonzero((step >= start) & (step < end))
         sizes = np.bincount(used.owner[inside], minlength=used.n_requests)
         mine = sizes[sizes > 0]
@@ -143,18 +148,31 @@ def generation_phases(
                 "jsd_bits": largest[0],
                 "null_bits": float(np.quantile(largest[1:], 0.95)),
                 "p_value": p,
+                "level": level,
             }
         )
-        if p <= alpha:
-            waiting += [(start, at), (at, end)]
+        if p <= level:
+            change = describe_change(used, inside, here, at - start, min_steps, rng)
+            rows[-1] |= asdict(change) | {"low": start + change.low, "high": start + change.high}
+            if change.fits != "drift":
+                waiting += [(start, at, level / 2), (at, end, level / 2)]
     common = pd.DataFrame(rows)
-    common["change"] = common["change"].astype("Int64")
+    for name in ("change", "low", "high"):
+        common[name] = common[name].astype("Int64")
     return Phases(common, curve)
 
 
 def _stretch(start: int, end: int, prompts: int) -> dict[str, object]:
-    nothing = {"change": pd.NA, "jsd_bits": float("nan"), "null_bits": float("nan"), "p_value": float("nan")}
-    return {"start": start, "end": end, "prompts": prompts, **nothing}
+    nothing = dict.fromkeys(("jsd_bits", "null_bits", "p_value", "level"), float("nan"))
+    unknown = dict.fromkeys(("share", "share_low", "share_high"), float("nan"))
+    places = dict.fromkeys(("low", "high"), pd.NA)
+    return {
+        **{"start": start, "end": end, "prompts": prompts, "change": pd.NA},
+        **nothing,
+        **places,
+        "fits": "",
+        **unknown,
+    }
 
 
 def phase_comparison(
