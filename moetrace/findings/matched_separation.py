@@ -8,7 +8,7 @@ from typing import ClassVar
 from moetrace.analysis import matched_separation
 from moetrace.findings.finding import Figure, Finding, Method, Question, parameter
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import best, of_layers
+from moetrace.findings.wording import best, of_layers, span
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,13 @@ class MatchedSeparation(Question):
                     "At the same token ids no layer shows that domains differ (smallest q ="
                     f" {tested['q_value'].min():.2f}): their words may be all the difference."
                 )
-            strongest = best(tested, "jsd_matched_bits")
+            strongest = best(tested, "jsd_matched_jackknife") or best(tested, "jsd_matched_bits")
             if strongest is not None:
+                effect = span(*(strongest[f"jsd_matched_{name}"] for name in ("jackknife", "low", "high")))
                 sentences.append(
-                    f"It is largest in layer {strongest['layer']:.0f}: {strongest['jsd_matched_bits']:.3f} bits with"
-                    f" the words taken out, where prompts alone give {strongest['jsd_matched_null_mean']:.3f};"
-                    f" {strongest['jsd_bits']:.3f} as the domains are."
+                    f"It is largest in layer {strongest['layer']:.0f}: {effect} bits with the words taken out;"
+                    f" uncorrected {strongest['jsd_matched_bits']:.3f}, where prompts alone give"
+                    f" {strongest['jsd_matched_null_mean']:.3f}."
                 )
         if found.coverage == found.coverage:
             sentences.append(

@@ -110,12 +110,15 @@ class TokenPatterns(Question):
         special = found.specialists
         n_experts = text.n_expert * text.experts.shape[1]
         of_type = special[special["kind"] == "type"]
-        words = special[(special["kind"] == "words") & (special["of"] == "type")]
+        one_word = special[(special["kind"] == "word") & (special["of"] == "type")]
+        undecided = special[special["kind"] == "undecided"]
         trigrams = special[(special["of"] == "trigram") & (special["kind"] == "trigram")]
-        n = [len(rows[["layer", "expert"]].drop_duplicates()) for rows in (of_type, words, trigrams)]
+        kinds = (of_type, undecided, one_word, trigrams)
+        n = [len(rows[["layer", "expert"]].drop_duplicates()) for rows in kinds]
         say.append(
             f"{n[0]} of {n_experts:,} experts are specialists of a type of token beyond single words; {n[1]} prefer a"
-            f" type for the sake of a few words; {n[2]} prefer a trigram of types"
+            f" type, and whether for more than a few words of it these texts do not say; {n[2]} prefer one word of a"
+            f" type; {n[3]} prefer a trigram of types"
             f" ({sum(found.tested):,} combinations tested, family-wise at {self.alpha:g})."
         )
         for kind, rows in (("type", of_type), ("trigram", trigrams)):

@@ -56,7 +56,11 @@ def matched_separation(table: pd.DataFrame, *, ax: Axes | None = None, alpha: fl
     ax = axes(ax)
     x = table["layer"].to_numpy()
     ax.plot(x, table["jsd_bits"], color=OKABE_ITO[1], linestyle="--", label="words and all")
-    ax.plot(x, table["jsd_matched_bits"], color=OKABE_ITO[0], label="words taken out")
+    ax.plot(
+        x, table["jsd_matched_bits"], color=OKABE_ITO[0], linewidth=0.9, label="words taken out, uncorrected"
+    )
+    ax.plot(x, table["jsd_matched_jackknife"], color=OKABE_ITO[0], label="corrected for bias, 95 % interval")
+    band(ax, x, table["jsd_matched_low"], table["jsd_matched_high"], OKABE_ITO[0])
     ax.plot(
         x,
         table["jsd_matched_null_mean"],
@@ -66,9 +70,9 @@ def matched_separation(table: pd.DataFrame, *, ax: Axes | None = None, alpha: fl
     )
     found = (table["q_value"] <= alpha).to_numpy()
     if found.any():
-        y = table["jsd_matched_bits"].to_numpy()[found]
+        y = table["jsd_matched_jackknife"].to_numpy()[found]
         ax.scatter(x[found], y, s=18, color=OKABE_ITO[0], zorder=3, label=f"q ≤ {alpha:g}")
     layer_axis(ax, x)
     ax.set(ylabel="Jensen-Shannon divergence (bits)", ylim=(0, None))
-    legend_above(ax, 4)
+    legend_above(ax, 3)
     return ax

@@ -66,7 +66,8 @@ def test_the_expert_of_digits_is_found_and_is_the_only_one_beyond_words(planted:
     assert row["lift"] == pytest.approx(row["concentration"] / row["corpus_share"])
     assert row["words"] > 10
     # Routing follows from the token id, so experts do have words, and that is said as such.
-    assert (special["kind"] == "words").sum() > 0
+    assert (special["kind"] == "word").sum() > 0
+    assert set(special.loc[special["of"] == "type", "kind"]) <= {"type", "word", "undecided"}
 
 
 def test_the_circuit_is_found_link_by_link_and_holds_on_other_prompts(planted: Ask) -> None:

@@ -273,6 +273,9 @@ def planted(
             got[f"power: domain_test {statistic}"] += list(other["p_value"] <= ALPHA)
         matched = m.matched_separation(counted_tokens(r), **options).table
         got["power: matched_separation"] += list(matched["p_value"] <= ALPHA)
+        got["coverage: matched separation (jackknife)"] += within(
+            true_jsd, matched["jsd_matched_low"], matched["jsd_matched_high"]
+        )
         got["coverage: jsd (jackknife)"] += within(true_jsd, test["jsd_low"], test["jsd_high"])
         got["coverage: Cramér's V (jackknife)"] += within(true_v, test["v_low"], test["v_high"])
         lift = m.domain_lift(c.included, c.labels, n_boot=500, **options)

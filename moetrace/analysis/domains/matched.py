@@ -42,10 +42,11 @@ class MatchedSeparation:
     n_prompts
         Prompts that shared token ids connect; the others are left out.
     table
-        One row per layer: ``layer``; ``jsd_bits`` of the domains as they are; ``jsd_matched_bits`` of the
-        domains with the token ids' own routing taken out, and ``jsd_matched_null_mean``, what prompts alone
-        produce of it; ``p_value``, ``q_value`` (Benjamini-Hochberg over layers), ``p_family`` (max-T over
-        layers).
+        One row per layer: ``layer``; ``jsd_bits`` of the domains as they are; ``jsd_matched_bits`` of the domains with
+        the token ids' own routing taken out, ``jsd_matched_null_mean``, what prompts alone produce of it, and
+        ``jsd_matched_jackknife`` with ``jsd_matched_low`` and ``jsd_matched_high``, freed of that by the jackknife over
+        prompts, with a 95 % interval (the token ids' routing as estimated from all); ``p_value``, ``q_value``
+        (Benjamini-Hochberg over layers), ``p_family`` (max-T over layers).
     """
 
     verdict: str
@@ -74,6 +75,7 @@ def matched_separation(
     n_layers = counts.layers.size
     rng = np.random.default_rng(seed)
     jsd, matched, matched_null = np.full((3, n_layers), np.nan)
+    knife = np.full((3, n_layers), np.nan)
     null = np.full((n_permutations + 1, n_layers), np.nan)
     reason = nulls.feasibility(domains).reason
     connected = 0
@@ -96,12 +98,13 @@ def matched_separation(
             jsd[layer] = info.jsd_bits(raw)
             middle = raw.mean(axis=0)
             matched[layer] = effects.separation(y, middle)
+            knife[:, layer] = effects.jackknife(y, middle)
             white = y / spread[:, None]
             matched_null[layer] = np.mean(
                 [effects.separation(white[o] * spread[:, None], middle) for o in order[1:101]]
             )
     if nulls.feasibility(domains).reason:
-        null[:] = matched_null[:] = np.nan
+        null[:] = matched_null[:] = knife[:] = np.nan
     p, family = nulls.permutation_p(null), nulls.max_t(null)
     seen = [np.asarray((o > 0).sum(axis=0)).reshape(-1) > 1 for o in counts.occurrences]
     total = sum(float(o.sum()) for o in counts.occurrences)
@@ -117,6 +120,9 @@ def matched_separation(
                 "jsd_bits": jsd,
                 "jsd_matched_bits": matched,
                 "jsd_matched_null_mean": matched_null,
+                "jsd_matched_jackknife": knife[0],
+                "jsd_matched_low": knife[1],
+                "jsd_matched_high": knife[2],
                 "p_value": p,
                 "q_value": nulls.benjamini_hochberg(p),
                 "p_family": family,
@@ -221,4 +227,23 @@ class _PromptEffects:
     def separation(self, y: Floats, middle: Floats) -> Floats:
         """JSD of the distributions ``middle`` (E) + mean effect of each domain's prompts, in bits."""
         mean = (self.domains.T @ y) / self.design.sum(axis=0)[:, None]
-        return info.jsd_bits(info.shares(np.maximum(middle + mean - mean.mean(axis=0), 0.0)))
+        return _apart(mean, middle)
+
+    def jackknife(self, y: Floats, middle: Floats) -> tuple[Floats, Floats, Floats]:
+        """:meth:`separation` freed of its bias, and its 95 % interval, each prompt's effect left out in turn."""
+        each, sizes = self.vectors @ y, self.design.sum(axis=0)
+        sums = self.design.T @ each
+        of = self.design.argmax(axis=1)
+        without = np.empty(len(each))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            for i, domain in enumerate(of.tolist()):
+                mean = sums / sizes[:, None]
+                mean[domain] = (sums[domain] - each[i]) / (sizes[domain] - 1)
+                without[i] = _apart(mean, middle)
+            knife = nulls.jackknife(_apart(sums / sizes[:, None], middle), without, of)
+        return np.maximum(knife.estimate, 0.0), np.maximum(knife.low, 0.0), np.maximum(knife.high, 0.0)
+
+
+def _apart(mean: Floats, middle: Floats) -> Floats:
+    """JSD of ``middle`` (E) + ``mean`` (D, E), the effects' own mean taken out, in bits."""
+    return info.jsd_bits(info.shares(np.maximum(middle + mean - mean.mean(axis=0), 0.0)))

@@ -51,7 +51,8 @@ class TokenPatterns:
         has ``p_words`` (family-wise, types handed out anew among words).
     specialists
         The rows that stand: lift above 1 (low > 1, p_family ≤ alpha), concentration of at least the threshold. For
-        types: ``kind`` is "type" if it also holds beyond words, "words" if few words may explain it.
+        types: ``kind`` is "type" if it also holds beyond words, "word" if it is one word only, and "undecided" where
+        few words may explain it: that a test does not reject does not show that they do.
     vocabulary
         One row per layer: ``tokens`` (ids seen often enough), ``specialisation`` (the share of an id's occurrences
         that go to its most frequent first expert, mean over ids), ``null`` (mean with prompts exchanged),
@@ -121,10 +122,8 @@ def pattern_summary(
             & (table["concentration"] >= specialist_threshold)
         ].copy()
         good.insert(2, "of", size)
-        holds = good["words"] > 1
-        if size == "type":
-            holds &= good["p_words"] <= alpha
-        good["kind"] = np.where(holds, size, "words")
+        beyond_words = good["p_words"] <= alpha if size == "type" else True
+        good["kind"] = np.select([good["words"] <= 1, beyond_words], ["word", size], "undecided")
         stands.append(good.drop(columns=["p_words"], errors="ignore"))
     specialists = pd.concat(stands, ignore_index=True)
     return TokenPatterns(
