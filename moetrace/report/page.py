@@ -64,6 +64,22 @@ def unanswered(findings: Sequence[Finding]) -> tuple[tuple[str, str], ...]:
     return tuple((", ".join(titles), reason) for reason, titles in why.items())
 
 
+def by_chance(findings: Sequence[Finding]) -> str:
+    """How often so many tests reject where there is nothing: a sentence, or "" if fewer than two questions test."""
+    columns = ("p_value", "q_value", "p_family")
+    n = sum(
+        any(name in table and table[name].notna().any() for table in f.tables.values() for name in columns)
+        for f in findings
+        if f.not_answered is None
+    )
+    if n < 2:
+        return ""
+    return (
+        f"{n} questions test something, each by itself at 5 %: where there is nothing to find, {n / 20:.1f} of them still"
+        f" find something on average, and one or more do in {1 - 0.95**n:.0%} of reports (if they were independent)."
+    )
+
+
 def write_part(finding: Finding, folder: Path) -> Written:
     """Write a finding's JSON, figures and tables into the report's folder; nothing of one that was not answered.
 
@@ -153,6 +169,7 @@ def _render(
         phase_note=subject.phase_note,
         sections=sections,
         missing=unanswered(findings),
+        by_chance=by_chance(findings),
         n_missing=sum(f.not_answered is not None for f in findings),
         methods=methods(),
         linked=linked,

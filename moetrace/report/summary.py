@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from moetrace.findings.wording import listed
 from moetrace.printable import printable
-from moetrace.report.page import Report
+from moetrace.report.page import Report, by_chance
 
 _TITLE = 32  # columns of titles
 _SIGNS = {"bad": ("✕", "1;31"), "warn": ("!", "1;33"), "good": ("✓", "1;32"), "note": ("·", "2")}
@@ -47,6 +47,8 @@ def summary(
     for finding in shown:
         if finding.concludes:
             out += _entry(finding.title, [finding.sentences[0]], width, lambda text: paint(text, "36"))
+    if chance := by_chance(report.findings):
+        out += _wrapped(chance, "  ", width)
     open_ones = [f for f in shown if not f.concludes]
     if about.limits or report.not_answered or open_ones:
         out += ["", paint("What cannot", "1")]
