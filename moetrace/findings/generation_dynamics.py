@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -45,9 +45,9 @@ class GenerationDynamics(Question):
         """Answer it."""
         routing = subject.routing
         text = routing.text
-        persistence = temporal.persistence(routing.prompt_counts)
+        persistence = temporal.persistence(routing.order_counts)
         persistence = persistence[persistence["lag"] <= self.max_lag].reset_index(drop=True)
-        changes = dynamics.handoffs(routing.prompt_counts)
+        changes = dynamics.handoffs(routing.order_counts)
         phases = dynamics.generation_phases(
             text,
             min_steps=self.min_steps,
@@ -66,7 +66,7 @@ class GenerationDynamics(Question):
         caveats: list[str] = []
         if len(subject.traces) == 1:
             tables["order_test"] = temporal.shuffle_chosen(
-                routing.whole("a shuffle test"),
+                replace(routing.whole("a shuffle test"), later=True),
                 max_lag=min(self.max_lag, 8),
                 n_permutations=self.permutations,
                 max_rows=self.max_tokens,
@@ -100,7 +100,7 @@ class GenerationDynamics(Question):
             subject,
             said,
             tables,
-            [*caveats, *subject.drawn, *subject.read],
+            [*caveats, *subject.first, *subject.drawn, *subject.read],
             concludes=bool(changes.iloc[-1]["pairs"]),
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pandas as pd
@@ -46,7 +46,7 @@ class Persistence(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Measure every layer and lag."""
-        table = temporal.persistence(subject.routing.prompt_counts)
+        table = temporal.persistence(subject.routing.order_counts)
         tables = {"persistence": table}
         sentences = []
         first = table[(table["lag"] == 1) & (table["pairs"] > 0)]
@@ -84,14 +84,16 @@ class Persistence(Question):
         ]
         if self.permutations:
             tables["shuffle_test"] = temporal.shuffle_chosen(
-                subject.routing.whole("a shuffle test"), n_permutations=self.permutations, seed=subject.seed
+                replace(subject.routing.whole("a shuffle test"), later=True),
+                n_permutations=self.permutations,
+                seed=subject.seed,
             )
         try:
             tables["as_published_lag1"] = published_lag1(subject.activations, int(max(subject.n_expert)))
         except UsageError as e:
             caveats.append(f"The published lag 1 needs domains: {e.what}.")
         return self.finding(
-            subject, sentences, tables, [*caveats, *subject.drawn], concludes=bool(len(known))
+            subject, sentences, tables, [*caveats, *subject.first, *subject.drawn], concludes=bool(len(known))
         )
 
     def figures(self, finding: Finding) -> dict[str, Figure]:

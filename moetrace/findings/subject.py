@@ -287,6 +287,13 @@ class Subject:
         return [f"Neighbours were counted in {of}, drawn at random."]
 
     @property
+    def first(self) -> list[str]:
+        """If questions of order leave position 0 out: a sentence that says so."""
+        if not self.routing.has_first:
+            return []
+        return ["Position 0 is left out of neighbours: models often route it apart from all other tokens."]
+
+    @property
     def read(self) -> list[str]:
         """If some texts stand for all (:attr:`Routing.text`): a sentence that says so."""
         text, texts = self.routing.text, self.routing.texts

@@ -36,7 +36,7 @@ class Transitions(Question):
 
     def answer(self, subject: Subject) -> Finding:
         """Count transitions in every layer."""
-        counts = subject.routing.prompt_counts
+        counts = subject.routing.order_counts
         parts, stay = [], []
         for layer in counts.layers.tolist():
             found = transitions(counts, layer)
@@ -87,7 +87,7 @@ class Transitions(Question):
             )
         except UsageError as e:
             caveats.append(f"The published matrices need domains: {e.what}.")
-        return self.finding(subject, sentences, tables, [*caveats, *subject.drawn])
+        return self.finding(subject, sentences, tables, [*caveats, *subject.first, *subject.drawn])
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Probability and lift in the layer where the first expert stays most above random order."""

@@ -75,8 +75,9 @@ def by_chance(findings: Sequence[Finding]) -> str:
     if n < 2:
         return ""
     return (
-        f"{n} questions test something, each by itself at 5 %: where there is nothing to find, {n / 20:.1f} of them still"
-        f" find something on average, and one or more do in {1 - 0.95**n:.0%} of reports (if they were independent)."
+        f"{n} questions test something, each by itself at 5 %: where there is nothing to find, {n / 20:.1f} of them"
+        f" still find something on average, and one or more do in {1 - 0.95**n:.0%} of reports (if they were"
+        " independent)."
     )
 
 

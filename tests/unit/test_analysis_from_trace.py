@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from recordings import olmoe_line, write
 
+import moetrace
 import moetrace.analysis as m
 from moetrace.analysis import Routing, count_routing, domain_test, from_trace
 from moetrace.analysis.dynamics.temporal import shuffle_chosen
 from moetrace.analysis.experts import gate
 from moetrace.analysis.published import notebook as published
 from moetrace.errors import ChannelMissingError, UsageError
+from moetrace.findings import ask
+from moetrace.trace.importers import import_trace
 
 N_REQUESTS = 8
 
@@ -264,3 +268,28 @@ def test_memory_for_statistics_grows_by_row_and_not_by_activation(tmp_path: Path
         tracemalloc.stop()
     per_row = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
     assert per_row < 120
+
+
+def test_questions_of_order_leave_position_0_out(tmp_path: Path) -> None:
+    """GIVEN tokens without memory, the first of each text routed to experts of its own WHEN neighbours are compared
+    THEN they share no more than in random order; with the first token they would seem to.
+    """
+    rng = np.random.default_rng(4)
+    lines = []
+    for _ in range(60):
+        n = int(rng.integers(15, 25))
+        experts = np.stack([rng.choice(np.arange(2, 8), 2, replace=False) for _ in range(n)])[:, None]
+        experts[0, 0] = [0, 1]
+        lines.append(olmoe_line(experts.tolist(), input_ids=rng.integers(0, 999, n).tolist()))
+    import_trace(write(tmp_path / "t.jsonl", *lines), tmp_path / "t.moet")
+    with moetrace.open(tmp_path / "t.moet") as trace:
+        routing = m.from_trace(trace, phase="prefill")
+        assert routing.has_first
+        with_it, without = (
+            m.persistence(counts).query("lag == 1").iloc[0]
+            for counts in (routing.prompt_counts, routing.order_counts)
+        )
+        assert routing.order_counts.tokens.sum() == routing.prompt_counts.tokens.sum() - 60
+        assert with_it["overlap_low"] > 0
+        assert without["overlap_low"] < 0 < without["overlap_high"]
+        assert any("Position 0 is left out" in caveat for caveat in ask("persistence", trace).caveats)

@@ -150,6 +150,8 @@ class Chosen:
     clusters
         Of each request, by its number, what it is an observation of: the prompt that stands for all that are not
         independent of it (:meth:`Routing.chosen`).
+    later
+        Without position 0, which many models route apart from all others (the attention sink).
     """
 
     trace: RoutedRows
@@ -158,10 +160,12 @@ class Chosen:
     labelled: bool = False
     only: frozenset[str] | None = None
     clusters: Sequence[str] = ()
+    later: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled without what was found out meanwhile."""
-        return Chosen, (self.trace, self.name, self.phase, self.labelled, self.only, self.clusters)
+        names = ("trace", "name", "phase", "labelled", "only", "clusters", "later")
+        return Chosen, tuple(getattr(self, name) for name in names)
 
     @cached_property
     def keep(self) -> npt.NDArray[np.bool_]:
@@ -174,6 +178,8 @@ class Chosen:
         if "n_undecided" in requests:  # rows that were removed when their request ended
             sizes, undecided = requests["n_prefill"] + requests["n_decode"], requests["n_undecided"].fillna(0)
             keep &= ~last_rows(request, requests.index, sizes, undecided)
+        if self.later:
+            keep &= np.asarray(trace.positions) != 0
         if self.labelled:
             keep &= np.array([*(bool(label) for label in self.labels), False])[request]
         if self.only is not None:
@@ -437,6 +443,26 @@ class Routing:
         drawn = drawn[: self._room(2 * int(max(self.n_expert)), 3 * self._max_lag)]
         only = frozenset(self.prompts[i] for i in drawn.tolist())
         return self._counted([replace(chosen, only=only) for chosen in self.chosen], self._max_lag)
+
+    @cached_property
+    def order_counts(self) -> RoutingCounts:
+        """:attr:`prompt_counts` for questions of order: without position 0, which is followed but never follows.
+
+        Where it is routed apart from all others (the attention sink), the rest shares more than random orders do,
+        whatever its order. If nothing but position 0 is there, that is all.
+        """
+        later = [replace(chosen, later=True) for chosen in self.chosen]
+        if not self.has_first or not any(chosen.keep.any() for chosen in later):
+            return self.prompt_counts
+        if not self.each_apart:
+            only = frozenset(self.prompt_counts.prompts.tolist())
+            later = [replace(chosen, only=only) for chosen in later]
+        return self._counted(later, self._max_lag)
+
+    @cached_property
+    def has_first(self) -> bool:
+        """Whether a chosen row stands at position 0."""
+        return any(bool((np.asarray(c.trace.positions)[c.keep] == 0).any()) for c in self.chosen)
 
     def _counted(
         self, parts: Iterable[Chosen], max_lag: int, group: Callable[[str], str] | None = None
