@@ -254,9 +254,10 @@ def domain_test(
         jsd_null = (null if statistic == "jsd" else _statistics(c, codes[: _SHOWN + 1], len(domains), "jsd"))[
             1:
         ]
+        some = codes[: _SHOWN + 1]
         scattered = nulls.permutation_p(
             np.stack(
-                [spread.dispersion(c[:, layer], codes, len(domains)) for layer in range(n_layers)], axis=1
+                [spread.dispersion(c[:, layer], some, len(domains)) for layer in range(n_layers)], axis=1
             )
         )
         p, family = nulls.permutation_p(null), nulls.max_t(null)

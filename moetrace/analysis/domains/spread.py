@@ -20,6 +20,10 @@ from moetrace.analysis.statistics.shapes import Floats, Ints
 _BATCH = 64 << 20
 #: variance that a domain has at least, as a share of that of all prompts: copies would be infinitely sure
 _LEAST = 1e-6
+#: of more prompts, products of each with each take long, and middles hardly move
+_MANY = 100
+#: of fewer prompts of a domain, distances from their middle say little
+_FEWEST = 4
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,11 @@ def welch(counts: npt.ArrayLike, codes: Ints, n_domains: int) -> Floats:
 def dispersion(counts: npt.ArrayLike, codes: Ints, n_domains: int) -> Floats:
     """How unequally domains' prompts scatter, for assignments ``codes`` (B, P) of which the first is the real: (B,).
 
-    PERMDISP (Anderson 2006): F of the prompts' distances from the middle of their own domain, which are what is
-    exchanged. Distances are blown up by √(n/(n − 1)), as a middle lies nearer to few. NaN where nothing can be said.
+    PERMDISP (Anderson 2006): F of the prompts' distances from the middle of their own domain, blown up by √(n/(n − 1)),
+    as a middle lies nearer to few. Exchanged are the prompts' places around their middles, and middles are found anew;
+    of more than :data:`_MANY` prompts the distances themselves, which is as good then. It rejects a little too
+    often (6 to 8 % of nulls at 5 %, by up to 12 prompts): a warning, no finding. NaN where a domain has fewer than
+    :data:`_FEWEST` prompts.
     """
     points = Points.of(counts)
     x, known = points.values, points.known
@@ -94,17 +101,30 @@ def dispersion(counts: npt.ArrayLike, codes: Ints, n_domains: int) -> Floats:
     out = np.full(codes.shape[0], np.nan)
     n_own = np.bincount(own, weights=known, minlength=n_domains)
     free = known.sum() - n_domains
-    if (n_own < 2).any() or free <= 0:
+    if (n_own < _FEWEST).any() or free <= 0:
         return out
     middle = points.grouped(x, codes[:1], n_domains)[0] / n_own[:, None]
-    away = np.sqrt(((x - middle[own]) ** 2).sum(axis=1) * (n_own / (n_own - 1))[own]) * known
-    n = points.grouped(known[:, None], codes, n_domains)[:, :, 0]
-    sums = points.grouped(away[:, None], codes, n_domains)[:, :, 0]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        between = (sums**2 / n).sum(axis=1) - away.sum() ** 2 / known.sum()
-        within = (away**2).sum() - away.sum() ** 2 / known.sum() - between
-        f = between / (n_domains - 1) / (within / free)
-    return np.asarray(np.where(np.isfinite(f), f, np.nan))
+    wider = np.sqrt(n_own / (n_own - 1))[own]
+    around = (x - middle[own]) * (known * wider)[:, None]
+    squares = (around**2).sum(axis=1)
+    inner = around @ around.T if len(x) <= _MANY else None
+    for b, code in enumerate(codes):
+        n = np.bincount(code, weights=known, minlength=n_domains)
+        away = np.sqrt(squares)
+        if inner is not None and b:
+            member = ((code[:, None] == np.arange(n_domains)) * known[:, None]) / np.maximum(n, 1)
+            along = inner @ member  # (P, D) each place times the middle of each domain's
+            of_middle = np.einsum("pd,pd->d", member, along)
+            squared = squares - 2 * along[np.arange(len(x)), code] + of_middle[code]
+            away = np.sqrt(np.maximum(squared * (n / np.maximum(n - 1, 1))[code], 0.0))
+        away = away * known
+        with np.errstate(invalid="ignore", divide="ignore"):
+            sums = np.bincount(code, weights=away, minlength=n_domains)
+            between = (sums**2 / n).sum() - away.sum() ** 2 / known.sum()
+            within = (away**2).sum() - away.sum() ** 2 / known.sum() - between
+            f = between / (n_domains - 1) / (within / free)
+        out[b] = f if np.isfinite(f) else np.nan
+    return out
 
 
 def gaps(counts: npt.ArrayLike, codes: Ints, n_domains: int, block: slice) -> Floats:
