@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from moetrace.analysis.circuits import Circuits, expert_circuits, path_test
 from moetrace.analysis.counts.attention import AttentionRows, attention_features, attention_windows
+from moetrace.analysis.counts.chosen import Chosen, RoutedRows
 from moetrace.analysis.counts.compare import (
     Agreement,
     agreement,
@@ -25,7 +26,7 @@ from moetrace.analysis.counts.counting import (
     frequent_tokens,
     reading_order,
 )
-from moetrace.analysis.counts.from_trace import Chosen, RoutedRows, Routing, from_trace
+from moetrace.analysis.counts.from_trace import Routing, from_trace
 from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.domains.domain import (
     DomainSeparation,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrace import data
-from moetrace.analysis.counts.from_trace import Phase
+from moetrace.analysis.counts.chosen import Phase
 from moetrace.commands.capturing import report_trace
 from moetrace.commands.options import add_option, paint
 from moetrace.commands.progress import progress_bar

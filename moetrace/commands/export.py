@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from moetrace.analysis.counts.from_trace import in_text
+from moetrace.analysis.counts.chosen import in_text
 from moetrace.commands.options import add_option
 from moetrace.commands.progress import progress_bar
 from moetrace.commands.selecting import add_selection, open_chosen, select

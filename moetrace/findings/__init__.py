@@ -21,7 +21,7 @@ from functools import cached_property
 from importlib.metadata import entry_points
 from typing import Any
 
-from moetrace.analysis.counts.from_trace import Phase
+from moetrace.analysis.counts.chosen import Phase
 from moetrace.errors import UsageError
 from moetrace.findings.asking import Progress, Then, answers
 from moetrace.findings.finding import Figure, Finding, Method, Question, Widget, parameter

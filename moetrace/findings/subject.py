@@ -15,7 +15,8 @@ import pandas as pd
 
 from moetrace.analysis import DomainTest, Routing, RoutingCounts, domain_test, from_trace
 from moetrace.analysis.counts import overview
-from moetrace.analysis.counts.from_trace import LABEL_THEM, NO_DOMAIN, PHASES, Phase
+from moetrace.analysis.counts.chosen import PHASES, Phase
+from moetrace.analysis.counts.from_trace import LABEL_THEM, NO_DOMAIN
 from moetrace.analysis.domains.lengths import WIDTH, LengthClasses, length_classes
 from moetrace.analysis.published.notebook import Activations, activations
 from moetrace.analysis.statistics.nulls import ONE_ARRANGEMENT
@@ -247,7 +248,7 @@ class Subject:
         if self.table is not None or "routing" not in self.__dict__:
             return []
         n, independent = self.routing.n_prompts, len(self.routing.prompts)
-        n_continued = self.routing.n_continued
+        n_continued = self.routing.clusters.n_continued
         unsure = (
             f"{number(n_continued, 'request')} went on from a text of the server's prompt cache of which the recording"
             " does not say whose it was: they may be of one conversation with others (--group-key tells;"

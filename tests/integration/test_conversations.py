@@ -69,10 +69,10 @@ def test_turns_of_a_conversation_are_one_observation(
             if order == "one by one":
                 assert sum(n > 0 for n in n_cached) == 7
                 assert len(routing.prompts) == 4
-                assert routing.n_continued == 0
+                assert routing.clusters.n_continued == 0
                 assert routing.chosen[0].clusters == [routing.prompts[i] for i in turns]
             else:
-                assert routing.n_continued == sum(n > 0 for n in n_cached) == restored > 0
+                assert routing.clusters.n_continued == sum(n > 0 for n in n_cached) == restored > 0
                 alone = [i for i, n in enumerate(n_cached) if n > 0]
                 names = [routing.chosen[0].clusters[i] for i in alone]
                 assert names == [routing.chosen[0].prompts[i] for i in alone]

@@ -85,8 +85,6 @@ UNSOUND = (
     "one domain 8 times shorter: jsd",
     "40 prompts and 4 that scatter more: jsd",
 )
-#: this one only warns, and is known to be a little loose
-LOOSE = ("domain_test dispersion",)
 #: this one finds what is there
 FINDS = ("40 prompts and 4 that scatter more: dispersion",)
 

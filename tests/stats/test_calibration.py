@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 from bounds import RUNS, faulty, most
-from calibration import FINDS, LOOSE, SMALL, SMALL_WORLD, UNSOUND, calibrate, planted
+from calibration import FINDS, SMALL, SMALL_WORLD, UNSOUND, calibrate, planted
 
 
 def test_sound_tests_reject_as_often_as_they_say_and_the_published_almost_always() -> None:
@@ -38,8 +38,7 @@ def test_calibration_in_full() -> None:
     """1000 runs (500 of words and order), as documented: every sound test within 5 ± 1.5 %, as far as they tell."""
     table = calibrate(1000).set_index("test")
     assert table.loc["published chi-square", "rejected"] > 0.99
-    assert table.loc[list(LOOSE), "rejected"].max() < 0.09
-    sound = table.drop(index=[*UNSOUND, *FINDS, *LOOSE])
+    sound = table.drop(index=[*UNSOUND, *FINDS])
     assert ((sound["low"] < 0.065) & (sound["high"] > 0.035)).all(), sound
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from moetrace import analysis
-from moetrace.analysis.counts.from_trace import Routing, in_text
+from moetrace.analysis.counts.chosen import in_text
+from moetrace.analysis.counts.from_trace import Routing
 from moetrace.trace.lake import write_lake
 from moetrace.trace.trace import open_trace
 

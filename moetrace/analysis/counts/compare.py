@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from moetrace.analysis.counts.from_trace import CHUNK, PHASES, Chosen, present
+from moetrace.analysis.counts.chosen import CHUNK, PHASES, Chosen, present
 from moetrace.analysis.statistics import information as info
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.chance import chance

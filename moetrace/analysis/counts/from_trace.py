@@ -6,47 +6,37 @@ Everything else in :mod:`moetrace.analysis` takes arrays, counts, texts, or the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Literal, Protocol, TypeVar
+from functools import cached_property, partial
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
-from scipy import sparse
-from scipy.sparse.csgraph import connected_components
 
-from moetrace.analysis.counts.clusters import text_clusters
+from moetrace.analysis.counts import parts
+from moetrace.analysis.counts.chosen import Chosen, Phase, RoutedRows, present
 from moetrace.analysis.counts.columns import TokenColumns
 from moetrace.analysis.counts.counting import (
     MAX_LAG,
-    PRESENT,
     Progress,
-    ReadingOrder,
     RoutingCounts,
     TokenCounts,
     count_routing,
     count_tokens,
     frequent_tokens,
-    last_rows,
-    reading_order,
-    two_domains,
 )
 from moetrace.analysis.counts.routed import RoutedText
+from moetrace.analysis.counts.survey import clusters, domain_of, survey
 from moetrace.analysis.counts.units import ENOUGH, evenly, taken_together
 from moetrace.analysis.statistics.shapes import Ints, some_requests, spans
-from moetrace.errors import ChannelMissingError, MoetraceError, UsageError
+from moetrace.errors import MoetraceError, UsageError
 
-Phase = Literal["prefill", "decode", "unknown", "all"]
-PHASES = {"prefill": 0, "decode": 1, "unknown": 2}
+Top1 = Literal["weight", "router"]
 
 NO_DOMAIN = "no request of the trace has a domain"
 LABEL_THEM = "give each line of the prompts file a `label` (moetrace drive -f)"
-#: what clients call requests that are no independent observations
-GROUP = "group"
-
-CHUNK = 1 << 13  # rows looked at together
 # What tables of prompts, of token ids, and texts may take of memory. Beyond it prompts are taken together or drawn,
 # the most frequent ids are kept, and texts are drawn.
 _TABLE_BYTES = 512 << 20
@@ -56,53 +46,14 @@ _TEXT_BYTES = 256 << 20
 _PAIRED = 2000
 
 
-class RoutedRows(Protocol):
-    """What the analyses need of a trace; shapes and dtypes as in docs/format.md, table ``rows``.
-
-    Channels beyond ``experts`` (``weights``, ``scores``, ``logits``, ``gate_input``) are asked for where they
-    are of use; a trace without one raises ChannelMissingError.
-    """
-
-    @property
-    def experts(self) -> npt.NDArray[Any]: ...
-    @property
-    def state(self) -> npt.NDArray[np.uint8]: ...
-    @property
-    def token_ids(self) -> npt.NDArray[np.int32]: ...
-    @property
-    def positions(self) -> npt.NDArray[np.int32]: ...
-    @property
-    def request(self) -> npt.NDArray[np.int64]: ...
-    @property
-    def phase(self) -> npt.NDArray[np.uint8]: ...
-    @property
-    def step(self) -> npt.NDArray[np.uint32]: ...
-    @property
-    def row(self) -> npt.NDArray[np.uint32]: ...
-    @property
-    def requests(self) -> pd.DataFrame:
-        """One row per request, the index its number; ``label``, ``id``, ``n_shifts``, ``n_undecided`` (then
-        ``n_prefill`` and ``n_decode`` too) and ``n_cached`` (then ``slot`` and ``first_serial`` too) where known.
-        """
-        ...
-
-    @property
-    def layers(self) -> npt.NDArray[np.int64]: ...
-    @property
-    def n_expert(self) -> npt.NDArray[np.int64]: ...
-    @property
-    def n_expert_used(self) -> npt.NDArray[np.int64]: ...
-    @property
-    def consumers(self) -> list[list[str]]: ...
-
-
 def from_trace(
     *traces: RoutedRows,
     phase: Phase = "decode",
-    top1: Literal["weight", "router"] = "weight",
+    top1: Top1 = "weight",
     max_lag: int = MAX_LAG,
     names: Sequence[str] | None = None,
     group_key: str | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> Routing:
     """The routing of one trace, or of several taken together.
@@ -122,177 +73,18 @@ def from_trace(
         What clients said that tells which prompts are one observation: those that have the same. None: prompts of
         one ``group``, and those whose texts begin alike (:func:`~moetrace.analysis.counts.clusters.text_clusters`),
         each domain by itself. "id": every prompt stands for itself.
+    executor
+        Where rows are read and counted, trace by trace: processes of ``concurrent.futures``, or Dask's
+        (``Client.get_executor()``), to which traces have the same paths. None: here. Numbers are the same.
+    progress
+        Told how many rows of a trace are counted, of how many, where they are counted here.
 
     Raises UsageError if no row is of this phase, or no request has the key.
     """
     if not traces:
         raise UsageError("there is no trace to analyse", fix="give at least one")
     given = tuple(names or map(str, range(len(traces))))
-    return Routing(traces, phase, top1, max_lag, given, group_key, progress)
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The rows of a trace, or of one context of it, that are looked at, and whose they are.
-
-    Attributes
-    ----------
-    trace
-        Where they are from.
-    name
-        Of the trace: its requests without an id are called after it.
-    phase
-        Which rows: those of requests in this phase, without drafts that may be no text.
-    labelled
-        Only rows of requests that have a domain.
-    only
-        Only rows of these clusters; None: of all.
-    clusters
-        Of each request, by its number, what it is an observation of: the prompt that stands for all that are not
-        independent of it (:meth:`Routing.chosen`).
-    later
-        Without position 0, which many models route apart from all others (the attention sink).
-    """
-
-    trace: RoutedRows
-    name: str
-    phase: Phase
-    labelled: bool = False
-    only: frozenset[str] | None = None
-    clusters: Sequence[str] = ()
-    later: bool = False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled without what was found out meanwhile."""
-        names = ("trace", "name", "phase", "labelled", "only", "clusters", "later")
-        return Chosen, tuple(getattr(self, name) for name in names)
-
-    @cached_property
-    def keep(self) -> npt.NDArray[np.bool_]:
-        """(N,) the rows."""
-        trace = self.trace
-        request, requests = np.asarray(trace.request), trace.requests
-        keep = request >= 0
-        if self.phase != "all":
-            keep &= np.asarray(trace.phase) == PHASES[self.phase]
-        if "n_undecided" in requests:  # rows that were removed when their request ended
-            sizes, undecided = requests["n_prefill"] + requests["n_decode"], requests["n_undecided"].fillna(0)
-            keep &= ~last_rows(request, requests.index, sizes, undecided)
-        if self.later:
-            keep &= np.asarray(trace.positions) != 0
-        if self.labelled:
-            keep &= np.array([*(bool(label) for label in self.labels), False])[request]
-        if self.only is not None:
-            keep &= np.array([*(cluster in self.only for cluster in self.clusters), False])[request]
-        return keep
-
-    @cached_property
-    def asked(self) -> dict[str, str]:
-        """The prompts that have rows here, and their domains. Raises UsageError if one has two."""
-        return _domain_of((self.prompts[i], self.labels[i]) for i in self._numbers)
-
-    @property
-    def observed(self) -> dict[str, str]:
-        """The clusters that have rows here, and their domains."""
-        return {self.clusters[i]: self.labels[i] for i in self._numbers}
-
-    @cached_property
-    def _numbers(self) -> list[int]:
-        request = np.asarray(self.trace.request)[self.keep]
-        numbers: list[int] = np.flatnonzero(np.bincount(request, minlength=len(self.prompts))).tolist()
-        return numbers
-
-    @cached_property
-    def prompts(self) -> list[str]:
-        """The prompt of each request, by its number."""
-        return [given or f"{self.name}#{n:06d}" for n, given in enumerate(_texts(self.trace, "id"))]
-
-    @cached_property
-    def labels(self) -> list[str]:
-        """The domain of each request, by its number; "" where it has none."""
-        return _texts(self.trace, "label")
-
-    @cached_property
-    def order(self) -> ReadingOrder:
-        """The rows in the order in which each request's text reads."""
-        return reading_order(self.trace.request, self.trace.positions, self.keep, self.shifted)
-
-    @property
-    def shifted(self) -> Ints:
-        """Requests whose positions were shifted on purpose.
-
-        Where it is not known (events were lost) rows whose position is taken again are left out.
-        """
-        requests = self.trace.requests
-        if "n_shifts" not in requests:
-            return np.empty(0, dtype=np.int64)
-        return requests.index[requests["n_shifts"].fillna(0) > 0].to_numpy(dtype=np.int64)
-
-    @property
-    def columns(self) -> dict[str, Any]:
-        """What functions of columns take beside experts, requests and positions."""
-        trace = self.trace
-        return {
-            "n_expert": max(trace.n_expert),
-            "state": trace.state,
-            "keep": self.keep,
-            "shifted": self.shifted,
-            "layers": trace.layers,
-        }
-
-    @property
-    def names(self) -> dict[str, Any]:
-        """What counting takes beside :attr:`columns`."""
-        return {"prompts": self.clusters, "labels": self.labels, "n_expert_used": self.trace.n_expert_used}
-
-    def need(self, name: str) -> npt.NDArray[Any]:
-        """A column that a trace may lack. Raises ChannelMissingError if it does."""
-        column: npt.NDArray[Any] = getattr(self.trace, name)
-        return column
-
-    def channel(self, name: str) -> npt.NDArray[Any] | None:
-        """A column that a trace may lack; then None."""
-        try:
-            return self.need(name)
-        except (AttributeError, ChannelMissingError):
-            return None
-
-
-def in_text(trace: RoutedRows) -> npt.NDArray[np.bool_]:
-    """Which rows of a trace, (N,), are tokens of a request's text: neither rejected drafts nor without a request."""
-    found = np.zeros(np.asarray(trace.request).shape, dtype=bool)
-    found[Chosen(trace, "", "all").order.rows] = True
-    return found
-
-
-def _domain_of(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Prompt -> domain. Raises UsageError if a prompt has two."""
-    out: dict[str, str] = {}
-    for prompt, domain in pairs:
-        known = out.setdefault(prompt, domain)
-        if known != domain:
-            raise two_domains(prompt, known, domain)
-    return out
-
-
-def by_prompt(chosen: Iterable[Chosen]) -> Iterator[tuple[Chosen, str, Ints]]:
-    """The rows of every request in reading order, and its cluster; prompts in order of their names."""
-    found = []
-    for number, each in enumerate(chosen):
-        order = each.order
-        for i, request in enumerate(order.requests.tolist()):
-            rows = order.rows[order.request_starts[i] : order.request_starts[i + 1]]
-            found.append((each.prompts[request], number, request, each, rows))
-    for _, _, request, each, rows in sorted(found, key=lambda one: one[:3]):
-        yield each, each.clusters[request], rows
-
-
-def present(
-    experts: npt.NDArray[Any], state: npt.NDArray[np.uint8], rows: Ints
-) -> npt.NDArray[np.unsignedinteger]:
-    """Experts of these rows, (n, L, k), a copy; the dtype's largest where an entry is not there."""
-    ids = np.asarray(experts[rows])
-    return np.where((np.asarray(state[rows]) == PRESENT)[:, :, None], ids, np.iinfo(ids.dtype).max)
+    return Routing(traces, phase, top1, max_lag, given, group_key, executor, progress)
 
 
 @dataclass(frozen=True)
@@ -321,23 +113,26 @@ class Routing:
         They, trace by trace; of a trace with several contexts context by context, so that columns are views.
     group_key
         What told which prompts are one observation; None: ``group``, and their texts.
-    n_continued
-        How many requests go on from a text in the server's cache of which it is not known whose it was: they stand for
-        themselves, but need not be independent.
+    clusters
+        Which prompts are one observation.
+    executor
+        Where rows are read; None: here.
     """
 
     def __init__(
         self,
         traces: Sequence[RoutedRows],
         phase: Phase,
-        top1: Literal["weight", "router"],
+        top1: Top1,
         max_lag: int,
         names: Sequence[str],
         group_key: str | None,
+        executor: Executor | None,
         progress: Progress | None,
     ) -> None:
         self.phase = phase
         self.group_key = group_key
+        self.executor = executor
         self._given, self._top1, self._max_lag = tuple(traces), top1, max_lag
         alike = len(set(names)) < len(names)
         given = [f"{name}.{i}" if alike else name for i, name in enumerate(names)]
@@ -348,23 +143,26 @@ class Routing:
         ]
         self._progress = progress
         chosen = [Chosen(part, name, phase) for part, name in each]
-        if not any(one.keep.any() for one in chosen):
-            there = sorted(
-                {name for part, _ in each for name, code in PHASES.items() if (part.phase == code).any()}
-            )
+        self._surveys = list(parts.each(partial(survey, key=group_key), chosen, executor))
+        if not any(one.numbers for one in self._surveys):
+            there = sorted(frozenset().union(*(one.phases for one in self._surveys)))
             raise UsageError(
                 f"the trace has no {phase} rows",
                 fix=f"choose the phase {' or '.join(there)}" if there else "capture something first",
             )
-        self.chosen, self.n_continued = _clustered(chosen, group_key)
+        self.clusters = clusters(self._surveys, group_key)
+        self._surveys = [replace(one, beginnings=()) for one in self._surveys]
+        self.chosen = tuple(
+            replace(each, clusters=[self.clusters.of[prompt] for prompt in one.prompts])
+            for each, one in zip(chosen, self._surveys, strict=True)
+        )
 
     @property
     def labelled(self) -> tuple[Chosen, ...]:
         """The chosen rows of requests that have a domain. Raises UsageError if there are none."""
-        labelled = tuple(replace(chosen, labelled=True) for chosen in self.chosen)
-        if not any(chosen.keep.any() for chosen in labelled):
+        if not any(one.labels[i] for one in self._surveys for i in one.numbers):
             raise UsageError(NO_DOMAIN, fix=LABEL_THEM)
-        return labelled
+        return tuple(replace(chosen, labelled=True) for chosen in self.chosen)
 
     @property
     def layers(self) -> Ints:
@@ -397,7 +195,7 @@ class Routing:
     @cached_property
     def n_prompts(self) -> int:
         """How many there are if each stands for itself."""
-        return len(_domain_of(pair for chosen in self.chosen for pair in chosen.asked.items()))
+        return len(domain_of(pair for one in self._surveys for pair in one.asked))
 
     @property
     def labelled_prompts(self) -> tuple[str, ...]:
@@ -407,7 +205,8 @@ class Routing:
     @cached_property
     def _domains(self) -> dict[str, str]:
         _ = self.n_prompts  # refuses a prompt of two domains
-        return _domain_of(pair for chosen in self.chosen for pair in chosen.observed.items())
+        of = self.clusters.of
+        return domain_of((of[prompt], label) for one in self._surveys for prompt, label in one.asked)
 
     def _room(self, *sizes: int) -> int:
         """How many prompts there is room for, of tables with so many numbers for each layer."""
@@ -426,7 +225,11 @@ class Routing:
         at_most = min(self._room(2 * e), 4 * ENOUGH)
         group = taken_together(self.domains, at_most)
         of = dict(zip(self.prompts, group.tolist(), strict=True))
-        found = self._counted(self.chosen, 0, lambda prompt: f"{of[prompt]:07d}" if prompt in of else prompt)
+        grouped = [
+            replace(chosen, clusters=[f"{of[name]:07d}" if name in of else name for name in chosen.clusters])
+            for chosen in self.chosen
+        ]
+        found = self._counted(grouped, 0)
         return replace(found, n_prompts=np.bincount(group)[found.prompts.astype(np.int64)])
 
     @cached_property
@@ -451,41 +254,29 @@ class Routing:
         Where it is routed apart from all others (the attention sink), the rest shares more than random orders do,
         whatever its order. If nothing but position 0 is there, that is all.
         """
-        later = [replace(chosen, later=True) for chosen in self.chosen]
-        if not self.has_first or not any(chosen.keep.any() for chosen in later):
+        if not self.has_first or not any(one.has_later for one in self._surveys):
             return self.prompt_counts
+        later = [replace(chosen, later=True) for chosen in self.chosen]
         if not self.each_apart:
             only = frozenset(self.prompt_counts.prompts.tolist())
             later = [replace(chosen, only=only) for chosen in later]
         return self._counted(later, self._max_lag)
 
-    @cached_property
+    @property
     def has_first(self) -> bool:
         """Whether a chosen row stands at position 0."""
-        return any(bool((np.asarray(c.trace.positions)[c.keep] == 0).any()) for c in self.chosen)
+        return any(one.has_first for one in self._surveys)
 
-    def _counted(
-        self, parts: Iterable[Chosen], max_lag: int, group: Callable[[str], str] | None = None
-    ) -> RoutingCounts:
-        each = []
-        for chosen in parts:
-            names = chosen.names
-            if group is not None:
-                names["prompts"] = [group(prompt) for prompt in names["prompts"]]
-            each.append(
-                count_routing(
-                    chosen.trace.experts,
-                    chosen.trace.request,
-                    chosen.trace.positions,
-                    weights=self._weights(chosen),
-                    max_lag=max_lag,
-                    threads=os.cpu_count() or 1,
-                    progress=self._progress,
-                    **chosen.columns,
-                    **names,
-                )
-            )
-        return _sum(each)
+    def _counted(self, chosen: Sequence[Chosen], max_lag: int) -> RoutingCounts:
+        here = self.executor is None
+        count = partial(
+            _count,
+            top1=self._top1,
+            max_lag=max_lag,
+            threads=(os.cpu_count() or 1) if here else 1,
+            progress=self._progress if here else None,
+        )
+        return parts.total(count, chosen, self.executor)
 
     @cached_property
     def token_counts(self) -> TokenCounts:
@@ -494,51 +285,41 @@ class Routing:
         Of all token ids if they fit into 512 MiB, else of the most frequent ones. Of more than 2,000 prompts as
         many are drawn, as many of each domain as there are.
         """
-        for chosen in self.chosen:
-            _ = chosen.trace.experts  # or ChannelMissingError
+        _ = self.chosen[0].trace.experts  # or ChannelMissingError
         each = 8 * len(self.layers) * int(max(self.n_expert))
         at_most = max(1, _TOKEN_BYTES // each)
-        parts, names = self.labelled, self.labelled_prompts
+        chosen, names = self.labelled, self.labelled_prompts
         if len(names) > _PAIRED:
             drawn = evenly([self._domains[name] for name in names], _PAIRED, np.random.default_rng(0))
-            only = frozenset(name for name, chosen in zip(names, drawn, strict=True) if chosen)
-            parts = tuple(replace(chosen, only=only) for chosen in parts)
-        every = [chosen.trace.token_ids[chosen.keep] for chosen in parts]
-        tokens = None
-        if not any((part >= 0).any() for part in every):
+            only = frozenset(name for name, wanted in zip(names, drawn, strict=True) if wanted)
+            chosen = tuple(replace(one, only=only) for one in chosen)
+        ids = np.unique(np.concatenate(list(parts.each(_ids, chosen, self.executor))))
+        if not (ids >= 0).any():
             raise UsageError(
                 "no labelled request of the recording has token ids",
                 fix="capture with moetrace, which records them",
             )
-        if np.unique(np.concatenate([np.unique(part) for part in every])).size > at_most:
-            step = np.cumsum([0] + [len(chosen.labels) for chosen in parts[:-1]])
-            owners = [c.trace.request[c.keep] + s for c, s in zip(parts, step, strict=True)]
-            tokens = frequent_tokens(np.concatenate(every), np.concatenate(owners), at_most)
-        return _sum(
-            [
-                count_tokens(
-                    c.trace.experts, c.trace.token_ids, c.trace.request, c.trace.positions, tokens=tokens,
-                    **c.columns, **c.names,
-                )
-                for c in parts
-            ]
-        )  # fmt: skip
+        tokens = None
+        if ids.size > at_most:
+            owned = list(parts.each(_owned_ids, chosen, self.executor))
+            step = np.cumsum([0] + [len(one.labels) for one in self._surveys[:-1]])
+            owners = [owner + first for (_, owner), first in zip(owned, step, strict=True)]
+            tokens = frequent_tokens(
+                np.concatenate([found for found, _ in owned]), np.concatenate(owners), at_most
+            )
+        return parts.total(partial(_count_tokens, tokens=tokens), chosen, self.executor)
 
     @cached_property
     def texts(self) -> Texts:
         """Where each prompt's text stands: the first request of each cluster."""
         found: list[tuple[int, int, int, str, str]] = []
         seen: set[str] = set()
-        for part, chosen in enumerate(self.chosen):
-            order = chosen.order
-            sizes = np.diff(order.request_starts).tolist()
-            for number, start, size in zip(
-                order.requests.tolist(), order.request_starts.tolist(), sizes, strict=False
-            ):
-                prompt = chosen.clusters[number]
-                if prompt not in seen:
-                    seen.add(prompt)
-                    found.append((part, start, size, prompt, chosen.labels[number]))
+        for part, where in enumerate(parts.each(_begun, self.chosen, self.executor)):
+            labels, names = self._surveys[part].labels, self.chosen[part].clusters
+            for number, start, size in where.tolist():
+                if names[number] not in seen:
+                    seen.add(names[number])
+                    found.append((part, start, size, names[number], labels[number]))
         place = np.array([one[:3] for one in found], dtype=np.int64).reshape(-1, 3)
         return Texts(
             place[:, 0],
@@ -563,22 +344,22 @@ class Routing:
         if len(texts) > room:
             edges = np.concatenate(([0], np.cumsum(texts.sizes)))
             every = some_requests(edges, room, np.random.default_rng(0), None)[0]
-        rows = []
-        for part, chosen in enumerate(self.chosen):
-            mine = every[texts.parts[every] == part]
-            rows.append(chosen.order.rows[spans(texts.begin[mine], texts.sizes[mine])])
-        parts = [(chosen.trace, mine) for chosen, mine in zip(self.chosen, rows, strict=True)]
-        columns = [self._weights(chosen) for chosen in self.chosen]
-        weights = [np.asarray(c[mine]) for c, mine in zip(columns, rows, strict=True) if c is not None]
+        wanted = [
+            (chosen, texts.begin[mine], texts.sizes[mine])
+            for part, chosen in enumerate(self.chosen)
+            for mine in (every[texts.parts[every] == part],)
+        ]
+        read = list(parts.each(partial(_read, top1=self._top1), wanted, self.executor))
+        weights = [one.weights for one in read if one.weights is not None]
         return RoutedText(
-            np.concatenate([present(trace.experts, trace.state, mine) for trace, mine in parts]),
+            np.concatenate([one.experts for one in read]),
             np.concatenate(([0], np.cumsum(texts.sizes[every]))).astype(np.int64),
             int(max(self.n_expert)),
-            weights=np.concatenate(weights) if len(weights) == len(parts) else None,
-            tokens=np.concatenate([trace.token_ids[mine] for trace, mine in parts]),
-            positions=np.concatenate([trace.positions[mine] for trace, mine in parts]),
-            sources=np.repeat(np.arange(len(parts)), [mine.size for mine in rows]),
-            rows=np.concatenate(rows),
+            weights=np.concatenate(weights) if len(weights) == len(read) else None,
+            tokens=np.concatenate([one.tokens for one in read]),
+            positions=np.concatenate([one.positions for one in read]),
+            sources=np.repeat(np.arange(len(read)), [one.rows.size for one in read]),
+            rows=np.concatenate([one.rows for one in read]),
             prompts=[texts.prompts[i] for i in every.tolist()],
             labels=[texts.labels[i] for i in every.tolist()],
             layers=self.layers,
@@ -636,127 +417,77 @@ class Routing:
                 names[number] = chosen.clusters[number]
         return replace(every, clusters=names)
 
-    def _weights(self, chosen: Chosen) -> npt.NDArray[Any] | None:
-        """What first experts are chosen by; None: the router's order."""
-        return chosen.channel("weights") if self._top1 == "weight" else None
+
+def _weights(chosen: Chosen, top1: Top1) -> npt.NDArray[Any] | None:
+    """What first experts are chosen by; None: the router's order."""
+    return chosen.channel("weights") if top1 == "weight" else None
 
 
-def _clustered(parts: Sequence[Chosen], key: str | None) -> tuple[tuple[Chosen, ...], int]:
-    """The same with their clusters: named after the first, in order of names, of the prompts in each.
-
-    Also gives the number of requests that go on from a text of which it is not known whose it was.
-    """
-    if key == "id":
-        return tuple(replace(chosen, clusters=chosen.prompts) for chosen in parts), 0
-    number: dict[str, int] = {}  # of each prompt
-    same: list[tuple[int, int]] = []
-    first: dict[tuple[object, ...], int] = {}  # who had this first
-
-    def join(what: tuple[object, ...], prompt: str) -> None:
-        mine = number.setdefault(prompt, len(number))
-        same.append((first.setdefault(what, mine), mine))
-
-    named = False
-    for chosen in parts:
-        requests = chosen.trace.requests
-        given = GROUP if key is None else key
-        if given not in requests:
-            continue
-        for request, value in requests[given].dropna().items():
-            i, named = int(str(request)), True
-            join(("said", chosen.labels[i], str(value)), chosen.prompts[i])
-    if key is not None and not named:
-        raise UsageError(
-            f"no request has {key!r}",
-            fix="give a key that the lines of the prompts file have, or that requests show",
-        )
-    n_unknown = 0
-    if key is None:
-        texts, n_prompt, owners = [], [], []
-        for chosen in parts:
-            for one in _beginnings(chosen):
-                texts.append(one.text)
-                n_prompt.append(one.n_prompt)
-                owners.append((chosen.prompts[one.request], chosen.labels[one.request]))
-                n_unknown += not one.known
-        found = text_clusters(texts, n_prompt, [label for _, label in owners])
-        for code, (prompt, label) in zip(found.tolist(), owners, strict=True):
-            join(("text", label, code), prompt)
-    for chosen in parts:
-        for prompt in chosen.prompts:
-            number.setdefault(prompt, len(number))
-    pairs = np.array(same, dtype=np.int64).reshape(-1, 2).T
-    graph = sparse.coo_array(
-        (np.ones(pairs.shape[1]), (pairs[0], pairs[1])), shape=(len(number), len(number))
+def _count(
+    chosen: Chosen, top1: Top1, max_lag: int, threads: int, progress: Progress | None
+) -> RoutingCounts:
+    return count_routing(
+        chosen.trace.experts,
+        chosen.trace.request,
+        chosen.trace.positions,
+        weights=_weights(chosen, top1),
+        max_lag=max_lag,
+        threads=threads,
+        progress=progress,
+        **chosen.columns,
+        **chosen.names,
     )
-    code_of = connected_components(graph, directed=False)[1]
-    stands: dict[int, str] = {}
-    for prompt in sorted(number):
-        stands.setdefault(int(code_of[number[prompt]]), prompt)
-    cluster = {prompt: stands[int(code_of[i])] for prompt, i in number.items()}
-    named_parts = (replace(chosen, clusters=[cluster[p] for p in chosen.prompts]) for chosen in parts)
-    return tuple(named_parts), n_unknown
+
+
+def _count_tokens(chosen: Chosen, tokens: Ints | None) -> TokenCounts:
+    trace = chosen.trace
+    return count_tokens(
+        trace.experts, trace.token_ids, trace.request, trace.positions, tokens=tokens,
+        **chosen.columns, **chosen.names,
+    )  # fmt: skip
+
+
+def _ids(chosen: Chosen) -> npt.NDArray[np.int32]:
+    """The token ids of the chosen rows, each once."""
+    _ = chosen.trace.experts  # or ChannelMissingError
+    return np.unique(chosen.trace.token_ids[chosen.keep])
+
+
+def _owned_ids(chosen: Chosen) -> tuple[npt.NDArray[np.int32], Ints]:
+    """The token ids of the chosen rows, and their requests."""
+    return np.asarray(chosen.trace.token_ids[chosen.keep]), np.asarray(chosen.trace.request[chosen.keep])
+
+
+def _begun(chosen: Chosen) -> Ints:
+    """Of each request that has rows: its number, where they begin in reading order, and how many there are."""
+    order = chosen.order
+    return np.stack((order.requests, order.request_starts[:-1], np.diff(order.request_starts)), axis=1)
 
 
 @dataclass(frozen=True)
-class _Beginning:
-    """A request's text from the first token on, as far as it is known, and the size of its prompt."""
+class _Read:
+    """Rows of one part."""
 
-    request: int
-    text: npt.NDArray[np.int32]
-    n_prompt: int
-    known: bool
-
-
-def _beginnings(chosen: Chosen) -> Iterator[_Beginning]:
-    """Those of all requests. What the prompt cache served is the text that was in the slot before.
-
-    Unless the slot's memory was loaded, copied or moved in between: then it is not known. Of what is not known no two
-    tokens are alike.
-    """
-    trace, order = chosen.trace, Chosen(chosen.trace, chosen.name, "all").order
-    ids = np.array(trace.token_ids, dtype=np.int32)[order.rows]
-    unknown = np.flatnonzero(ids < 0)
-    ids[unknown] = -1 - np.arange(unknown.size)
-    n_unknown = unknown.size
-    position, phase = np.asarray(trace.positions)[order.rows], np.asarray(trace.phase)[order.rows]
-    edges = order.request_starts.tolist()
-    requests = trace.requests.reindex(order.requests)
-    told = {"n_cached", "slot", "first_serial"} <= set(requests)
-    first = requests["first_serial"].tolist() if told else list(range(len(order.requests)))
-    slots = requests["slot"].tolist() if told else [-1] * len(first)
-    cached = requests["n_cached"].fillna(-1).tolist() if told else [-1] * len(first)
-    moved = _moved(trace)
-    held: dict[int, tuple[int, npt.NDArray[np.int32]]] = {}  # by each slot: from which serial on, and what
-    for i in sorted(range(len(first)), key=first.__getitem__):
-        a, b, slot = edges[i], edges[i + 1], slots[i]
-        text, n_prompt = ids[a:b], int((phase[a:b] == PHASES["prefill"]).sum())
-        start, known = int(position[a]), True
-        if start > 0:
-            since, before = held.get(slot, (0, text[:0]))
-            known = cached[i] == start <= len(before) and not any(
-                np.searchsorted(moved[of], since, "right") < np.searchsorted(moved[of], first[i], "right")
-                for of in (slot, -1)
-                if of in moved
-            )
-            if not known:
-                before = -1 - n_unknown - np.arange(start, dtype=np.int32)
-                n_unknown += start
-            text, n_prompt = np.concatenate((before[:start], text)), n_prompt + start
-        held[slot] = first[i], text
-        yield _Beginning(int(order.requests[i]), text, n_prompt or len(text), known)
+    rows: Ints
+    experts: npt.NDArray[np.unsignedinteger]
+    weights: npt.NDArray[np.float32] | None
+    tokens: npt.NDArray[np.int32]
+    positions: npt.NDArray[np.int32]
 
 
-def _moved(trace: RoutedRows) -> dict[int, Ints]:
-    """When a slot's memory came from elsewhere: the serials, ascending, by slot; -1: of all."""
-    events = getattr(getattr(trace, "trace", trace), "events", None)
-    if events is None:
-        return {}
-    events = events[events["event"].isin(["restore", "seq_cp", "seq_add", "seq_div", "context", "resume"])]
-    slots = np.where(events["event"] == "seq_cp", events["arg"], events["sequence"])
-    slots[events["event"].isin(["context", "resume"])] = -1
-    serials = events["serial"].to_numpy(dtype=np.int64)
-    return {int(slot): np.sort(serials[slots == slot]) for slot in np.unique(slots)}
+def _read(wanted: tuple[Chosen, Ints, Ints], top1: Top1) -> _Read:
+    """Rows of a part that begin at, and are as many as, said, in reading order."""
+    chosen, begin, sizes = wanted
+    trace = chosen.trace
+    rows = chosen.order.rows[spans(begin, sizes)] if begin.size else np.empty(0, dtype=np.int64)
+    weights = _weights(chosen, top1)
+    return _Read(
+        rows,
+        present(trace.experts, trace.state, rows),
+        None if weights is None else np.asarray(weights[rows]),
+        np.asarray(trace.token_ids[rows]),
+        np.asarray(trace.positions[rows]),
+    )
 
 
 def _refuse_misfit(one: RoutedRows, name_of_one: str, other: RoutedRows, name: str) -> None:
@@ -783,29 +514,3 @@ def _short(values: Ints) -> str:
     if kinds.size == values.size and kinds.size > 1:  # layer numbers
         return f"{kinds.size} from {kinds[0]} to {kinds[-1]}"
     return "/".join(map(str, kinds.tolist()))
-
-
-class _Adds(Protocol):
-    def __add__(self, other: Any, /) -> Any: ...
-
-
-A = TypeVar("A", bound=_Adds)
-
-
-def _sum(parts: list[A]) -> A:
-    """All of them, halves first: each is added to ones of its size."""
-    if len(parts) == 1:
-        return parts[0]
-    half = len(parts) // 2
-    total: A = _sum(parts[:half]) + _sum(parts[half:])
-    return total
-
-
-def _texts(trace: RoutedRows, column: str) -> list[str]:
-    """A text column of the requests, indexed by request number; "" where nothing is known."""
-    requests = trace.requests
-    out = [""] * (int(requests.index.max()) + 1 if len(requests) else 0)
-    if column in requests:
-        for number, value in requests[column].items():
-            out[int(str(number))] = "" if pd.isna(value) else str(value)
-    return out

@@ -91,9 +91,8 @@ def dispersion(counts: npt.ArrayLike, codes: Ints, n_domains: int) -> Floats:
 
     PERMDISP (Anderson 2006): F of the prompts' distances from the middle of their own domain, blown up by √(n/(n − 1)),
     as a middle lies nearer to few. Exchanged are the prompts' places around their middles, and middles are found anew;
-    of more than :data:`_MANY` prompts the distances themselves, which is as good then. It rejects a little too
-    often (6 to 8 % of nulls at 5 %, by up to 12 prompts): a warning, no finding. NaN where a domain has fewer than
-    :data:`_FEWEST` prompts.
+    of more than :data:`_MANY` prompts the distances themselves, which is as good then. Of fewer than 8 prompts of each
+    domain it rejects a little too often (7 to 9 % of nulls at 5 %). NaN where a domain has fewer than :data:`_FEWEST`.
     """
     points = Points.of(counts)
     x, known = points.values, points.known

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from moetrace._native import lag_agreement
+from moetrace.analysis.counts.chosen import Chosen
 from moetrace.analysis.counts.counting import (
     MAX_LAG,
     PRESENT,
@@ -23,7 +24,6 @@ from moetrace.analysis.counts.counting import (
     member_words,
     reading_order,
 )
-from moetrace.analysis.counts.from_trace import Chosen
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.shapes import Floats, layer_numbers, some_requests, spans
 from moetrace.errors import UsageError

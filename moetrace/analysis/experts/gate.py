@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from moetrace.analysis.counts.from_trace import Chosen, by_prompt
+from moetrace.analysis.counts.chosen import Chosen, by_prompt
 from moetrace.analysis.statistics.shapes import Floats, Ints, layer_numbers
 from moetrace.analysis.statistics.sums import MetricSums
 from moetrace.errors import UsageError

@@ -20,8 +20,9 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.special import chdtrc
 
+from moetrace.analysis.counts.chosen import CHUNK, Chosen, by_prompt, present
 from moetrace.analysis.counts.counting import RoutingCounts
-from moetrace.analysis.counts.from_trace import CHUNK, Chosen, Routing, by_prompt, present
+from moetrace.analysis.counts.from_trace import Routing
 from moetrace.analysis.experts import gate
 from moetrace.analysis.experts.gate import pair_distances
 from moetrace.analysis.statistics.information import entropy_bits, shares
