@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from moetrace.commands.machines import add_machines, count_on
 from moetrace.commands.options import add_option, paint
 from moetrace.commands.placement import add_placement, placement
 from moetrace.commands.progress import of_questions, progress_line
@@ -77,6 +78,7 @@ class Report:
         )
 
         add_keeping(parser)
+        add_machines(parser)
 
     def run(self, args: argparse.Namespace) -> int:
         """Make it; 1 if a question failed."""
@@ -91,6 +93,7 @@ class Report:
             recordings = opened(args.recordings, args, stack)
             with progress_line() as progress:
                 subject = subject_of(recordings, args, args.model, placement(args), progress)
+                count_on(args.on, subject, progress)
                 asked = ask_each(
                     subject,
                     given=given,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 
+from moetrace.commands.machines import add_machines, count_on
 from moetrace.commands.options import add_option
 from moetrace.commands.progress import of_questions, progress_line
 from moetrace.commands.selecting import add_choice
@@ -32,6 +33,7 @@ class Stats:
       moetrace stats t.moet --only domain-separation,specialists --format csv > tables.csv
       moetrace stats monday.moet tuesday.moet -o results
       moetrace stats 'fleet/*.moet' --model NAME
+      moetrace stats 'fleet/*.moet' --on tcp://scheduler:8786
     """
 
     passthrough = False
@@ -49,12 +51,14 @@ class Stats:
         add_choice(parser)
         add_showing(parser)
         add_keeping(parser)
+        add_machines(parser)
 
     def run(self, args: argparse.Namespace) -> int:
         """Ask every question; 1 if none could be answered, or one failed."""
         only = None if args.only is None else wanted(args.only)
         with ExitStack() as stack, progress_line() as progress:
             subject = subject_of(opened(args.recordings, args, stack), args, progress=progress)
+            count_on(args.on, subject, progress)
             findings = ask_all(
                 subject, only, keep=not args.no_keep, workers=None, progress=of_questions(progress)
             )

@@ -84,11 +84,7 @@ class ExpertFrequency(Question):
             tables["expert_frequency"] = frequency
             sentences += _by_domain(frequency)
             tables |= _notebook(subject.activations)
-        tables |= _script(
-            published.frequency_of_rows(subject.routing)
-            if subject.table is None
-            else published.frequency_of_table(counts)
-        )
+        tables |= _script(subject.frequency)
         caveats.append(
             "As published: percentages leave unused experts out, and as_published_world adds up unrelated experts of"
             " different layers that share a number; 'global' ranks (layer, expert) instead."

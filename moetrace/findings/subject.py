@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -14,11 +15,17 @@ import numpy.typing as npt
 import pandas as pd
 
 from moetrace.analysis import DomainTest, Routing, RoutingCounts, domain_test, from_trace
-from moetrace.analysis.counts import overview
+from moetrace.analysis.counts import overview, parts
 from moetrace.analysis.counts.chosen import PHASES, Phase
 from moetrace.analysis.counts.from_trace import LABEL_THEM, NO_DOMAIN
 from moetrace.analysis.domains.lengths import WIDTH, LengthClasses, length_classes
-from moetrace.analysis.published.notebook import Activations, activations
+from moetrace.analysis.published.notebook import (
+    Activations,
+    ExpertFrequency,
+    activations,
+    frequency_of_rows,
+    frequency_of_table,
+)
 from moetrace.analysis.statistics.nulls import ONE_ARRANGEMENT
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.wording import listed, number
@@ -68,6 +75,9 @@ class Subject:
         "length", those in any case; "none", all; else those of which clients said the same under this key.
     group_key
         What tells which prompts are one observation, as :func:`~moetrace.analysis.from_trace` takes it.
+    executor
+        Where traces are read and counted, as :func:`~moetrace.analysis.from_trace` takes it. :meth:`prepare` and
+        :meth:`settle` do all of it that questions need.
     progress
         Told what is being done, while traces are counted, or the model is run many times.
 
@@ -86,6 +96,7 @@ class Subject:
         layers: Sequence[int] | None = None,
         group_key: str | None = None,
         strata: str = "auto",
+        executor: Executor | None = None,
         progress: Callable[[str], None] = lambda what: None,
     ) -> None:
         if names is None and isinstance(traces, Traces):
@@ -109,7 +120,9 @@ class Subject:
         self.model_options = dict(model_options or {})
         self.seed = seed
         self.group_key = group_key
+        self.executor = executor
         self._strata = strata
+        self._routings: dict[Phase, Routing] = {}
         self.progress = progress
         self._names = None if names is None else [names[i] for i in order]
         self._phase = phase
@@ -134,28 +147,25 @@ class Subject:
     @cached_property
     def loss(self) -> Loss:
         """What became of everything that the model computed, in all traces."""
-        return sum((trace.loss for trace in self.traces[1:]), self.traces[0].loss)
+        return parts.total(_loss, self.traces, self.executor)
 
     @cached_property
     def phases(self) -> pd.DataFrame:
         """Tokens and entries by phase: :func:`moetrace.analysis.counts.overview.phases` of all traces."""
-        parts = [overview.phases(t.phase, t.state, t.request) for t in self.parts]
-        return pd.concat(parts).groupby("phase", sort=False).sum().reset_index()
+        each = parts.each(_phases, self.parts, self.executor)
+        return pd.concat(list(each)).groupby("phase", sort=False).sum().reset_index()
 
     @cached_property
     def domains(self) -> pd.DataFrame:
         """Prompts by domain: :func:`moetrace.analysis.counts.overview.domains` of all traces."""
-        return overview.domains([trace.requests for trace in self.traces])
+        return overview.domains(list(parts.each(_requests, self.traces, self.executor)))
 
     @cached_property
     def entries(self) -> pd.DataFrame:
         """Entries by layer: :func:`moetrace.analysis.counts.overview.layers` of all traces."""
-        parts = [
-            overview.layers(t.state, layers=t.layers, n_expert=t.n_expert, n_expert_used=t.n_expert_used)
-            for t in self.parts
-        ]
+        each = parts.each(_entries, self.parts, self.executor)
         keys = ["layer", "n_expert", "n_expert_used"]
-        return pd.concat(parts).groupby(keys, sort=False).sum().reset_index()
+        return pd.concat(list(each)).groupby(keys, sort=False).sum().reset_index()
 
     @property
     def left_out(self) -> list[str]:
@@ -170,9 +180,13 @@ class Subject:
         if self.table is not None:
             return "unknown"
         for name in _PHASES:
-            if any(np.any(np.asarray(part.phase) == PHASES[name]) for part in self.parts):
+            if any(name in there for there in self._phases_there):
                 return name
         return "decode"
+
+    @cached_property
+    def _phases_there(self) -> list[list[str]]:
+        return list(parts.each(_phases_of, self.parts, self.executor))
 
     @property
     def phase_note(self) -> str:
@@ -212,6 +226,30 @@ class Subject:
                 _ = self.routing.prompt_counts, self.routing.text
             _ = self.activations
 
+    def settle(self) -> None:
+        """:meth:`prepare`, and whatever else questions read rows for; then do without the executor.
+
+        Whatever the executor raises because its processes died is raised.
+        """
+        if self.executor is None:
+            return
+        self.prepare()
+        if self.table is None:
+            makers: list[Callable[[], object]] = [
+                lambda: self.routing.order_counts,
+                lambda: self.routing.token_counts,
+                lambda: self.routing.request_column("answer"),
+                lambda: self.frequency,
+                lambda: self.in_phase("prefill").text,
+                lambda: self.in_phase("decode").text,
+            ]
+            for make in makers:
+                with suppress(MoetraceError, MemoryError):
+                    make()
+        for routing in self._routings.values():
+            routing.executor = None
+        self.executor = None
+
     @cached_property
     def routing(self) -> Routing:
         """The chosen rows, their counts and texts, made once for all questions. Raises UsageError for a count table."""
@@ -219,7 +257,7 @@ class Subject:
             raise UsageError(
                 "a count table does not say which token chose what", fix="give a recording of tokens"
             )
-        return self._choose(self.traces, self.phase)
+        return self.in_phase(self.phase)
 
     @cached_property
     def counts(self) -> RoutingCounts:
@@ -255,6 +293,11 @@ class Subject:
             " llama-server's --cache-ram 0 keeps texts in their slots)."
         )
         told = [unsure] if n_continued else []
+        if self.group_key is None and not self.routing.clusters.compared:
+            told.append(
+                "So many texts were not compared: copies and turns of a conversation count as prompts of their own,"
+                " unless clients said their `group` (--group-key)."
+            )
         if n == independent:
             return told
         why = "the others repeat one of their domain, begin with it, share half of it or more, or are of its `group`"
@@ -320,6 +363,11 @@ class Subject:
             return activations(self.routing)
         counts = self.counts
         return Activations.from_counts(counts.included, counts.prompts.tolist(), layers=counts.layers)
+
+    @cached_property
+    def frequency(self) -> ExpertFrequency:
+        """How often experts are chosen, as a published script says it."""
+        return frequency_of_rows(self.routing) if self.table is None else frequency_of_table(self.counts)
 
     @property
     def n_expert(self) -> npt.NDArray[np.int64]:
@@ -396,8 +444,10 @@ class Subject:
         return test if self.table is None else replace(test, verdict=NO_PROMPTS)
 
     def in_phase(self, phase: Phase) -> Routing:
-        """The rows of another phase."""
-        return self.routing if phase == self.phase else self._choose(self.traces, phase)
+        """The rows of a phase, chosen once."""
+        if phase not in self._routings:
+            self._routings[phase] = self._choose(self.traces, phase)
+        return self._routings[phase]
 
     @cached_property
     def pair(self) -> tuple[Routing, Routing]:
@@ -423,6 +473,7 @@ class Subject:
             phase=phase,
             names=self._names if len(traces) == len(self.traces) else None,
             group_key=self.group_key,
+            executor=self.executor,
             progress=lambda done, total: self.progress(f"counting: {done:,} of {total:,} tokens"),
         )
 
@@ -443,6 +494,31 @@ class Subject:
                 f"{what} needs the model", fix="give it to moetrace analyze or report: -m model.gguf"
             )
         return self.model
+
+
+def _phases_of(part: Trace) -> list[str]:
+    """The phases that a part has rows of."""
+    phase = np.asarray(part.phase)
+    return [name for name, code in PHASES.items() if (phase == code).any()]
+
+
+def _phases(part: Trace) -> pd.DataFrame:
+    return overview.phases(part.phase, part.state, part.request)
+
+
+def _entries(part: Trace) -> pd.DataFrame:
+    return overview.layers(
+        part.state, layers=part.layers, n_expert=part.n_expert, n_expert_used=part.n_expert_used
+    )
+
+
+def _requests(trace: Trace) -> pd.DataFrame:
+    """What :func:`overview.domains` takes of a trace."""
+    return trace.requests[["id", "label", "n_prefill", "n_decode", "n_lost"]]
+
+
+def _loss(trace: Trace) -> Loss:
+    return trace.loss
 
 
 def _identity(trace: Trace) -> tuple[int, str]:

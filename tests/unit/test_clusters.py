@@ -102,6 +102,19 @@ def test_a_line_that_stands_three_times_is_one_observation(tmp_path: Path) -> No
         assert any("24 prompts are 8 independent texts" in caveat for caveat in separation.caveats)
 
 
+def test_texts_that_are_too_many_are_not_compared_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = imported(tmp_path, copies=3)
+    monkeypatch.setattr("moetrace.analysis.counts.survey.MOST_TOKENS", 100)
+    with moetrace.open(path) as trace:
+        assert len(from_trace(trace, phase="prefill").prompts) == 24
+        assert any("were not compared" in caveat for caveat in ask("overview", trace).caveats)
+    monkeypatch.undo()
+    with moetrace.open(path) as trace:
+        assert not any("were not compared" in caveat for caveat in ask("overview", trace).caveats)
+
+
 def test_what_clients_call_a_group_is_one_observation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

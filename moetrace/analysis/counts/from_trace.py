@@ -28,7 +28,7 @@ from moetrace.analysis.counts.counting import (
     frequent_tokens,
 )
 from moetrace.analysis.counts.routed import RoutedText
-from moetrace.analysis.counts.survey import clusters, domain_of, survey
+from moetrace.analysis.counts.survey import clusters, domain_of, survey, surveyed
 from moetrace.analysis.counts.units import ENOUGH, evenly, taken_together
 from moetrace.analysis.statistics.shapes import Ints, some_requests, spans
 from moetrace.errors import MoetraceError, UsageError
@@ -134,6 +134,7 @@ class Routing:
         self.group_key = group_key
         self.executor = executor
         self._given, self._top1, self._max_lag = tuple(traces), top1, max_lag
+        self._said: dict[str, dict[str, Any]] = {}
         alike = len(set(names)) < len(names)
         given = [f"{name}.{i}" if alike else name for i, name in enumerate(names)]
         for trace, name in zip(traces, given, strict=True):
@@ -143,7 +144,7 @@ class Routing:
         ]
         self._progress = progress
         chosen = [Chosen(part, name, phase) for part, name in each]
-        self._surveys = list(parts.each(partial(survey, key=group_key), chosen, executor))
+        self._surveys = surveyed(parts.each(partial(survey, key=group_key), chosen, executor))
         if not any(one.numbers for one in self._surveys):
             there = sorted(frozenset().union(*(one.phases for one in self._surveys)))
             raise UsageError(
@@ -392,13 +393,13 @@ class Routing:
 
     def request_column(self, name: str) -> dict[str, Any]:
         """Prompt -> what the clients said about it under this key; only those who said something."""
-        out: dict[str, Any] = {}
-        for chosen in self.chosen:
-            requests = chosen.trace.requests
-            if name in requests:
-                for number, value in requests[name].items():
-                    if value is not None and not (isinstance(value, float) and np.isnan(value)):
-                        out.setdefault(chosen.clusters[int(str(number))], value)
+        if name in self._said:
+            return self._said[name]
+        out = self._said[name] = {}
+        each = parts.each(partial(_said, name=name), self.chosen, self.executor)
+        for chosen, said in zip(self.chosen, each, strict=True):
+            for number, value in said.items():
+                out.setdefault(chosen.clusters[number], value)
         return out
 
     def whole(self, what: str) -> Chosen:
@@ -456,6 +457,13 @@ def _ids(chosen: Chosen) -> npt.NDArray[np.int32]:
 def _owned_ids(chosen: Chosen) -> tuple[npt.NDArray[np.int32], Ints]:
     """The token ids of the chosen rows, and their requests."""
     return np.asarray(chosen.trace.token_ids[chosen.keep]), np.asarray(chosen.trace.request[chosen.keep])
+
+
+def _said(chosen: Chosen, name: str) -> dict[int, Any]:
+    """What clients said under this key, by request."""
+    requests = chosen.trace.requests
+    given = requests[name].dropna().items() if name in requests else ()
+    return {int(str(number)): value for number, value in given}
 
 
 def _begun(chosen: Chosen) -> Ints:

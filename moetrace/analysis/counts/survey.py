@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from moetrace.errors import UsageError
 #: what clients call requests that are no independent observations
 GROUP = "group"
 #: more tokens than so many are not compared
-MOST_TOKENS = 1 << 27
+MOST_TOKENS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Survey:
         What clients said under the key that tells observations, by request.
     beginnings
         Texts of its requests; empty where they do not matter.
+    n_continued
+        Requests of which it is not known how their text begins: the server had it in its cache.
     """
 
     prompts: tuple[str, ...]
@@ -50,6 +52,7 @@ class Survey:
     has_later: bool
     said: dict[int, str]
     beginnings: tuple[Beginning, ...]
+    n_continued: int
 
     @property
     def asked(self) -> Iterator[tuple[str, str]]:
@@ -74,6 +77,7 @@ def survey(chosen: Chosen, key: str | None) -> Survey:
     said = requests[given].dropna().items() if given in requests and key != "id" else ()
     phase = np.asarray(chosen.trace.phase)
     kept = np.asarray(chosen.trace.positions)[chosen.keep]
+    begun = tuple(_beginnings(chosen)) if key is None else ()
     return Survey(
         prompts=tuple(chosen.prompts),
         labels=tuple(chosen.labels),
@@ -82,8 +86,21 @@ def survey(chosen: Chosen, key: str | None) -> Survey:
         has_first=bool((kept == 0).any()),
         has_later=bool((kept != 0).any()),
         said={int(str(request)): str(value) for request, value in said},
-        beginnings=tuple(_beginnings(chosen)) if key is None else (),
+        beginnings=begun,
+        n_continued=sum(not each.known for each in begun),
     )
+
+
+def surveyed(surveys: Iterable[Survey]) -> list[Survey]:
+    """All of them, without texts if these have more than :data:`MOST_TOKENS` tokens together: they would not fit."""
+    out: list[Survey] = []
+    tokens = 0
+    for one in surveys:
+        tokens += sum(each.text.size for each in one.beginnings)
+        out.append(one)
+        if tokens > MOST_TOKENS:
+            out = [replace(each, beginnings=()) for each in out]
+    return out
 
 
 def domain_of(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -107,7 +124,7 @@ class Clusters:
     n_continued
         Requests that go on from a text of which it is not known whose it was.
     compared
-        Whether texts were compared, if they matter: not if there are more than :data:`MOST_TOKENS` tokens.
+        Whether texts were compared: not if another key tells, or if there are more than :data:`MOST_TOKENS` tokens.
     """
 
     of: dict[str, str]
@@ -127,7 +144,7 @@ def clusters(surveys: Sequence[Survey], key: str | None) -> Clusters:
         for prompt in one.prompts:
             number.setdefault(prompt, len(number))
     if key == "id":
-        return Clusters({prompt: prompt for prompt in number}, 0, True)
+        return Clusters({prompt: prompt for prompt in number}, 0, False)
     same: list[tuple[int, int]] = []
     first: dict[tuple[object, ...], int] = {}  # who had this first
 
@@ -144,8 +161,7 @@ def clusters(surveys: Sequence[Survey], key: str | None) -> Clusters:
         for i, value in one.said.items():
             join((one.labels[i], value), one.prompts[i])
     begun = [(one, text) for one in surveys for text in one.beginnings]
-    compared = sum(text.text.size for _, text in begun) <= MOST_TOKENS
-    if begun and compared:
+    if begun:
         owners = [(one.prompts[text.request], one.labels[text.request]) for one, text in begun]
         found = text_clusters(
             [text.text for _, text in begun],
@@ -164,8 +180,8 @@ def clusters(surveys: Sequence[Survey], key: str | None) -> Clusters:
         stands.setdefault(int(code_of[number[prompt]]), prompt)
     return Clusters(
         {prompt: stands[int(code_of[i])] for prompt, i in number.items()},
-        sum(not text.known for _, text in begun),
-        compared,
+        sum(one.n_continued for one in surveys),
+        bool(begun),
     )
 
 

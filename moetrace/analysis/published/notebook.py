@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property, partial
 from itertools import pairwise
-from operator import add
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.special import chdtrc
 
+from moetrace.analysis.counts import parts
 from moetrace.analysis.counts.chosen import CHUNK, Chosen, by_prompt, present
 from moetrace.analysis.counts.counting import RoutingCounts
 from moetrace.analysis.counts.from_trace import Routing
@@ -756,73 +756,119 @@ def activations(routing: Routing, top: int | None = None) -> Activations:
     per consumer of the ids (gate, up, down). Raises UsageError if no request has a label.
     """
     chosen = routing.labelled
-    prompts, domains = (
-        [np.array(names, dtype=np.str_)[each.order.requests] for each, names in pairs]
-        for pairs in ([(c, c.prompts) for c in chosen], [(c, c.labels) for c in chosen])
-    )
+    held = list(parts.each(_held, chosen, routing.executor))
+    prompts, domains, sizes = (np.concatenate([one[i] for one in held]) for i in range(3))
     # where each request's tokens begin among those of its domain
-    sizes = np.concatenate([np.diff(each.order.request_starts) for each in chosen])
-    sort = np.lexsort((np.concatenate(prompts), np.concatenate(domains)))
+    sort = np.lexsort((prompts, domains))
     begin = np.empty(sizes.size, dtype=np.int64)
     begin[sort] = np.cumsum(sizes[sort]) - sizes[sort]
-    parts, done = [], 0
-    for each, labels in zip(chosen, domains, strict=True):
-        order, trace = each.order, each.trace
-        n = np.diff(order.request_starts)
-        offset = begin[done : done + n.size] - order.request_starts[:-1]
-        done += n.size
-        if not n.size:
-            continue
-        kinds, code = np.unique(labels, return_inverse=True)
-        parts.append(
-            Activations.from_rows(
-                trace.experts,
-                pd.Categorical.from_codes(np.repeat(code, n), pd.Index([str(k) for k in kinds])),
-                np.repeat(offset, n) + np.arange(order.rows.size),
-                n_expert=max(trace.n_expert),
-                layers=trace.layers,
-                components=routing.consumers or COMPONENTS,
-                top=top,
-                rows=order.rows,
-            )
-        )
-    return reduce(add, parts)
+    ends = np.cumsum([one[2].size for one in held])
+    begun = [(each, mine) for each, mine in zip(chosen, np.split(begin, ends[:-1]), strict=True) if mine.size]
+    count = partial(_activations, components=routing.consumers or COMPONENTS, top=top)
+    return parts.added(list(parts.each(count, begun, routing.executor)))
+
+
+def _held(chosen: Chosen) -> tuple[npt.NDArray[np.str_], npt.NDArray[np.str_], Ints]:
+    """The prompts, domains and sizes of a part's requests."""
+    order = chosen.order
+    prompts, domains = (
+        np.array(names, dtype=np.str_)[order.requests] for names in (chosen.prompts, chosen.labels)
+    )
+    return prompts, domains, np.diff(order.request_starts)
+
+
+def _numbered(chosen: Chosen, begin: Ints) -> tuple[list[str], Ints, Ints]:
+    """The domains of a part, and of each row, in reading order, its domain and number among the domain's tokens."""
+    order = chosen.order
+    n = np.diff(order.request_starts)
+    kinds, code = np.unique(np.array(chosen.labels, dtype=np.str_)[order.requests], return_inverse=True)
+    token = np.repeat(begin - order.request_starts[:-1], n) + np.arange(order.rows.size)
+    return [str(kind) for kind in kinds], np.repeat(code, n), token
+
+
+@dataclass(frozen=True)
+class _First:
+    """First experts of a part's rows, read when they are asked for, wherever that is."""
+
+    chosen: Chosen
+    begin: Ints
+
+    def __call__(self, domain: int, layer: int, component: int) -> tuple[Ints, Ints]:
+        _, code, token = _numbered(self.chosen, self.begin)
+        mine = np.flatnonzero(code == domain)
+        trace = self.chosen.trace
+        ids = trace.experts[self.chosen.order.rows[mine], layer, 0].astype(np.int64)
+        there = ids < max(trace.n_expert)
+        return token[mine][there], ids[there]
+
+
+def _activations(begun: tuple[Chosen, Ints], components: Sequence[str], top: int | None) -> Activations:
+    """Those of one part, of which each request's tokens are numbered from the given number on."""
+    chosen, begin = begun
+    kinds, code, token = _numbered(chosen, begin)
+    found = Activations.from_rows(
+        chosen.trace.experts,
+        pd.Categorical.from_codes(code, pd.Index(kinds)),
+        token,
+        n_expert=max(chosen.trace.n_expert),
+        layers=chosen.trace.layers,
+        components=components,
+        top=top,
+        rows=chosen.order.rows,
+    )
+    return replace(found, first=_First(chosen, begin))
+
+
+_Best = dict[tuple[int, int], tuple[Any, ...]]
 
 
 def frequency_of_rows(routing: Routing) -> ExpertFrequency:
     """:func:`expert_frequency` of the chosen rows, prompts in order of their names; unlabelled ones count too."""
     n_layers, e = len(routing.layers), int(max(routing.n_expert))
     counts = np.zeros((n_layers, e), dtype=np.int64)
-    best: dict[tuple[int, int], tuple[Any, ...]] = {}
-    for number, each in enumerate(routing.chosen):
-        trace, names, request = each.trace, each.prompts, np.asarray(each.trace.request)
-        rows = np.concatenate([np.empty(0, dtype=np.int64), *(rows for *_, rows in by_prompt([each]))])
-        new = np.zeros((n_layers, e), dtype=bool)
-        experts, state = trace.experts, trace.state
-        for start in range(0, rows.size, CHUNK):
-            mine = rows[start : start + CHUNK]
-            ids = present(experts, state, mine).transpose(1, 0, 2).astype(np.int64)  # (L, m, k)
-            key = np.minimum(ids, e) + np.arange(n_layers)[:, None, None] * (e + 1)
-            found = np.bincount(key.reshape(-1), minlength=n_layers * (e + 1)).reshape(n_layers, e + 1)
-            fresh = (found[:, :e] > 0) & ~new
-            counts += found[:, :e]
-            if not fresh.any():
-                continue
-            new |= fresh
-            at = dict(zip(*np.unique(key.reshape(-1), return_index=True), strict=True))
-            for layer, expert in zip(*np.nonzero(fresh), strict=True):
-                place = int(at[layer * (e + 1) + expert]) % (ids.shape[1] * ids.shape[2])
-                i, rank = divmod(place, ids.shape[2])
-                row = int(mine[i])
-                where = (names[request[row]], number, int(trace.step[row]), int(layer), start + i, rank)
-                cell = (int(layer), int(expert))
-                best[cell] = min(best.get(cell, where), where)
+    best: _Best = {}
+    numbered = list(enumerate(routing.chosen))
+    for found, firsts in parts.each(partial(_frequency, shape=(n_layers, e)), numbered, routing.executor):
+        counts += found
+        for cell, where in firsts.items():
+            best[cell] = min(best.get(cell, where), where)
     # the log goes ubatch by ubatch, in it layer by layer, in it row by row
     ascending = {where: i for i, where in enumerate(sorted(best.values()))}
     place_of = np.full((n_layers, e), len(ascending))
     for cell, where in best.items():
         place_of[cell] = ascending[where]
     return frequency_of_counts(counts, routing.layers, place_of, place_of.min(axis=0))
+
+
+def _frequency(numbered: tuple[int, Chosen], shape: tuple[int, int]) -> tuple[Ints, _Best]:
+    """Counts (L, E) of one part, and where each cell was first chosen in it."""
+    number, each = numbered
+    n_layers, e = shape
+    counts = np.zeros(shape, dtype=np.int64)
+    best: _Best = {}
+    trace, names, request = each.trace, each.prompts, np.asarray(each.trace.request)
+    rows = np.concatenate([np.empty(0, dtype=np.int64), *(rows for *_, rows in by_prompt([each]))])
+    new = np.zeros(shape, dtype=bool)
+    experts, state = trace.experts, trace.state
+    for start in range(0, rows.size, CHUNK):
+        mine = rows[start : start + CHUNK]
+        ids = present(experts, state, mine).transpose(1, 0, 2).astype(np.int64)  # (L, m, k)
+        key = np.minimum(ids, e) + np.arange(n_layers)[:, None, None] * (e + 1)
+        found = np.bincount(key.reshape(-1), minlength=n_layers * (e + 1)).reshape(n_layers, e + 1)
+        fresh = (found[:, :e] > 0) & ~new
+        counts += found[:, :e]
+        if not fresh.any():
+            continue
+        new |= fresh
+        at = dict(zip(*np.unique(key.reshape(-1), return_index=True), strict=True))
+        for layer, expert in zip(*np.nonzero(fresh), strict=True):
+            place = int(at[layer * (e + 1) + expert]) % (ids.shape[1] * ids.shape[2])
+            i, rank = divmod(place, ids.shape[2])
+            row = int(mine[i])
+            where = (names[request[row]], number, int(trace.step[row]), int(layer), start + i, rank)
+            cell = (int(layer), int(expert))
+            best[cell] = min(best.get(cell, where), where)
+    return counts, best
 
 
 def frequency_of_table(counts: RoutingCounts) -> ExpertFrequency:
