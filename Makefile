@@ -12,7 +12,7 @@ PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 # which of tests/stress `make stress` runs: T=test_kill.py; all by default
 T ?=
 
-.PHONY: help setup demo report-image releases test test-unit test-slow test-device test-cpp sanitize stress lint notebooks clean bench-overhead bench-analysis gpu-check
+.PHONY: help setup demo report-image releases test test-unit test-slow test-device test-cpp sanitize stress lint notebooks clean bench-overhead bench-analysis bench-machines gpu-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -81,6 +81,9 @@ notebooks: setup ## execute the example notebooks
 
 bench-overhead: setup ## what tracing costs; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/bench_overhead.py
+
+bench-machines: $(STAMP)-package ## many traces on 1, 2 and 4 processes; TRACES=N of a million tokens each (default 10)
+	$(BIN)/python benchmarks/bench_machines.py $(if $(TRACES),--traces $(TRACES))
 
 bench-analysis: $(STAMP)-package ## the analyses against the notebook's own method, and all of stats and report at the size of real models (half an hour); REAL=FOLDER of DOMAIN.npz, too
 	$(BIN)/python benchmarks/bench_analysis.py

@@ -64,7 +64,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", nargs="*", default=list(traces.SIZES), choices=list(traces.SIZES))
+    parser.add_argument(
+        "--sizes",
+        nargs="*",
+        default=list(traces.SIZES)[:4],
+        choices=list(traces.SIZES),
+    )
     parser.add_argument("--real", type=Path)
     parser.add_argument("--folder", type=Path, default=Path("build/bench"))
     args = parser.parse_args()

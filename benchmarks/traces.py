@@ -46,6 +46,7 @@ SIZES = {
     "58x256": Size(58, 256, 8, 100_000, 1_000),
     "48x512": Size(48, 512, 10, 100_000, 1_000),
     "24x32": Size(24, 32, 4, 10_000_000, 100_000),
+    "24x32-hour": Size(24, 32, 4, 1_000_000, 10_000),
 }
 
 
@@ -218,7 +219,7 @@ def made(name: str, path: Path, seed: int = 0) -> None:
         d = domain[who]
         return world.experts[d, at], world.weights[d, at], world.tokens[d, at]
 
-    labels = [{"id": f"r{i}", "label": DOMAINS[d]} for i, d in enumerate(domain.tolist())]
+    labels = [{"id": f"r{seed}-{i}", "label": DOMAINS[d]} for i, d in enumerate(domain.tolist())]
     vocabulary = [b" w%d" % i if i % 3 else b"%d." % i for i in range(100_001)]
     write(path, name, size, request, within, step, n_prompt, choose, labels, vocabulary)
 

@@ -22,7 +22,7 @@ def add_machines(parser: argparse.ArgumentParser) -> None:
         parser,
         "--on",
         metavar="WHERE",
-        help="count traces on: local (a process per core), dask (a Dask cluster of this machine), or the address of a"
+        help="count traces on local (a process per core), local:N, dask, dask:N (a Dask cluster of this machine), or a"
         " Dask scheduler, tcp://HOST:8786, whose workers see the traces at the same paths; default: here",
     )
 
@@ -43,12 +43,21 @@ def machines(where: str | None) -> Iterator[Executor | None]:
 
     Raises UsageError if there is no such place, MoetraceError if Dask is not installed, or cannot be reached.
     """
+    place, _, number = ("", "", "") if where is None else where.partition(":")
     if where is None:
         yield None
-    elif where == "local":
+        return
+    n = os.cpu_count() or 1
+    if place in ("local", "dask") and number:
+        if not number.isdecimal() or not int(number):
+            raise UsageError(
+                f"--on {where!r} is no place", fix=f"give {place}:N, N processes of this machine"
+            )
+        n = int(number)
+    if place == "local":
         # not forked: questions are asked in forks of this process, and threads of a pool do not survive a fork
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        with ProcessPoolExecutor(n, mp_context=context) as pool:
             try:
                 yield pool
             except BrokenExecutor as e:
@@ -57,8 +66,8 @@ def machines(where: str | None) -> Iterator[Executor | None]:
                     why="most likely for want of memory",
                     fix="--on dask starts such processes again; or free memory",
                 ) from e
-    elif where == "dask" or where.startswith(_SCHEMES):
-        with _dask(where) as executor:
+    elif place == "dask" or where.startswith(_SCHEMES):
+        with _dask(where, n) as executor:
             yield executor
     else:
         raise UsageError(
@@ -68,7 +77,7 @@ def machines(where: str | None) -> Iterator[Executor | None]:
 
 
 @contextmanager
-def _dask(where: str) -> Iterator[Executor]:
+def _dask(where: str, n: int) -> Iterator[Executor]:
     try:
         from distributed import Client, LocalCluster
         from distributed.scheduler import KilledWorker
@@ -78,8 +87,8 @@ def _dask(where: str) -> Iterator[Executor]:
         ) from e
     with ExitStack() as stack:
         try:
-            if where == "dask":
-                cluster = LocalCluster(n_workers=os.cpu_count(), threads_per_worker=1, dashboard_address=None)
+            if not where.startswith(_SCHEMES):
+                cluster = LocalCluster(n_workers=n, threads_per_worker=1, dashboard_address=None)
                 where = stack.enter_context(cluster).scheduler_address
             client = stack.enter_context(Client(where, timeout="30s"))
         except (OSError, ValueError) as e:

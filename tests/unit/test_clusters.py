@@ -106,7 +106,7 @@ def test_texts_that_are_too_many_are_not_compared_and_that_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = imported(tmp_path, copies=3)
-    monkeypatch.setattr("moetrace.analysis.counts.survey.MOST_TOKENS", 100)
+    monkeypatch.setattr("moetrace.analysis.counts.from_trace.MOST_TOKENS", 100)
     with moetrace.open(path) as trace:
         assert len(from_trace(trace, phase="prefill").prompts) == 24
         assert any("were not compared" in caveat for caveat in ask("overview", trace).caveats)

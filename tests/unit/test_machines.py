@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -150,7 +151,7 @@ def test_stats_prints_the_same_wherever_it_counts(
     fleet: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = []
-    for on in ([], ["--on", "local"]):
+    for on in ([], ["--on", "local:2"]):
         only = "overview,specialists,persistence,generation-dynamics"
         assert main(["stats", *map(str, fleet), "--no-keep", "--only", only, "--format", "json", *on]) == 0
         said.append(capsys.readouterr().out)
@@ -161,8 +162,9 @@ def test_places_that_are_not_there(
     fleet: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     command = ["stats", str(fleet[0]), "--no-keep", "--only", "overview", "--on"]
-    assert main([*command, "mars"]) == 2
-    assert "--on 'mars' is no place" in capsys.readouterr().err
+    for nowhere in ("mars", "local:0", "dask:two"):
+        assert main([*command, nowhere]) == 2
+        assert f"--on {nowhere!r} is no place" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "distributed", None)
     assert main([*command, "dask"]) == 1
     assert "pip install 'moetrace[dask]'" in capsys.readouterr().err
@@ -191,3 +193,17 @@ def test_nothing_of_it_is_imported_unless_asked_for() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "False\n"
+
+
+def test_counts_are_sent_in_few_bytes_and_come_as_they_were(fleet: list[Path]) -> None:
+    with moetrace.open(fleet[0]) as trace:
+        routing = moetrace.analysis.from_trace(trace)
+        for counts in (routing.counts, routing.token_counts):
+            data = pickle.dumps(counts)
+            again = pickle.loads(data)
+            for name, value in vars(counts).items():
+                if isinstance(value, np.ndarray):
+                    assert getattr(again, name).dtype == value.dtype
+                    np.testing.assert_array_equal(getattr(again, name), value)
+        assert len(data) < len(pickle.dumps(vars(counts))) / 2
+        assert (again.occurrences[0] != counts.occurrences[0]).nnz == 0

@@ -271,6 +271,10 @@ class RoutingCounts:
             **{name: both(name) for name in _PER_PROMPT},
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled with numbers no wider than they need to be."""
+        return _unpacked, (RoutingCounts, [_packed(getattr(self, f.name)) for f in fields(self)])
+
     def labelled(self) -> RoutingCounts:
         """Only the prompts that have a domain; itself if all have one."""
         return self if (self.labels != "").all() else self.of(self.labels != "")
@@ -301,6 +305,20 @@ class RoutingCounts:
         if missing:
             raise UsageError(f"not routing counts: {', '.join(missing)} missing")
         return cls(**{f.name: arrays[f.name] for f in fields(cls)})
+
+
+def _packed(values: Any) -> Any:
+    """Whole numbers of 8 bytes, of which none is negative, in as few as the largest takes; else as they are."""
+    if not isinstance(values, np.ndarray) or values.dtype != np.int64 or not values.size or values.min() < 0:
+        return values
+    return values.astype(np.min_scalar_type(int(values.max())))
+
+
+def _unpacked(kind: Callable[..., Any], values: list[Any]) -> Any:
+    unsigned = (isinstance(value, np.ndarray) and value.dtype.kind == "u" for value in values)
+    return kind(
+        *(value.astype(np.int64) if small else value for value, small in zip(values, unsigned, strict=True))
+    )
 
 
 _PER_PROMPT = ("tokens", "included", "top1", "lag_pairs", "lag_shared", "lag_top1")
@@ -415,6 +433,10 @@ class TokenCounts:
     occurrences: tuple[sparse.csr_array, ...]
     token_included: Ints
     prompt_included: Ints
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled with numbers no wider than they need to be."""
+        return _unpacked, (TokenCounts, [_packed(getattr(self, f.name)) for f in fields(self)])
 
     def __add__(self, other: TokenCounts) -> TokenCounts:
         """Counts of both, over the union of prompts and of token ids.

@@ -28,7 +28,7 @@ from moetrace.analysis.counts.counting import (
     frequent_tokens,
 )
 from moetrace.analysis.counts.routed import RoutedText
-from moetrace.analysis.counts.survey import clusters, domain_of, survey, surveyed
+from moetrace.analysis.counts.survey import MOST_TOKENS, clusters, domain_of, survey
 from moetrace.analysis.counts.units import ENOUGH, evenly, taken_together
 from moetrace.analysis.statistics.shapes import Ints, some_requests, spans
 from moetrace.errors import MoetraceError, UsageError
@@ -144,7 +144,9 @@ class Routing:
         ]
         self._progress = progress
         chosen = [Chosen(part, name, phase) for part, name in each]
-        self._surveys = surveyed(parts.each(partial(survey, key=group_key), chosen, executor))
+        compare = sum(len(part.request) for part, _ in each) <= MOST_TOKENS
+        look = partial(survey, key=group_key, compare=compare)
+        self._surveys = list(parts.each(look, chosen, executor))
         if not any(one.numbers for one in self._surveys):
             there = sorted(frozenset().union(*(one.phases for one in self._surveys)))
             raise UsageError(

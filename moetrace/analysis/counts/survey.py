@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from moetrace.errors import UsageError
 
 #: what clients call requests that are no independent observations
 GROUP = "group"
-#: more tokens than so many are not compared
+#: of more tokens than so many texts are not compared: they would have to come to one place
 MOST_TOKENS = 1 << 26
 
 
@@ -70,8 +70,11 @@ class Beginning:
     known: bool
 
 
-def survey(chosen: Chosen, key: str | None) -> Survey:
-    """Survey the chosen rows of a part, of which ``key`` tells the observations (:func:`clusters`)."""
+def survey(chosen: Chosen, key: str | None, compare: bool) -> Survey:
+    """Survey the chosen rows of a part, of which ``key`` tells the observations (:func:`clusters`).
+
+    Without ``compare`` there are no texts, but what is not known of them is counted.
+    """
     requests = chosen.trace.requests
     given = GROUP if key is None else key
     said = requests[given].dropna().items() if given in requests and key != "id" else ()
@@ -86,21 +89,9 @@ def survey(chosen: Chosen, key: str | None) -> Survey:
         has_first=bool((kept == 0).any()),
         has_later=bool((kept != 0).any()),
         said={int(str(request)): str(value) for request, value in said},
-        beginnings=begun,
+        beginnings=begun if compare else (),
         n_continued=sum(not each.known for each in begun),
     )
-
-
-def surveyed(surveys: Iterable[Survey]) -> list[Survey]:
-    """All of them, without texts if these have more than :data:`MOST_TOKENS` tokens together: they would not fit."""
-    out: list[Survey] = []
-    tokens = 0
-    for one in surveys:
-        tokens += sum(each.text.size for each in one.beginnings)
-        out.append(one)
-        if tokens > MOST_TOKENS:
-            out = [replace(each, beginnings=()) for each in out]
-    return out
 
 
 def domain_of(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
