@@ -32,6 +32,7 @@ class Stats:
       moetrace stats t.moet
       moetrace stats t.moet --only domain-separation,specialists --format csv > tables.csv
       moetrace stats monday.moet tuesday.moet -o results
+      moetrace stats traces/ --as-published
       moetrace stats 'fleet/*.moet' --model NAME
       moetrace stats 'fleet/*.moet' --on tcp://scheduler:8786
     """
@@ -47,6 +48,12 @@ class Stats:
             "--only",
             metavar="NAME,...",
             help="only these questions, as `moetrace analyze` names them",
+        )
+        add_option(
+            parser,
+            "--as-published",
+            action="store_true",
+            help="the published numbers alone: all phases together, and of per-token JSON the warm-up's rows",
         )
         add_choice(parser)
         add_showing(parser)

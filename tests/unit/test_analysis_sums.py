@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from moetrace.analysis import (
     MetricSums,
@@ -101,7 +102,9 @@ def test_an_expert_that_one_domain_alone_chose_may_be_chosen_by_others() -> None
         ["domain", "expert"]
     )
     assert table.loc[("a", 2), "lift"] == 2
-    may = (3 / 400) / (20 / 420)
+    # four prompts say little of how they differ: their 400 picks are worth 152 independent ones
+    worth = 400 * (stats.norm.ppf(0.975) / stats.t.ppf(0.975, 3)) ** 2
+    may = (1 - 0.025 ** (1 / worth)) / (20 / 420)
     assert table.loc[("a", 2), "low"] == pytest.approx(2 / (1 + may))
     assert table.loc[("a", 2), "high"] == 2
     assert table.loc[("b", 2), "low"] == 0

@@ -2,12 +2,14 @@
 
 import gc
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 from recordings import SHARED, WARMUP, olmoe_line, one_pass, real, token_file, write
 
 import moetrace
+from moetrace.__main__ import main
 from moetrace.errors import ChannelMissingError, InputError, MoetraceError, UsageError
 from moetrace.trace.importers import CountTable, detect
 from moetrace.trace.importers import import_trace as import_only
@@ -251,3 +253,29 @@ def test_open_of_a_malformed_recording_tidies_up(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"x\.log:2: expert_ids"):
         moetrace.open(path)
     assert [p.name for p in tmp_path.iterdir()] == ["x.log"]
+
+
+def test_stats_as_published_counts_what_the_notebook_counts(domains, tmp_path, capsys):
+    """All phases, the warm-up's rows cut to k, and tokens numbered by files, of the recording as it is."""
+    assert (
+        main(["stats", str(domains), "--as-published", "--format", "json", "-o", str(tmp_path / "out")]) == 0
+    )
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+    assert all(name.startswith("as_published_") for one in found.values() for name in one["tables"])
+    overview = found["overview"]["tables"]
+    facts = dict(overview["as_published_overview"]["data"])
+    # 2 domains x 3 components x (2 layers x 3 passes + 1 layer) x 4
+    assert facts["activations"] == 2 * 3 * 7 * 4
+    assert facts["tokens per domain"] == 3
+    percent = found["expert-frequency"]["tables"]["as_published_percent"]
+    rows = [dict(zip(percent["columns"], row, strict=True)) for row in percent["data"]]
+    first = {
+        row["expert_id"]: row["percent"] for row in rows if row["layer_id"] == 0 and row["domain"] == "code"
+    }
+    assert first == {
+        e: 100 * n / 16 for e, n in Counter([15, 14, 13, 12, 5, 18, 9, 31, 4, 3, 2, 1, 1, 3, 2, 4]).items()
+    }
+    assert (tmp_path / "out" / "overview.json").exists()
+    assert main(["stats", str(domains), "--format", "json", "--only", "overview"]) == 0
+    (plain,) = json.loads(capsys.readouterr().out)
+    assert dict(plain["tables"]["as_published_overview"]["data"])["activations"] < facts["activations"]

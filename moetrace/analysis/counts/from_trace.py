@@ -147,7 +147,7 @@ class Routing:
         compare = sum(len(part.request) for part, _ in each) <= MOST_TOKENS
         look = partial(survey, key=group_key, compare=compare)
         self._surveys = list(parts.each(look, chosen, executor))
-        if not any(one.numbers for one in self._surveys):
+        if not any(one.numbers.size for one in self._surveys):
             there = sorted(frozenset().union(*(one.phases for one in self._surveys)))
             raise UsageError(
                 f"the trace has no {phase} rows",
@@ -156,14 +156,14 @@ class Routing:
         self.clusters = clusters(self._surveys, group_key)
         self._surveys = [replace(one, beginnings=()) for one in self._surveys]
         self.chosen = tuple(
-            replace(each, clusters=[self.clusters.of[prompt] for prompt in one.prompts])
+            replace(each, clusters=self.clusters.of(one.prompts))
             for each, one in zip(chosen, self._surveys, strict=True)
         )
 
     @property
     def labelled(self) -> tuple[Chosen, ...]:
         """The chosen rows of requests that have a domain. Raises UsageError if there are none."""
-        if not any(one.labels[i] for one in self._surveys for i in one.numbers):
+        if not any(one.labels[i] for one in self._surveys for i in one.numbers.tolist()):
             raise UsageError(NO_DOMAIN, fix=LABEL_THEM)
         return tuple(replace(chosen, labelled=True) for chosen in self.chosen)
 
@@ -208,8 +208,15 @@ class Routing:
     @cached_property
     def _domains(self) -> dict[str, str]:
         _ = self.n_prompts  # refuses a prompt of two domains
-        of = self.clusters.of
-        return domain_of((of[prompt], label) for one in self._surveys for prompt, label in one.asked)
+        return domain_of(
+            pair
+            for one in self._surveys
+            for pair in zip(
+                self.clusters.of([prompt for prompt, _ in one.asked]),
+                (label for _, label in one.asked),
+                strict=True,
+            )
+        )
 
     def _room(self, *sizes: int) -> int:
         """How many prompts there is room for, of tables with so many numbers for each layer."""
@@ -403,6 +410,16 @@ class Routing:
             for number, value in said.items():
                 out.setdefault(chosen.clusters[number], value)
         return out
+
+    def request_values(self, name: str) -> list[tuple[str, Any]]:
+        """The domain of every request that has this key, and what it says; request by request."""
+        each = parts.each(partial(_said, name=name), self.chosen, self.executor)
+        return [
+            (one.labels[number], value)
+            for one, said in zip(self._surveys, each, strict=True)
+            for number, value in said.items()
+            if one.labels[number]
+        ]
 
     def whole(self, what: str) -> Chosen:
         """The chosen rows of the one trace, numbered as there; several contexts' columns are copied together.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +32,7 @@ class Survey:
     prompts, labels
         Of each request, by its number; "" where it has no domain.
     numbers
-        The requests that have rows.
+        The requests that have rows, (n,).
     phases
         Of which phases the part has rows at all.
     has_first, has_later
@@ -46,7 +47,7 @@ class Survey:
 
     prompts: tuple[str, ...]
     labels: tuple[str, ...]
-    numbers: tuple[int, ...]
+    numbers: Ints
     phases: frozenset[str]
     has_first: bool
     has_later: bool
@@ -57,7 +58,7 @@ class Survey:
     @property
     def asked(self) -> Iterator[tuple[str, str]]:
         """The prompts that have rows, and their domains."""
-        return ((self.prompts[i], self.labels[i]) for i in self.numbers)
+        return ((self.prompts[i], self.labels[i]) for i in self.numbers.tolist())
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def survey(chosen: Chosen, key: str | None, compare: bool) -> Survey:
     begun = tuple(_beginnings(chosen)) if key is None else ()
     return Survey(
         prompts=tuple(chosen.prompts),
-        labels=tuple(chosen.labels),
-        numbers=tuple(chosen.numbers),
+        labels=tuple(map(sys.intern, chosen.labels)),  # a few names, which very many requests have
+        numbers=np.array(chosen.numbers, dtype=np.int64),
         phases=frozenset(name for name, code in PHASES.items() if (phase == code).any()),
         has_first=bool((kept == 0).any()),
         has_later=bool((kept != 0).any()),
@@ -110,17 +111,21 @@ class Clusters:
 
     Attributes
     ----------
-    of
-        Prompt -> the first, in order of names, of those that are one observation with it.
+    stands
+        Of each prompt that is one observation with others: the first of them, in order of names.
     n_continued
         Requests that go on from a text of which it is not known whose it was.
     compared
         Whether texts were compared: not if another key tells, or if there are more than :data:`MOST_TOKENS` tokens.
     """
 
-    of: dict[str, str]
+    stands: Mapping[str, str]
     n_continued: int
     compared: bool
+
+    def of(self, prompts: Sequence[str]) -> Sequence[str]:
+        """What each prompt is an observation of: itself, unless another one stands for it."""
+        return [self.stands.get(prompt, prompt) for prompt in prompts] if self.stands else prompts
 
 
 def clusters(surveys: Sequence[Survey], key: str | None) -> Clusters:
@@ -130,17 +135,14 @@ def clusters(surveys: Sequence[Survey], key: str | None) -> Clusters:
     those whose texts begin alike (:func:`~moetrace.analysis.counts.clusters.text_clusters`). "id": every prompt
     stands for itself. Raises UsageError if no request has the key.
     """
-    number: dict[str, int] = {}  # of each prompt
-    for one in surveys:
-        for prompt in one.prompts:
-            number.setdefault(prompt, len(number))
     if key == "id":
-        return Clusters({prompt: prompt for prompt in number}, 0, False)
+        return Clusters({}, 0, False)
+    number: dict[str, int] = {}  # of each prompt that is looked at
     same: list[tuple[int, int]] = []
     first: dict[tuple[object, ...], int] = {}  # who had this first
 
     def join(what: tuple[object, ...], prompt: str) -> None:
-        mine = number[prompt]
+        mine = number.setdefault(prompt, len(number))
         same.append((first.setdefault(what, mine), mine))
 
     if key is not None and not any(one.said for one in surveys):
@@ -166,11 +168,12 @@ def clusters(surveys: Sequence[Survey], key: str | None) -> Clusters:
         (np.ones(pairs.shape[1]), (pairs[0], pairs[1])), shape=(len(number), len(number))
     )
     code_of = connected_components(graph, directed=False)[1]
-    stands: dict[int, str] = {}
+    first_of: dict[int, str] = {}
     for prompt in sorted(number):
-        stands.setdefault(int(code_of[number[prompt]]), prompt)
+        first_of.setdefault(int(code_of[number[prompt]]), prompt)
+    stands = ((prompt, first_of[int(code_of[i])]) for prompt, i in number.items())
     return Clusters(
-        {prompt: stands[int(code_of[i])] for prompt, i in number.items()},
+        {prompt: other for prompt, other in stands if other != prompt},
         sum(one.n_continued for one in surveys),
         bool(begun),
     )

@@ -408,9 +408,9 @@ def domain_lift(
 
     Returns one row per (layer, domain, expert): ``count``, ``share`` (of the domain's picks), ``lift`` with
     ``low`` and ``high`` (cluster bootstrap: each domain's prompts redrawn; expanded percentile interval,
-    Hesterberg 2015; where a domain never chose the expert, widened by the rule of three, which no redrawing
-    shows); ``gap``, the domain's mean share, prompts weighing equally, less the mean over domains, in standard errors
-    (:func:`~moetrace.analysis.domains.spread.gaps`); and ``p_family``: its permutation p-value, two-sided, prompts
+    Hesterberg 2015; where a domain never chose the expert, widened by the share that may go unseen,
+    :class:`~moetrace.analysis.statistics.rates.Rates`, which no redrawing shows); ``gap``, the domain's mean
+    share, prompts weighing equally, less the mean over domains, in standard errors (:func:`~moetrace.analysis.domains.spread.gaps`); and ``p_family``: its permutation p-value, two-sided, prompts
     exchanged between domains, corrected by max-T over all experts and domains of all layers. An
     expert that nobody used has lift NaN. With a single prompt in the domain the interval is NaN, and ``p_family`` is
     NaN where domains cannot be tested (:func:`moetrace.analysis.statistics.nulls.feasibility`).
@@ -430,7 +430,8 @@ def domain_lift(
         own = np.ascontiguousarray(c[:, layer])
         low[layer], high[layer] = _drawn_lift(own, weights, domains, blocks, level)
         table = group_sums(domains.codes[None].astype(np.int32), own, d)[0]
-        least, largest = _beyond_zero(table)
+        unseen = np.stack([_unseen(own[domains.codes == i], level) for i in range(d)])
+        least, largest = _beyond_zero(table, unseen)
         low[layer] = np.minimum(low[layer], least)
         high[layer] = np.where(table > 0, high[layer], np.maximum(high[layer], largest))
     if codes is not None:
@@ -528,15 +529,17 @@ def _lift(sums: npt.ArrayLike, picks: npt.ArrayLike | None = None) -> Floats:
     return np.asarray(np.divide(share, mean, out=np.full_like(share, np.nan), where=mean > 0))
 
 
-def _beyond_zero(sums: npt.ArrayLike) -> tuple[Floats, Floats]:
-    """Least and largest lift (D, E) of counts (D, E) if experts that a domain never chose have share 3/picks there.
+def _unseen(counts: Floats, level: float) -> Floats:
+    """(E,) shares that experts which prompts (P, E) never chose may have: bootstrap samples cannot show it."""
+    return np.asarray(Rates.of(counts[:, None], counts.sum(axis=1)[:, None], level).high[0])
 
-    The rule of three: so large a share may go unseen. Bootstrap samples cannot show it.
-    """
+
+def _beyond_zero(sums: npt.ArrayLike, unseen: Floats) -> tuple[Floats, Floats]:
+    """Least and largest lift (D, E) of counts (D, E) if experts that a domain never chose have ``unseen`` shares."""
     c = np.asarray(sums, dtype=np.float64)
     share = info.shares(c)
     with np.errstate(invalid="ignore", divide="ignore"):
-        may = np.where(c > 0, share, np.minimum(3.0 / c.sum(axis=-1, keepdims=True), 1.0))
+        may = np.where(c > 0, share, unseen)
         least = share / may.mean(axis=0)
         largest = may / np.where(c > 0, may.mean(axis=0), (share.sum(axis=0) + may) / len(c))
     return least, largest

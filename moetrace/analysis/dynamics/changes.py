@@ -14,7 +14,7 @@ from moetrace.analysis.statistics.shapes import Floats, Ints
 
 Fit = Literal["change", "drift", "either"]
 
-_DRAWS = 99
+_DRAWS = 49
 _FOLDS = 5
 
 

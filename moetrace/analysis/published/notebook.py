@@ -765,7 +765,12 @@ def activations(routing: Routing, top: int | None = None) -> Activations:
     ends = np.cumsum([one[2].size for one in held])
     begun = [(each, mine) for each, mine in zip(chosen, np.split(begin, ends[:-1]), strict=True) if mine.size]
     count = partial(_activations, components=routing.consumers or COMPONENTS, top=top)
-    return parts.added(list(parts.each(count, begun, routing.executor)))
+    found = parts.added(list(parts.each(count, begun, routing.executor)))
+    beside = np.zeros(len(found.domains), dtype=np.int64)
+    # passes that share the number of another one's file (importers/token_json)
+    for label, n in routing.request_values("passes_beside"):
+        beside[found.domains.index(label)] += int(n)
+    return replace(found, tokens_per_domain=found.tokens_per_domain - beside)
 
 
 def _held(chosen: Chosen) -> tuple[npt.NDArray[np.str_], npt.NDArray[np.str_], Ints]:

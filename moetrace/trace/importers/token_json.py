@@ -169,13 +169,15 @@ def pieces(source: Path, shape: Shape, tally: Tally, *, as_published: bool = Fal
     Parameters
     ----------
     as_published
-        Keep the passes that ran all experts, cut to their first k ids as the notebook does.
+        Keep the passes that ran all experts, cut to their first k ids as the notebook does. The notebook numbers
+        tokens by files, so the key ``passes_beside`` of a request says how many of its passes share a file's number.
     """
     layers = np.array(shape.layers, np.int64)
     index = {layer: i for i, layer in enumerate(shape.layers)}
     k = shape.n_expert_used
     for domain, files in find(source):
         expected = files[0][0]
+        beside = sum(1 for _ in passes(files[0][1], k)) - 1 if as_published else 0
         for number, path in files:
             skipped, expected = number - expected, number + 1
             for one in passes(path, k):
@@ -201,5 +203,6 @@ def pieces(source: Path, shape: Shape, tally: Tally, *, as_published: bool = Fal
                     phase=np.full(1, one.phase, np.uint8),
                     row=int_array(1, 0),
                     skipped=skipped,
+                    extra={"passes_beside": beside} if beside else {},
                 )
                 skipped = 0

@@ -114,6 +114,7 @@ def open_source(
     model: str | None = None,
     *,
     unreadable: Literal["raise", "leave out"] = "raise",
+    as_published: bool = False,
 ) -> Trace | CountTable | Traces:
     """Open a trace, or read a foreign recording as one; or many traces.
 
@@ -129,6 +130,8 @@ def open_source(
         Which llama contexts of a trace to show; see :func:`moetrace.trace.trace.open_trace`.
     unreadable
         What to do with those of many that cannot be read.
+    as_published
+        Of a recording of others, as :func:`import_trace`.
 
     Returns
     -------
@@ -158,9 +161,9 @@ def open_source(
         return read_counts(source)
     folder = Path(tempfile.mkdtemp(prefix="moetrace-"))
     try:
-        trace = open_trace(
-            import_trace(source, folder / f"{source.stem}.moet", format=kind).path, context, model
-        )
+        out = folder / f"{source.stem}.moet"
+        imported = import_trace(source, out, format=kind, as_published=as_published)
+        trace = open_trace(imported.path, context, model)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
