@@ -409,11 +409,12 @@ def domain_lift(
     Returns one row per (layer, domain, expert): ``count``, ``share`` (of the domain's picks), ``lift`` with
     ``low`` and ``high`` (cluster bootstrap: each domain's prompts redrawn; expanded percentile interval,
     Hesterberg 2015; where a domain never chose the expert, widened by the share that may go unseen,
-    :class:`~moetrace.analysis.statistics.rates.Rates`, which no redrawing shows); ``gap``, the domain's mean
-    share, prompts weighing equally, less the mean over domains, in standard errors (:func:`~moetrace.analysis.domains.spread.gaps`); and ``p_family``: its permutation p-value, two-sided, prompts
-    exchanged between domains, corrected by max-T over all experts and domains of all layers. An
-    expert that nobody used has lift NaN. With a single prompt in the domain the interval is NaN, and ``p_family`` is
-    NaN where domains cannot be tested (:func:`moetrace.analysis.statistics.nulls.feasibility`).
+    :class:`~moetrace.analysis.statistics.rates.Rates`, which no redrawing shows); ``gap``, the domain's mean share,
+    prompts weighing equally, less the mean over domains, in standard errors
+    (:func:`~moetrace.analysis.domains.spread.gaps`); and ``p_family``: its permutation p-value, two-sided, prompts
+    exchanged between domains, corrected by max-T over all experts and domains of all layers. An expert that nobody
+    used has lift NaN. With a single prompt in the domain the interval is NaN, and ``p_family`` is NaN where domains
+    cannot be tested (:func:`moetrace.analysis.statistics.nulls.feasibility`).
     """
     c = _prompt_counts(counts)
     domains = Domains.of(labels)
