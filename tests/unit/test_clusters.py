@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import olmoe_line, write
 from scipy.sparse.csgraph import connected_components
+from scipy.stats import kruskal
 
 import moetrace
 from moetrace.__main__ import main
 from moetrace.analysis import from_trace
 from moetrace.analysis.counts.clusters import SHARED, WHOLE, text_clusters
-from moetrace.analysis.domains.lengths import WIDTH, length_classes
+from moetrace.analysis.domains.lengths import WIDTH, kruskal_wallis, length_classes
+from moetrace.analysis.statistics.nulls import Domains
 from moetrace.errors import UsageError
 from moetrace.findings import Subject, ask
 from moetrace.trace.importers import import_trace
@@ -161,6 +163,15 @@ def test_domains_alike_in_length_need_no_classes() -> None:
     assert always is not None
     assert always.codes.tolist() == [0, 0, 0, 1, 0, 0, 0, 1]
     assert length_classes([7] * 4, ["a", "b"] * 2, always=True) is None
+
+
+def test_ranks_are_compared_as_scipy_does() -> None:
+    rng = np.random.default_rng(0)
+    for high in (4, 1000):
+        values, labels = rng.integers(0, high, 30), rng.choice(list("abc"), 30)
+        expected = kruskal(*(values[labels == name] for name in "abc")).pvalue
+        assert kruskal_wallis(values, Domains.of(labels)) == pytest.approx(expected)
+    assert kruskal_wallis([3] * 30, Domains.of(labels)) == 1
 
 
 def test_classes_hold_prompts_about_as_long_and_name_domains_that_stand_alone() -> None:
