@@ -40,7 +40,8 @@ class Import:
         add_option(parser, "--format", choices=formats, help="default: found out from the source")
         help_ = "experts of a layer (default: the highest id seen + 1)"
         add_option(parser, "--n-expert", type=int, metavar="N", help=help_)
-        help_ = "experts per token (default: 4 for token-json, the fewest on a line for expert-log)"
+        help_ = "experts per token (default: 4 for token-json, the fewest on a line for expert-log, which lacks it if"
+        help_ += " each line has one expert)"
         add_option(parser, "--n-expert-used", type=int, metavar="K", help=help_)
         help_ = "domain of the requests of a log (default: the file's name)"
         add_option(parser, "--label", default="", metavar="TEXT", help=help_)

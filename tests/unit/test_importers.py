@@ -208,6 +208,48 @@ def test_expert_log_of_one_layer_is_a_row_per_line(tmp_path):
     assert [len(p.state) for p in pieces] == [1] * 5
 
 
+@pytest.mark.parametrize("header", ["layer,expert\n", ""])
+def test_lines_of_one_expert_each_are_tokens_of_k(tmp_path, header):
+    """llama.cpp's moe-trace: a prompt of three tokens and two more, top-4 of 8 in two layers; the file twice."""
+    rng = np.random.default_rng(0)
+    tokens = np.array([[rng.permutation(8)[:4] for _ in range(2)] for _ in range(5)])  # token, layer, k
+    assert tokens.max() == 7
+    text = header
+    for ubatch in (range(3), [3], [4]):
+        for layer in range(2):
+            text += "".join(f"{layer},{e}\n" for t in ubatch for e in tokens[t, layer])
+    path = write(tmp_path / "moe.csv", text + text)
+    with pytest.raises(InputError, match="does not say how many lines make a token") as refused:
+        logs.expert_shape(path)
+    assert "--n-expert-used K" in refused.value.fix
+    shape = logs.expert_shape(path, 4)
+    assert (shape.n_expert_used, shape.layers) == (4, (0, 1))
+    pieces = list(logs.expert_pieces(path, shape, Tally()))
+    experts = np.concatenate([piece.experts for piece in pieces])
+    np.testing.assert_array_equal(experts, np.concatenate((tokens, tokens)))
+    with pytest.raises(InputError, match=r"no tokens of 3 experts|name one expert twice"):
+        list(logs.expert_pieces(path, logs.expert_shape(path, 3), Tally()))
+    one = logs.expert_shape(path, 1)  # a model of top-1 says so
+    assert sum(len(piece.experts) for piece in logs.expert_pieces(path, one, Tally())) == 40
+
+
+def test_lines_of_one_expert_each_leave_the_warm_up_out(tmp_path):
+    text = "".join(f"{layer},{e}\n" for layer in range(2) for _ in range(2) for e in range(8))
+    text += "0,3\n0,7\n1,2\n1,0\n"
+    tally = Tally()
+    path = write(tmp_path / "moe.csv", "layer,expert\n" + text)
+    (piece,) = logs.expert_pieces(path, logs.expert_shape(path, 2), tally)
+    assert piece.experts.tolist() == [[[3, 7], [2, 0]]]
+    assert tally.rows_all_experts == 2
+
+
+def test_a_log_of_lists_may_have_lists_of_one(tmp_path):
+    path = write(tmp_path / "one.log", "layer_id,expert_ids\n0,3\n0,5\n1,2\n1,2\n")
+    shape = logs.expert_shape(path)
+    (piece,) = logs.expert_pieces(path, shape, Tally())
+    assert piece.experts.tolist() == [[[3], [2]], [[5], [2]]]
+
+
 def test_expert_log_cut_off(tmp_path):
     path = write(
         tmp_path / "x.log",

@@ -1,6 +1,7 @@
-"""The two text logs of a patched llama-server: chosen experts, and the router's input.
+"""The text logs of a patched llama-server, and of llama.cpp's ``moe-trace``: chosen experts, and the router's input.
 
-``layer_id,expert_ids`` has a header, then one line per layer and token, ids separated by spaces.
+``layer_id,expert_ids`` has a header, then one line per layer and token, ids separated by spaces. ``layer,expert`` has
+one line for each expert of each token; it does not say where a token ends, so k must be given.
 ``gate_input,layer_id,token_id,value value ...`` has no header; ``token_id`` is the row within the ubatch.
 
 Neither log says where an ubatch ends, which sequence a row belongs to, or whether it is prefill. Within an
@@ -15,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from moetrace.trace.importers.source import (
 )
 
 EXPERT_HEADER = "layer_id,expert_ids"
+SINGLE_HEADER = "layer,expert"
 GATE = "gate_input"
 RECORD = re.compile(r"[0-9]{1,9},[0-9]{1,9}(?: [0-9]{1,9})*")
 MAX_UBATCH = 1 << 16
@@ -71,7 +74,7 @@ class _Ubatch:
 def expert_records(path: Path, tally: Tally) -> Iterator[tuple[int, int, Ints]]:
     """Line, layer and (w,) expert ids of each record."""
     for line, text in lines(path):
-        if text.strip() == EXPERT_HEADER:
+        if text.strip() in (EXPERT_HEADER, SINGLE_HEADER):  # logs may have been put one after the other
             continue
         if text.startswith(f"{GATE},"):
             tally.lines_left_out += 1
@@ -95,16 +98,30 @@ def expert_records(path: Path, tally: Tally) -> Iterator[tuple[int, int, Ints]]:
 
 
 def expert_shape(path: Path, k: int | None = None) -> Shape:
-    """First reading. k, if not given, is the smallest number of ids on a line."""
+    """First reading. k, if not given, is the smallest number of ids on a line.
+
+    Raises InputError where lines have one id each and may be either tokens or experts of a token, and k is not given.
+    """
     layers: set[int] = set()
-    highest, narrowest = -1, MAX_EXPERTS
+    highest, narrowest, widest = -1, MAX_EXPERTS, 0
+    previous, again = -1, False
     for _, layer, ids in expert_records(path, Tally()):
         layers.add(layer)
         highest = max(highest, int(ids.max()))
-        narrowest = min(narrowest, len(ids))
+        narrowest, widest = min(narrowest, len(ids)), max(widest, len(ids))
+        again |= layer == previous
+        previous = layer
     if not layers:
         raise InputError(f"{path} holds no expert ids", fix=f"give a log of `{EXPERT_HEADER}` lines")
-    return Shape(tuple(sorted(layers)), k or narrowest, highest + 1, 0)
+    header = next(lines(path), (0, ""))[1].strip()
+    single = widest == 1 and (header == SINGLE_HEADER or (again and header != EXPERT_HEADER))
+    if single and k is None:
+        raise InputError(
+            f"{path} has one expert on each line, and does not say how many lines make a token",
+            why="of a model with top-4 routing four lines are one token; read as top-1 they would be four",
+            fix="give the number of experts per token: --n-expert-used K (1 if the model's routing is top-1)",
+        )
+    return Shape(tuple(sorted(layers)), k or narrowest, highest + 1, 0, one_per_line=single and k != 1)
 
 
 def expert_pieces(
@@ -117,10 +134,11 @@ def expert_pieces(
     an error.
     """
     k = shape.n_expert_used
+    found = expert_records(path, tally)
 
     def wanted() -> Iterator[tuple[int, int, Ints, bool]]:
         previous = -1
-        for line, layer, ids in expert_records(path, tally):
+        for line, layer, ids in _together(path, found, shape) if shape.one_per_line else found:
             if len(ids) != k:
                 if len(ids) < k or not np.array_equal(np.sort(ids), np.arange(len(ids))):
                     raise malformed(path, line, "expert_ids", f"has {len(ids)} ids where others have {k}")
@@ -138,6 +156,32 @@ def expert_pieces(
         for i, rows, records in table:
             experts[rows, i] = records
         yield _piece(path, label, shape, state, experts, None)
+
+
+def _together(
+    path: Path, records: Iterator[tuple[int, int, Ints]], shape: Shape
+) -> Iterator[tuple[int, int, Ints]]:
+    """Records of one id each as records of k; of every expert, where a run names each once, as the warm-up does."""
+    k, every = shape.n_expert_used, shape.n_expert_seen
+    for layer, group in groupby(records, key=lambda record: record[1]):
+        run = list(group)
+        line, ids = run[0][0], np.array([int(record[2][0]) for record in run])
+        whole = ids.reshape(-1, every) if every > k and ids.size % every == 0 else ids[:0].reshape(0, 1)
+        if whole.size and (np.sort(whole, axis=1) == np.arange(every)).all():
+            yield from ((line, layer, row) for row in whole)
+            continue
+        if ids.size % k:
+            raise malformed(
+                path, line, "expert", f"begins {ids.size} lines of layer {layer}, which are no tokens of {k} experts",
+                "give the model's number of experts per token: --n-expert-used",
+            )  # fmt: skip
+        for i, row in enumerate(ids.reshape(-1, k)):
+            if np.unique(row).size < k:
+                raise malformed(
+                    path, run[i * k][0], "expert", f"begins {k} lines that name one expert twice",
+                    "give the model's number of experts per token: --n-expert-used",
+                )  # fmt: skip
+            yield run[i * k][0], layer, row
 
 
 # -- gate inputs -----------------------------------------------------------------------------------------

@@ -120,6 +120,8 @@ class Shape:
     """highest expert id + 1; 0 if the source has no experts"""
     n_embd: int
     """values of a gate input; 0 if the source has none"""
+    one_per_line: bool = False
+    """each line of the source has one of the k experts of a token"""
 
 
 def malformed(path: Path, line: int | None, field: str, why: str, fix: str = "") -> InputError:

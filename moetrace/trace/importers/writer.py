@@ -95,7 +95,9 @@ def detect(source: Path) -> str:
             return "olmoe"
         if text.startswith(f"{logs.GATE},"):
             return "gate-log"
-        if text.strip() == logs.EXPERT_HEADER or re.fullmatch(r"\d+,\d+( \d+)*", text.strip()):
+        if text.strip() in (logs.EXPERT_HEADER, logs.SINGLE_HEADER) or re.fullmatch(
+            r"\d+,\d+( \d+)*", text.strip()
+        ):
             return "expert-log"
         if set(COLUMNS) <= set(names):
             return "counts"
@@ -198,7 +200,8 @@ def import_trace(
         Experts of each layer. By default the highest id seen + 1, and ``missing`` says so: an expert beyond
         it that was never chosen is then unseen, not unused.
     n_expert_used
-        Experts per token, for ``token-json`` (default 4) and ``expert-log`` (default: the fewest on a line).
+        Experts per token, for ``token-json`` (default 4) and ``expert-log`` (default: the fewest on a line; where
+        each line has one, it must be given).
     label
         Domain of the requests of a log or of OLMoE's lines; by default their own, or the file's name.
     as_published
