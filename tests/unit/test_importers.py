@@ -10,7 +10,7 @@ from recordings import SHARED, WARMUP, entry, olmoe_line, one_pass, real, token_
 
 from moetrace.errors import InputError
 from moetrace.trace.importers import counts, logs, olmoe, token_json
-from moetrace.trace.importers.source import LOST, PRESENT, Tally
+from moetrace.trace.importers.source import DECODE, LOST, PREFILL, PRESENT, Tally
 
 
 def stacked(pieces, name):
@@ -388,6 +388,14 @@ def test_olmoe(tmp_path):
     assert (stacked(pieces, "phase") == 0).all()  # read in one forward pass, not generated
 
 
+def test_olmoe_lines_may_say_what_was_generated_and_that_a_token_is_not_known(tmp_path):
+    line = olmoe_line([[[1, 2]], [[3, 0]], [[1, 3]]], input_ids=[5, -1, 7], n_prompt=2, group="g", score=[1])
+    (piece,) = read_olmoe(write(tmp_path / "x.jsonl", line))
+    assert piece.phase.tolist() == [PREFILL, PREFILL, DECODE]
+    assert piece.token.tolist() == [5, -1, 7]
+    assert piece.extra == {"group": "g"}
+
+
 def test_olmoe_folder(tmp_path):
     for name in ("arxiv", "book"):
         write(tmp_path / f"{name}.jsonl", olmoe_line([[[1, 2]]]))
@@ -403,7 +411,8 @@ def test_olmoe_folder(tmp_path):
         ('{"input_ids": [1], "exp_ids": [[[1, 2], [3]]]}', "exp_ids: its lists are of unequal length"),
         ('{"input_ids": [1], "exp_ids": [[[1.5]]]}', "exp_ids: is no nested list"),
         ('{"input_ids": [1], "exp_ids": [[1]]}', "exp_ids: is no nested list"),
-        ('{"input_ids": [-1], "exp_ids": [[[1]]]}', "input_ids: a number is not within"),
+        ('{"input_ids": [-2], "exp_ids": [[[1]]]}', "input_ids: a number is not within -1"),
+        ('{"input_ids": [1], "exp_ids": [[[1]]], "n_prompt": 2}', "n_prompt: 2 is no number"),
         ('{"input_ids": ["a"], "exp_ids": [[[1]]]}', "input_ids: is no list of whole numbers"),
         ('{"input_ids": [1], "exp_ids": [[[1], [1]]]}', "exp_ids: names one expert twice"),
         (

@@ -1,7 +1,8 @@
 """JSON lines of the OLMoE analysis: ``input_ids``, ``predicted_token_ids``, ``exp_ids[token][k][layer]``.
 
 A line is one text that the model read in one forward pass: its token ids and positions are known, weights are
-not. Other keys with texts or numbers, such as ``group``, are kept with the request.
+not. Where a part of it was generated, ``n_prompt`` says how many tokens were the prompt; a token id of -1 is not known.
+Other keys with texts or numbers, such as ``group``, are kept with the request.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from moetrace.errors import InputError
 from moetrace.trace.importers.source import (
+    DECODE,
     MAX_EXPERTS,
     PREFILL,
     PRESENT,
@@ -22,13 +24,15 @@ from moetrace.trace.importers.source import (
     Shape,
     Tally,
     int_array,
+    is_int,
     lines,
     malformed,
     parse_object,
 )
 
 MAX_TOKEN = 1 << 31
-KEYS = ("input_ids", "exp_ids", "predicted_token_ids", "label", "domain", "id")
+UNKNOWN = -1
+KEYS = ("input_ids", "exp_ids", "predicted_token_ids", "label", "domain", "id", "n_prompt")
 
 
 def find(source: Path) -> list[Path]:
@@ -36,7 +40,9 @@ def find(source: Path) -> list[Path]:
     return sorted(source.glob("*.jsonl")) if source.is_dir() else [source]
 
 
-def _ids(path: Path, line: int, text: dict[str, Any], field: str, below: int, ndim: int) -> NDArray[np.int64]:
+def _ids(
+    path: Path, line: int, text: dict[str, Any], field: str, below: int, ndim: int, least: int = 0
+) -> NDArray[np.int64]:
     value = text.get(field)
     if value is None:
         raise malformed(path, line, field, "is missing")
@@ -51,23 +57,31 @@ def _ids(path: Path, line: int, text: dict[str, Any], field: str, below: int, nd
             field,
             f"is no {'list' if ndim == 1 else 'nested list [token][k][layer]'} of whole numbers",
         )
-    if array.size and not (int(array.min()) >= 0 and int(array.max()) < below):
-        raise malformed(path, line, field, f"a number is not within 0 to {below - 1}")
+    if array.size and not (int(array.min()) >= least and int(array.max()) < below):
+        raise malformed(path, line, field, f"a number is not within {least} to {below - 1}")
     return array.astype(np.int64)
 
 
 def records(
     path: Path,
 ) -> Iterator[
-    tuple[int, str, NDArray[np.int64], NDArray[np.int64] | None, NDArray[np.int64], dict[str, str | float]]
+    tuple[
+        int,
+        str,
+        NDArray[np.int64],
+        NDArray[np.int64] | None,
+        NDArray[np.int64],
+        NDArray[np.uint8],
+        dict[str, str | float],
+    ]
 ]:
-    """Line, label, (n,) token ids, (n,) predicted ids or None, (n, k, L) experts, and what else each line says."""
+    """Line, label, (n,) token ids, (n,) predicted ids or None, (n, k, L) experts, (n,) phases, what else it says."""
     for line, text in lines(path):
         obj = parse_object(path, line, text)
-        token = _ids(path, line, obj, "input_ids", MAX_TOKEN, 1)
+        token = _ids(path, line, obj, "input_ids", MAX_TOKEN, 1, UNKNOWN)
         experts = _ids(path, line, obj, "exp_ids", MAX_EXPERTS, 3)
         predicted = (
-            _ids(path, line, obj, "predicted_token_ids", MAX_TOKEN, 1)
+            _ids(path, line, obj, "predicted_token_ids", MAX_TOKEN, 1, UNKNOWN)
             if "predicted_token_ids" in obj
             else None
         )
@@ -83,12 +97,16 @@ def records(
         label = obj.get("label", obj.get("domain", path.stem))
         if not isinstance(label, str):
             raise malformed(path, line, "label", "is no text")
+        n_prompt = obj.get("n_prompt", len(token))
+        if not is_int(n_prompt, 0, len(token) + 1):
+            raise malformed(path, line, "n_prompt", f"{n_prompt!r} is no number of the line's tokens")
         extra = {
             key: value
             for key, value in obj.items()
             if key not in KEYS and isinstance(value, str | int | float)
         }
-        yield line, label, token, predicted, experts, extra
+        phase = np.where(np.arange(len(token)) < n_prompt, PREFILL, DECODE).astype(np.uint8)
+        yield line, label, token, predicted, experts, phase, extra
 
 
 def shape(source: Path) -> Shape:
@@ -96,7 +114,7 @@ def shape(source: Path) -> Shape:
     found: tuple[int, int] | None = None
     highest = -1
     for path in find(source):
-        for line, _, token, _, experts, _ in records(path):
+        for line, _, token, _, experts, *_ in records(path):
             if not len(token):
                 continue
             if found is None:
@@ -115,7 +133,7 @@ def pieces(source: Path, shape: Shape, tally: Tally, *, label: str = "") -> Iter
     """One piece and one request per text; its label is its own, else ``label``, else the file's name."""
     layers = np.array(shape.layers, np.int64)
     for path in find(source):
-        for line, own, token, predicted, experts, extra in records(path):
+        for line, own, token, predicted, experts, phase, extra in records(path):
             n = len(token)
             if n:
                 yield Piece(
@@ -129,7 +147,7 @@ def pieces(source: Path, shape: Shape, tally: Tally, *, label: str = "") -> Iter
                     position=np.arange(n, dtype=np.int64),
                     predicted=predicted,
                     time_ns=int_array(n, -1),
-                    phase=np.full(n, PREFILL, np.uint8),
+                    phase=phase,
                     row=np.arange(n, dtype=np.int64),
                     extra=extra,
                 )
