@@ -279,3 +279,12 @@ def test_stats_as_published_counts_what_the_notebook_counts(domains, tmp_path, c
     assert main(["stats", str(domains), "--format", "json", "--only", "overview"]) == 0
     (plain,) = json.loads(capsys.readouterr().out)
     assert dict(plain["tables"]["as_published_overview"]["data"])["activations"] < facts["activations"]
+    import_trace(domains, tmp_path / "kept.moet", as_published=True)
+    assert (
+        main(["stats", str(tmp_path / "kept.moet"), "--format", "json", "--only", "overview", "--no-keep"])
+        == 0
+    )
+    (generated,) = json.loads(capsys.readouterr().out)
+    assert (
+        dict(generated["tables"]["as_published_overview"]["data"])["tokens per domain"] == 2
+    )  # the first is a prompt's

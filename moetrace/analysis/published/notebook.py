@@ -767,9 +767,10 @@ def activations(routing: Routing, top: int | None = None) -> Activations:
     count = partial(_activations, components=routing.consumers or COMPONENTS, top=top)
     found = parts.added(list(parts.each(count, begun, routing.executor)))
     beside = np.zeros(len(found.domains), dtype=np.int64)
-    # passes that share the number of another one's file (importers/token_json)
-    for label, n in routing.request_values("passes_beside"):
-        beside[found.domains.index(label)] += int(n)
+    # passes that share the number of another one's file (importers/token_json); none was generated
+    for label, n in routing.request_values("passes_beside") if routing.phase != "decode" else ():
+        if label in found.domains:
+            beside[found.domains.index(label)] += int(n)
     return replace(found, tokens_per_domain=found.tokens_per_domain - beside)
 
 
