@@ -56,7 +56,9 @@ POLL_SECONDS = 0.05
 #: how often processes are looked for, while nothing was recorded yet and after the program has ended
 WATCH_SECONDS = 0.5
 #: how long the program may take to load llama.cpp after whoever started it has ended
-START_SECONDS = 2.0
+START_SECONDS = 5.0
+#: how long a process that becomes another program may show no environment
+EXEC_SECONDS = 0.2
 
 
 class TracedProcess:
@@ -250,10 +252,7 @@ class TracedProcess:
     def _wait_for_left(self, signals: SignalWatch) -> None:
         """Go on recording what the program has left behind, until it ends."""
         since = time.monotonic()
-        hosts = running_hosts(self.trace.path)
-        while not hosts and starting_hosts(self.trace.path) and time.monotonic() - since < START_SECONDS:
-            time.sleep(POLL_SECONDS)
-            hosts = running_hosts(self.trace.path)
+        hosts = self._left_behind(since)
         told = False
         while hosts:
             waited = time.monotonic() - since
@@ -273,6 +272,20 @@ class TracedProcess:
                 self._next_watch = time.monotonic() + WATCH_SECONDS
                 hosts = running_hosts(self.trace.path)
         self._signal_sent = 0
+
+    def _left_behind(self, since: float) -> dict[int, str]:
+        """Give the servers that the program has left behind, which may yet have to load llama.cpp."""
+        seen = since
+        while True:
+            # in this order: what loads llama.cpp between the two is found by the second
+            starting = starting_hosts(self.trace.path)
+            hosts = running_hosts(self.trace.path)
+            now = time.monotonic()
+            seen = now if starting else seen
+            settled = bool(self.drain.contexts) or now - seen > EXEC_SECONDS
+            if hosts or now - since > START_SECONDS or (not starting and settled):
+                return hosts
+            time.sleep(POLL_SECONDS)
 
     def _watch(self) -> None:
         """Note who loads llama.cpp, until something is recorded; say at once if it runs without the tracer."""

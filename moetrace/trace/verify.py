@@ -26,7 +26,14 @@ from moetrace.trace.requests import Phase
 from moetrace.trace.ring import peek_counters, peek_reader, process_alive, ring_is_ready, ring_paths
 from moetrace.trace.rows import LAYER_COLUMNS, Layout
 from moetrace.trace.storage import is_locked
-from moetrace.trace.store import META_NAME, VOCABULARY_NAME, ContextStore, TraceStore, read_vocabulary
+from moetrace.trace.store import (
+    CONTEXT_NAME,
+    META_NAME,
+    VOCABULARY_NAME,
+    ContextStore,
+    TraceStore,
+    read_vocabulary,
+)
 
 _CHUNK = 1 << 14  # rows looked at together
 _TRIES = 5  # looks at a trace whose contexts come and go
@@ -106,13 +113,19 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
 
 
 def _life(path: Path) -> tuple[object, ...]:
-    """What changes in a trace when a context appears or is closed, or the trace is."""
+    """What changes in a trace when a context appears or is closed, be it both at once, or the trace is."""
     rings = [ring.parent.name for ring in ring_paths(path)]
+    files = [path / META_NAME, *sorted(path.glob(f"*/{CONTEXT_NAME}"))]
+    return rings, [(str(file), _version(file)) for file in files], is_locked(path)
+
+
+def _version(file: Path) -> tuple[int, int] | None:
+    """What differs once a file is replaced by another; None if it is not there."""
     try:
-        stat = (path / META_NAME).stat()
+        stat = file.stat()
     except OSError:
-        return (rings,)
-    return rings, stat.st_ino, stat.st_mtime_ns, is_locked(path)
+        return None
+    return stat.st_ino, stat.st_mtime_ns
 
 
 def _verify(path: str | os.PathLike[str], progress: Progress | None) -> Verification:

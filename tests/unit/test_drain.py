@@ -404,6 +404,41 @@ def test_a_trace_is_fine_while_contexts_end(tmp_path: Path, told: Told) -> None:
     assert not verify(trace.path).live
 
 
+@needs_native
+def test_a_context_that_comes_and_goes_within_one_look(
+    tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GIVEN a context that appears and ends while a trace is verified WHEN it was half seen THEN it is looked at again."""
+    trace = TraceWriter(tmp_path / "t")
+    drain = told.drain(trace)
+    records = server_records(LAYOUT, np.random.default_rng(1), n_requests=2)
+    verifying: Any = sys.modules["moetrace.trace.verify"]
+    life, counters = verifying._life, verifying._counters
+    hosts: list[Host] = []
+
+    def appear(path: Path) -> Any:
+        before = life(path)
+        if not hosts:
+            hosts.append(Host(trace.path, "ctx0", capacity=128))
+            hosts[0].push(records)
+            until(lambda: bool(drain.contexts))
+        return before
+
+    def end(context: Any) -> Any:
+        seen = counters(context)
+        if not drain.contexts[0].ended:
+            assert not seen
+            hosts[0].writer.close("")
+            until(lambda: drain.contexts[0].ended)
+        return seen
+
+    monkeypatch.setattr(verifying, "_life", appear)
+    monkeypatch.setattr(verifying, "_counters", end)
+    assert verify(trace.path).findings == ()
+    drain.stop()
+    trace.close()
+
+
 def test_no_room_for_files(tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     """GIVEN a process that may open no more files WHEN a ring appears THEN that is the reason, not a disk."""
     trace = TraceWriter(tmp_path / "t")
