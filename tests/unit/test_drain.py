@@ -408,31 +408,34 @@ def test_a_trace_is_fine_while_contexts_end(tmp_path: Path, told: Told) -> None:
 def test_a_context_that_comes_and_goes_within_one_look(
     tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """GIVEN a context that appears and ends while a trace is verified WHEN it was half seen THEN it is looked at again."""
+    """GIVEN a context that appears and ends during a look WHEN it was half seen THEN the trace is looked at again."""
     trace = TraceWriter(tmp_path / "t")
     drain = told.drain(trace)
     records = server_records(LAYOUT, np.random.default_rng(1), n_requests=2)
     verifying: Any = sys.modules["moetrace.trace.verify"]
-    life, counters = verifying._life, verifying._counters
-    hosts: list[Host] = []
+    ring_paths, counters = verifying.ring_paths, verifying._counters
+    first, hosts = Host(trace.path, "ctx0", capacity=128), list[Host]()
+    first.push(records)
+    first.writer.close("")
+    until(lambda: bool(drain.contexts) and drain.contexts[0].ended)
 
     def appear(path: Path) -> Any:
-        before = life(path)
+        before = ring_paths(path)
         if not hosts:
-            hosts.append(Host(trace.path, "ctx0", capacity=128))
+            hosts.append(Host(trace.path, "ctx1", capacity=128))
             hosts[0].push(records)
-            until(lambda: bool(drain.contexts))
+            until(lambda: len(drain.contexts) == 2)
         return before
 
     def end(context: Any) -> Any:
         seen = counters(context)
-        if not drain.contexts[0].ended:
+        if context.name == "ctx1" and not drain.contexts[1].ended:
             assert not seen
             hosts[0].writer.close("")
-            until(lambda: drain.contexts[0].ended)
+            until(lambda: drain.contexts[1].ended)
         return seen
 
-    monkeypatch.setattr(verifying, "_life", appear)
+    monkeypatch.setattr(verifying, "ring_paths", appear)
     monkeypatch.setattr(verifying, "_counters", end)
     assert verify(trace.path).findings == ()
     drain.stop()
