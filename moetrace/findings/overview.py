@@ -80,8 +80,13 @@ class Overview(Question):
                     f"{len(trace.shown)} contexts of {trace.path.name} are taken together: {listed(trace.shown)}."
                 )
         kinds = {text for t in subject.traces if (text := str(naming.said(t.facts).get("description") or ""))}
+        files = {text for t in subject.traces if (text := naming.fingerprint(t.facts, "weights"))}
         if len(kinds) > 1:
             caveats.append(f"The traces are of different files of the model: {listed(sorted(kinds))}.")
+        elif len(files) > 1:
+            caveats.append(
+                f"The traces are of {len(files)} different files of the model, with the same routers."
+            )
         if text := not_computed(layers):
             caveats.append(text)
         missing = [name for t in subject.traces for name in t.meta.get("import", {}).get("missing", [])]

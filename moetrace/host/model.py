@@ -10,7 +10,7 @@ from moetrace.trace.writer import TraceWriter
 
 
 def store_models(trace: TraceWriter, model_path: str | None) -> None:
-    """Say in each context's facts which file its model was read from, and keep the text of the model's tokens.
+    """Say in each context's facts which file its model was read from, its fingerprint, and keep the tokens' text.
 
     Nothing is said where it is not certain. A vocabulary is written once per model, and named by its contexts. Call it
     when the contexts are closed: large files take seconds to look at.
@@ -25,25 +25,26 @@ def store_models(trace: TraceWriter, model_path: str | None) -> None:
     MoetraceError
         If the disk is full or fails.
     """
-    names: dict[str, str | None] = {}
+    known: dict[str | None, tuple[str | None, dict[str, str] | None]] = {None: (None, None)}
     for context in trace.contexts:
         opened = context.meta.get("model_files")
         candidates = opened if isinstance(opened, list) else [model_path] if model_path else []
         path = identify((c for c in candidates if isinstance(c, str)), context.meta)
-        if path is not None and path not in names:
-            names[path] = _store_vocabulary(trace, path, sum(name is not None for name in names.values()))
-        context.set_model(path, None if path is None else names[path])
+        if path is not None and path not in known:
+            n_others = sum(name is not None for name, _ in known.values())
+            known[path] = _read(trace, path, n_others)
+        context.set_model(path, *known[path])
 
 
-def _store_vocabulary(trace: TraceWriter, path: str, n_others: int) -> str | None:
-    """Store the text of a model's tokens; gives the file's name, None if the model has none that we can read."""
+def _read(trace: TraceWriter, path: str, n_others: int) -> tuple[str | None, dict[str, str] | None]:
+    """Store the text of a model's tokens; gives that file's name and the model's fingerprint, None if unreadable."""
     try:
         with ModelFile(path) as model:
-            vocabulary = model.vocabulary
+            vocabulary, fingerprint = model.vocabulary, model.fingerprint
     except MoetraceError:
-        return None  # llama.cpp read it, and we cannot: the trace then has no text, and says so
+        return None, None  # llama.cpp read it, and we cannot: the trace then has no text, and says so
     if not vocabulary:
-        return None
+        return None, fingerprint
     name = f"vocabulary-{n_others}.json" if n_others else VOCABULARY_NAME
     write_vocabulary(trace.path, vocabulary, name)
-    return name
+    return name, fingerprint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from moetrace.errors import InputError
 
 _SPACE = "▁"  # what SentencePiece writes for a space
 _BYTE_TOKEN = 6  # llama.cpp's LLAMA_TOKEN_TYPE_BYTE
+_SAMPLE_BYTES = 4096  # of each tensor
 _LITERAL_TOKENS = (2, 3, 4)  # unknown, control, user-defined: their text stands for itself
 
 
@@ -238,6 +240,26 @@ class ModelFile:
         )
 
     @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """Digests that tell models of one name and shape apart; 64 bits each, in hexadecimal.
+
+        ``routers``: of every router, how it is stored and its values; llama.cpp leaves routers as they are when it
+        quantises, so that quantisations of one model agree. ``tokens``: of the vocabulary. ``weights``: of every
+        tensor, how it is stored and its first 4 KiB; quantisations differ, copies of a file do not.
+        """
+        routers, weights = _Digest(), _Digest()
+        for name in sorted(self._tensors):
+            data, kind = self.stored(name)
+            stored = data.reshape(-1).view(np.uint8)
+            weights.add(name, kind.name, self.shape(name), stored[:_SAMPLE_BYTES])
+            if ".ffn_gate_inp." in name or ".exp_probs_b." in name:
+                routers.add(name, kind.name, self.shape(name), stored)
+        tokens = _Digest()
+        for token in self.vocabulary:
+            tokens.add(len(token), token)
+        return {"routers": routers.text, "tokens": tokens.text, "weights": weights.text}
+
+    @cached_property
     def vocabulary(self) -> list[bytes]:
         """The text of each token id, as bytes: one piece need not be whole UTF-8."""
         tokens = [str(token) for token in self.field("tokenizer.ggml.tokens", [])]
@@ -248,6 +270,24 @@ class ModelFile:
             table = _byte_table()
             return [_literal(t) if code in _LITERAL_TOKENS else _bytes_of(t, table) for t, code in pairs]
         return [_sentencepiece(t, code) for t, code in pairs]
+
+
+class _Digest:
+    """A digest of what is added to it."""
+
+    def __init__(self) -> None:
+        self._state = hashlib.blake2b(digest_size=8)
+
+    def add(self, *parts: object) -> None:
+        for part in parts:
+            if isinstance(part, np.ndarray):
+                self._state.update(np.ascontiguousarray(part).data)
+            else:
+                self._state.update(part if isinstance(part, bytes) else f"{part};".encode())
+
+    @property
+    def text(self) -> str:
+        return self._state.hexdigest()
 
 
 def _open_parts(path: Path) -> dict[Path, Any]:

@@ -1,4 +1,4 @@
-"""Is this file the model that a trace is of? By what both say of it: sizes and names, not quantisation."""
+"""Is this file the model that a trace is of? By what both say of it: sizes, names and routers, not quantisation."""
 
 from __future__ import annotations
 
@@ -17,14 +17,23 @@ def differences(model: ModelFile, facts: Mapping[str, Any]) -> list[str]:
     """Say what a file contradicts of a context's facts; empty if it can be the context's model.
 
     Compared is what both tell: architecture, name, layers, width, vocabulary, and the number of experts of every layer
-    that has some. None of it depends on how the file is quantised, split or called.
+    that has some; if all of that is the same, the routers and tokens themselves, by their fingerprints. None of it
+    depends on how the file is quantised, split or called.
 
     Parameters
     ----------
     facts
         context.json, or a ring's JSON text (docs/format.md).
     """
-    return _compare(model, facts)[0]
+    found = _compare(model, facts)[0]
+    prints = facts.get("fingerprint")
+    if found or not isinstance(prints, Mapping):
+        return found
+    for what in ("routers", "tokens"):
+        ours, theirs = model.fingerprint[what], prints.get(what)
+        if theirs and ours != theirs:
+            found.append(f"{what}' fingerprint: {ours} in the file, {theirs} in the trace")
+    return found
 
 
 def refuse_other_model(model: ModelFile, facts: Mapping[str, Any], trace: object) -> None:

@@ -34,21 +34,36 @@ def model_files(facts: Facts) -> list[str]:
     return list(dict.fromkeys(p for p in opened if isinstance(p, str))) if isinstance(opened, list) else []
 
 
+def fingerprint(facts: Facts, what: str) -> str:
+    """Give a digest of the model's file (:attr:`moetrace.model.file.ModelFile.fingerprint`), "" if it is not known."""
+    told = facts.get("fingerprint")
+    digest = told.get(what) if isinstance(told, Mapping) else None
+    return digest if isinstance(digest, str) else ""
+
+
 def same_model(a: Facts, b: Facts) -> bool:
-    """Whether two contexts are of one model: they say the same of it, and nothing says that their files differ."""
+    """Whether two contexts are of one model: they say the same of it, and nothing says that their files differ.
+
+    Where both files' fingerprints are known these decide, wherever the files lie.
+    """
     if any(said(a).get(key) != said(b).get(key) for key in _SAYS):
         return False
+    mine, theirs = (fingerprint(facts, "weights") for facts in (a, b))
+    if mine and theirs:
+        return mine == theirs
     if all(isinstance(f.get("model_path"), str) for f in (a, b)):
         return bool(a["model_path"] == b["model_path"])
-    mine, theirs = set(model_files(a)), set(model_files(b))
+    opened, others = set(model_files(a)), set(model_files(b))
     if any(isinstance(f.get("model_path"), str) for f in (a, b)):
-        return not mine or not theirs or mine <= theirs or theirs <= mine
-    return not mine or not theirs or mine == theirs
+        return not opened or not others or opened <= others or others <= opened
+    return not opened or not others or opened == others
 
 
 def differences(a: Facts, b: Facts) -> list[str]:
     """Give in what two contexts' models differ: ``name (a and b)``, of that which both say."""
-    pairs = [(key, said(a).get(key), said(b).get(key)) for key in _SAYS]
+    pairs: list[tuple[str, Any, Any]] = [(key, said(a).get(key), said(b).get(key)) for key in _SAYS]
+    for what in ("routers", "tokens"):
+        pairs.append((f"{what}' fingerprint", fingerprint(a, what), fingerprint(b, what)))
     return [f"{key} ({_plain(x)} and {_plain(y)})" for key, x, y in pairs if x and y and x != y]
 
 

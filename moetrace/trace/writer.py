@@ -188,11 +188,28 @@ class ContextWriter:
             write_json(self.path / CONTEXT_NAME, self.meta, fsync=self._trace.fsync)
         self.detach()
 
-    def set_model(self, model_path: str | None, vocabulary: str | None) -> None:
-        """Record which file this context's model was read from, None if not known, and which has its tokens' text."""
+    def set_model(
+        self,
+        model_path: str | None,
+        vocabulary: str | None = None,
+        fingerprint: Mapping[str, str] | None = None,
+    ) -> None:
+        """Record which file this context's model was read from, and what the file says.
+
+        Parameters
+        ----------
+        model_path
+            The file; None if it is not known.
+        vocabulary
+            The file in the trace that has the text of its tokens.
+        fingerprint
+            The model's digests (:attr:`moetrace.model.file.ModelFile.fingerprint`).
+        """
         self.meta["model_path"] = model_path
         if vocabulary is not None:
             self.meta["vocabulary"] = vocabulary
+        if fingerprint is not None:
+            self.meta["fingerprint"] = dict(fingerprint)
         write_json(self.path / CONTEXT_NAME, self.meta, fsync=self._trace.fsync)
 
     def detach(self) -> None:

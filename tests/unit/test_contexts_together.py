@@ -466,11 +466,13 @@ def test_different_models_must_be_chosen(tmp_path: Path) -> None:
         {"model": {"name": "other"}}, {"model": {"architecture": "qwen3moe"}}, {"model": {"n_layer": 9}},
         {"model": {"n_embd": 9}}, {"model": {"description": "toy Q4_0"}}, {"model_files": ["/b.gguf"]},
         {"model_path": "/b.gguf"}, {"model_files": ["/a.gguf", "/b.gguf"]},
+        {"fingerprint": {"weights": "b"}},
     ],
 )  # fmt: skip
 def test_what_makes_another_model(tmp_path: Path, changed: dict[str, Any]) -> None:
     files = {"model_files": ["/a.gguf"]} if "model_files" in changed else {}
     files |= {"model_path": "/a.gguf"} if "model_path" in changed else {}
+    files |= {"fingerprint": {"weights": "a"}} if "fingerprint" in changed else {}
     path = models(tmp_path / "t", files, changed)
     with pytest.raises(UsageError, match="different models"):
         moetrace.open(path)
@@ -682,6 +684,31 @@ def test_traces_of_different_models_of_one_shape(tmp_path: Path, capsys: pytest.
     assert "name (chat and code)" in error
     assert main(["stats", paths[0], paths[2], "--only", "overview"]) == 0
     assert "different files of the model: F16, Q4_0" in " ".join(capsys.readouterr().out.split())
+
+
+def test_traces_of_models_of_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """GIVEN files of one name and shape WHEN taken together THEN their routers and tokens say whether they may be."""
+    prints = [
+        {"routers": "a", "tokens": "t", "weights": "1"},
+        {"routers": "b", "tokens": "t", "weights": "2"},
+        {"routers": "a", "tokens": "u", "weights": "3"},
+        {"routers": "a", "tokens": "t", "weights": "4"},
+    ]
+    paths = [str(models(tmp_path / f"{i}.moet", {"fingerprint": told})) for i, told in enumerate(prints)]
+    for other, what in ((1, "routers' fingerprint (a and b)"), (2, "tokens' fingerprint (t and u)")):
+        assert main(["analyze", "load-balance", paths[0], paths[other]]) == 2
+        assert what in capsys.readouterr().err
+    assert main(["stats", paths[0], paths[3], "--only", "overview"]) == 0
+    assert "2 different files of the model, with the same routers" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_one_file_in_two_places(tmp_path: Path) -> None:
+    """GIVEN servers that keep one model in different folders WHEN told apart THEN they are of one model."""
+    facts = [{"model_path": f"/{i}/m.gguf", "fingerprint": {"weights": "1"}} for i in range(2)]
+    paths = [models(tmp_path / f"{i}.moet", told) for i, told in enumerate(facts)]
+    assert len(moetrace.open(f"{paths[0].parent}/*.moet").models) == 1
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -227,3 +228,51 @@ def test_sizes_in_bytes_are_of_all_parts(model: Path, tmp_path: Path) -> None:
         tables.append(finding.tables["cache"]["memory_bytes"].tolist())
     assert tables[0] == tables[1]
     assert max(tables[0]) == 3 * 8 * 3 * 64 * 32 * 4
+
+
+def altered(source: Path, path: Path, tensor: str, kind: Any = None) -> Path:
+    """The same model with one tensor's last value changed, or stored otherwise."""
+    with ModelFile(source) as old:
+        writer = gguf.GGUFWriter(path, old.architecture)
+        for field in old.fields:
+            if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+                sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub)
+        for name in old.tensor_names:
+            data, stored = old.stored(name)
+            data = np.array(data)
+            if name == tensor and kind is not None:
+                data, stored = gguf.quantize(np.array(old.tensor(name)), kind), kind
+            elif name == tensor:
+                data.reshape(-1)[-1] += 1
+            writer.add_tensor(name, data, raw_dtype=stored)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return path
+
+
+def test_fingerprints_tell_models_of_one_name_apart(model: Path, tmp_path: Path) -> None:
+    """GIVEN files that differ in one thing WHEN digested THEN in that only; a trace of other routers is refused."""
+    copy = tmp_path / "copy.gguf"
+    shutil.copy(model, copy)
+    router, expert = "blk.2.ffn_gate_inp.weight", "blk.1.ffn_down_exps.weight"
+    made = {
+        "copy": copy,
+        "router": altered(model, tmp_path / "router.gguf", router),
+        "quantised": altered(model, tmp_path / "quantised.gguf", expert, gguf.GGMLQuantizationType.Q8_0),
+    }
+    with ModelFile(model) as file:
+        first = file.fingerprint
+    assert all(re.fullmatch("[0-9a-f]{16}", digest) for digest in first.values())
+    found = {}
+    for what, path in made.items():
+        with ModelFile(path) as file:
+            found[what] = {key for key, digest in file.fingerprint.items() if digest != first[key]}
+    assert found == {"copy": set(), "router": {"routers", "weights"}, "quantised": {"weights"}}
+    facts = {**model_facts(model), "fingerprint": first}
+    for what, path in made.items():
+        with ModelFile(path) as file:
+            told = differences(file, facts)
+        assert [text.split(":")[0] for text in told] == (["routers' fingerprint"] if what == "router" else [])
