@@ -78,6 +78,7 @@ from moetrace.analysis.experts.merging import (
     weight_similarity,
 )
 from moetrace.analysis.experts.outputs import chosen_outputs, expert_outputs
+from moetrace.analysis.experts.pairs import CoOccurrence, co_occurrence, pair_rates
 from moetrace.analysis.placement.cache import CacheSimulation, cache_hits, expert_cache
 from moetrace.analysis.placement.cold_experts import cold_experts, trigger_tokens, wake_rates
 from moetrace.analysis.prediction.attention_prediction import attention_prediction
@@ -112,7 +113,6 @@ from moetrace.analysis.statistics.sums import MetricSums
 from moetrace.analysis.text.lexicon import join_words, token_type, type_words
 from moetrace.analysis.text.token_patterns import (
     TokenPatterns,
-    coactivation,
     combined_analysis,
     pattern_summary,
     semantic_patterns,

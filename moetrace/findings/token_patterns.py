@@ -145,11 +145,9 @@ class TokenPatterns(Question):
             "types": found.types,
             "trigrams": found.trigrams,
             "vocabulary_specialisation": vocabulary,
-            "coactivation": patterns.coactivation(text, min_activity=self.min_activity),
             "as_published_specialists": published.as_published_pattern_summary(
                 text, texts, min_activity=self.min_activity
             ),
-            "as_published_coactivation": published.as_published_coactivation(text),
         }
 
     def _sequence(self, text: RoutedText, seed: int, say: list[str]) -> _Tables:

@@ -440,14 +440,13 @@ def test_repetition_is_of_the_ids_up_to_the_token() -> None:
     assert repeated(text, 3).tolist() == [False] * 5 + [True, False, False, False]
 
 
-def test_coactivation_counts_all_pairs_and_the_published_one_neighbours_only() -> None:
+def test_co_occurrence_counts_all_pairs_and_the_published_one_neighbours_only() -> None:
     experts = np.array([[[0, 1, 2]], [[0, 1, 2]], [[2, 0, 1]], [[3, 0, 1]]] * 3, dtype=np.uint8)
     text = m.RoutedText(experts, np.array([0, 6, 12]), 4)
-    table = m.coactivation(text, min_activity=1).set_index(["expert", "other"])
+    table = m.co_occurrence(text, min_expected=0.1).pairs.set_index(["expert", "other"])
     assert table.loc[(0, 1), "share"] == 1.0
     assert table.loc[(0, 2), "share"] == pytest.approx(9 / 12)
     assert table.loc[(1, 2), "share_other"] == 1.0
-    assert table["chance"].iloc[0] == pytest.approx(2 / 3)
     old = m.as_published_coactivation(text).set_index(["expert", "other"])
     assert old.loc[(0, 1), "share"] == 1.0
     assert old.loc[(0, 2), "share"] == pytest.approx(3 / 12)  # only where ranks 0 and 1 are 2 and 0

@@ -108,12 +108,12 @@ def as_published_coactivation(text: RoutedText, *, top: int = 50) -> pd.DataFram
     rows = []
     for layer in range(text.experts.shape[1]):
         ids = text.experts[:, layer].astype(np.int64)
-        pairs = np.zeros((text.n_expert, text.n_expert))
-        for rank in range(ids.shape[1] - 1):
-            both = (ids[:, rank] < text.n_expert) & (ids[:, rank + 1] < text.n_expert)
-            np.add.at(pairs, (ids[both, rank], ids[both, rank + 1]), 1.0)
+        e = text.n_expert
+        both = (ids[:, :-1] < e) & (ids[:, 1:] < e)
+        cells = (ids[:, :-1] * e + ids[:, 1:])[both]
+        pairs = np.bincount(cells, minlength=e * e).reshape(e, e).astype(np.float64)
         pairs = pairs + pairs.T
-        n = text.member(layer).sum(axis=0)
+        n = np.bincount(ids[ids < e], minlength=e)
         share = np.divide(pairs, n[:, None], out=np.zeros_like(pairs), where=n[:, None] > 0)
         for i, j in np.stack(
             np.unravel_index(np.argsort(-share, axis=None)[:top], share.shape), axis=1

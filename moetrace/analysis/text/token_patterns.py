@@ -260,63 +260,6 @@ def _largest_share(
     return total / often.size
 
 
-def coactivation(text: RoutedText, *, min_activity: int = 5, max_listed: int = 200) -> pd.DataFrame:
-    """Which experts of a layer are chosen together, over all pairs.
-
-    Returns one row per pair (``expert`` < ``other``), the strongest lift first: ``tokens`` with both; ``share`` =
-    N_ij/N_i and ``share_other`` = N_ij/N_j (OLMoE's co-activation); ``chance`` = (k − 1)/(E − 1); ``lift`` over what
-    the two rates give, N_i·N_j scaled so that all pairs add up to k(k − 1)/2 per token; ``low``, ``high``
-    (jackknife over prompts). No test: picks of one token exclude each other, so there is no simple null.
-    """
-    rows: list[tuple[object, ...]] = []
-    columns = ["layer", "expert", "other", "tokens", "share", "share_other", "chance", "lift", "low", "high"]
-    for layer in range(text.experts.shape[1]):
-        known = np.flatnonzero(text.known(layer))
-        if not known.size:
-            continue
-        ids = text.experts[known, layer].astype(np.int64)
-        there = ids < text.n_expert
-        both = there[:, :, None] & there[:, None, :]
-        cells = (ids[:, :, None] * text.n_expert + ids[:, None, :])[both]
-        pairs = np.bincount(cells, minlength=text.n_expert**2).reshape(text.n_expert, -1).astype(np.float64)
-        n = np.diag(pairs).copy()
-        product = np.outer(n, n)
-        np.fill_diagonal(pairs, 0.0)
-        np.fill_diagonal(product, 0.0)
-        product[n < min_activity] = product[:, n < min_activity] = 0.0
-        kept = np.where(product > 0, pairs, 0.0)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            expected = product * kept.sum() / product.sum()
-            lift = np.where(product > 0, kept / expected, -np.inf)
-        upper = np.triu(np.ones_like(lift, dtype=bool), 1)
-        order = np.argsort(np.where(upper & (kept >= min_activity), -lift, np.inf), axis=None, kind="stable")
-        per_layer = max(1, max_listed // text.experts.shape[1])
-        k = float(there.sum() / known.size)
-        owner = text.owner[known]
-        for i, j in np.stack(np.unravel_index(order[:per_layer], lift.shape), axis=1).tolist():
-            if not (upper[i, j] and kept[i, j] >= min_activity):
-                continue
-            use_i, use_j = ((ids == e).any(axis=1).astype(np.float64) for e in (i, j))
-            sums = [
-                np.bincount(owner, weights=w, minlength=text.n_requests)
-                for w in (use_i * use_j, use_i, use_j, np.ones(known.size))
-            ]
-            rest = [s.sum() - s for s in sums]
-            with np.errstate(invalid="ignore", divide="ignore"):
-                scale = expected[i, j] / product[i, j] * known.size
-                without = np.nan_to_num(rest[0] * rest[3] / (rest[1] * rest[2]) / scale, posinf=0.0)
-            interval = nulls.jackknife(lift[i, j], without[sums[3] > 0])
-            rows.append(
-                (
-                    int(text.layers[layer]), i, j, int(pairs[i, j]), pairs[i, j] / n[i], pairs[i, j] / n[j],
-                    (k - 1) / (text.n_expert - 1), lift[i, j], float(np.maximum(interval.low, 0.0)),
-                    float(interval.high),
-                )
-            )  # fmt: skip
-    table = pd.DataFrame(rows, columns=columns)
-    return table.sort_values("lift", ascending=False, kind="stable").reset_index(drop=True)
-
-
 def sequence_patterns(
     text: RoutedText,
     *,
