@@ -50,6 +50,8 @@ class Circuits:
         How many.
     paths_found
         Chains found in the first half; more than in ``paths`` if there were too many to test.
+    chains
+        Of each row of ``paths``, its experts: (layer index, expert).
     """
 
     layers: pd.DataFrame
@@ -59,6 +61,7 @@ class Circuits:
     prompts: int
     tokens: int
     paths_found: int
+    chains: tuple[tuple[tuple[int, int], ...], ...] = ()
 
 
 def expert_circuits(
@@ -117,6 +120,7 @@ def expert_circuits(
         used.n_requests,
         len(used),
         len(found),
+        tuple(found[: len(paths)]),
     )
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from moetrace.analysis.prediction.by_layer import attention_by_layer
+from moetrace.analysis.prediction.by_layer import attended_by_layer, attention_by_layer
 from moetrace.analysis.published import prediction as published
 from moetrace.errors import MoetraceError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
@@ -26,7 +26,8 @@ class AttentionPrediction(Question):
     recall of the k experts used among the k predicted. Attention depends on the position and on the token, so its
     gain over both is what counts; the p-value exchanges whole prompts' attention, position taken out. Beside it:
     popularity, the previous token's experts, tables by token and position, and the router's own input. Intervals redraw
-    prompts. As published: five head-mean features of the last layer's attention, whichever layer is predicted.
+    prompts. Every head's features are held against every expert, too. As published: five head-mean features of the last
+    layer's attention, whichever layer is predicted.
     """
 
     name: ClassVar[str] = "attention-prediction"
@@ -36,6 +37,7 @@ class AttentionPrediction(Question):
 
     permutations: int = parameter(199, "exchanges of prompts for the p-value; 0: none")
     max_tokens: int = parameter(20_000, "tokens to look at: whole prompts drawn at random")
+    feature_tokens: int = parameter(4000, "the same, for features one by one")
 
     def answer(self, subject: Subject) -> Finding:
         """Predict every layer."""
@@ -82,6 +84,23 @@ class AttentionPrediction(Question):
                 f"From the router's input the same regression reaches {wide['hidden'].min():.1%} to"
                 f" {wide['hidden'].max():.1%}: the router is linear in it, so the rest is the limit of the regression."
             )
+        features, tested = attended_by_layer(
+            columns, max_tokens=self.feature_tokens, n_permutations=self.permutations, seed=subject.seed
+        )
+        tables["features"] = features
+        if tested:
+            sure = features[features["p_family"] <= 0.05].assign(z=lambda t: t["z"].abs())
+            said = (
+                f"{len(sure):,} of {tested:,} combinations of a head's features and an expert go together beyond what"
+                " the place in the text explains (family-wise at 0.05)"
+            )
+            if len(sure):
+                row = best(sure, "z") or {}
+                said += (
+                    f"; most surely “{row['feature']}” of head {row['head']} with expert {row['expert']} of layer"
+                    f" {row['layer']}: correlation {span(row['correlation'], row['low'], row['high'], '.2f')}"
+                )
+            sentences.append(said + ".")
         caveats = [
             "Telling is not causing: attention, routing and the token's id all follow from the same hidden state.",
             "gain is measured on all tokens; p_value and null_gain on prompts cut to the length of similar ones.",

@@ -16,16 +16,18 @@ from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.placement.cold_experts import (
     candidate_tokens,
     cold_experts,
+    cold_types,
     trigger_tokens,
     wake_rates,
 )
 from moetrace.analysis.published.dynamics import as_published_cold_experts
 from moetrace.analysis.statistics.likelihood import likelihood_change
+from moetrace.analysis.text import lexicon
 from moetrace.errors import MoetraceError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.recorded import recorded
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import best, number, span
+from moetrace.findings.wording import best, listed, number, span
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class ColdExperts(Question):
                 counts.included, counts.tokens, layers=counts.layers
             ),
         }
+        if vocabulary is not None and coldest:
+            tables["types"] = self._types(subject, text, coldest[: self.experts], said)
         published = tables["as_published_rates"]
         caveats.append(
             f"As published (no interval), {published['cold'].sum()} experts would be cold and"
@@ -122,6 +126,25 @@ class ColdExperts(Question):
                 f" in {number(int(row['prompts']), 'prompt')}."
             )
         return said
+
+    def _types(
+        self, subject: Subject, text: RoutedText, experts: Sequence[tuple[int, int]], said: list[str]
+    ) -> pd.DataFrame:
+        typed = lexicon.type_words(lexicon.join_words(subject.routing.pieces(text), text.starts))
+        table = cold_types(text, experts, typed.kind, typed.names)
+        uses = int(table["uses"].sum())
+        more, fewer = table[table["low"] > 1], table[table["high"] < 1]
+        what = f"The {len(experts)} coldest that were looked at closely were used {uses:,} times"
+        if len(more) or len(fewer):
+            parts = [
+                f"{word} often for {listed(part['type'])}"
+                for word, part in (("more", more), ("less", fewer))
+                if len(part)
+            ]
+            said.append(f"{what}, {' and '.join(parts)} than for other types of token.")
+        else:
+            said.append(f"{what}; that any type of token uses them more than others these texts do not say.")
+        return table
 
     def _wake(
         self,

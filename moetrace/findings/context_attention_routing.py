@@ -49,7 +49,7 @@ class ContextAttentionRouting(Question):
     def answer(self, subject: Subject) -> Finding:
         """Compare contexts in every layer."""
         columns = subject.routing.columns
-        table = contexts_by_layer(
+        table, pairs = contexts_by_layer(
             columns,
             self._ids(subject),
             n_tokens=self.tokens,
@@ -91,6 +91,8 @@ class ContextAttentionRouting(Question):
             " attention decides. One token is looked at at a time, so that its identity explains nothing.",
         ]
         tables = {"contexts": table}
+        if len(pairs):
+            tables["similarity"] = pairs
         try:
             old = [published.contexts_by_layer(columns, token) for token in ids]
             tables["as_published"] = pd.concat(old, ignore_index=True)
@@ -115,10 +117,19 @@ class ContextAttentionRouting(Question):
         from moetrace import plot
 
         table = finding.tables["contexts"]
-        caption = (
-            "Correlation of attention and routing similarity over pairs of contexts, by layer and token."
-        )
-        return {"correlation": Figure(lambda ax: plot.correlation(table, ax=ax), caption)}
+        title = "Correlation of attention and routing similarity over pairs of contexts, by layer and token."
+        figures = {"correlation": Figure(lambda ax: plot.correlation(table, ax=ax), title)}
+        if "similarity" in finding.tables:
+            pairs = finding.tables["similarity"]
+            caption = "How alike the contexts of the strongest case are in {}; those that are alike in attention stand"
+            caption += " together, in both pictures in one order."
+            figures["attention"] = Figure(
+                lambda ax: plot.similarity(pairs, "attention", ax=ax), caption.format("attention")
+            )
+            figures["routing"] = Figure(
+                lambda ax: plot.similarity(pairs, "routing", ax=ax), caption.format("routing")
+            )
+        return figures
 
 
 def _name(row: dict[str, object]) -> str:

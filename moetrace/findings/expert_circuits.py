@@ -8,9 +8,12 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
-from moetrace.analysis.circuits import expert_circuits
+from moetrace.analysis.circuits import Circuits, expert_circuits
 from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.published.dynamics import PublishedCircuits, as_published_circuits
+from moetrace.analysis.text import lexicon
+from moetrace.analysis.text.path_purposes import path_domains, path_types
+from moetrace.errors import MoetraceError
 from moetrace.findings.finding import Figure, Finding, Method, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, number
@@ -24,7 +27,8 @@ class ExpertCircuits(Question):
     with the later layer's routing turned round within each prompt (max-T over all pairs); and paths of such pairs,
     found in half of the prompts and tested in the other half. First asked by the chuk-mlx experiment on expert
     dynamics, which found 15 pipelines of consistency 0.875 in the five tokens of its last prompt; random routing
-    gives as many (docs/published.md). Its formulas are in the as_published tables.
+    gives as many (docs/published.md). Which domains and types of token take the paths that hold is tested too. Its
+    formulas are in the as_published tables.
     """
 
     name: ClassVar[str] = "expert-circuits"
@@ -94,11 +98,12 @@ class ExpertCircuits(Question):
                 f"{number(found.paths_found, 'path')} found in one half of the prompts,"
                 f" {len(held)} of {len(found.paths)} tested ones hold in the other half."
             )
+        tables = {"layers": found.layers, "edges": found.edges, "paths": found.paths}
+        tables |= self._purposes(subject, found, said)
         caveats = [
             "Experts that follow each other need not pass anything on: both may answer to the same word. given_token"
             " is 1 where the word explains it; whether one causes the other shows when it is ablated.",
         ]
-        tables = {"layers": found.layers, "edges": found.edges, "paths": found.paths}
         published, note = _published(text)
         if published is None:
             caveats.append(note)
@@ -116,6 +121,46 @@ class ExpertCircuits(Question):
             }
             caveats.append(note)
         return self.finding(subject, said, tables, caveats)
+
+    def _purposes(self, subject: Subject, found: Circuits, said: list[str]) -> dict[str, pd.DataFrame]:
+        """Which domains and types of token take the paths that hold."""
+        held = np.flatnonzero(found.paths["replicated"].to_numpy(dtype=bool)).tolist()
+        if not held:
+            return {}
+        text = subject.routing.text.some(self.max_tokens, subject.seed)
+        chains = [found.chains[i] for i in held]
+        names = [str(found.paths["path"].iloc[i]) for i in held]
+        domains = path_domains(text, chains, names, seed=subject.seed)
+        tables = {"path_domains": domains} if len(domains) else {}
+        kinds = [("domain", domains)]
+        try:
+            pieces = subject.routing.pieces(text)
+        except MoetraceError:  # then types of token cannot be told
+            pieces = []
+        if pieces:
+            typed = lexicon.type_words(lexicon.join_words(pieces, text.starts))
+            types = path_types(
+                text, chains, names, typed, n_permutations=self.permutations, seed=subject.seed
+            )
+            tables["path_types"] = types
+            kinds.append(("pattern", types))
+        for column, table in kinds:
+            sure = table[(table["p_family"] <= self.alpha) & (table["low"] > 1)]
+            what = "domain" if column == "domain" else "type of token"
+            if not len(table):
+                continue
+            n = sure["path"].nunique()
+            line = f"Of {number(len(held), 'path')} that hold{'s' * (len(held) == 1)}, {n}"
+            line += f" {'is' if n == 1 else 'are'} taken more for one {what}"
+            if len(sure):
+                row = sure.iloc[0].to_dict()
+                line += (
+                    f", most surely {row['path']} for {row[column]}: {row['lift']:.1f} times as often as for"
+                    f" {'domains' if column == 'domain' else 'tokens'} on average"
+                    f" ({row['low']:.1f} to {row['high']:.1f})"
+                )
+            said.append(line + ".")
+        return tables
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Mutual information by layer, and its null."""

@@ -20,7 +20,7 @@ from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.held_out import CHOSEN_NOTE, TEXT_HELP, compared_with
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import layer_list, span
+from moetrace.findings.wording import layer_list, listed, span
 from moetrace.model.experts import LayerExperts
 from moetrace.model.file import ModelFile
 from moetrace.model.merged import write_merged
@@ -270,7 +270,12 @@ class ExpertMerging(Question):
                             shutil.copyfile(file.path, self.keep)
                             notes.append(f"The file merged by {criterion} to {count} experts is {self.keep}.")
                         first = False
-        return pd.DataFrame(rows), notes
+        curve = pd.DataFrame(rows)
+        # the model as it is stands at the end of the frontier: whatever is larger, or costs less than nothing
+        curve["frontier"] = merging.frontier(np.append(curve["size"], 1.0), np.append(curve["change"], 0.0))[
+            :-1
+        ]
+        return curve, notes
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Compression against quality, and how alike pairs are."""
@@ -281,7 +286,7 @@ class ExpertMerging(Question):
             "curve": Figure(
                 lambda ax: plot.merging_curve(curve, ax=ax),
                 "Change in held-out negative log-likelihood against the size of the merged file, with 95 % intervals"
-                " over texts, by what experts were merged by.",
+                " over texts, by what experts were merged by; stepped: the frontier.",
             ),
             "pairs": Figure(
                 lambda ax: plot.alike(pairs, ax=ax),
@@ -309,6 +314,13 @@ def _curve_sentences(curve: pd.DataFrame, n_expert: int) -> list[str]:
         if len(chance) and best["criterion"] != "random":
             line += f"; merging at random costs {_change(chance.iloc[0])}"
         out.append(line + ".")
+    best_of = curve[curve["frontier"]].sort_values("size", ascending=False)
+    if len(best_of):
+        files = [f"{row.n_expert} by {row.criterion}" for row in best_of.itertuples()]
+        out.append(
+            f"On the frontier of size and quality, by point estimates: {listed(files)}"
+            f" ({len(best_of)} of {len(curve)} files; none of the others is smaller without costing more)."
+        )
     return out
 
 

@@ -131,7 +131,7 @@ def _reach(table: pd.DataFrame, layer: float) -> list[str]:
 
 
 def published_lag1(a: published.Activations, n_expert: int) -> pd.DataFrame:
-    """Part 9 of every layer and domain."""
+    """Part 9 of every layer and domain, and the first 20 tokens of the sequence."""
     rows = []
     for layer in a.layers:
         for name in a.domains:
@@ -139,6 +139,7 @@ def published_lag1(a: published.Activations, n_expert: int) -> pd.DataFrame:
                 one = published.lag1(a, name, layer, a.components[-1], n_expert)
             except UsageError:  # fewer than two tokens
                 continue
-            rows.append((layer, name, one.same, one.pairs, one.probability, one.baseline, one.sticky))
-    columns = ["layer_id", "domain", "same", "pairs", "probability", "baseline", "sticky"]
+            first = " ".join(map(str, one.sequence[:20].tolist()))
+            rows.append((layer, name, one.same, one.pairs, one.probability, one.baseline, one.sticky, first))
+    columns = ["layer_id", "domain", "same", "pairs", "probability", "baseline", "sticky", "first_20"]
     return pd.DataFrame(rows, columns=columns)

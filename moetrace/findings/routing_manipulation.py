@@ -14,11 +14,12 @@ import pandas as pd
 from moetrace.analysis.experts import manipulation
 from moetrace.analysis.experts.manipulation import Edit, Path
 from moetrace.analysis.published import experts as published
+from moetrace.analysis.statistics import nulls
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.held_out import CHOSEN_NOTE
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import span
+from moetrace.findings.wording import number, span
 from moetrace.host.probe import RoutingProbe
 from moetrace.model.file import ModelFile
 
@@ -32,7 +33,8 @@ class RoutingManipulation(Question):
 
     Token sequences are searched for ones whose last token uses a target expert, or one expert in each of several
     layers; success is compared with random search of the same budget. Prompts of the trace are edited, and every
-    token that the edit leaves as it is is compared with itself.
+    token that the edit leaves as it is is compared with itself; and replacements of one token are looked for that
+    change the routing of what follows most.
 
     Asked in the seed experiment "MoE dynamics", which did not complete it.
     """
@@ -52,6 +54,9 @@ class RoutingManipulation(Question):
                           choices=["all", "context"])  # fmt: skip
     budget: int = parameter(256, "inputs that each search may try")
     prompts: int = parameter(12, "prompts of the trace to edit")
+    misroute: int = parameter(
+        16, "replacements of a token to try in each, for one that misroutes the rest; 0: none"
+    )
     min_tokens: int = parameter(20, "tokens that an expert must be chosen at for its robustness")
 
     def answer(self, subject: Subject) -> Finding:
@@ -76,6 +81,7 @@ class RoutingManipulation(Question):
             targets = self._targets(layout.layers, layout.n_expert, rng)
             found, runs, inputs = self._searches(subject, probe, targets, words, rng)
             edits = _edits(probe, texts, words, rng)
+            misled = _misrouting(probe, texts, words, self.misroute, rng, subject.progress)
             n_expert = max(layout.n_expert)
             first = targets[0][0]
             triggers, control = self._published_triggers(
@@ -85,7 +91,7 @@ class RoutingManipulation(Question):
         rates = counts.included.sum(axis=0) / np.maximum(counts.tokens.sum(axis=0), 1)[:, None]
         seen = {int(layer): rates[i] for i, layer in enumerate(counts.layers)}
         inputs["rarest_rate"] = [
-            min(float(seen[number][e]) if (number := layout.layers[i]) in seen else np.nan for i, e in each)
+            min(float(seen[layer][e]) if (layer := layout.layers[i]) in seen else np.nan for i, e in each)
             for each in targets
         ]
         tables = {
@@ -112,6 +118,9 @@ class RoutingManipulation(Question):
             changed, stability = published.as_published_robustness(edits, n_expert)
             tables |= {"edits": effect, "robustness": robust, "as_published_robustness": stability}
             sentences += _edit_sentences(effect, robust, changed, stability)
+            if len(misled):
+                tables["misrouting"] = misled
+                sentences.append(_misrouting_sentence(misled, self.misroute))
         else:
             caveats.append(
                 "The trace has no prompt texts to edit: record with `moetrace capture -f` or `moetrace drive`."
@@ -159,8 +168,8 @@ class RoutingManipulation(Question):
         layout = probe.layout
         begin = [probe.model.bos] if probe.model.adds_bos else []
         rows, best = [], []
-        for number, target in enumerate(targets):
-            subject.progress(f"searching inputs: target {number + 1} of {len(targets)}")
+        for i, target in enumerate(targets):
+            subject.progress(f"searching inputs: target {i + 1} of {len(targets)}")
             template = np.array([*begin, *[-1] * self.length])
             if self.free == "context":
                 template[-1] = rng.choice(words)
@@ -179,7 +188,7 @@ class RoutingManipulation(Question):
             for method, run in runs.items():
                 rows.append(
                     {
-                        "target": f"{number}: {name}",
+                        "target": f"{i}: {name}",
                         "method": method,
                         "reached_at": np.nan if run.reached_at is None else run.reached_at,
                         "score": run.score,
@@ -188,7 +197,7 @@ class RoutingManipulation(Question):
             winner = max(runs.values(), key=lambda run: run.score)
             best.append(
                 {
-                    "target": f"{number}: {name}",
+                    "target": f"{i}: {name}",
                     "reached": winner.score > 0,
                     "score": winner.score,
                     "tokens": winner.tokens.tolist(),
@@ -225,11 +234,11 @@ class RoutingManipulation(Question):
                 for one in routed[token * n : (token + 1) * n]
             ]
             control.append({"expert": expert, "trigger": pool[token], "success": float(np.mean(hits))})
-        number = probe.layout.layers[layer]
+        llama_layer = probe.layout.layers[layer]
         triggers["token"] = [pool[token] for token in triggers["token"]]
-        triggers.insert(0, "layer", number)
+        triggers.insert(0, "layer", llama_layer)
         table = pd.DataFrame(control, columns=["expert", "trigger", "success"]).sort_values("expert")
-        table.insert(0, "layer", number)
+        table.insert(0, "layer", llama_layer)
         return triggers, table.reset_index(drop=True)
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
@@ -269,6 +278,56 @@ def _edits(
             pairs, later = manipulation.align_tokens(before, after)
             out.append(Edit(name, kind, routed[0].experts, one.experts, pairs, later))
     return out
+
+
+def _misrouting(
+    probe: RoutingProbe,
+    texts: list[tuple[str, str]],
+    words: npt.NDArray[Any],
+    n_tried: int,
+    rng: np.random.Generator,
+    progress: Callable[[str], None],
+) -> pd.DataFrame:
+    """Of each text, the replacement of one token after which the tokens behind it keep their experts least.
+
+    It is chosen by every other one of these tokens, and judged by the others: the smallest of many is small by chance.
+    """
+    rows: list[tuple[object, ...]] = []
+    n_expert = max(probe.layout.n_expert)
+    for done, (name, text) in enumerate(texts if n_tried else ()):
+        progress(f"looking for replacements that misroute: text {done + 1} of {len(texts)}")
+        before = probe.model.tokenize(text)
+        start = 1 if probe.model.adds_bos else 0
+        places = np.arange(start, len(before) - 4)
+        if not places.size:
+            continue
+        tried = [(int(rng.choice(places)), int(rng.choice(words))) for _ in range(n_tried)]
+        changed = [[*before[:at], word, *before[at + 1 :]] for at, word in tried]
+        plain, *routed = probe.route([before, *changed])
+        kept = np.array(
+            [
+                manipulation.halves_kept(plain.experts[at + 1 :], one.experts[at + 1 :], n_expert)
+                for (at, _), one in zip(tried, routed, strict=True)
+            ]
+        )
+        worst = int(kept[:, 0].argmin())
+        at, word = tried[worst]
+        piece = [probe.model.piece(t).decode("utf-8", "replace") for t in (before[at], word)]
+        rows.append((name, at, *piece, len(before) - at - 1, kept[worst, 1], kept[:, 1].mean()))
+    columns = ["prompt", "place", "token", "replacement", "tokens_after", "kept", "kept_by_others"]
+    return pd.DataFrame(rows, columns=columns).sort_values("kept", kind="stable").reset_index(drop=True)
+
+
+def _misrouting_sentence(misled: pd.DataFrame, n_tried: int) -> str:
+    less = misled["kept_by_others"] - misled["kept"]
+    found = nulls.jackknife(less.mean(), (less.sum() - less) / max(len(less) - 1, 1))
+    row = misled.iloc[0]
+    return (
+        f"The worst of {n_tried} replacements of one token leaves the tokens behind it {less.mean():.1%} less of their"
+        f" experts than such replacements do on average ({found.low:.1%} to {found.high:.1%} over"
+        f" {number(len(misled), 'text')}; chosen by other tokens than these); the worst of all, {row['token']!r} by"
+        f" {row['replacement']!r} in {row['prompt']}, leaves {row['kept']:.0%} of them."
+    )
 
 
 def _search_sentences(found: pd.DataFrame, asked: RoutingManipulation) -> list[str]:

@@ -130,6 +130,15 @@ class TokenPatterns(Question):
                     f" {row['corpus_share']:.1%} (lift {row['lift']:.1f}, {row['low']:.1f} to {row['high']:.1f};"
                     f" {row['words']} different words, most often {row['top_word']!r})."
                 )
+        depth = patterns.types_by_depth(found.types, special, text.layers)
+        say.append(
+            "Specialists of types by depth: "
+            + ", ".join(
+                f"{int(part['specialists'].sum())} in layers {part['layers'].iloc[0]}"
+                for _, part in depth.groupby("third", sort=False)
+            )
+            + "."
+        )
         vocabulary = found.vocabulary
         above = vocabulary[vocabulary["p_family"] <= self.alpha]
         if vocabulary["tokens"].any():
@@ -143,6 +152,7 @@ class TokenPatterns(Question):
         return {
             "specialists": special,
             "types": found.types,
+            "types_by_depth": depth,
             "trigrams": found.trigrams,
             "vocabulary_specialisation": vocabulary,
             "as_published_specialists": published.as_published_pattern_summary(

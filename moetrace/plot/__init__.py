@@ -15,7 +15,7 @@ from moetrace.plot.experts import alike, change_by_k, gain, kept, merging_curve,
 from moetrace.plot.gate import gate_distances
 from moetrace.plot.heatmap import Measure, heatmap, size_of, usage
 from moetrace.plot.load import load_balance
-from moetrace.plot.pairs import pairs
+from moetrace.plot.pairs import pairs, similarity
 from moetrace.plot.persistence import persistence, persistence_by_layer, strongest_layer
 from moetrace.plot.prediction import correlation, gains, hit_rates, recall
 from moetrace.plot.separation import matched_separation, separation

@@ -56,8 +56,19 @@ def gain(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def merging_curve(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw quality against size of merged files, a line per criterion."""
+    """Draw quality against size of merged files, a line per criterion, and the frontier of both as steps."""
     ax = axes(ax)
+    best = curve[curve["frontier"]].sort_values("size")
+    if len(best):
+        ax.step(
+            best["size"],
+            best["change"],
+            where="post",
+            color=faint(),
+            linewidth=4,
+            alpha=0.5,
+            label="frontier",
+        )
     for criterion, part in curve[~curve["in_place"].astype(bool)].groupby("criterion", sort=False):
         part = part.sort_values("size")
         ax.errorbar(

@@ -211,3 +211,9 @@ def test_published_triggers_and_control():
     ids, weights = np.array([[0, 1], [2, 3]]), np.array([[0.9, 0.1], [0.5, 0.5]])
     assert m.as_published_control(ids, weights, 2)
     assert not m.as_published_control(ids, weights, 1)
+
+
+def test_halves_kept_counts_experts_of_every_other_token() -> None:
+    before = np.array([[[0, 1]], [[2, 3]], [[0, 4]], [[1, 9]]])
+    after = np.array([[[1, 0]], [[3, 5]], [[5, 6]], [[1, 9]]])
+    assert manipulation.halves_kept(before, after, 8) == (0.5, 2 / 3)  # 9 is no expert

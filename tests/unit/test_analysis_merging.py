@@ -486,3 +486,10 @@ def test_tensors_that_go_with_experts_in_an_unknown_way_are_refused(tmp_path):
         assert np.allclose(LayerExperts(scaled, 0)[1].up, 2 * LayerExperts(plain, 0)[1].up)
     with pytest.raises(MoetraceError, match="scale"):
         write_merged(tmp_path / "s.gguf", tmp_path / "b.gguf", grouped(source, GROUP, USE))
+
+
+def test_the_frontier_is_what_nothing_beats() -> None:
+    size = np.array([0.5, 0.5, 0.7, 0.9, 0.9, np.nan])
+    loss = np.array([0.3, 0.4, 0.1, 0.1, 0.0, 0.0])
+    assert merging.frontier(size, loss).tolist() == [True, False, True, False, True, False]
+    assert merging.frontier([1.0, 1.0], [0.0, 0.0]).all(), "equal files beat nobody"

@@ -241,6 +241,8 @@ def test_on_the_command_line_with_figures(attending: Path, tmp_path: Path, capsy
         "attention-prediction-recall.png",
         "attention-prediction-gain.png",
         "context-attention-routing-correlation.png",
+        "context-attention-routing-attention.png",
+        "context-attention-routing-routing.png",
         "task-prediction-recall.png",
         "task-prediction-fetched.png",
         "expert-cache-layer_slots.png",

@@ -299,6 +299,21 @@ class Edit:
     later: Bools
 
 
+def halves_kept(
+    before: npt.NDArray[np.integer], after: npt.NDArray[np.integer], n_expert: int
+) -> tuple[float, float]:
+    """How many of their experts tokens keep: Σ|A ∩ B| / Σ|A| over layers and every other token, and over the rest.
+
+    Parameters
+    ----------
+    before, after
+        (n, L, k) ids of the same tokens, n ≥ 2; ids of ``n_expert`` or more are none.
+    """
+    a, b = _indicators(before, n_expert), _indicators(after, n_expert)
+    kept, there = (a & b).sum(axis=(1, 2)), a.sum(axis=(1, 2))
+    return float(kept[::2].sum() / there[::2].sum()), float(kept[1::2].sum() / there[1::2].sum())
+
+
 def edit_effect(
     edits: Sequence[Edit], n_expert: int, *, layers: npt.ArrayLike | None = None, level: float = 0.95
 ) -> pd.DataFrame:

@@ -540,3 +540,17 @@ def group_layers(
         group = group_around_used if criterion == "dominant" else group_experts
         out[layer] = group(distance, n_expert, counts, n_blocks=n_blocks)
     return out
+
+
+def frontier(size: npt.ArrayLike, loss: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    """Which of n files no other beats: none is at most as large and loses at most as much, one of the two by less.
+
+    Parameters
+    ----------
+    size, loss
+        (n,) of each file; NaN is beaten.
+    """
+    a, b = np.asarray(size, dtype=np.float64), np.asarray(loss, dtype=np.float64)
+    no_worse = (a[:, None] <= a) & (b[:, None] <= b)
+    better = (a[:, None] < a) | (b[:, None] < b)
+    return np.asarray(~(no_worse & better).any(axis=0) & ~np.isnan(a + b))

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from moetrace.analysis.counts.routed import RoutedText
-from moetrace.analysis.statistics.nulls import clopper_pearson
+from moetrace.analysis.statistics.nulls import clopper_pearson, jackknife
 from moetrace.analysis.statistics.rates import Rates
 from moetrace.analysis.statistics.shapes import Ints, layer_numbers
 from moetrace.errors import UsageError
@@ -84,6 +84,62 @@ def tokens_needed(
     """Independent tokens without a pick after which an expert counts as cold among all of a model's."""
     tail = (1 - level) / (n_expert * n_layers)
     return int(np.ceil(np.log(tail) / np.log1p(-cold_below * n_expert_used / n_expert)))
+
+
+def cold_types(
+    text: RoutedText,
+    experts: Sequence[tuple[int, int]],
+    kind: Ints,
+    names: Sequence[str],
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """Which types of token use these experts, (layer index, expert), all of them together.
+
+    Parameters
+    ----------
+    kind, names
+        (M,) each token's type, an index of ``names`` (:func:`moetrace.analysis.type_words`).
+
+    Returns one row per type that occurs, the largest lift first: ``type``; ``uses``, how often its tokens use one of
+    the experts; ``share`` of all uses; ``text_share`` of the tokens of these layers; ``lift``, one over the other, with
+    ``low`` and ``high`` (jackknife over prompts, at a level that holds for all types together).
+    """
+    kinds = np.unique(kind)
+    shape = (text.n_requests, kinds.size)
+    uses, tokens = np.zeros(shape), np.zeros(shape)
+    cell = text.owner * kinds.size + np.searchsorted(kinds, kind)
+    layers = sorted({layer for layer, _ in experts})
+    for layer in layers:
+        mine = [expert for at, expert in experts if at == layer]
+        count = np.isin(text.experts[:, layer], mine).sum(axis=1)
+        uses += np.bincount(cell, weights=count, minlength=uses.size).reshape(shape)
+        known = text.known(layer)
+        tokens += np.bincount(cell[known], minlength=uses.size).reshape(shape)
+    total = np.stack([uses, tokens]).sum(axis=1)  # (2, types)
+    rest = total[:, None] - np.stack([uses, tokens])  # (2, prompts, types)
+
+    def lift(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            share = sums / sums.sum(axis=-1, keepdims=True)
+            return np.asarray(share[0] / share[1])
+
+    there = tokens.sum(axis=1) > 0
+    each = 1 - (1 - level) / kinds.size
+    interval = jackknife(lift(total), np.nan_to_num(lift(rest))[there], level=each)
+    with np.errstate(invalid="ignore"):
+        share = total / total.sum(axis=1, keepdims=True)
+    table = pd.DataFrame(
+        {
+            "type": [names[k] for k in kinds.tolist()],
+            "uses": total[0].astype(np.int64),
+            "share": share[0],
+            "text_share": share[1],
+            "lift": lift(total),
+            "low": np.maximum(interval.low, 0.0),
+            "high": interval.high,
+        }
+    )
+    return table.sort_values("lift", ascending=False, kind="stable").reset_index(drop=True)
 
 
 def trigger_tokens(

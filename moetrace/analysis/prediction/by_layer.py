@@ -15,6 +15,7 @@ from moetrace.analysis.counts.attention import FEATURES, attention_features, att
 from moetrace.analysis.counts.columns import TokenColumns
 from moetrace.analysis.counts.counting import Progress
 from moetrace.analysis.counts.routed import RoutedText
+from moetrace.analysis.prediction.attended_experts import attended_experts
 from moetrace.analysis.prediction.attention_prediction import attention_prediction
 from moetrace.analysis.prediction.context_attention_routing import (
     FEWEST,
@@ -25,7 +26,7 @@ from moetrace.analysis.prediction.context_attention_routing import (
 from moetrace.analysis.prediction.predict import Prediction, Problem, Scores, gain_tests
 from moetrace.analysis.prediction.task_prediction import task_prediction
 from moetrace.analysis.statistics import nulls
-from moetrace.analysis.statistics.shapes import Ints
+from moetrace.analysis.statistics.shapes import Floats, Ints
 from moetrace.errors import MoetraceError, UsageError
 
 Frames = tuple[pd.DataFrame, pd.DataFrame]
@@ -85,6 +86,28 @@ def attention_by_layer(
     return _joined(found)
 
 
+def attended_by_layer(
+    columns: TokenColumns,
+    layers: Iterable[int] | None = None,
+    *,
+    max_tokens: int = 4000,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[pd.DataFrame, int]:
+    """:func:`~moetrace.analysis.prediction.attended_experts.attended_experts` of all layers that have attention.
+
+    Raises ChannelMissingError without attention.
+    """
+    text = columns.text.some(max_tokens, (seed, 7), None)
+    every = []
+    for layer in columns.wanted(layers):
+        index, attention = columns.index(layer), columns.attention(text, layer)
+        there = text.known(index) & attention.known
+        if there.any():
+            every.append((index, text.take(there), attention_features(attention)[there]))
+    return attended_experts(every, FEATURES, seed=seed, **options)
+
+
 def task_by_layer(
     columns: TokenColumns,
     early_layer: int = 4,
@@ -142,7 +165,7 @@ def contexts_by_layer(
     n_permutations: int = 999,
     seed: int = 0,
     progress: Progress | None = None,
-) -> pd.DataFrame:
+) -> Frames:
     """:func:`~moetrace.analysis.context_attention_routing` of tokens in many prompts.
 
     Parameters
@@ -153,7 +176,9 @@ def contexts_by_layer(
         Keys that are compared; a context is the first place in a prompt where the token sees so many. At most
         ``max_contexts`` prompts are drawn.
 
-    Returns one row per (token, layer): the fields of ContextTest, and ``q_value`` over all rows. Raises
+    Returns two tables: one row per (token, layer), the fields of ContextTest and ``q_value`` over all rows; and, of
+    the (token, layer) whose correlation is largest, both similarity matrices, one row per pair of contexts:
+    ``token``, ``layer``, ``context``, ``other`` (prompts), ``attention``, ``routing``, ``positions`` apart. Raises
     ChannelMissingError without attention, UsageError if no token has enough contexts.
     """
     wanted, rng = columns.wanted(layers), np.random.default_rng((seed, 8))
@@ -163,6 +188,7 @@ def contexts_by_layer(
         ids, counts = ids[counts >= FEWEST], counts[counts >= FEWEST]
         tokens = ids[np.argsort(-counts, kind="stable")][:n_tokens].tolist()
     out: list[dict[str, Any]] = []
+    strongest, most = pd.DataFrame(), -np.inf
     for done, token in enumerate(tokens):
         mine = places[columns.text.tokens[places] == token]
         if mine.size > max_contexts:
@@ -173,14 +199,17 @@ def contexts_by_layer(
             windows = attention_windows(columns.attention(part, layer), length)
             there = part.known(index) & np.isfinite(windows).all(axis=(1, 2))
             if np.count_nonzero(there) >= FEWEST:
-                test = context_attention_routing(
+                alike = (
                     attention_similarity(windows[there]),
                     routing_similarity(part.experts[there, index], part.n_expert),
-                    part.positions[there],
-                    n_permutations=n_permutations,
-                    seed=seed,
+                )
+                test = context_attention_routing(
+                    *alike, part.positions[there], n_permutations=n_permutations, seed=seed
                 )
                 out.append({"token": token, "layer": layer, **asdict(test)})
+                if test.partial > most:
+                    most = test.partial
+                    strongest = _pairs(token, layer, alike, part.take(there))
         if progress is not None:
             progress(done + 1, len(tokens))
     if not out:
@@ -190,7 +219,24 @@ def contexts_by_layer(
             fix="capture more prompts that share words, or lower --length",
         )
     frame = pd.DataFrame(out)
-    return frame.assign(q_value=nulls.benjamini_hochberg(frame["p_value"]))
+    return frame.assign(q_value=nulls.benjamini_hochberg(frame["p_value"])), strongest
+
+
+def _pairs(token: int, layer: int, alike: tuple[Floats, Floats], part: RoutedText) -> pd.DataFrame:
+    """Both similarity matrices of one case, pair by pair."""
+    a, b = np.triu_indices(len(part), 1)
+    names = [part.prompts[i] for i in part.owner.tolist()]
+    return pd.DataFrame(
+        {
+            "token": token,
+            "layer": layer,
+            "context": [names[i] for i in a.tolist()],
+            "other": [names[i] for i in b.tolist()],
+            "attention": alike[0][a, b],
+            "routing": alike[1][a, b],
+            "positions": np.abs(part.positions[a] - part.positions[b]),
+        }
+    )
 
 
 def early_index(columns: TokenColumns, layer: int) -> int:

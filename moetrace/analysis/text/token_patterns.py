@@ -137,6 +137,36 @@ def pattern_summary(
     )
 
 
+def types_by_depth(types: pd.DataFrame, specialists: pd.DataFrame, layers: npt.ArrayLike) -> pd.DataFrame:
+    """In which thirds of the layers experts specialise in which types of token.
+
+    Parameters
+    ----------
+    types, specialists
+        Of :class:`TokenPatterns`.
+    layers
+        (L,) all layers' numbers, in order.
+
+    Returns one row per third of the layers and type: ``third`` ("early", "middle", "late"), ``layers`` (the numbers of
+    its first and last), ``pattern``, ``specialists`` of the type beyond single words, and ``median_lift``, of the
+    largest lift of each layer of the third (of what ``types`` lists; NaN if it lists none).
+    """
+    numbers = np.asarray(layers)
+    names = sorted(set(types["pattern"]))
+    mine = specialists[(specialists["of"] == "type") & (specialists["kind"] == "type")]
+    rows = []
+    for third, part in zip(("early", "middle", "late"), np.array_split(numbers, 3), strict=True):
+        if not part.size:
+            continue
+        here, listed = mine[mine["layer"].isin(part)], types[types["layer"].isin(part)]
+        for name in names:
+            lift = listed[listed["pattern"] == name].groupby("layer")["lift"].max()
+            rows.append(
+                (third, f"{part[0]}-{part[-1]}", name, int((here["pattern"] == name).sum()), lift.median())
+            )
+    return pd.DataFrame(rows, columns=["third", "layers", "pattern", "specialists", "median_lift"])
+
+
 def _with_words(
     table: pd.DataFrame, text: RoutedText, typed: TypedText, code: Ints, names: Sequence[str]
 ) -> pd.DataFrame:
