@@ -34,6 +34,10 @@ class ExpertCache(Question):
 
     slots: str = parameter("", "slots per layer to try, as 4,8,16; default: from k to all experts")
     policies: str = parameter(",".join(POLICIES), "policies to simulate")
+    gb_per_s: float = parameter(
+        25.0,
+        "what the link from slow to fast memory carries, 10⁹ bytes a second: latency is bytes fetched over that",
+    )
     max_tokens: int = parameter(
         5_000, "tokens to simulate: prompts, or stretches of long ones, drawn at random; 0: all"
     )
@@ -69,7 +73,7 @@ class ExpertCache(Question):
         sentences.append(_hot_set(layer, found.hot))
         if "shared" in set(found.curve["cache"]):
             sentences += _shared(found.curve)
-        if sizes and "lru" in set(layer["policy"]):
+        if sizes is not None and "lru" in set(layer["policy"]):
             mine = layer[layer["policy"] == "lru"]
             sentences.append(
                 "Bytes fetched per token (lru): "
@@ -78,6 +82,12 @@ class ExpertCache(Question):
                     for row in mine.to_dict("records")
                 )
                 + "."
+            )
+            found.curve["fetched_ms"] = found.curve["fetched_bytes"] / (self.gb_per_s * 1e6)
+            sentences.append(
+                f"At {self.gb_per_s:g} GB/s, and if nothing is fetched ahead, that takes "
+                + ", ".join(f"{ms:.3g}" for ms in found.curve.loc[mine.index, "fetched_ms"])
+                + " ms a token."
             )
         used = int(layer["tokens"].iloc[0])
         caveats = [
@@ -89,7 +99,7 @@ class ExpertCache(Question):
             )
             + ".",
             "Tokens are computed one at a time, prompt after prompt; those computed together share what is fetched.",
-            "A miss is counted, not timed: what it costs depends on the link, and fetching ahead can hide it"
+            "A miss is counted, not timed: milliseconds are bytes over --gb-per-s, and fetching ahead can hide them"
             " (task-prediction).",
         ]
         if sizes is None:

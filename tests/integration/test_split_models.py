@@ -76,7 +76,9 @@ def test_served_from_parts(runtime, whole, tmp_path):
         assert trace.vocabulary is not None
         for model in (whole, parts[1]):
             finding = question("expert-cache")().answer(Subject([trace], model=model))
-            tables.append(finding.tables["cache"]["memory_bytes"].max())
+            cache = finding.tables["cache"]
+            tables.append(cache["memory_bytes"].max())
+            np.testing.assert_allclose(cache["fetched_ms"], cache["fetched_bytes"] / 25e6)
     with ModelFile(whole) as file:
         assert tables[0] == tables[1] == sum(n_expert * file.expert_bytes(n) for n in file.moe_layers)
 
