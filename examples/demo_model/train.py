@@ -397,6 +397,8 @@ README = """# Data that comes with moetrace
 - `prompts/heldout-text.jsonl`: {n_texts} texts of each domain from the corpus of the demo model that it was
   not trained on.
 - `demo.gguf`: the demo model.
+- `demo.moet.tar.xz`: what it did with `prompts/domains.jsonl`: a recording of experts and weights, made by
+  `docs/record_demo.py`, for `moetrace demo --recorded`.
 
 ## The demo model
 

@@ -1,4 +1,4 @@
-"""What moetrace ships besides code: prompt sets and a small trained model (see README.md in this folder)."""
+"""What moetrace ships besides code: prompts, a small trained model and a recording of it (README.md in this folder)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ PROMPT_SETS = ("domains", "heldout", "heldout-text", "semantic", "questions")
 def demo_model() -> Path:
     """Path of the demo model, an OLMoE with 8 layers of 32 experts, 4 per token (GGUF, F16, under 8 MB)."""
     return _path("demo.gguf")
+
+
+def recorded_demo() -> Path:
+    """Path of a recorded trace of the demo model, ``demo.moet``, packed as tar.xz.
+
+    60 prompts of five domains (:func:`prompts`) and their answers, with experts and weights.
+    """
+    return _path("demo.moet.tar.xz")
 
 
 def prompts(name: str = "domains") -> Path:
