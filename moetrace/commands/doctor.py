@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Callable
 
-from moetrace.commands.options import paint, red
+from moetrace.commands.options import add_option, paint, red
 from moetrace.errors import RuntimeMissingError, UsageError
 from moetrace.host.linkage import Linkage, linkage
 from moetrace.host.runtime import find_tool, loaded_libraries, preload_path, probe
@@ -31,15 +33,27 @@ class Doctor:
     """Say whether a llama.cpp program can be traced, before any model is loaded.
 
     moetrace doctor -- llama-server
+    moetrace doctor --json -- llama-server
     """
 
     passthrough = True
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
-        """Add no options."""
+        """Add the options."""
+        add_option(parser, "--json", action="store_true", help="print JSON: what is found, by name")
 
     def run(self, args: argparse.Namespace) -> int:
         """Look."""
+        if args.json:
+            told: dict[str, list[str]] = {}
+            self._look(args, lambda what, text: told.setdefault(what, []).append(text))
+            print(json.dumps(told, indent=1))
+        else:
+            self._look(args, say)
+        return 0
+
+    def _look(self, args: argparse.Namespace, say: Callable[[str, str], None]) -> None:
+        """Tell what is found. Raises MoetraceError if the program cannot be traced."""
         if len(args.rest) > 1:
             raise UsageError("doctor takes the program only", fix="moetrace doctor -- llama-server")
         program = find_tool(args.rest[0] if args.rest else "llama-server")
@@ -55,7 +69,7 @@ class Doctor:
         if how in (Linkage.NONE, Linkage.SCRIPT):
             say("note", f"{how.value}; one that it loads, or starts, while it runs can be recorded")
             say("verdict", f"try: moetrace run -o t.moet -- {program}")
-            return 0
+            return
         if how is Linkage.OWN:
             ggml = {f"{program.name} (llama)": str(program)}
         else:
@@ -81,11 +95,11 @@ class Doctor:
         for names, consequence in _USEFUL.items():
             if not any(found.symbols.get(name) for name in names):
                 say("note", f"without {names[0]}, {consequence}")
-        say("verdict", paint("it can be traced", "1;32"))
-        return 0
+        say("verdict", "it can be traced")
 
 
 def say(what: str, text: str) -> None:
     """Print one finding."""
-    print(f"{what:<8} {red(text) if what == 'note' else text}")
+    shown = red(text) if what == "note" else paint(text, "1;32") if text == "it can be traced" else text
+    print(f"{what:<8} {shown}")
     sys.stdout.flush()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 
 from moetrace.commands.options import add_option, paint, red
 from moetrace.commands.progress import progress_line
@@ -23,12 +25,17 @@ class Verify:
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Add the options."""
         parser.add_argument("trace", help="a trace folder")
+        add_option(parser, "--json", action="store_true", help="print JSON")
         add_option(parser, "-q", "--quiet", action="store_true", help="print nothing if all is well")
 
     def run(self, args: argparse.Namespace) -> int:
         """Check, and print what is wrong."""
         with progress_line() as progress:
             result = verify(args.trace, progress)
+        if args.json:
+            shown = {**dataclasses.asdict(result), "path": str(result.path), "exit_code": result.exit_code}
+            print(json.dumps(shown, indent=1))
+            return result.exit_code
         for finding in result.findings:
             print(
                 red("recoverable" if finding.recoverable else "corrupt")

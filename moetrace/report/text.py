@@ -94,14 +94,13 @@ def _bullet(text: str, width: int) -> str:
 
 
 def _csv(findings: Iterable[Finding]) -> Iterator[str]:
-    """All tables, one after the other, in long form if there is more than one: each with a line naming it."""
-    waiting: tuple[str, pd.DataFrame] | None = None  # a single table has no such line
-    several = False
-    for finding in findings:
-        for name, table in finding.tables.items():
-            if waiting is not None:
-                yield f"{waiting[0]}\n{waiting[1].to_csv(index=False)}\n"
-                several = True
-            waiting = f"# {finding.name}/{name}", table
-    if waiting is not None:
-        yield f"{waiting[0]}\n{waiting[1].to_csv(index=False)}" if several else waiting[1].to_csv(index=False)
+    """One table as it is; several as one, with ``question`` and ``table`` in front and every column that any has."""
+    found = [(finding.name, *named) for finding in findings for named in finding.tables.items()]
+    if len(found) == 1:
+        yield found[0][2].to_csv(index=False)
+    elif found:
+        # as objects: a column that another table lacks must not make numbers of whole ones
+        every = [table.astype(object).assign(question=q, table=name) for q, name, table in found]
+        columns = dict.fromkeys(["question", "table", *(column for each in every for column in each)])
+        for i, each in enumerate(every):
+            yield each.reindex(columns=list(columns)).to_csv(index=False, header=not i)

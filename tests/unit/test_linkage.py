@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -71,5 +72,9 @@ def test_what_cannot_be_read(text: bytes | None, tmp_path: Path) -> None:
 
 
 def test_doctor_does_not_refuse_what_may_load_llama_cpp(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json", "--", sys.executable]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["program"] == [str(Path(sys.executable))]
+    assert "try: moetrace run" in told["verdict"][0]
     assert main(["doctor", "--", sys.executable]) == 0
     assert "moetrace run -o t.moet --" in capsys.readouterr().out

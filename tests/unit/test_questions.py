@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
@@ -444,6 +445,13 @@ def test_stats_prints_and_writes_everything(
         assert main(["stats", str(planted), "--only", only, "--format", form]) == 0
         out = capsys.readouterr().out
         assert all(word in out for word in ("load_balance", "transitions"))
+        if form == "csv":  # one table, which names those that it is made of; whole numbers stay whole
+            together = pd.read_csv(io.StringIO(out), dtype=str)
+            assert {*together["question"]} == set(only.split(","))
+            mine = together[(together["question"] == "load-balance") & (together["table"] == "load_balance")]
+            expected = moetrace.ask("load-balance", moetrace.open(planted)).tables["load_balance"]
+            text = pd.read_csv(io.StringIO(expected.to_csv(index=False)), dtype=str)
+            pd.testing.assert_frame_equal(mine[list(text)].reset_index(drop=True), text)
     assert main(["stats", str(planted), "--only", only, "-o", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "overview.json").is_file()
     assert (tmp_path / "out" / "tables" / "transitions-as_published_transitions.csv").is_file()

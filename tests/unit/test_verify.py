@@ -23,6 +23,7 @@ from rings import make_layout, put, random_records, reseal
 from traces import Context, event, server_records, small_trace, write_trace
 
 import moetrace
+from moetrace.__main__ import main
 from moetrace.errors import MoetraceError, TraceError
 from moetrace.host.intervene import rules_of
 from moetrace.trace.columns import TableWriter
@@ -517,3 +518,15 @@ def test_rules_are_read_back_as_they_were_written() -> None:
     for old, new in zip(rules, back, strict=True):
         assert (old.ids == new.ids).all()
         assert dataclasses.replace(old, ids=new.ids) == new
+
+
+def test_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = small_trace(tmp_path / "t.moet")
+    assert main(["verify", "--json", str(path)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["exit_code"], told["findings"], told["live"]) == (0, [], False)
+    assert told["rows"] == len(moetrace.open(path))
+    (path / "ctx0" / "rows" / "token.npy").write_bytes(b"nothing")
+    assert main(["verify", "--json", str(path)]) == 4
+    told = json.loads(capsys.readouterr().out)
+    assert told["findings"][0].keys() == {"where", "what", "recoverable"}
