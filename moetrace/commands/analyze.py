@@ -14,11 +14,12 @@ from moetrace import data
 from moetrace.commands.options import add_option, add_subparser
 from moetrace.commands.placement import add_placement, placement, server_arguments
 from moetrace.commands.progress import progress_bar, progress_line
+from moetrace.commands.prompting import add_prompts, prompts_of
 from moetrace.commands.selecting import add_choice
 from moetrace.commands.showing import RECORDINGS, add_leaving_out, add_showing, opened, show, subject_of
 from moetrace.errors import UsageError
 from moetrace.findings import QUESTIONS, Question, question
-from moetrace.host.prompts import Prompt, read_prompts
+from moetrace.host.prompts import read_prompts
 from moetrace.host.recording import record
 from moetrace.trace.importers import CountTable
 from moetrace.trace.trace import Trace, open_trace
@@ -77,8 +78,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="GGUF file: recorded first if no trace is given; else it says which contexts to look at",
     )
     add_choice(parser, by_model=False)
-    add_option(parser, "-p", "--prompt", help="record this prompt")
-    add_option(parser, "-f", "--file", metavar="FILE", help="record these prompts; default: the shipped ones")
+    add_prompts(parser, otherwise="the shipped ones")
     add_option(parser, "-n", "--n-predict", type=int, default=64, metavar="N", help="tokens to generate")
     add_placement(parser)
     add_showing(parser)
@@ -108,11 +108,7 @@ def _recordings(
         return opened(args.traces, args, stack)
     if not args.model:
         raise UsageError("what should be analysed?", fix="give a trace, or a model to record: -m model.gguf")
-    if args.prompt and args.file:
-        raise UsageError("-p and -f exclude each other", fix="give one of them")
-    prompts = (
-        [Prompt("0", args.prompt)] if args.prompt else read_prompts(args.file or data.prompts("domains"))
-    )
+    prompts = prompts_of(args) or read_prompts(data.prompts("domains"))
     folder = Path(tempfile.mkdtemp(prefix="moetrace-analyze-"))
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     channels = ["experts", "weights", *asked.channels]

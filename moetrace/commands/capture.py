@@ -15,13 +15,18 @@ from moetrace.commands.capturing import (
 from moetrace.commands.options import add_option
 from moetrace.commands.placement import add_placement, placement
 from moetrace.commands.progress import progress_bar
+from moetrace.commands.prompting import add_prompts, needed_prompts
 
 
 class Capture:
     """Run a prompt set through a model, without a server, and record its routing.
 
-    A line of the prompt file is a JSON object with prompt, messages or tokens, and optionally id, label and
-    n_predict. Needs the llama-cpp-python runtime.
+    A line of a prompt file is a JSON object with prompt, messages or tokens, and optionally id, label and
+    n_predict; of any other text the whole file is a prompt. Needs the llama-cpp-python runtime.
+
+      moetrace capture -m model.gguf -f prompts.jsonl -n 64
+      moetrace capture -m model.gguf -f code/*.py prose/*.txt -o t.moet
+      moetrace capture -m model.gguf -p "Once upon a time" -n 100
     """
 
     passthrough = False
@@ -29,8 +34,10 @@ class Capture:
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Add the options."""
         add_option(parser, "-m", "--model", required=True, metavar="FILE", help="GGUF file")
-        add_option(parser, "-f", "--file", required=True, metavar="FILE", help="prompts, JSON lines")
-        add_option(parser, "-o", "--output", metavar="T.moet", help="the trace to write")
+        add_prompts(parser)
+        add_option(
+            parser, "-o", "--output", metavar="T.moet", help="the trace to write; default: MODEL-TIME.moet"
+        )
         add_option(parser, "-n", "--n-predict", type=int, default=0, metavar="N", help="tokens to generate")
         add_option(parser, "-np", "--parallel", type=int, default=1, metavar="N", help="prompts at once")
         add_option(parser, "-c", "--ctx-size", type=int, metavar="N", help="positions; default: as needed")
@@ -54,12 +61,12 @@ class Capture:
         """Capture."""
         from moetrace.host.inprocess import capture
 
-        path = output_path(args)
+        path = output_path(args, args.model)
         options = capture_options(args)
         with progress_bar("prompts") as update:
             capture(
                 args.model,
-                args.file,
+                needed_prompts(args),
                 path,
                 n_predict=args.n_predict,
                 intervene=args.intervene,

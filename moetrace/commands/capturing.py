@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from moetrace.commands.options import Collect, add_option, red
-from moetrace.errors import UsageError
+from moetrace.commands.options import Collect, add_option, red, typed
 from moetrace.host.options import CHANNELS, COLLECTORS, ON_FULL, CaptureOptions, human_size, parse_size
 from moetrace.printable import printable
 from moetrace.trace import naming
@@ -76,11 +76,12 @@ def capture_options(args: argparse.Namespace, *, paused: bool = False) -> Captur
     )
 
 
-def output_path(args: argparse.Namespace) -> Path:
-    """Give ``-o``."""
-    if not args.output:
-        raise UsageError("where should the trace go?", fix="give -o NAME.moet")
-    return Path(args.output)
+def output_path(args: argparse.Namespace, model: str | None) -> Path:
+    """Give ``-o``; without it, a name of the model's and the time: ``model-20260131-090500.moet``."""
+    if args.output:
+        return Path(args.output)
+    stem = Path(model).stem if model else "routing"
+    return Path(f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}.moet")
 
 
 def report_trace(
@@ -107,7 +108,7 @@ def report_trace(
         for text in remarks(trace.store):
             print(f"  {red(printable(text), stream)}", file=stream)
     for i, command in enumerate(following):
-        print(f"{'     ' if i else 'Next:'} moetrace {command} {path}", file=stream)
+        print(f"{'     ' if i else 'Next:'} {typed()} {command} {path}", file=stream)
 
 
 def _describe(trace: Trace) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from moetrace.commands.options import add_option
 from moetrace.commands.progress import progress_bar
+from moetrace.commands.prompting import add_prompts, needed_prompts
 from moetrace.errors import UsageError
 from moetrace.host.client import Answer, ServerClient, drive
-from moetrace.host.prompts import read_prompts
 from moetrace.trace.labels import append_labels
 from moetrace.trace.writer import is_trace
 
@@ -21,11 +21,11 @@ from moetrace.trace.writer import is_trace
 class Drive:
     """Send a prompt set to a running llama-server, and label the requests in its trace.
 
-    A line of the prompt file is a JSON object with prompt, messages or tokens, and optionally id, label and
-    n_predict; other keys are kept with the label. The server may have other clients: a label reaches the
-    request that has its prompt's and its answer's tokens. The answers are greedy, and go to standard output as
-    JSON lines. An API key that is not in the command is taken from the variable LLAMA_API_KEY, as llama-server
-    does.
+    A line of a prompt file is a JSON object with prompt, messages or tokens, and optionally id, label and
+    n_predict; other keys are kept with the label. Of any other text the whole file is a prompt. The server may have
+    other clients: a label reaches the request that has its prompt's and its answer's tokens. The answers are
+    greedy, and go to standard output as JSON lines. An API key that is not in the command is taken from the
+    variable LLAMA_API_KEY, as llama-server does.
 
       moetrace drive -f prompts.jsonl --url http://127.0.0.1:8080 --trace t.moet -n 64
     """
@@ -34,7 +34,7 @@ class Drive:
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Add the options."""
-        add_option(parser, "-f", "--file", required=True, metavar="FILE", help="prompts, JSON lines")
+        add_prompts(parser)
         add_option(parser, "--url", default="http://127.0.0.1:8080", help="the server")
         add_option(
             parser, "--trace", metavar="T.moet", help="the trace that moetrace run writes; gets the labels"
@@ -60,7 +60,7 @@ class Drive:
         trace = Path(args.trace) if args.trace else None
         if trace is not None and not is_trace(trace):
             raise UsageError(f"{trace} is no trace", fix="give the folder that `moetrace run -o` writes")
-        prompts = read_prompts(args.file)
+        prompts = needed_prompts(args)
         client = ServerClient(args.url, timeout=args.timeout, api_key=_api_key(args), model=args.model)
         lock = threading.Lock()
         done = 0

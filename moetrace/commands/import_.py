@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from moetrace.commands.options import add_option
+from moetrace.commands.options import add_option, typed
 from moetrace.errors import UsageError
 from moetrace.trace.importers import FORMATS, Imported, import_trace
 from moetrace.trace.store import META_NAME
@@ -91,4 +91,4 @@ def summary(done: Imported) -> str:
         *([f"Not in the source: {', '.join(done.missing)}"] if done.missing else []),
     ]
     lines += [text.format(n=n) for name, text in _LEFT_OUT.items() if (n := getattr(done.tally, name))]
-    return "\n".join([*lines, f"Next: moetrace info {done.path}"])
+    return "\n".join([*lines, f"Next: {typed()} info {done.path}"])

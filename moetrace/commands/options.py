@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import shutil
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from moetrace.errors import UsageError
@@ -59,6 +61,17 @@ def add_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *names
         given = _from_environment(action, variable, value)
         action.default = [given] if isinstance(action, Collect) else given
         action.required = False
+
+
+def typed() -> str:
+    """Give what is typed to run moetrace again: its name if the shell finds it, else where it lies."""
+    called, found = Path(sys.argv[0]), shutil.which("moetrace")
+    if called.name != "moetrace" or not called.is_file():
+        return "moetrace" if found else f"{sys.executable} -m moetrace"
+    if found and Path(found).resolve() == called.resolve():
+        return "moetrace"
+    here = os.path.relpath(called)
+    return str(called) if here.startswith("..") else here
 
 
 class Collect(argparse.Action):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from moetrace.commands.options import add_option, red
+from moetrace.commands.options import add_option, red, typed
 from moetrace.printable import printable
 from moetrace.trace.recover import recover
 
@@ -45,5 +45,5 @@ class Recover:
             print(printable(line, keep="\x1b"))
             if context.note:
                 print(red(printable(f"{context.name}: {context.note}")))
-        print(f"Next: moetrace verify {result.path}")
+        print(f"Next: {typed()} verify {result.path}")
         return 0

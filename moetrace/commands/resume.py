@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from moetrace.commands.capturing import report_trace
-from moetrace.commands.options import add_option
+from moetrace.commands.options import add_option, typed
 from moetrace.commands.run import note, warn
 from moetrace.errors import MoetraceError
 from moetrace.host.resume import ResumedRecording
@@ -50,7 +50,7 @@ class Resume:
                 recording.detach()
                 if not args.quiet:
                     print(
-                        f"The server runs on. Next: moetrace resume {recording.trace.path}", file=sys.stderr
+                        f"The server runs on. Next: {typed()} resume {recording.trace.path}", file=sys.stderr
                     )
                 return 0
         finally:

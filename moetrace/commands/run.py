@@ -15,7 +15,7 @@ from moetrace.commands.capturing import (
 )
 from moetrace.commands.options import add_option, red
 from moetrace.errors import MoetraceError, UsageError
-from moetrace.host.server import TracedProcess
+from moetrace.host.server import TracedProcess, model_argument
 from moetrace.printable import printable
 
 
@@ -33,7 +33,9 @@ class Run:
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Add the options."""
-        add_option(parser, "-o", "--output", metavar="T.moet", help="the trace to write")
+        add_option(
+            parser, "-o", "--output", metavar="T.moet", help="the trace to write; default: MODEL-TIME.moet"
+        )
         add_option(parser, "--force", action="store_true", help="replace the trace if it exists")
         add_option(
             parser, "--paused", action="store_true", help="begin without recording; see moetrace start"
@@ -46,7 +48,7 @@ class Run:
         """Run it."""
         if not args.rest:
             raise UsageError("what should run?", fix="moetrace run -o t.moet -- llama-server -m model.gguf")
-        path = output_path(args)
+        path = output_path(args, model_argument(args.rest))
         options = capture_options(args, paused=args.paused)
         told: list[MoetraceError] = []
 

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 
-from moetrace.commands.options import add_option, paint, red
+from moetrace.commands.options import add_option, paint, red, typed
 from moetrace.commands.progress import progress_line
 from moetrace.printable import printable
 from moetrace.trace.verify import verify
@@ -44,7 +44,7 @@ class Verify:
         for text in result.remarks:
             print(f"{paint('note', '33')}  {printable(text)}")
         if result.exit_code == 3:
-            print(f"Next: moetrace recover {result.path}")
+            print(f"Next: {typed()} recover {result.path}")
         elif result.empty:
             print(f"{red('empty')}  {result.path} holds nothing: {result.empty}")
         elif not result.findings and not args.quiet:

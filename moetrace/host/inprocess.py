@@ -211,7 +211,7 @@ def tracing(trace: TraceWriter, options: CaptureOptions, model: str) -> Iterator
 
 def capture(
     model: str | os.PathLike[str],
-    prompts: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]],
+    prompts: str | os.PathLike[str] | Sequence[str | Mapping[str, Any] | Prompt],
     output: str | os.PathLike[str] | None = None,
     *,
     n_predict: int = 0,

@@ -1,11 +1,11 @@
-"""Prompt files: JSON lines with ``prompt``, ``messages`` or ``tokens``."""
+"""Prompt files: JSON lines with ``prompt``, ``messages`` or ``tokens``; or texts."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,10 @@ def _shown(key: object) -> str:
     return str(key).encode("ascii", "backslashreplace").decode()[:80]
 
 
-def read_prompts(source: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]]) -> list[Prompt]:
-    """Read prompts from a JSON-lines file, or from a list of strings or of dicts with the same keys.
+def read_prompts(
+    source: str | os.PathLike[str] | Sequence[str | Mapping[str, Any] | Prompt],
+) -> list[Prompt]:
+    """Read prompts from a JSON-lines file, or from a list of strings, of dicts with the same keys, or of prompts.
 
     Raises
     ------
@@ -136,12 +138,7 @@ def read_prompts(source: str | os.PathLike[str] | Sequence[str | Mapping[str, An
             for i, item in enumerate(items)
         )
     path = Path(source)
-    try:
-        data = path.read_bytes()
-    except (OSError, ValueError) as e:
-        raise InputError(
-            f"cannot read the prompts {path}", why=str(e), fix="give a file of JSON lines"
-        ) from e
+    data = _read(path)
 
     def lines() -> Iterable[tuple[str, Any]]:
         for number, line in enumerate(data.split(b"\n"), start=1):
@@ -162,9 +159,68 @@ def read_prompts(source: str | os.PathLike[str] | Sequence[str | Mapping[str, An
     return _all(lines())
 
 
+def read_files(paths: Sequence[str | os.PathLike[str]]) -> list[Prompt]:
+    """Read prompts from files: JSON lines (:func:`read_prompts`), or any other text, which is one prompt, whole.
+
+    A text's name is its file's, without its ending (with its folder where two are alike); its label is its folder's
+    name if texts of several folders are given. Numbered prompts of several files are told apart by their file's name.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be read, is no UTF-8, or is a file of JSON lines with a line that is no prompt.
+    """
+    texts = [path for path in map(Path, paths) if not _is_json_lines(path)]
+    folders = {path.absolute().parent for path in texts}
+    stems = [path.stem for path in texts]
+    out: list[Prompt] = []
+    for path in map(Path, paths):
+        if path not in texts:
+            found = read_prompts(path)
+            plain = {str(i) for i in range(len(found))}
+            several = len(paths) > 1
+            out += [replace(p, id=f"{path.stem}.{p.id}") if several and p.id in plain else p for p in found]
+            continue
+        try:
+            text = _read(path).decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise InputError(
+                f"{path} is no text in UTF-8", why=f"{e.reason} at byte {e.start}", fix="give a text"
+            ) from None
+        if not text.strip():
+            raise InputError(f"{path} is empty", fix="give a text, or JSON lines")
+        folder = path.absolute().parent.name
+        name = path.stem if stems.count(path.stem) == 1 else f"{folder}/{path.stem}"
+        out.append(Prompt(name, text, label=folder if len(folders) > 1 else None))
+    return out
+
+
+def _is_json_lines(path: Path) -> bool:
+    """Whether a file is meant as JSON lines: by its name, or as its first line is a JSON object."""
+    if path.suffix in (".jsonl", ".ndjson", ".json"):
+        return True
+    first = next((line for line in _read(path).splitlines() if line.strip()), b"")
+    try:
+        return isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as e:
+        raise InputError(
+            f"cannot read the prompts {path}", why=str(e), fix="give a file of JSON lines, or a text"
+        ) from e
+
+
 def _all(items: Iterable[tuple[str, Any]]) -> list[Prompt]:
     prompts = []
     for number, (where, item) in enumerate(items):
+        if isinstance(item, Prompt):
+            prompts.append(item)
+            continue
         if not isinstance(item, Mapping):
             raise InputError(f"{where}: not a JSON object", fix='write {"prompt": "..."}')
         prompts.append(_parse(item, number, where))

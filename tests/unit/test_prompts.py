@@ -1,17 +1,20 @@
 """The prompt sets that are shipped: their form, and that length does not tell the domain."""
 
+import argparse
 import itertools
 import json
 import re
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 
 from moetrace import data
+from moetrace.commands.prompting import add_prompts, prompts_of
 from moetrace.errors import InputError, UsageError
-from moetrace.host.prompts import read_prompts
+from moetrace.host.prompts import read_files, read_prompts
 
 DOMAINS = ("code", "math", "creative", "factual", "mixed")
 
@@ -176,3 +179,43 @@ def test_a_domain_is_not_one_template(name):
 def test_prompts_are_ascii():
     """The demo model's vocabulary was learned from ASCII text."""
     assert all(p["prompt"].isascii() for name in data.PROMPT_SETS for p in load(name))
+
+
+def test_texts_are_prompts_labelled_as_their_folders(tmp_path: Path) -> None:
+    """GIVEN plain texts, alone or of folders, and JSON lines beside them THEN each text is one prompt, whole."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "prose").mkdir()
+    (tmp_path / "code" / "a.py").write_text("def f():\n    return 1\n")
+    (tmp_path / "prose" / "a.txt").write_text("Once.\n\nTwice.")
+    (tmp_path / "prose" / "b.txt").write_text("[1, 2]\n")
+    (tmp_path / "lines.txt").write_text('\n{"prompt": "x"}\n{"prompt": "y", "id": "mine"}\n')
+    one = read_files([tmp_path / "prose" / "a.txt"])
+    assert [(p.id, p.text, p.label) for p in one] == [("a", "Once.\n\nTwice.", None)]
+    names = ["code/a.py", "prose/a.txt", "prose/b.txt", "lines.txt"]
+    found = read_files([tmp_path / name for name in names])
+    assert [(p.id, p.label) for p in found] == [
+        ("code/a", "code"), ("prose/a", "prose"), ("b", "prose"), ("lines.0", None), ("mine", None)
+    ]  # fmt: skip
+    assert found[0].text == "def f():\n    return 1\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "why"), [(b"", "is empty"), (b"\xff\xfe", "no text in UTF-8"), (None, "cannot read")]
+)
+def test_texts_that_are_none(tmp_path: Path, content: bytes | None, why: str) -> None:
+    if content is not None:
+        (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(InputError, match=why):
+        read_files([tmp_path / "a.txt"])
+
+
+def test_prompts_on_the_command_line(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_prompts(parser)
+    (tmp_path / "a.txt").write_text("A")
+    (tmp_path / "0.txt").write_text("B")
+    line = ["-f", str(tmp_path / "a.txt"), str(tmp_path / "0.txt"), "-p", "C", "-p", "D"]
+    found = prompts_of(parser.parse_args(line))
+    assert [(p.id, p.text) for p in found] == [("a", "A"), ("0", "B"), ("p0", "C"), ("1", "D")]
+    assert prompts_of(parser.parse_args([])) == []
+    assert read_prompts(found) == found
