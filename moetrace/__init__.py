@@ -20,18 +20,13 @@ from moetrace.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from moetrace.findings import ask
-    from moetrace.host.evaluate import Evaluator
+    from moetrace.host.evaluate import Evaluator, divergence, evaluate
+    from moetrace.host.inprocess import capture
+    from moetrace.host.server import serve
     from moetrace.trace.importers import open_source as open  # noqa: A004
     from moetrace.trace.intervention import Intervention
     from moetrace.trace.trace import Trace
-
-    capture: Callable[..., Any]
-    divergence: Callable[..., Any]
-    evaluate: Callable[..., Any]
-    serve: Callable[..., Any]
 
 __version__ = "0.1.0"
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from moetrace.errors import InputError, MoetraceError, UsageError
 from moetrace.host import llama
 from moetrace.host.inprocess import prompt_tokens, tracing
 from moetrace.host.intervene import Given, Interventions
-from moetrace.host.options import CaptureOptions
+from moetrace.host.options import CaptureOptions, CaptureSettings
 from moetrace.host.prompts import Prompt, read_prompts
 from moetrace.model.file import ModelFile
 from moetrace.trace.labels import append_labels, request_line
@@ -212,6 +212,23 @@ def _windows(texts: Sequence[list[int]], context: int, chunks: bool, bos: int | 
             yield window(text, start, context - step - 1)
 
 
+class EvaluatorSettings(CaptureSettings, total=False):
+    """What :class:`Evaluator` takes beside the model."""
+
+    context: int
+    n_expert_used: int | None
+    overrides: Mapping[str, int] | None
+    n_batch: int
+    n_ubatch: int
+    n_threads: int | None
+    n_gpu_layers: int
+    n_cpu_moe: int
+    verbose: bool
+    trace: str | os.PathLike[str] | None
+    channels: str | Sequence[str]
+    force: bool
+
+
 class Evaluator:
     """A loaded model that texts are evaluated with, as often as wanted.
 
@@ -260,7 +277,7 @@ class Evaluator:
         trace: str | os.PathLike[str] | None = None,
         channels: str | Sequence[str] = ("experts", "weights"),
         force: bool = False,
-        **options: Any,
+        **options: Unpack[CaptureSettings],
     ) -> None:
         if context < 4:
             raise UsageError(f"a context of {context} tokens is too small", fix="give at least 4")
@@ -509,7 +526,7 @@ def evaluate(
     logits: str | os.PathLike[str] | None = None,
     intervene: Given = None,
     on_progress: Callable[[int, int], None] | None = None,
-    **options: Any,
+    **options: Unpack[EvaluatorSettings],
 ) -> Evaluation:
     """Load a model, score texts, and let go of it: :meth:`Evaluator.evaluate` with :class:`Evaluator`'s options."""
     with Evaluator(model, **options) as evaluator:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from moetrace.host import llama
 from moetrace.host.drain import Drain
 from moetrace.host.intervene import Given, Interventions
 from moetrace.host.model import store_models
-from moetrace.host.options import CaptureOptions
+from moetrace.host.options import CaptureOptions, CaptureSettings
 from moetrace.host.prompts import MAX_TOKENS, Prompt, read_prompts
 from moetrace.trace.labels import append_labels, request_line
 from moetrace.trace.trace import Trace, open_trace
@@ -230,7 +230,7 @@ def capture(
     verbose: bool = False,
     intervene: Given = None,
     on_progress: Callable[[int, int], None] | None = None,
-    **options: Any,
+    **options: Unpack[CaptureSettings],
 ) -> Trace:
     """Run prompts through a model in this process and record their routing.
 

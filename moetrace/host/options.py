@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from moetrace.errors import UsageError
 
@@ -38,6 +39,17 @@ def human_size(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1024
     return f"{n:.1f} GiB"
+
+
+class CaptureSettings(TypedDict, total=False):
+    """What :class:`CaptureOptions` takes beside channels."""
+
+    layers: str
+    collector: str
+    on_full: str
+    ring_size: int
+    block_ms: int
+    paused: bool
 
 
 @dataclass(frozen=True)
@@ -101,13 +113,13 @@ class CaptureOptions:
             raise UsageError(f"a ring of {self.ring_size} bytes is too small", fix="give at least 64KiB")
 
     @classmethod
-    def of(cls, channels: str | Sequence[str], **rest: object) -> CaptureOptions:
+    def of(cls, channels: str | Sequence[str], **rest: Unpack[CaptureSettings]) -> CaptureOptions:
         """Make options from a comma-separated list, or a sequence, of channels."""
         names = channels.split(",") if isinstance(channels, str) else list(channels)
         known = {f.name for f in fields(cls)}
         if not rest.keys() <= known:
             raise TypeError(f"unknown options {sorted(rest.keys() - known)}")
-        return cls(channels=tuple(dict.fromkeys(name.strip() for name in names if name.strip())), **rest)  # type: ignore[arg-type]
+        return cls(channels=tuple(dict.fromkeys(name.strip() for name in names if name.strip())), **rest)
 
     def settings(self, trace: Path) -> dict[str, str]:
         """Give the tracer's keys (csrc/config.h) for recording into the folder ``trace``."""

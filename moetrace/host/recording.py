@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from moetrace.host.client import Answer, drive
 from moetrace.host.prompts import Prompt
-from moetrace.host.server import serve
+from moetrace.host.server import ServeSettings, serve
 from moetrace.trace.labels import append_labels
 
 
@@ -21,7 +21,7 @@ def record(
     n_predict: int,
     arguments: Sequence[str] = (),
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    **options: Any,
+    **options: Unpack[ServeSettings],
 ) -> None:
     """Serve ``model`` under the tracer, send it ``prompts``, label their requests, and stop it.
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Unpack
 
 from moetrace._native import SignalWatch
 from moetrace.errors import MoetraceError, RuntimeMissingError
@@ -33,7 +33,7 @@ from moetrace.host.intervene import (
 )
 from moetrace.host.linkage import Linkage, linkage
 from moetrace.host.model import store_models
-from moetrace.host.options import CaptureOptions
+from moetrace.host.options import CaptureOptions, CaptureSettings
 from moetrace.host.runtime import PRELOAD, find_tool, preload_environment
 from moetrace.host.secrets import redacted
 from moetrace.model.file import ModelFile
@@ -496,6 +496,17 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+class ServeSettings(CaptureSettings, total=False):
+    """What :func:`serve` takes beside the model, where to write, and llama-server's arguments."""
+
+    channels: str | Sequence[str]
+    program: str
+    port: int | None
+    intervene: Given
+    force: bool
+    timeout: float
+
+
 def serve(
     model: str | os.PathLike[str],
     *,
@@ -507,7 +518,7 @@ def serve(
     intervene: Given = None,
     force: bool = False,
     timeout: float = 600.0,
-    **options: Any,
+    **options: Unpack[CaptureSettings],
 ) -> TracedServer:
     """Start llama-server under the tracer and wait until it is ready.
 

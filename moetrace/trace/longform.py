@@ -65,7 +65,8 @@ class LongForm(Rows):
         """Give the routing in long form under this project's names.
 
         One row per (token, layer, rank) that is present: request, label, token, position (in the sequence),
-        phase, layer, expert, rank, weight (NaN if not captured).
+        phase, layer, expert, rank, weight (NaN if not captured), serial (of the token: :attr:`serial`, by which
+        :attr:`events` and :attr:`attention` know it, too).
 
         Raises
         ------
@@ -201,6 +202,7 @@ class LongForm(Rows):
             "expert": expert,
             "rank": rank.astype(np.uint16),
             "weight": weight,
+            "serial": chain.take("serial", index)[i],
         }
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moetrace.errors import ChannelMissingError
+from moetrace.errors import ChannelMissingError, MoetraceError
 from moetrace.trace.chain import Chain, Index
 from moetrace.trace.record import RowFlag, State
 from moetrace.trace.requests import Phase
@@ -17,6 +17,7 @@ from moetrace.trace.rows import LAYER_COLUMNS, Layout
 
 if TYPE_CHECKING:
     import pandas as pd
+    import xarray as xr
 
 PHASES = [phase.name.lower() for phase in Phase]
 
@@ -141,6 +142,75 @@ class Rows:
     def gate_input(self) -> NDArray[np.float32]:
         """What the router read, (N, L, D), float32; NaN where there is none."""
         return self._take_layers("gate_input")
+
+    def masked(self, name: str = "experts") -> np.ma.MaskedArray[Any, Any]:
+        """Give a column over layers with what is not there masked, so that it is never counted.
+
+        Parameters
+        ----------
+        name
+            ``experts``, ``weights``, ``logits``, ``scores`` or ``gate_input``.
+
+        Returns
+        -------
+        numpy.ma.MaskedArray
+            The values are the column itself (a view where that is one), the mask is new: True where the layer was not
+            computed or lost (:attr:`state`), where it has fewer experts, or uses fewer, than the widest layer, and
+            where a value is NaN. Count with ``numpy.ma``'s functions, or with ``.compressed()``:
+            ``np.bincount(trace.masked().compressed())``.
+
+        Raises
+        ------
+        ChannelMissingError
+            If it was not captured.
+        """
+        values = self._take_layers(name)
+        missing = values == self.sentinel if name == "experts" else np.isnan(values)
+        missing |= ~self.present[:, :, None]
+        return np.ma.MaskedArray(values, missing)
+
+    def to_xarray(self) -> xr.Dataset:
+        """Give rows and layers as an xarray.Dataset with named dimensions (needs ``pip install moetrace[xarray]``).
+
+        Dimensions: ``serial``, ``layer``, ``rank``, ``expert``, ``width``, as the channels have them. Variables: the
+        channels and ``state``. Coordinates: each row's ``serial``, ``request``, ``context``, ``token``, ``position``
+        and ``phase``; each layer's number. Arrays are views where the columns are; ids of no expert are -1 (so
+        ``experts`` is a copy, int32), values that are missing NaN.
+
+        Raises
+        ------
+        MoetraceError
+            If xarray is not installed.
+        """
+        try:
+            import xarray as xr
+        except ImportError as e:
+            raise MoetraceError("this needs xarray", why=str(e), fix="pip install 'moetrace[xarray]'") from e
+        axes = {
+            "experts": "rank",
+            "weights": "rank",
+            "logits": "expert",
+            "scores": "expert",
+            "gate_input": "width",
+        }
+        found: dict[str, Any] = {"state": (("serial", "layer"), self.state)}
+        for name, axis in axes.items():
+            if name in self._trace.chain:
+                values = self._take_layers(name)
+                if name == "experts":
+                    values = np.where(self.masked().mask, np.int32(-1), values.astype(np.int32))
+                found[name] = (("serial", "layer", axis), values)
+        names = self._trace.shown
+        on_rows = {
+            "serial": self.serial,
+            "request": ("serial", self.request),
+            "token": ("serial", self.token_ids),
+            "position": ("serial", self.positions),
+            "phase": ("serial", np.array(PHASES, object)[np.minimum(self.phase, 2)]),
+            "context": ("serial", np.array(names, object)[self._trace.chain.owner(self._rows)]),
+            "layer": self.layers,
+        }
+        return xr.Dataset(found, on_rows, {"trace": str(self._trace.path)})
 
     def tensor(self, name: str, piece: slice | NDArray[np.intp] = slice(None)) -> NDArray[np.float32]:
         """Give a named tensor that was captured, (N, width), float32; NaN where there is none.
@@ -285,11 +355,11 @@ class Rows:
 
     @property
     def tokens(self) -> pd.DataFrame:
-        """One row per token: token_id, position, sequence, request, step, phase, text, context.
+        """One row per token: token_id, position, sequence, request, step, phase, text, context, serial.
 
         The numbers are views where the columns are; ``text`` is None where the trace has no vocabulary, and
-        bytes of a piece that are not UTF-8 show as U+FFFD. With ``context`` and :attr:`serial` a row is found again
-        in :attr:`Trace.events` and :attr:`Trace.attention`.
+        bytes of a piece that are not UTF-8 show as U+FFFD. With ``context`` and ``serial`` a row is found again in
+        :meth:`to_pandas`, :attr:`Trace.events` and :attr:`Trace.attention`.
         """
         import pandas as pd
 
@@ -305,6 +375,7 @@ class Rows:
                 "phase": categorical(np.minimum(self.phase, 2), PHASES),
                 "text": self._trace.text(self.token_ids),
                 "context": categorical(self._trace.chain.owner(self._rows), shown),
+                "serial": self.serial,
             },
             copy=False,
         )

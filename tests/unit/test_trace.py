@@ -130,7 +130,17 @@ def test_requests_join_labels(golden: moetrace.Trace) -> None:
 
 def test_tokens(golden: moetrace.Trace) -> None:
     tokens = golden.tokens
-    assert list(tokens) == ["token_id", "position", "sequence", "request", "step", "phase", "text", "context"]
+    assert list(tokens) == [
+        "token_id",
+        "position",
+        "sequence",
+        "request",
+        "step",
+        "phase",
+        "text",
+        "context",
+        "serial",
+    ]
     assert len(tokens) == 28
     assert np.shares_memory(tokens["token_id"].to_numpy(), golden.token_ids)
     known = tokens[tokens["token_id"] >= 5]
@@ -192,7 +202,7 @@ def test_components_repeat_each_decision(golden: moetrace.Trace) -> None:
 def test_long_form(golden: moetrace.Trace) -> None:
     frame = golden.to_pandas()
     assert list(frame) == [
-        *("request", "label", "token", "position", "phase", "layer", "expert", "rank", "weight")
+        *("request", "label", "token", "position", "phase", "layer", "expert", "rank", "weight", "serial")
     ]  # fmt: skip
     assert len(frame) == int((golden.experts != 65535).sum())
     assert not frame["weight"].isna().any()
@@ -403,3 +413,37 @@ def test_pickled_it_is_opened_again(tmp_path: Path) -> None:
             np.testing.assert_array_equal(again.experts, each.experts)
             np.testing.assert_array_equal(again.serial, each.serial)
             pd.testing.assert_frame_equal(again.requests, each.requests)
+
+
+def test_masked_experts_are_never_counted_where_there_are_none(golden: moetrace.Trace) -> None:
+    """GIVEN entries that are absent WHEN counted with numpy's own functions THEN the sentinel is not among them."""
+    masked = golden.masked()
+    assert np.shares_memory(masked.data, golden.experts)
+    assert masked.mask.any()
+    np.testing.assert_array_equal(
+        masked.mask, (golden.experts == golden.sentinel) | ~golden.present[:, :, None]
+    )
+    assert np.ma.unique(masked).compressed().max() < max(golden.n_expert)
+    n = np.bincount(masked.compressed(), minlength=max(golden.n_expert))
+    frame = golden.to_pandas()["expert"].value_counts()
+    assert {i: int(c) for i, c in enumerate(n) if c} == {int(str(i)): int(c) for i, c in frame.items()}
+    assert not np.isnan(golden.masked("weights").compressed()).any()
+    part = golden.sel(layer=int(golden.layers[0]))
+    assert part.masked().shape == part.experts.shape
+
+
+def test_as_xarray(golden: moetrace.Trace) -> None:
+    data = golden.to_xarray()
+    assert dict(data.sizes) == {
+        "serial": len(golden), "layer": len(golden.layers), "rank": golden.experts.shape[2],
+        **({"expert": golden.logits.shape[2]} if "logits" in golden.channels else {}),
+        **({"width": golden.gate_input.shape[2]} if "gate_input" in golden.channels else {}),
+    }  # fmt: skip
+    assert int(data["experts"].min()) == -1
+    layer = int(golden.layers[-1])
+    np.testing.assert_array_equal(
+        data["experts"].sel(layer=layer), golden.sel(layer=layer).masked()[:, 0].astype(int).filled(-1)
+    )
+    np.testing.assert_array_equal(data["request"], golden.request)
+    assert set(np.unique(data["phase"])) <= {"prefill", "decode", "unknown"}
+    np.testing.assert_array_equal(data.state, golden.state)

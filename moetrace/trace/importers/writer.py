@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from moetrace.errors import InputError, UsageError
 from moetrace.trace.columns import TableWriter
 from moetrace.trace.contexts import of_model
-from moetrace.trace.fleet import Traces, found, is_many, open_traces
+from moetrace.trace.fleet import found, is_many, open_traces
 from moetrace.trace.importers import lake, logs, olmoe, token_json
-from moetrace.trace.importers.counts import COLUMNS, CountTable, read_counts
+from moetrace.trace.importers.counts import COLUMNS, read_counts
 from moetrace.trace.importers.source import DECODE, PREFILL, Piece, Shape, Tally, lines, merged
 from moetrace.trace.jsonfile import write_json
 from moetrace.trace.labels import append_labels
@@ -117,7 +117,7 @@ def open_source(
     *,
     unreadable: Literal["raise", "leave out"] = "raise",
     as_published: bool = False,
-) -> Trace | CountTable | Traces:
+) -> Trace | Any:
     """Open a trace, or read a foreign recording as one; or many traces.
 
     A recording is imported into a temporary trace that goes when the object does; ``moetrace import`` keeps
@@ -139,7 +139,7 @@ def open_source(
     -------
     Trace
         Or, for a count table, which has no tokens, a :class:`CountTable`; for many traces
-        :class:`~moetrace.trace.fleet.Traces`.
+        :class:`~moetrace.trace.fleet.Traces` (``Any`` to a type checker, since what it is follows from ``path``).
 
     Raises
     ------
