@@ -153,7 +153,7 @@ def run(argv: Sequence[str]) -> int:
         _refuse(args.command, extra, args.parser, args.passthrough and rest is None)
     if rest is not None and not args.passthrough:
         raise UsageError(f"moetrace {args.command} takes nothing after --", fix="leave it out")
-    args.rest = rest or []
+    args.rest, args.make_parser = rest or [], make_parser
     code: int = args.run(args)
     return code
 

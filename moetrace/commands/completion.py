@@ -24,9 +24,7 @@ class Completion:
         """Print it."""
         import shtab
 
-        from moetrace.__main__ import make_parser
-
-        parser = make_parser()
+        parser: argparse.ArgumentParser = args.make_parser()
         for each in (parser, *_below(parser)):
             for action in each._actions:
                 if isinstance(action, argparse._SubParsersAction):

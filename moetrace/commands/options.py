@@ -28,7 +28,8 @@ class Command(Protocol):
         """Add the subcommand's options."""
 
     def run(self, args: argparse.Namespace) -> int:
-        """Do it; gives the exit code. ``args.rest`` is what stands right of ``--``."""
+        """Do it; gives the exit code. ``args.rest`` is what stands right of ``--``; ``args.make_parser()`` gives all
+        parsers."""
 
 
 def add_subparser(subparsers: Any, name: str, documented: object) -> argparse.ArgumentParser:
