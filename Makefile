@@ -12,7 +12,7 @@ PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 # which of tests/stress `make stress` runs: T=test_kill.py; all by default
 T ?=
 
-.PHONY: help setup demo report-image releases test test-unit test-slow test-device test-cpp sanitize stress lint notebooks clean bench-overhead bench-analysis bench-machines gpu-check
+.PHONY: help setup demo report-image releases test test-unit test-slow test-device test-cpp sanitize stress lint notebooks clean wheel bench-overhead bench-analysis bench-machines gpu-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -28,14 +28,23 @@ $(STAMP)-package: $(BIN)/python $(SOURCES)
 	@touch $@
 
 # the pinned llama.cpp: built once, cached by pip
-$(STAMP)-runtime: $(BIN)/python llama.cpp/pin.txt llama.cpp/install.sh
-	llama.cpp/install.sh cpu $(BIN)/python
+$(STAMP)-runtime: $(BIN)/python moetrace/host/pin.txt moetrace/host/install-llama.sh
+	moetrace/host/install-llama.sh cpu $(BIN)/python
 	@touch $@
 
 setup: $(STAMP)-package $(STAMP)-runtime ## virtual environment, moetrace and llama.cpp
 
-demo: setup ## record a small model from start to end
+# a llama-server that is there already will do, if doctor says so; else the pinned one is built
+demo: $(STAMP)-package ## record a small model from start to end
+	@$(BIN)/moetrace doctor 2> /dev/null || $(MAKE) $(STAMP)-runtime
 	$(BIN)/moetrace demo
+
+wheel: $(BIN)/python ## wheels for each Python that is found, and a check of each in a clean environment
+	packaging/wheel.sh dist
+	$(BIN)/python -m pip install --quiet pyelftools
+	for wheel in dist/*.whl; do \
+	    python=$$(echo $$wheel | sed 's/.*-cp3\([0-9]*\)-cp.*/python3.\1/'); \
+	    $(BIN)/python packaging/check.py $$wheel $$python || exit 1; done
 
 report-image: setup ## the README's picture of a report, of the demo's trace; needs Chromium
 	test -d demo/demo.moet || $(BIN)/moetrace demo

@@ -4,7 +4,7 @@
 #
 #   benchmarks/gpu-check.sh FOLDER
 #
-# FOLDER holds the source package llama_cpp_python-*.tar.gz of llama.cpp/pin.txt and the wheels of what moetrace
+# FOLDER holds the source package llama_cpp_python-*.tar.gz of moetrace/host/pin.txt and the wheels of what moetrace
 # needs and the machine's Python lacks (pip download -d FOLDER ...). Everything is built under build/gpu.
 set -eu
 
@@ -19,7 +19,7 @@ mkdir -p build/gpu
 python3 -m venv --system-site-packages "$venv"
 export PIP_NO_INDEX=1 PIP_FIND_LINKS="$sources" PIP_NO_BUILD_ISOLATION=1 CMAKE_BUILD_PARALLEL_LEVEL="$jobs"
 "$python" -m pip install --quiet '.[test]'
-CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=native" PIP_NO_BINARY='' llama.cpp/install.sh cuda "$python"
+CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=native" PIP_NO_BINARY='' moetrace/host/install-llama.sh cuda "$python"
 "$venv/bin/moetrace" doctor
 
 # libggml-cuda may bring parts of a C++ library along, which Python would find before the system's

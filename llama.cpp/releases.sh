@@ -4,7 +4,7 @@
 #
 #   llama.cpp/releases.sh FOLDER [NAME==VERSION ...]
 #
-# Without names, all of releases.txt but the pinned one, which install.sh builds. A release that is there already is
+# Without names, all of releases.txt but the pinned one, which `moetrace setup` builds. A release that is there already is
 # left alone. About ten minutes each on two cores; JOBS (default 2) is how many files are compiled at once. PYTHON
 # (default python3) fetches the sources.
 set -eu
@@ -18,7 +18,7 @@ mkdir -p "$1"
 folder=$(cd "$1" && pwd)
 shift
 if [ $# -eq 0 ]; then
-    set -- $(grep -v -e '^#' -e "^$(cat "$here/pin.txt") " "$here/releases.txt" | cut -d' ' -f1)
+    set -- $(grep -v -e '^#' -e "^$(cat "$here/../moetrace/host/pin.txt") " "$here/releases.txt" | cut -d' ' -f1)
 fi
 python=${PYTHON:-python3}
 work=$(mktemp -d)

@@ -34,7 +34,12 @@ GROUPS = {
     "look": {"info": "Info", "verify": "Verify", "recover": "Recover", "dump": "Dump"},
     "ask": {"stats": "Stats", "report": "Report", "analyze": "Analyze", "compare": "Compare"},
     "bring in, take out": {"import": "Import", "export": "Export"},
-    "set up": {"doctor": "Doctor", "preload-path": "PreloadPath", "completion": "Completion"},
+    "set up": {
+        "doctor": "Doctor",
+        "setup": "Setup",
+        "preload-path": "PreloadPath",
+        "completion": "Completion",
+    },
 }
 #: subcommand -> the class in moetrace/commands/SUBCOMMAND.py (import_.py)
 COMMANDS = {name: kind for group in GROUPS.values() for name, kind in group.items()}

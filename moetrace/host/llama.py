@@ -94,7 +94,7 @@ def _llama_cpp() -> Any:
         raise RuntimeMissingError(
             "llama-cpp-python is not installed",
             why=str(e),
-            fix="install the pinned runtime with `llama.cpp/install.sh`",
+            fix="install the pinned runtime with `moetrace setup`",
         ) from e
     except (OSError, RuntimeError) as e:
         raise RuntimeMissingError(
@@ -105,7 +105,7 @@ def _llama_cpp() -> Any:
         raise RuntimeMissingError(
             f"this llama-cpp-python ({sys.modules['llama_cpp'].__version__}) is too old to run prompts in-process",
             why=f"it has no {absent[0]}",
-            fix="install the pinned runtime with `llama.cpp/install.sh`, or record that release's llama-server with "
+            fix="install the pinned runtime with `moetrace setup`, or record that release's llama-server with "
             "`moetrace run`",
         )
     return api

@@ -25,7 +25,7 @@ VARIABLES = tuple(
         "INTERVENTION",
     )
 )
-_INSTALL = "install the pinned runtime with `llama.cpp/install.sh`, or name your own binary by its path"
+_INSTALL = "install the pinned runtime with `moetrace setup`, or name your own binary by its path"
 
 
 def preload_path() -> Path:
@@ -52,8 +52,18 @@ def preload_path() -> Path:
     )
 
 
+#: where else programs of llama.cpp are put
+_PLACES = (
+    "/home/linuxbrew/.linuxbrew/bin",
+    "/opt/homebrew/bin",
+    "/usr/local/bin",
+    "~/llama.cpp/build/bin",
+)
+
+
 def find_tool(name: str) -> Path:
-    """Find a llama.cpp program: a path as it is; else on PATH; else beside the installed llama-cpp-python.
+    """Find a llama.cpp program: a path as it is; else what MOETRACE_LLAMA_SERVER names; else on PATH; else beside an
+    installed llama-cpp-python; else where Homebrew, or llama.cpp's own build in one's home, puts it.
 
     Raises
     ------
@@ -64,6 +74,9 @@ def find_tool(name: str) -> Path:
         if not Path(name).is_file():
             raise RuntimeMissingError(f"there is no program {name}", fix="check the path")
         return Path(name)
+    told = os.environ.get("MOETRACE_LLAMA_SERVER", "")
+    if told and name == "llama-server":
+        return find_tool(os.path.abspath(told))  # noqa: PTH100 - it need not exist
     if found := shutil.which(name):
         return Path(found)
     spec = importlib.util.find_spec("llama_cpp")
@@ -71,9 +84,12 @@ def find_tool(name: str) -> Path:
         beside = Path(spec.origin).parent.parent / "bin" / name
         if beside.is_file():
             return beside
+    for place in _PLACES:
+        if (found_there := Path(place).expanduser() / name).is_file():
+            return found_there
     raise RuntimeMissingError(
         f"{name} was not found",
-        why="it is neither on PATH nor beside an installed llama-cpp-python",
+        why="it is neither on PATH, nor named by MOETRACE_LLAMA_SERVER, nor beside an installed llama-cpp-python",
         fix=_INSTALL,
     )
 

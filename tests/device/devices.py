@@ -100,7 +100,7 @@ def ggml_source() -> Path:
         folder = root / "vendor" / "llama.cpp" / "ggml"
         if not folder.is_dir():
             shutil.rmtree(root, ignore_errors=True)
-            pin = (ROOT / "llama.cpp" / "pin.txt").read_text().strip()
+            pin = (ROOT / "moetrace" / "host" / "pin.txt").read_text().strip()
             command = [
                 sys.executable,
                 "-m",

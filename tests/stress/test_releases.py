@@ -78,7 +78,7 @@ def stated_releases() -> list[tuple[str, str]]:
 
 
 RELEASES = releases()
-PINNED = (ROOT / "llama.cpp" / "pin.txt").read_text().strip().replace("==", " ")
+PINNED = (ROOT / "moetrace" / "host" / "pin.txt").read_text().strip().replace("==", " ")
 
 
 def test_releases_were_built():

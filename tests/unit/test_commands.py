@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,9 +21,9 @@ from traces import labelled_trace, small_trace
 
 import moetrace
 from moetrace.__main__ import COMMANDS, load, main, split
-from moetrace.errors import MoetraceError, UsageError
+from moetrace.errors import MoetraceError, RuntimeMissingError, UsageError
 from moetrace.host.options import human_size, parse_size
-from moetrace.host.runtime import VARIABLES, preload_environment
+from moetrace.host.runtime import VARIABLES, find_tool, preload_environment
 from moetrace.numbers import numbers
 from moetrace.trace.jsonfile import read_json, write_json
 from moetrace.trace.labels import append_labels
@@ -357,3 +358,35 @@ def test_labels_of_others_do_not_steer_a_terminal(tmp_path: Path, form: str) -> 
     assert b"\x07" not in seen
     piped = subprocess.run(typed, capture_output=True, check=True).stdout
     assert hostile.encode() in piped or b"u001b" in piped
+
+
+def test_setup_runs_the_build_for_this_python_and_says_what_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[list[str]] = []
+    server = tmp_path / "llama-server"
+    server.touch(0o755)
+    monkeypatch.setenv("MOETRACE_LLAMA_SERVER", str(server))
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 0 if "cuda" in command else 1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert main(["setup", "cuda"]) == 0
+    assert Path(ran[0][1]).is_file()
+    assert ran[0][2:] == ["cuda", sys.executable]
+    assert capsys.readouterr().out == f"llama-server is {server}\n"
+    assert main(["setup"]) == 1
+    assert "was not installed" in capsys.readouterr().err
+    assert main(["setup", "opencl"]) == 2
+
+
+def test_a_named_server_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    server = tmp_path / "mine"
+    monkeypatch.setenv("MOETRACE_LLAMA_SERVER", str(server))
+    with pytest.raises(RuntimeMissingError, match="no program"):
+        find_tool("llama-server")
+    server.touch(0o755)
+    assert find_tool("llama-server") == server
+    assert find_tool("python3") != server

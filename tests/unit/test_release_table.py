@@ -17,7 +17,7 @@ def test_both_readmes_say_what_was_found() -> None:
 
 
 def test_the_pinned_release_is_among_those_tried() -> None:
-    pinned = (ROOT / "llama.cpp" / "pin.txt").read_text().strip()
+    pinned = (ROOT / "moetrace" / "host" / "pin.txt").read_text().strip()
     stated = (ROOT / "llama.cpp" / "releases.txt").read_text()
     found = json.loads((ROOT / "llama.cpp" / "releases.json").read_text())
     assert f"\n{pinned} " in stated

@@ -2,7 +2,7 @@
 # Builds and installs the pinned llama.cpp into a Python environment: the libraries, llama-server and the other
 # tools, and the Python bindings, all from one source release of llama-cpp-python.
 #
-#   llama.cpp/install.sh [cpu|cuda|metal|vulkan] [PYTHON]
+#   moetrace/host/install-llama.sh [cpu|cuda|metal|vulkan] [PYTHON]      (what `moetrace setup` runs)
 #
 # PYTHON (default: python3) is the interpreter of the environment. pip caches the built wheel, so that a second
 # environment takes seconds. Further CMake flags can be given in CMAKE_ARGS.
