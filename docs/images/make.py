@@ -41,7 +41,7 @@ def main() -> None:
             page = folder / "report.html"
             browser.open(page, f"#domain=code&measure=lift&theme={args.theme}", width=WIDTH, height=4000)
             top = [photograph(browser, folder, 0)]
-            start = "document.querySelector('#explore').getBoundingClientRect().top + scrollY - 8"
+            start = "document.querySelector('#q-specialists').getBoundingClientRect().top + scrollY - 8"
             top.append(photograph(browser, folder, int(browser.value(start))))
     ground = top[0].getpixel((2, 2))
     picture = Image.new("RGB", (2 * WIDTH + GAP, HEIGHT), ground)  # type: ignore[arg-type]

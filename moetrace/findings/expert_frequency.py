@@ -12,7 +12,7 @@ from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, Widget, parameter
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import best, span
+from moetrace.findings.wording import best, file_names, span
 
 #: of more domains only these many are drawn, each by itself
 _DRAWN = 10
@@ -112,8 +112,8 @@ class ExpertFrequency(Question):
             picks = table.groupby("domain", sort=True)["count"].sum()
             largest = picks.nlargest(_DRAWN, keep="first").index.sort_values()
             some = f", one of the {_DRAWN} of most picks among {len(picks)}" if len(picks) > _DRAWN else ""
-            for i, name in enumerate(largest):
-                out[f"domain{i}"] = Figure(
+            for name, file in zip(largest, file_names(largest), strict=True):
+                out[file] = Figure(
                     lambda ax, name=name: plot.usage(table, name, measure=share, ax=ax),  # type: ignore[misc]
                     f"Share of {what}, by layer and expert, domain {name}{some}; same colours for all domains.",
                     size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,19 @@ def listed(names: Iterable[object], at_most: int = 10, sep: str = ", ") -> str:
     every = [str(name) for name in names]
     more = len(every) - at_most
     return sep.join(every[:at_most]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def file_names(names: Iterable[object]) -> list[str]:
+    """Names that others chose as parts of file names: ``C++ code!`` is ``c-code``; alike ones get a number."""
+    out: list[str] = []
+    for name in names:
+        stem = "-".join(re.findall(r"\w+", str(name).lower()))[:40].strip("-_") or "unnamed"
+        found, n = stem, 1
+        while found in out or found == "all":
+            n += 1
+            found = f"{stem}-{n}"
+        out.append(found)
+    return out
 
 
 def events_lost(traces: Iterable[Trace]) -> str:

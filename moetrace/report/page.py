@@ -27,6 +27,7 @@ from moetrace.report.explorer import explorer, pack, table_json
 from moetrace.report.files import Written, drawn, figures_of, table_file, write_finding
 from moetrace.report.methods import linked, methods
 from moetrace.report.script import page_script
+from moetrace.report.short import in_short
 from moetrace.report.svg import inline_svg
 
 #: The page is made smaller until it is at most this large: fewer experts in transition matrices, fewer rows, and only
@@ -165,6 +166,8 @@ def _render(
     return environment.get_template("report.html.j2").render(
         name=listed(about.names, 5),
         captured=about,
+        short=in_short(findings),
+        loud=[r for i, r in enumerate(about.completeness) if not i or r.weight in ("bad", "warn")],
         experts_line=f"{facts['layers'].split(' ')[0]} layers, {facts['experts']}",
         opening=opening,
         phase_note=subject.phase_note,
@@ -231,6 +234,7 @@ def _section(finding: Finding, phase_note: str, inline: Mapping[str, str] | None
             {
                 "svg": Markup(_drawn(finding, name, figure) if inline is None else inline[name]),
                 "caption": figure.caption,
+                "name": name,
             }
             for name, figure in figures_of(finding).items()
             if not name.startswith(replaced)

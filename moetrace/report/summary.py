@@ -9,6 +9,7 @@ from collections.abc import Callable
 from moetrace.findings.wording import listed
 from moetrace.printable import printable
 from moetrace.report.page import Report, by_chance
+from moetrace.report.short import in_short
 
 _TITLE = 32  # columns of titles
 _SIGNS = {"bad": ("✕", "1;31"), "warn": ("!", "1;33"), "good": ("✓", "1;32"), "note": ("·", "2")}
@@ -39,6 +40,10 @@ def summary(
             out += [paint(f"  {sign} {first[4:]}", code), *(paint(line, code) for line in others)]
         else:
             out += [f"  {paint(sign, code)} {first[4:]}", *others]
+    if short := in_short(report.findings):
+        out += ["", paint("In short", "1")]
+        for each in short:
+            out += _wrapped(each.text, "  ", width)
     shown = [f for f in report.answered if f.sentences and f.name != "overview"]
     if any(f.concludes for f in shown):
         out += ["", paint("What can be concluded", "1")]

@@ -341,7 +341,7 @@ def test_figures_of_many_domains_are_tidy(browser: Browser, many: Path, width: i
     browser.open(many, width=width)
     assert browser.value(UNTIDY) == []
     assert browser.value("document.querySelectorAll('.figure text').length") > 100
-    assert browser.value("document.querySelector('#conclusions').getBoundingClientRect().top") < 1000
+    assert browser.value("document.querySelector('#explore .widget').getBoundingClientRect().top") < 500
     names = browser.value("[...document.querySelectorAll('.figure g > title')].map((t) => t.textContent)")
     assert "conversations with customers, support, english, level 7 of many" in names
     assert browser.errors == []

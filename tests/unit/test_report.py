@@ -20,11 +20,13 @@ from moetrace.__main__ import main
 from moetrace.analysis.counts.counting import RoutingCounts
 from moetrace.errors import InputError
 from moetrace.findings import QUESTIONS, Finding, Subject, ask_all, question
+from moetrace.findings.wording import file_names
 from moetrace.report.captured import captured
 from moetrace.report.explorer import explorer, pack, unpack
 from moetrace.report.files import figures_of, widget_tables
 from moetrace.report.methods import linked, methods
 from moetrace.report.page import MAX_BYTES, Report, render_page, write_report
+from moetrace.report.short import in_short
 from moetrace.report.summary import summary
 
 ASKED = [name for name, asked in QUESTIONS.items() if not asked.needs_model and not asked.compares]
@@ -359,10 +361,11 @@ def test_whether_an_answer_concludes_is_what_it_says_of_itself(
         text = Page(render_page(subject, [said], captured(subject))).text
     conclusions, _, limits = text.partition("What cannot")
     sentence = said.sentences[0]
-    assert {"conclusions": sentence in conclusions, "limits": sentence in limits.partition("Explore")[0]}[
-        where
-    ]
-    assert sentence not in (limits.partition("Explore")[0] if concludes else conclusions)
+    assert {
+        "conclusions": sentence in conclusions,
+        "limits": sentence in limits.partition("Routing says which")[0],
+    }[where]
+    assert sentence not in (limits.partition("Routing says which")[0] if concludes else conclusions)
 
 
 def test_report_refuses_what_holds_no_findings(
@@ -398,3 +401,53 @@ def test_what_was_given_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.M
     assert list(findings) == ["overview", "load-balance", "expert-merging"]  # one trace: nothing to compare
     assert findings["load-balance"] is given
     assert "needs the model" in (findings["expert-merging"].not_answered or "")
+
+
+def test_in_short_says_what_the_tables_say_and_nothing_that_is_not_certain() -> None:
+    kinds = pd.DataFrame(
+        {
+            "layer": [3, 4, 5], "expert": [7, 1, 2], "kind": ["specialist", "specialist", "undecided"],
+            "domain": ["code", "maths", "x"], "lift": [2.9, 9.0, 20.0],
+            "low": [2.2, 1.1, 0.1], "high": [3.5, 30.0, 90.0],
+        }
+    )  # fmt: skip
+    usage = pd.DataFrame(
+        {"layer": [0, 0], "expert": [0, 1], "count": [9, 0], "percent_of_tokens": [90.0, 10.0]}
+    )
+    cache = pd.DataFrame(
+        {
+            "cache": "layer", "policy": ["lru", "pinned", "oracle"], "slots": 8, "memory": 0.25,
+            "hit_rate": [0.4, 0.5, 0.9],
+        }
+    )  # fmt: skip
+    found = [
+        Finding("specialists", "S", ("s",), tables={"specialists": kinds}),
+        Finding("expert-frequency", "F", ("s",), tables={"usage": usage}),
+        Finding("expert-cache", "C", ("s",), tables={"cache": cache}),
+    ]
+    said = [line.text for line in in_short(found)]
+    assert said[0].startswith(
+        "Code uses expert 7 of layer 3 2.9 times as much as the domains do on average (2.2 to 3.5)"
+    )
+    assert "1 other expert has such" in said[0]
+    assert "takes part in 90 % of tokens" in said[1]
+    assert "1 expert of 2 never came up" in said[1]
+    assert "50% of what tokens need is there already if the hottest are kept" in said[2]
+    nothing = [
+        Finding("specialists", "S", ("s",), tables={"specialists": kinds[2:].reset_index(drop=True)}),
+        Finding("expert-frequency", "F", not_answered="no"),
+    ]
+    assert in_short(nothing) == ()
+    unsure = [Finding("specialists", "S", ("s",), tables={"specialists": kinds}, concludes=False)]
+    assert in_short(unsure) == ()
+    q = pd.DataFrame({"layer": [0, 1], "q_value": [0.5, 0.06]})
+    assert (
+        "No layer shows"
+        in in_short([Finding("domain-separation", "D", ("s",), tables={"domain_test": q})])[0].text
+    )
+
+
+def test_names_that_others_chose_as_names_of_files() -> None:
+    assert file_names(["Code", "C++ code!", "c code", "///", "all", "a" * 60]) == [
+        "code", "c-code", "c-code-2", "unnamed", "all-2", "a" * 40
+    ]  # fmt: skip
