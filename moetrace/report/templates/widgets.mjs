@@ -192,7 +192,7 @@ export function forest(cells, state) {
   return {
     label: `Experts of layer ${data.layers[l]} with the largest lower bounds of lift`, xTitle: "lift, 95 % interval", rows,
     note: `Layer ${data.layers[l]}: ` + (rows.length
-      ? `the ${rows.length} of largest lower bound. Full points: p ≤ 0.05 over the layer's experts and domains.`
+      ? `the ${rows.length} of largest lower bound. Full points: p ≤ 0.05 over all experts and domains of all layers.`
       : data.sure ? "none." : "no interval is known (one prompt per domain, or no token).")
       + (data.sure ? ` Only those of p ≤ ${data.sure} are on this page, to keep it small; all are in the table.` : ""),
   };
