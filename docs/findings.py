@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -158,60 +156,31 @@ def of_mmlu(subject: Subject) -> str:
 # -- three models on a phone -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Route:
-    """A route trace: experts (T, L, k) of the decoded tokens, and the model's shape."""
-
-    model: str
-    experts: npt.NDArray[np.uint16]
-    layers: npt.NDArray[np.int64]
-    n_expert: int
-
-
-def route(path: Path) -> Route:
-    """Read a "route_trace v1" file: the tokens that were decoded one by one."""
-    with path.open() as file:
-        head = file.readline(), file.readline()
-    facts = dict(part.split("=", 1) for part in head[1].lstrip("# ").split() if "=" in part)
-    table = pd.read_csv(path, comment="#", header=None).iloc[:, :6]
-    table.columns = pd.Index(["turn", "phase", "step", "layer", "slot", "expert"])
-    if not str(table["layer"].iloc[0]).isdigit():  # a line of names
-        table = table.iloc[1:]
-    table = table[table["phase"].astype(str) == "1"]  # 0 is the prompt
-    table = table.astype({"turn": int, "step": int, "layer": int, "slot": int, "expert": int})
-    wide = table.pivot_table(
-        index=["turn", "step"], columns=["layer", "slot"], values="expert", aggfunc="first"
-    )
-    layers = wide.columns.get_level_values(0).unique().to_numpy()
-    k = len(wide.columns) // len(layers)
-    experts = wide.dropna().to_numpy(dtype=np.uint16).reshape(-1, len(layers), k)
-    return Route(Path(facts["model"]).stem, experts, layers, int(facts["n_expert"]))
-
-
 def phones(source: Path, published: dict[str, float]) -> str:
     """The part on three models, one prompt each."""
     rows = []
     for name, said in published.items():
-        one = route(source / f"{name}.route.csv")
-        n, _, k = one.experts.shape
+        with moetrace.open(source / f"{name}.route.csv") as trace:
+            decoded = trace.sel(phase="decode")
+            experts, layers, n_expert = np.array(decoded.experts), trace.layers, int(max(trace.n_expert))
+            model = str(trace.facts["model"]["name"])
+        n, _, k = experts.shape
         request, position = np.zeros(n, dtype=np.int64), np.arange(n, dtype=np.int32)
-        counts = m.count_routing(
-            one.experts, request, position, n_expert=one.n_expert, layers=one.layers, max_lag=1
-        )
+        counts = m.count_routing(experts, request, position, n_expert=n_expert, layers=layers, max_lag=1)
         table = m.persistence(counts)
         test = m.shuffle_test(
-            one.experts,
+            experts,
             request,
             position,
-            n_expert=one.n_expert,
-            layers=one.layers,
+            n_expert=n_expert,
+            layers=layers,
             max_lag=1,
             n_permutations=999,
         )
         above = test[test["overlap_p_family"] <= 0.05]["layer"]
         rows.append(
-            f"| {one.model} | {n:,} | {k} of {one.n_expert} | {said:.1f} % | {table['overlap'].mean():.1%} |"
-            f" {table['overlap_shuffle'].mean():.1%} | {k / one.n_expert:.1%} | {of_layers(above, len(test))} |"
+            f"| {model} | {n:,} | {k} of {n_expert} | {said:.1f} % | {table['overlap'].mean():.1%} |"
+            f" {table['overlap_shuffle'].mean():.1%} | {k / n_expert:.1%} | {of_layers(above, len(test))} |"
         )
     return "\n".join(
         [

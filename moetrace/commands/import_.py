@@ -6,12 +6,13 @@ import argparse
 import os
 import shutil
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
 from moetrace.commands.options import add_option, typed
 from moetrace.errors import UsageError
-from moetrace.trace.importers import FORMATS, Imported, import_trace
+from moetrace.trace.importers import DESCRIBED, FORMATS, Imported, import_trace
 from moetrace.trace.store import META_NAME
 
 _LEFT_OUT = {
@@ -24,17 +25,21 @@ _LEFT_OUT = {
 class Import:
     """Turn a recording of another program into a trace.
 
-    Reads per-token JSON (DOMAIN/traces/token-NNNNN.json), `layer_id,expert_ids` and `gate_input` logs,
-    OLMoE's JSON lines, and lakes of `moetrace export`. What the source does not say is marked missing;
-    see docs/import.md.
+    Reads per-token JSON (DOMAIN/traces/token-NNNNN.json), `layer_id,expert_ids` and `gate_input` logs, route_trace,
+    OLMoE's JSON lines, expert fingerprints, arrays of routed experts, and lakes of `moetrace export`; --list shows
+    each. What the source does not say is marked missing; see docs/import.md.
+
+      moetrace import --list
+      moetrace import run.route.csv -o t.moet
     """
 
     passthrough = False
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Add the options."""
-        parser.add_argument("source", metavar="SOURCE", help="the file or folder to read")
-        add_option(parser, "-o", "--output", required=True, metavar="T.moet", help="the trace to make")
+        parser.add_argument("source", metavar="SOURCE", nargs="?", help="the file or folder to read")
+        add_option(parser, "-o", "--output", metavar="T.moet", help="the trace to make")
+        add_option(parser, "--list", action="store_true", help="show what is read, with an example of each")
         add_option(parser, "--force", action="store_true", help="replace a trace of that name")
         formats = [name for name in FORMATS if name != "counts"]
         add_option(parser, "--format", choices=formats, help="default: found out from the source")
@@ -52,6 +57,12 @@ class Import:
 
     def run(self, args: argparse.Namespace) -> int:
         """Import, and say what was not there and what was left out."""
+        if args.list:
+            for name, (what, example) in DESCRIBED.items():
+                print(f"{name:<16}{what}\n" + textwrap.indent(example, " " * 16))
+            return 0
+        if not args.source or not args.output:
+            raise UsageError("what should be imported, and where to?", fix="moetrace import SOURCE -o T.moet")
         for name in ("n_expert", "n_expert_used"):
             value = getattr(args, name)
             if value is not None and value < 1:

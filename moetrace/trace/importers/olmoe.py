@@ -126,7 +126,9 @@ def shape(source: Path) -> Shape:
             highest = max(highest, int(experts.max()))
     if found is None:
         raise InputError(f"{source} holds no texts", fix="give JSON lines with input_ids and exp_ids")
-    return Shape(tuple(range(found[1])), found[0], highest + 1, 0)
+    return Shape(
+        tuple(range(found[1])), found[0], highest + 1, 0, knows=frozenset({"token", "position", "phase"})
+    )
 
 
 def pieces(source: Path, shape: Shape, tally: Tally, *, label: str = "") -> Iterator[Piece]:

@@ -53,6 +53,8 @@ class Piece:
         Rows missing before this piece: the source numbers its tokens and left some out.
     extra
         What else the source says of the request: JSON values.
+    weights
+        (n, L, k) float32 mixing weights, NaN where there is none; None if the source has none.
     """
 
     request: str
@@ -69,6 +71,7 @@ class Piece:
     row: NDArray[np.int64]
     skipped: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
+    weights: NDArray[np.float32] | None = None
 
 
 def merged(pieces: Iterator[Piece], n_bytes: int) -> Iterator[Piece]:
@@ -122,6 +125,16 @@ class Shape:
     """values of a gate input; 0 if the source has none"""
     one_per_line: bool = False
     """each line of the source has one of the k experts of a token"""
+    weights: bool = False
+    """the source has mixing weights"""
+    knows: frozenset[str] = frozenset()
+    """what else it says, of ``token``, ``position``, ``phase``, ``time``"""
+    n_expert: int = 0
+    """experts of a layer, as the source says; 0 if it does not"""
+    model: Mapping[str, str] = field(default_factory=dict)
+    """name and architecture, as far as it says"""
+    expert_bytes: tuple[int, ...] = ()
+    """bytes of an expert of each layer; empty if it does not say"""
 
 
 def malformed(path: Path, line: int | None, field: str, why: str, fix: str = "") -> InputError:

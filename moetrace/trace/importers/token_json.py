@@ -160,7 +160,7 @@ def shape(source: Path, k: int) -> Shape:
                 highest = max(highest, *(max(ids) for ids in one.experts.values()))
     if not layers:
         raise InputError(f"{source} holds no expert ids", why="no MUL_MAT_ID entry has any")
-    return Shape(tuple(sorted(layers)), k, highest + 1, 0)
+    return Shape(tuple(sorted(layers)), k, highest + 1, 0, knows=frozenset({"phase", "time"}))
 
 
 def pieces(source: Path, shape: Shape, tally: Tally, *, as_published: bool = False) -> Iterator[Piece]:

@@ -21,7 +21,7 @@ from moetrace.errors import InputError, UsageError
 from moetrace.trace.columns import TableWriter
 from moetrace.trace.contexts import of_model
 from moetrace.trace.fleet import found, is_many, open_traces
-from moetrace.trace.importers import lake, logs, olmoe, token_json
+from moetrace.trace.importers import arrays, fingerprint, lake, logs, olmoe, route_trace, token_json
 from moetrace.trace.importers.counts import COLUMNS, read_counts
 from moetrace.trace.importers.source import DECODE, PREFILL, Piece, Shape, Tally, lines, merged
 from moetrace.trace.jsonfile import write_json
@@ -33,7 +33,53 @@ from moetrace.trace.storage import disk_error
 from moetrace.trace.store import CONTEXT_NAME, FORMAT, META_NAME, VERSION, TraceStore
 from moetrace.trace.trace import Trace, open_trace
 
-FORMATS = ("token-json", "expert-log", "gate-log", "olmoe", "lake", "counts")
+#: name -> what it is, and an example
+DESCRIBED = {
+    "token-json": (
+        "folders DOMAIN/traces/token-NNNNN.json: every operation of a token's graph",
+        '[{"operation_type": "MUL_MAT_ID", "dst_name": "ffn_moe_down-0", "layer_id": 0, "expert_ids": [3, 1]}]',
+    ),
+    "expert-log": (
+        "lines of a patched llama-server, or of llama.cpp's moe-trace",
+        "layer_id,expert_ids\n0,3 17 5 22",
+    ),
+    "gate-log": ("lines of the router's inputs", "gate_input,0,0,0.5 -1.25 3.0"),
+    "route-trace": (
+        "route_trace v1 of engines that keep experts on flash",
+        "# route_trace v1\nturn,phase,step,layer,slot,expert,weight,residency,expert_bytes\n0,0,0,0,0,83,0.53,0,0",
+    ),
+    "olmoe": (
+        "JSON lines with token ids and experts",
+        '{"input_ids": [5, 9], "exp_ids": [[[0, 7]], [[3, 1]]]}',
+    ),
+    "fingerprint": (
+        "JSON of generated tokens with experts and weights",
+        '{"router_data": [{"token_0": {"layer_0": {"selected_experts": [3, 1], "selected_probs": [0.7, 0.3]}}}]}',
+    ),
+    "routed-experts": (
+        "arrays of vLLM and SGLang, .npy or .npz",
+        "int32, (tokens, layers, experts per token)",
+    ),
+    "lake": ("a folder of Parquet that moetrace export wrote", "moetrace export t.moet -o lake/"),
+    "counts": (
+        "a table of sums: moetrace stats reads it, no trace",
+        "domain,layer_id,expert_id,count\ncode,0,3,1204",
+    ),
+}
+FORMATS = tuple(DESCRIBED)
+#: how files begin that are something else
+_OTHERS = {
+    b"GGUF": "a GGUF model: give it with -m, beside a trace",
+    b"PAR1": "a Parquet file: of moetrace's own, the folder of a lake is read",
+    b"ARROW1": "an Arrow file: of moetrace's own, the folder of a lake is read",
+    b"PK\x03\x04": "a zip archive, such as PyTorch's .pt: a pickle is not read; give its arrays as .npz",
+    b"\x1f\x8b": "compressed with gzip: unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it",
+    b"\x80\x02": "a Python pickle, which is not read: it may run what it likes; give arrays as .npz",
+    b"\x80\x04": "a Python pickle, which is not read: it may run what it likes; give arrays as .npz",
+    b"SQLite format 3": "an SQLite database",
+}
+_HOW = "`moetrace import --list` shows what is read; name the format with --format"
 CONSUMERS = ["ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"]
 BLOCK_BYTES = 32 << 20
 TOKEN_JSON_USED = 4
@@ -88,11 +134,28 @@ def detect(source: Path) -> str:
             return "lake"
         if any(source.glob("*.jsonl")):
             return "olmoe"
+        if arrays.find(source):
+            return "routed-experts"
+        if fingerprint.find(source):
+            return "fingerprint"
+    elif arrays.find(source):
+        return "routed-experts"
+    elif fingerprint.find(source):
+        return "fingerprint"
     else:
+        with contextlib.suppress(OSError), source.open("rb") as file:
+            begins = file.read(16)
+            looks = next((what for magic, what in _OTHERS.items() if begins.startswith(magic)), "")
+            if looks:
+                raise InputError(
+                    f"{source} is no recording that moetrace reads", why=f"it looks like {looks}", fix=_HOW
+                )
         line, text = next(lines(source), (0, ""))
         names = [name.strip() for name in text.split(",")]
         if text.lstrip().startswith("{") and '"exp_ids"' in text:
             return "olmoe"
+        if text.startswith(route_trace.HEADER):
+            return "route-trace"
         if text.startswith(f"{logs.GATE},"):
             return "gate-log"
         if text.strip() in (logs.EXPERT_HEADER, logs.SINGLE_HEADER) or re.fullmatch(
@@ -106,7 +169,7 @@ def detect(source: Path) -> str:
     raise InputError(
         f"{source} is neither a trace nor a recording that moetrace reads",
         why=f"it is none of {', '.join(FORMATS)}",
-        fix="name the format with --format; docs/import.md says what each looks like",
+        fix=_HOW,
     )
 
 
@@ -235,9 +298,9 @@ def import_trace(
         with _making(out_):
             return Imported(out_, kind, *lake.write_from_lake(source_, key, out_), (), Tally())
     shape, pieces, tally = _read(kind, source_, n_expert_used, label, as_published)
-    if n_expert is not None and n_expert < shape.n_expert_seen:
+    if (n_expert or shape.n_expert or shape.n_expert_seen) < shape.n_expert_seen:
         raise InputError(
-            f"{source_}: expert_ids: {shape.n_expert_seen - 1} is no expert of {n_expert}",
+            f"{source_}: expert_ids: {shape.n_expert_seen - 1} is no expert of {n_expert or shape.n_expert}",
             fix=f"give --n-expert {shape.n_expert_seen} or more",
         )
     facts = _Facts(kind, source_, shape, n_expert, as_published, predicted=kind == "olmoe")
@@ -281,6 +344,15 @@ def _read(
     if kind == "olmoe":
         shape = olmoe.shape(source)
         return shape, olmoe.pieces(source, shape, tally, label=label), tally
+    if kind == "route-trace":
+        shape = route_trace.shape(source)
+        return shape, route_trace.pieces(source, shape, tally, label=label), tally
+    if kind == "fingerprint":
+        shape = fingerprint.shape(source)
+        return shape, fingerprint.pieces(source, shape, tally, label=label), tally
+    if kind == "routed-experts":
+        shape = arrays.shape(source)
+        return shape, arrays.pieces(source, shape, tally, label=label), tally
     if kind == "expert-log":
         shape = logs.expert_shape(source, n_expert_used)
         return shape, logs.expert_pieces(source, shape, tally, label=label, as_published=as_published), tally
@@ -301,25 +373,24 @@ class _Facts:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        olmoe_, gates = self.kind == "olmoe", self.kind == "gate-log"
+        shape = self.shape
         lacks = {
-            "experts": gates,
-            "weights": True,
-            "token": not olmoe_,
-            "position": not olmoe_,
-            "phase": self.kind in ("expert-log", "gate-log"),
-            "time": self.kind != "token-json",
-            "n_expert": self.n_expert is None,
+            "experts": not shape.n_expert_used,
+            "weights": not shape.weights,
+            **{name: name not in shape.knows for name in ("token", "position", "phase", "time")},
+            "n_expert": not (self.n_expert or shape.n_expert),
         }
         return tuple(name for name, lacking in lacks.items() if lacking)
 
     def context(self) -> dict[str, Any]:
         n_layers, shape = len(self.shape.layers), self.shape
-        n_expert = self.n_expert or shape.n_expert_seen
+        n_expert = self.n_expert or shape.n_expert or shape.n_expert_seen
         fields: list[dict[str, Any]] = [{"name": "state", "dtype": "|u1", "shape": [n_layers]}]
         if shape.n_expert_used:
             dtype = "|u1" if n_expert <= 255 else "<u2"
             fields.append({"name": "experts", "dtype": dtype, "shape": [n_layers, shape.n_expert_used]})
+        if shape.weights:
+            fields.append({"name": "weights", "dtype": "<f4", "shape": [n_layers, shape.n_expert_used]})
         if shape.n_embd:
             fields.append({"name": "gate_input", "dtype": "<f4", "shape": [n_layers, shape.n_embd]})
         if self.predicted:
@@ -329,8 +400,15 @@ class _Facts:
             "role": "main",
             "pid": 0,
             "collector": "import",
-            "channels": [f["name"] for f in fields if f["name"] in ("experts", "gate_input")],
-            "model": {"name": "", "architecture": "", "description": "", "n_embd": shape.n_embd},
+            "channels": [f["name"] for f in fields if f["name"] in ("experts", "weights", "gate_input")],
+            "model": {
+                "name": "",
+                "architecture": "",
+                "description": "",
+                "n_embd": shape.n_embd,
+                **shape.model,
+            },
+            **({"expert_bytes": list(shape.expert_bytes)} if shape.expert_bytes else {}),
             "layers": list(shape.layers),
             "n_expert": [n_expert] * n_layers,
             "n_expert_used": [shape.n_expert_used] * n_layers,
@@ -459,6 +537,8 @@ def _columns(
     }
     if piece.experts is not None:
         columns["experts"] = np.where(piece.experts < 0, layout.sentinel, piece.experts)
+    if "weights" in layout.row_columns:
+        columns["weights"] = np.full(piece.state.shape, np.nan) if piece.weights is None else piece.weights
     if piece.gate_input is not None:
         columns["gate_input"] = piece.gate_input
     if PREDICTED in layout.row_columns:
