@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import traces
 
+import moetrace
 import moetrace.analysis as m
 from moetrace.findings import Finding, Subject, question
 from moetrace.findings.wording import of_layers
