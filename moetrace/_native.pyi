@@ -19,6 +19,14 @@ def cache_hits(
     n_items: int,
     n_threads: int = 0,
 ) -> NDArray[np.bool_]: ...
+def budget_hits(
+    items: NDArray[np.int32],
+    worth: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    budgets: NDArray[np.int64],
+    n_threads: int = 0,
+) -> NDArray[np.bool_]: ...
 def kind_counts(
     kinds: NDArray[np.int32],
     rows: NDArray[np.int32],

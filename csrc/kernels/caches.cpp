@@ -53,9 +53,64 @@ array<bool> cache_hits(const array<int32_t> & items, const array<int64_t> & wort
     return out;
 }
 
+// (Z, T) whether accesses hit in caches of each of Z budgets that hold items of different sizes. What is needed together
+// (one group) is looked for first, and what is missing fetched then: a hit is never lost to what is fetched beside it.
+// worth: (2, T) of keeping an item that was there, and one that was fetched.
+array<bool> budget_hits(const array<int32_t> & items, const array<int64_t> & worth, const array<int64_t> & groups, const array<int64_t> & sizes,
+        const array<int64_t> & budgets, int n_threads) {
+    need(items.ndim() == 1 && worth.ndim() == 2 && worth.shape(0) == 2 && worth.shape(1) == items.size() && groups.size() == items.size(),
+        "worth and group are one per access");
+    const size_t T = (size_t) items.size(), Z = (size_t) budgets.size(), M = (size_t) sizes.size();
+    const int32_t * item = items.data();
+    const int64_t * value = worth.data(), * group = groups.data(), * size = sizes.data(), * budget = budgets.data();
+    need(std::all_of(item, item + T, [&](int32_t i) { return i >= 0 && (size_t) i < M; }), "an item is not there");
+    need(std::all_of(value, value + 2*T, [&](int64_t w) { return w >= 0; }), "worth is not negative");
+    need(std::all_of(size, size + M, [](int64_t s) { return s > 0; }), "an item has a size");
+    array<bool> out({ (py::ssize_t) Z, (py::ssize_t) T });
+    uint8_t * hits = (uint8_t *) out.mutable_data();
+    parallel_for(Z, n_threads, [&] { return std::vector<int64_t>(M); }, [&](size_t job, std::vector<int64_t> & held) {
+        using entry = std::pair<int64_t, int32_t>;
+        std::priority_queue<entry, std::vector<entry>, std::greater<entry>> least; // with entries that no longer hold
+        std::fill(held.begin(), held.end(), -1);
+        uint8_t * hit = hits + job*T;
+        int64_t free = budget[job];
+        for (size_t begin = 0, end = 0; begin < T; begin = end) {
+            while (end < T && group[end] == group[begin]) {
+                const size_t i = (size_t) item[end];
+                hit[end] = held[i] >= 0;
+                if (hit[end]) {
+                    held[i] = value[end];
+                    least.emplace(value[end], item[end]);
+                }
+                end++;
+            }
+            for (size_t t = begin; t < end; t++) {
+                const size_t i = (size_t) item[t];
+                if (hit[t] || size[i] > budget[job]) {
+                    continue;
+                }
+                while (free < size[i]) {
+                    const entry first = least.top();
+                    least.pop();
+                    if (held[(size_t) first.second] == first.first) {
+                        held[(size_t) first.second] = -1;
+                        free += size[first.second];
+                    }
+                }
+                held[i] = value[T + t];
+                least.emplace(value[T + t], item[t]);
+                free -= size[i];
+            }
+        }
+    });
+    return out;
+}
+
 } // namespace
 
 void bind_caches(py::module_ & m) {
+    m.def("budget_hits", &budget_hits, py::arg("items"), py::arg("worth"), py::arg("groups"), py::arg("sizes"), py::arg("budgets"),
+        py::arg("n_threads") = 0);
     m.def("cache_hits", &cache_hits, py::arg("items"), py::arg("worth"), py::arg("slots"), py::arg("n_items"), py::arg("n_threads") = 0);
 }
 

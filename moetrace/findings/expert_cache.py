@@ -8,11 +8,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
+from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.placement.cache import POLICIES, expert_cache
+from moetrace.analysis.placement.run_cache import RUN_POLICIES, hot_experts, run_cache
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import span
-from moetrace.host.options import human_size
+from moetrace.findings.wording import number, span
+from moetrace.host.options import human_size, parse_size
 from moetrace.model.file import ModelFile
 from moetrace.numbers import numbers
 
@@ -25,7 +27,8 @@ class ExpertCache(Question):
     (lru), least often used goes (lfu), the hottest experts of other prompts stay (pinned), and the best that anyone
     could do who knew the future (oracle; Belady). For slots of each layer and for slots that all layers share. Half of
     the prompts, drawn at random, warm the caches up and choose what is pinned; hits count on the other half, with
-    jackknife intervals over prompts. With -m model.gguf also in bytes.
+    jackknife intervals over prompts. With -m model.gguf also in bytes. The table run is the recorded run as it was: one
+    budget for all layers, prompts included if they are asked for (--phase all), what was computed together at once.
     """
 
     name: ClassVar[str] = "expert-cache"
@@ -38,18 +41,28 @@ class ExpertCache(Question):
         25.0,
         "what the link from slow to fast memory carries, 10⁹ bytes a second: latency is bytes fetched over that",
     )
+    budgets: str = parameter(
+        "", "sizes of the run's cache, as 2GiB,4GiB (of experts, where bytes are not known)"
+    )
+    run_tokens: int = parameter(20_000, "tokens of the run as it was: the first so many; 0: all")
     max_tokens: int = parameter(
         5_000, "tokens to simulate: prompts, or stretches of long ones, drawn at random; 0: all"
     )
 
     def answer(self, subject: Subject) -> Finding:
         """Simulate."""
-        slots = numbers(self.slots, "--slots") if self.slots else []
         text = subject.routing.text
-        sizes = None
-        if subject.model is not None:
-            with ModelFile(subject.model) as model:
-                sizes = [model.expert_bytes(layer) for layer in text.layers.tolist()]
+        sizes = self._sizes(subject, text.layers.tolist())
+        run, told = self._run(subject, text, sizes)
+        if text.n_requests < 2:
+            tables = {"run": run, "hot_set": hot_experts(text)}
+            caveats = [
+                "There is one prompt, so that what was hot in others cannot be tried on it: nothing is pinned, and"
+                " there is no interval.",
+                *_SINGLE,
+            ]
+            return self.finding(subject, told, tables, caveats)
+        slots = numbers(self.slots, "--slots") if self.slots else []
         found = expert_cache(
             text if self.max_tokens == 0 else text.some(self.max_tokens, (subject.seed, 7)),
             slots,
@@ -62,13 +75,13 @@ class ExpertCache(Question):
         sentences = _advice(layer, _middle(layer)[0])
         for slot in _middle(layer):
             names = [p for p in ("pinned", "lru", "lfu", "oracle") if (p, slot) in rate.index]
-            told = ", ".join(f"{_WORDS[p]} {_hits(rate.loc[(p, slot)])}" for p in names)
+            words = ", ".join(f"{_WORDS[p]} {_hits(rate.loc[(p, slot)])}" for p in names)
             memory = float(layer.loc[layer["slots"] == slot, "memory"].iloc[0])
             size = float(layer.loc[layer["slots"] == slot, "memory_bytes"].iloc[0]) if sizes else float("nan")
             sentences.append(
                 f"With {slot} slots per layer ({memory:.0%} of all experts"
                 + (f", {human_size(size)}" if sizes else "")
-                + f") this share of the experts that tokens need is there already: {told}."
+                + f") this share of the experts that tokens need is there already: {words}."
             )
         sentences.append(_hot_set(layer, found.hot))
         if "shared" in set(found.curve["cache"]):
@@ -104,13 +117,71 @@ class ExpertCache(Question):
         ]
         if sizes is None:
             caveats.append("In experts; give the model for bytes: -m model.gguf.")
-        tables = {"cache": found.curve, "by_layer": found.layers, "hot_set": found.hot}
-        return self.finding(subject, sentences, tables, caveats)
+        if not len(run):
+            caveats.append(
+                "There is no table run: several recordings, or contexts, are several runs, and of a very long one only"
+                " some texts are looked at."
+            )
+        tables = {
+            "cache": found.curve,
+            "by_layer": found.layers,
+            "hot_set": found.hot.merge(hot_experts(text)[["layer", "hottest"]], on="layer"),
+            **({"run": run} if len(run) else {}),
+        }
+        return self.finding(subject, [*sentences, *told], tables, caveats)
+
+    def _sizes(self, subject: Subject, layers: list[int]) -> list[int] | None:
+        """Bytes of an expert of each layer: of the model, or as the recording says."""
+        if subject.model is not None:
+            with ModelFile(subject.model) as model:
+                return [model.expert_bytes(layer) for layer in layers]
+        for trace in subject.traces[:1]:
+            told = trace.facts.get("expert_bytes")
+            if isinstance(told, list) and len(told) == len(layers):
+                return [int(size) for size in told]
+        return None
+
+    def _run(
+        self, subject: Subject, text: RoutedText, sizes: list[int] | None
+    ) -> tuple[pd.DataFrame, list[str]]:
+        """The beginning of the run as it was, if one context's rows are all here; and what is to be said of it."""
+        chosen = subject.routing.chosen
+        if len(chosen) > 1 or len(text) < len(subject.routing.texts):
+            return pd.DataFrame(), []
+        step = np.asarray(chosen[0].trace.step[text.rows], dtype=np.int64)
+        if self.run_tokens and len(text) > self.run_tokens:
+            last = np.sort(step)[self.run_tokens]
+            early = np.flatnonzero(step < last)
+            text, step = text.take(early), step[early]
+        budgets = [parse_size(part) for part in self.budgets.split(",") if part.strip()]
+        table = run_cache(text, step, budgets, expert_bytes=sizes)
+        wide = table[table["policy"] == "lru"]
+        row = wide.iloc[int((wide["memory"] - 0.25).abs().to_numpy().argmin())]
+        best = table[(table["policy"] == "oracle") & (table["budget"] == row["budget"])].iloc[0]
+        room = human_size(row["budget"]) if sizes else f"{row['budget']:,.0f} experts"
+        said = (
+            f"As it ran, {number(len(text), 'token')} from an empty cache on, one budget for all layers of {room}"
+            f" ({row['memory']:.0%} of all experts) would have hit {row['hit_rate']:.1%} of what was needed if the last"
+            f" used are kept, {best['hit_rate']:.1%} at most"
+        )
+        if sizes:
+            said += f"; {human_size(row['fetched_bytes'])} fetched per token"
+        return table, [said + "."]
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Hit rate against memory, for both kinds of cache."""
         from moetrace import plot
 
+        if "cache" not in finding.tables:
+            run = (
+                finding.tables["run"].rename(columns={"memory": "share"}).assign(memory=lambda t: t["share"])
+            )
+            return {
+                "run": Figure(
+                    lambda ax: plot.hit_rates(run.assign(low=np.nan, high=np.nan), RUN_POLICIES, ax=ax),
+                    "Hit rate of one cache for all layers against its size, in the run as it was.",
+                )
+            }
         curve = finding.tables["cache"]
         where = {"layer": "with slots of its own for each layer", "shared": "shared by all layers"}
         return {
@@ -121,6 +192,11 @@ class ExpertCache(Question):
             for cache in dict.fromkeys(curve["cache"])
         }
 
+
+_SINGLE = (
+    "What is computed together in a layer is looked for together: a hit is not lost to what is fetched beside it.",
+    "A run is one observation: another run may need other experts.",
+)
 
 _WORDS = {
     "lru": "keeping what was used last",
