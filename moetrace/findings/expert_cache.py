@@ -52,7 +52,7 @@ class ExpertCache(Question):
     def answer(self, subject: Subject) -> Finding:
         """Simulate."""
         text = subject.routing.text
-        sizes = self._sizes(subject, text.layers.tolist())
+        sizes = expert_sizes(subject, text.layers.tolist())
         run, told = self._run(subject, text, sizes)
         if text.n_requests < 2:
             tables = {"run": run, "hot_set": hot_experts(text)}
@@ -130,17 +130,6 @@ class ExpertCache(Question):
         }
         return self.finding(subject, [*sentences, *told], tables, caveats)
 
-    def _sizes(self, subject: Subject, layers: list[int]) -> list[int] | None:
-        """Bytes of an expert of each layer: of the model, or as the recording says."""
-        if subject.model is not None:
-            with ModelFile(subject.model) as model:
-                return [model.expert_bytes(layer) for layer in layers]
-        for trace in subject.traces[:1]:
-            told = trace.facts.get("expert_bytes")
-            if isinstance(told, list) and len(told) == len(layers):
-                return [int(size) for size in told]
-        return None
-
     def _run(
         self, subject: Subject, text: RoutedText, sizes: list[int] | None
     ) -> tuple[pd.DataFrame, list[str]]:
@@ -204,6 +193,18 @@ _WORDS = {
     "pinned": "pinning the hottest of other prompts",
     "oracle": "knowing the future",
 }
+
+
+def expert_sizes(subject: Subject, layers: list[int]) -> list[int] | None:
+    """Bytes of an expert of each layer: of the model's file, or as the recording says; None if neither tells."""
+    if subject.model is not None:
+        with ModelFile(subject.model) as model:
+            return [model.expert_bytes(layer) for layer in layers]
+    for trace in subject.traces[:1]:
+        told = trace.facts.get("expert_bytes")
+        if isinstance(told, list) and len(told) == len(layers):
+            return [int(size) for size in told]
+    return None
 
 
 def _middle(layer: pd.DataFrame) -> list[int]:

@@ -69,3 +69,30 @@ def hit_rates(curve: pd.DataFrame, policies: Iterable[str], *, ax: Axes | None =
     ax.set(xlabel="share of all experts in memory", ylabel="hit rate", xlim=(0, 1), ylim=(0, 1.02))
     legend_above(ax, 3)
     return ax
+
+
+def distinct(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw how many different experts of a layer n tokens need together, mean over layers.
+
+    ``table`` is of :func:`moetrace.analysis.placement.unions.distinct_experts`.
+    """
+    ax = axes(ax)
+    layers = max(1, table.loc[table["layer"] >= 0, "layer"].nunique())
+    whole = table[table["layer"] < 0].set_index("n")
+    whole = whole[["consecutive", "low", "high", "shuffled", "batch", "even"]] / layers
+    for color, (name, label) in zip(
+        OKABE_ITO,
+        {"consecutive": "consecutive tokens of a text", "batch": "one token of each of n texts"}.items(),
+        strict=False,
+    ):
+        ax.plot(whole.index, whole[name], color=color, marker="o", label=label)
+    ax.fill_between(whole.index, whole["low"], whole["high"], color=OKABE_ITO[0], alpha=0.2, linewidth=0)
+    ax.plot(
+        whole.index, whole["shuffled"], color=OKABE_ITO[0], linestyle=":", label="the same text in any order"
+    )
+    ax.plot(whole.index, whole["even"], color=faint(), linestyle="--", label="even use")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(whole.index.tolist(), [str(n) for n in whole.index])
+    ax.set(xlabel="tokens", ylabel="different experts per layer", ylim=(0, None))
+    legend_above(ax, 2)
+    return ax

@@ -145,6 +145,11 @@ class RoutedText:
             **self._names(chosen),
         )
 
+    def by_name(self) -> RoutedText:
+        """Requests in the order of their names, itself if they are: sums are the same, whichever trace came first."""
+        order = sorted(range(self.n_requests), key=lambda i: self.prompts[i])
+        return self if order == list(range(self.n_requests)) else self.of(order)
+
     def some(
         self, max_rows: int, seed: int | Sequence[int], stretch: Stretch | None = "anywhere"
     ) -> RoutedText:

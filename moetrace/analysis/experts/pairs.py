@@ -166,9 +166,7 @@ def co_occurrence(
     max_listed
         Pairs to list, at most.
     """
-    named = sorted(range(text.n_requests), key=lambda i: text.prompts[i])
-    if named != list(range(text.n_requests)):
-        text = text.of(named)  # sums to the last digit, in whichever order traces are given
+    text = text.by_name()
     layers = [_layer(text, layer, min_expected) for layer in range(text.experts.shape[1])]
     dof = text.n_requests - 1
     with np.errstate(invalid="ignore", divide="ignore"):
