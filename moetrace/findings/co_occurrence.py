@@ -40,7 +40,7 @@ class CoOccurrenceOfExperts(Question):
     min_expected: float = parameter(5.0, "pairs that rates let expect fewer tokens are left out")
     alpha: float = parameter(0.05, "false discovery rate, over all pairs of all layers")
     listed: int = parameter(500, "pairs to list, the most surprising first")
-    max_tokens: int = parameter(50_000, "whole prompts are drawn until they hold so many tokens")
+    max_tokens: int = parameter(30_000, "whole prompts are drawn until they hold so many tokens")
 
     def answer(self, subject: Subject) -> Finding:
         """Answer it, for each layer."""

@@ -32,7 +32,7 @@ class DistinctExperts(Question):
     place: ClassVar[int] = 205
 
     sizes: str = parameter("1,2,4,8,16,32", "how many tokens, as 1,2,4")
-    max_tokens: int = parameter(50_000, "whole prompts are drawn until they hold so many tokens")
+    max_tokens: int = parameter(30_000, "whole prompts are drawn until they hold so many tokens")
 
     def answer(self, subject: Subject) -> Finding:
         """Answer it, for each layer and all of them."""

@@ -33,6 +33,21 @@ def test_pair_rates_are_those_of_all_sets_with_these_rates(e: int, k: int) -> No
     np.testing.assert_allclose(m.pair_rates(rates, k), pairs, atol=1e-8)
 
 
+@pytest.mark.parametrize(
+    "odds",
+    [
+        [1.0] * 7,
+        [100.0, 100.0, 1.0, 1.0, 1.0, 0.5],
+        [9.0, 9.0 + 1e-7, 3.0, 3.0, 0.1, 0.1],
+        [50.0] * 3 + [1e-3] * 4,
+    ],
+)
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_pair_rates_of_experts_that_are_used_alike(odds: list[float], k: int) -> None:
+    rates, pairs = enumerated(np.array(odds), k)
+    np.testing.assert_allclose(m.pair_rates(rates, k), pairs, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize(("e", "k"), [(512, 10), (128, 8), (32, 4)])
 def test_pairs_of_an_expert_add_up(e: int, k: int) -> None:
     """Each token that has an expert has k - 1 others: also where a few experts take nearly all tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from moetrace.analysis.statistics.nulls import benjamini_hochberg
 from moetrace.analysis.statistics.shapes import Floats, Ints
 
 _ROUNDS, _CLOSE = 200, 1e-10  # of the fit of odds
+_ALIKE = 1e-5  # odds that differ by less than this share
 _ALWAYS = 1 - 1e-9  # an expert that (almost) every token uses tells nothing about others
 
 
@@ -105,23 +107,47 @@ def _symmetric(odds: Floats, degree: int) -> Floats:
 
 def _symmetric_without(odds: Floats, degree: int) -> Floats:
     """(E,) elementary symmetric polynomial of this degree of all odds but one."""
+    return _all_without(odds, degree)[:, degree]
+
+
+def _all_without(odds: Floats, degree: int) -> Floats:
+    """(E, degree + 1) elementary symmetric polynomials of all odds but one, of every degree up to this."""
     before, after = _symmetric(odds, degree)[:-1], _symmetric(odds[::-1], degree)[::-1][1:]
-    return np.asarray((before * after[:, ::-1]).sum(axis=1))
+    out = np.zeros_like(before)
+    for m in range(degree + 1):
+        out[:, m] = (before[:, : m + 1] * after[:, m::-1]).sum(axis=1)
+    return out
 
 
 def _pairs_of(odds: Floats, k: int) -> Floats:
-    """(E, E) chance that a conditional Bernoulli sample of k has both."""
+    """(E, E) chance that a conditional Bernoulli sample of k has both.
+
+    π_ij = (π_i w_j − π_j w_i)/(w_j − w_i), exactly; for odds that are (almost) alike from the polynomial without both,
+    e_m(−ij) = e_m(−i) − w_j e_{m−1}(−ij), or anew where that cancels.
+    """
     e = odds.size
-    out = np.zeros((e, e))
     if k < 2:
-        return out
+        return np.zeros((e, e))
     odds = odds / np.exp(np.log(odds).mean())
-    whole = (odds * _symmetric_without(odds, k - 1)).sum() / k
-    for i in range(e):
-        rest = np.delete(odds, i)
-        both = odds[i] * rest * _symmetric_without(rest, k - 2) / whole
-        out[i, np.arange(e) != i] = both
-    return (out + out.T) / 2
+    without = _all_without(odds, k - 1)
+    whole = (odds * without[:, k - 1]).sum() / k
+    rates = odds * without[:, k - 1] / whole
+    gap = odds - odds[:, None]
+    near = np.abs(gap) < _ALIKE * np.maximum(odds, odds[:, None])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        out = (rates[:, None] * odds - rates * odds[:, None]) / gap
+    first, second = np.nonzero(np.triu(near, 1))
+    rest = np.ones(first.size)
+    for m in range(1, k - 1):
+        rest = without[first, m] - odds[second] * rest
+    both = odds[first] * odds[second] * rest / whole
+    for at in np.flatnonzero(rates[first] > 0.2).tolist():
+        i, j = int(first[at]), int(second[at])
+        left = np.delete(odds, [i, j])
+        both[at] = odds[i] * odds[j] * _symmetric(left, k - 2)[-1, k - 2] / whole
+    out[first, second] = out[second, first] = both
+    np.fill_diagonal(out, 0.0)
+    return np.asarray(out)
 
 
 @dataclass(frozen=True)
@@ -175,32 +201,10 @@ def co_occurrence(
     q, text_q = (
         benjamini_hochberg(2 * stdtr(dof, -np.abs(z)) if dof > 0 else np.full(z.size, np.nan)) for z in scores
     )
-    reach = float(stdtrit(dof, 0.975)) if dof > 0 else np.nan
-    used = _all(x.used[x.first] for x in layers), _all(x.used[x.second] for x in layers)
-    both, expected, error = (_all(getattr(x, n) for x in layers) for n in ("both", "expected", "error"))
-    text_expected, text_error = (_all(getattr(x, n) for x in layers) for n in ("text_expected", "text_error"))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        table = pd.DataFrame(
-            {
-                "layer": np.repeat([x.number for x in layers], [x.first.size for x in layers]),
-                "expert": _all(x.first for x in layers).astype(np.int64),
-                "other": _all(x.second for x in layers).astype(np.int64),
-                "tokens": both.astype(np.int64),
-                "expected": expected,
-                "lift": both / expected,
-                "low": np.maximum(both - reach * error, 0) / expected,
-                "high": (both + reach * error) / expected,
-                "share": both / used[0],
-                "share_other": both / used[1],
-                "prompts": _all(x.prompts for x in layers).astype(np.int64),
-                "q": q,
-                "text_expected": text_expected,
-                "text_lift": both / text_expected,
-                "text_low": np.maximum(both - reach * text_error, 0) / text_expected,
-                "text_high": (both + reach * text_error) / text_expected,
-                "text_q": text_q,
-            }
-        )
+    number = np.repeat([x.number for x in layers], [x.first.size for x in layers])
+    both, expected, text_expected = (
+        _all(getattr(x, n) for x in layers) for n in ("both", "expected", "text_expected")
+    )
     sure = {
         "more": (q <= alpha) & (both > expected),
         "fewer": (q <= alpha) & (both < expected),
@@ -213,20 +217,50 @@ def co_occurrence(
             "tokens": [x.tokens for x in layers],
             "tested": [x.first.size for x in layers],
             **{
-                name: [int(flag[table["layer"].to_numpy() == x.number].sum()) for x in layers]
+                name: np.bincount(
+                    np.searchsorted([x.number for x in layers], number[flag]), minlength=len(layers)
+                )
                 for name, flag in sure.items()
             },
         }
     )
     order = np.argsort(-np.abs(np.nan_to_num(scores[0])), kind="stable")[:max_listed]
+    reach = float(stdtrit(dof, 0.975)) if dof > 0 else np.nan
+
+    def listed(values: Iterable[npt.ArrayLike]) -> Floats:
+        return _all(values)[order]
+
+    n, share = both[order], expected[order]
+    error, text_error = (reach * listed(getattr(x, name) for x in layers) for name in ("error", "text_error"))
+    text_share = text_expected[order]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        table = pd.DataFrame(
+            {
+                "layer": number[order],
+                "expert": listed(x.first for x in layers).astype(np.int64),
+                "other": listed(x.second for x in layers).astype(np.int64),
+                "tokens": n.astype(np.int64),
+                "expected": share,
+                "lift": n / share,
+                "low": np.maximum(n - error, 0) / share,
+                "high": (n + error) / share,
+                "share": n / listed(x.used[x.first] for x in layers),
+                "share_other": n / listed(x.used[x.second] for x in layers),
+                "prompts": listed(x.prompts for x in layers).astype(np.int64),
+                "q": q[order],
+                "text_expected": text_share,
+                "text_lift": n / text_share,
+                "text_low": np.maximum(n - text_error, 0) / text_share,
+                "text_high": (n + text_error) / text_share,
+                "text_q": text_q[order],
+            }
+        )
     most = layers[int((summary["more"] + summary["fewer"]).to_numpy().argmax())] if layers else None
-    return CoOccurrence(
-        summary, table.iloc[order].reset_index(drop=True), _square(most), int(text.n_requests)
-    )
+    return CoOccurrence(summary, table, _square(most), int(text.n_requests))
 
 
-def _all(values: object) -> Floats:
-    each = [np.asarray(v, dtype=np.float64) for v in values]  # type: ignore[attr-defined]
+def _all(values: Iterable[npt.ArrayLike]) -> Floats:
+    each = [np.asarray(v, dtype=np.float64) for v in values]
     return np.concatenate(each) if each else np.empty(0)
 
 

@@ -67,8 +67,9 @@ def distinct_experts(
         there = size > 0
         rate = used[there] / size[there][:, None]
         k = float((ids < e).sum()) / max(known.size, 1)
+        windows = _Windows(ids, begins, owner, e, text.n_requests)
         for i, n in enumerate(wanted):
-            distinct[layer, i], places[layer, i] = _windows(ids, begins, owner, e, n, text.n_requests)
+            distinct[layer, i], places[layer, i] = windows.distinct(n)
             mixed[layer, i] = places[layer, i] * _drawn(used, size, n)
             batch[layer, i] = (1 - (1 - rate.mean(axis=0)) ** n).sum() if there.any() else np.nan
             even[layer, i] = e * (1 - (1 - k / e) ** n)
@@ -107,38 +108,45 @@ def distinct_experts(
     return pd.DataFrame(rows)
 
 
-def _windows(
-    ids: Ints, begins: npt.NDArray[np.bool_], owner: Ints, e: int, n: int, n_requests: int
-) -> tuple[Floats, Floats]:
-    """(R,) distinct experts summed over all windows of n tokens, and how many windows, of each request."""
-    m, k = ids.shape
-    stretch = np.cumsum(begins) - 1
-    start = np.flatnonzero(begins)
-    length = np.diff(np.append(start, m))
-    place = np.arange(m) - start[stretch] if m else np.arange(0)
-    windows = np.maximum(length - n + 1, 0)
-    n_windows = (
-        np.bincount(owner[start], weights=windows, minlength=n_requests) if m else np.zeros(n_requests)
-    )
-    token = np.repeat(np.arange(m), k)
-    flat = ids.reshape(-1)
-    there = flat < e
-    token, flat = token[there], flat[there]
-    order = np.lexsort((token, flat, stretch[token]))
-    token, flat = token[order], flat[order]
-    at = place[token]
-    same = np.append(False, (flat[1:] == flat[:-1]) & (stretch[token[1:]] == stretch[token[:-1]]))[
-        : flat.size
-    ]
-    before = np.where(same, np.append(-1, at[:-1])[: flat.size], -1)
-    # an access is the first of its expert in the windows that begin after the one before, and reach it
-    low = np.maximum(before + 1, at - n + 1)
-    high = np.minimum(at, length[stretch[token]] - n)
-    counts = np.maximum(high - np.maximum(low, 0) + 1, 0)
-    return (
-        np.bincount(owner[token], weights=counts, minlength=n_requests).astype(np.float64),
-        n_windows.astype(np.float64),
-    )
+class _Windows:
+    """One layer's accesses, with the place of each and of the one before it of the same expert in the same stretch."""
+
+    def __init__(
+        self, ids: Ints, begins: npt.NDArray[np.bool_], owner: Ints, e: int, n_requests: int
+    ) -> None:
+        m, k = ids.shape
+        stretch = np.cumsum(begins) - 1
+        start = np.flatnonzero(begins)
+        self._length = np.diff(np.append(start, m))
+        self._owner_of_stretch, self._n_requests = owner[start], n_requests
+        place = np.arange(m) - start[stretch] if m else np.arange(0)
+        token = np.repeat(np.arange(m), k)
+        flat = ids.reshape(-1)
+        there = flat < e
+        token, flat = token[there], flat[there]
+        # tokens ascend already
+        order = np.argsort(stretch[token] * e + flat, kind="stable")
+        token, flat = token[order], flat[order]
+        self._at = place[token]
+        mine = stretch[token]
+        same = np.append(False, (flat[1:] == flat[:-1]) & (mine[1:] == mine[:-1]))[: flat.size]
+        self._before = np.where(same, np.append(-1, self._at[:-1])[: flat.size], -1)
+        self._room = self._length[mine] if m else mine
+        self._owner = owner[token]
+
+    def distinct(self, n: int) -> tuple[Floats, Floats]:
+        """(R,) distinct experts summed over all windows of n tokens, and how many windows, of each request."""
+        windows = np.maximum(self._length - n + 1, 0)
+        # an access is the first of its expert in the windows that begin after the one before, and reach it
+        low = np.maximum(np.maximum(self._before + 1, self._at - n + 1), 0)
+        high = np.minimum(self._at, self._room - n)
+        counts = np.maximum(high - low + 1, 0)
+        return (
+            np.bincount(self._owner, weights=counts, minlength=self._n_requests).astype(np.float64),
+            np.bincount(self._owner_of_stretch, weights=windows, minlength=self._n_requests).astype(
+                np.float64
+            ),
+        )
 
 
 def _drawn(used: Ints, size: Ints, n: int) -> Floats:
