@@ -32,7 +32,13 @@ GROUPS = {
         "resume": "Resume",
     },
     "look": {"info": "Info", "verify": "Verify", "recover": "Recover", "dump": "Dump"},
-    "ask": {"stats": "Stats", "report": "Report", "analyze": "Analyze", "compare": "Compare"},
+    "ask": {
+        "stats": "Stats",
+        "report": "Report",
+        "analyze": "Analyze",
+        "compare": "Compare",
+        "place": "Place",
+    },
     "bring in, take out": {"import": "Import", "export": "Export"},
     "set up": {
         "doctor": "Doctor",

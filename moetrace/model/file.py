@@ -173,6 +173,41 @@ class ModelFile:
         tensor = self._stored(name)
         return tensor.data, tensor.tensor_type
 
+    def layer_expert_bytes(self, layer: int) -> int:
+        """Bytes of all experts of a layer as the file stores them. Raises InputError if the layer has none."""
+        return self.expert_bytes(layer) * self.experts_of(layer)
+
+    @property
+    def gpu_bytes_beside_experts(self) -> int:
+        """Bytes of the tensors that llama.cpp puts on the GPU with all layers on it (-ngl 99), experts left out.
+
+        The embedding of tokens stays with the CPU; where it is the output matrix too, the GPU has a copy.
+        """
+        total = sum(int(t.n_bytes) for name, t in self._tensors.items() if "_exps." not in name)
+        embedding = self._tensors.get("token_embd.weight")
+        if embedding is not None and "output.weight" in self._tensors:
+            total -= int(embedding.n_bytes)
+        return total
+
+    def kv_bytes(self, n_ctx: int) -> int | None:
+        """Bytes of a KV cache in F16 of so many positions; None for architectures whose cache is of another kind.
+
+        That is: with latent attention (``kv_lora_rank``), sliding windows, or recurrent layers.
+        """
+        other = ("attention.kv_lora_rank", "attention.sliding_window", "ssm.state_size", "ssm.conv_kernel")
+        if any(self.field(f"{{arch}}.{key}", 0) for key in other):
+            return None
+        heads = self.field("{arch}.attention.head_count", 0)
+        kv = self.field("{arch}.attention.head_count_kv", heads)
+        per_layer = kv if isinstance(kv, list) else [kv] * self.n_layer
+        if not isinstance(heads, int) or heads <= 0 or not all(isinstance(n, int) for n in per_layer):
+            return None
+        width = self.n_embd // heads
+        both = self.field("{arch}.attention.key_length", width) + self.field(
+            "{arch}.attention.value_length", width
+        )
+        return 2 * n_ctx * int(both) * int(sum(per_layer))
+
     def expert_bytes(self, layer: int) -> int:
         """Bytes of one expert of a layer as the file stores it: its share of every tensor of the layer's experts.
 

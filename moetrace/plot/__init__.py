@@ -17,7 +17,7 @@ from moetrace.plot.heatmap import Measure, heatmap, size_of, usage
 from moetrace.plot.load import load_balance
 from moetrace.plot.pairs import pairs, similarity
 from moetrace.plot.persistence import persistence, persistence_by_layer, strongest_layer
-from moetrace.plot.prediction import correlation, distinct, gains, hit_rates, recall
+from moetrace.plot.prediction import correlation, distinct, gains, hit_rates, recall, traffic
 from moetrace.plot.separation import matched_separation, separation
 from moetrace.plot.specialists import kinds, specialists
 from moetrace.plot.style import DARK, LIGHT, OKABE_ITO, Theme, style
@@ -62,6 +62,7 @@ __all__ = [
     "strongest_layer",
     "style",
     "success",
+    "traffic",
     "transitions",
     "usage",
 ]

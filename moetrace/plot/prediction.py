@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from moetrace.plot.names import short
-from moetrace.plot.style import OKABE_ITO, axes, by_layer, faint, legend_above, line, zero_line
+from moetrace.plot.style import OKABE_ITO, axes, by_layer, faint, layer_axis, legend_above, line, zero_line
 
 
 def recall(
@@ -94,5 +94,21 @@ def distinct(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_xscale("log", base=2)
     ax.set_xticks(whole.index.tolist(), [str(n) for n in whole.index])
     ax.set(xlabel="tokens", ylabel="different experts per layer", ylim=(0, None))
+    legend_above(ax, 2)
+    return ax
+
+
+def traffic(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw bytes of experts read per token by layer, those of layers kept on the GPU in another colour.
+
+    ``table`` is ``by_layer`` of the question ``placement``.
+    """
+    ax = axes(ax)
+    for color, kept, label in ((OKABE_ITO[0], True, "on the GPU"), (OKABE_ITO[1], False, "with the CPU")):
+        mine = table[table["kept"].astype(bool) == kept]
+        if len(mine):
+            ax.bar(mine["layer"], mine["read_per_token"] / 2**20, color=color, label=label)
+    ax.set(ylabel="MiB read per token")
+    layer_axis(ax, table["layer"].to_numpy())
     legend_above(ax, 2)
     return ax

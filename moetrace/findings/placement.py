@@ -1,0 +1,179 @@
+"""Which experts to keep on the GPU, and what to type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+
+from moetrace.analysis.counts.routed import RoutedText
+from moetrace.analysis.placement.layers import compare_placements, layer_traffic
+from moetrace.analysis.placement.run_cache import hot_experts
+from moetrace.errors import UsageError
+from moetrace.findings.finding import Figure, Finding, Question, parameter
+from moetrace.findings.subject import Subject
+from moetrace.findings.wording import layer_list, number
+from moetrace.host.options import human_size, parse_size
+from moetrace.model.file import ModelFile
+
+_WORTH = 0.05  # share of what stays with the CPU from which on naming layers is worth a longer line
+
+
+@dataclass(frozen=True)
+class Placement(Question):
+    """Which layers' experts fit on the GPU, which should be there, and what is typed for it?
+
+    llama.cpp places the experts of whole layers. What a layer's experts are read for follows from the recorded run: the
+    distinct experts of every ubatch, times their bytes. Those read most for their size are kept, as far as the memory
+    goes beside everything else (weights that are no experts, KV cache for --ctx-size positions, --reserve for compute
+    buffers); beside them the last layers (-ncmoe), the first, and none. Intervals over prompts. Ask about all phases
+    (--phase all) if prompts are long.
+    """
+
+    name: ClassVar[str] = "placement"
+    title: ClassVar[str] = "Experts on the GPU"
+    place: ClassVar[int] = 210
+    needs_model: ClassVar[bool] = True
+
+    vram: str = parameter("", "memory of the GPU, as 12GiB")
+    ctx_size: int = parameter(8192, "positions of the KV cache, over all slots")
+    reserve: str = parameter("1GiB", "left for compute buffers and whatever else is on the GPU")
+
+    def answer(self, subject: Subject) -> Finding:
+        """Answer it."""
+        path = subject.need_model("placement")
+        if not self.vram:
+            raise UsageError("how much memory has the GPU?", fix="give it: --vram 12GiB")
+        chosen = subject.routing.chosen
+        if len(chosen) > 1:
+            raise UsageError("several recordings, or contexts, are several runs", fix="ask about one of them")
+        text = subject.routing.text
+        layers = text.layers.tolist()
+        with ModelFile(path) as model:
+            each = [model.expert_bytes(layer) for layer in layers]
+            sizes = [model.layer_expert_bytes(layer) for layer in layers]
+            others = model.gpu_bytes_beside_experts
+            kv = model.kv_bytes(self.ctx_size)
+            every = layers == model.moe_layers
+        step = np.asarray(chosen[0].trace.step[text.rows], dtype=np.int64)
+        traffic = layer_traffic(text, step, each)
+        room = parse_size(self.vram) - parse_size(self.reserve) - others - (kv or 0)
+        memory = pd.DataFrame(
+            {
+                "what": ["weights beside experts", "KV cache", "reserve", "room for experts", "all experts"],
+                "bytes": [others, kv or 0, parse_size(self.reserve), max(room, 0), sum(sizes)],
+            }
+        )
+        if room < 0:
+            raise UsageError(
+                f"{self.vram} do not hold the model without any expert",
+                why=f"its other weights take {human_size(others)}, the KV cache {human_size(kv or 0)}, and"
+                f" {self.reserve} are reserved",
+                fix="give a smaller --ctx-size or --reserve; or leave layers on the CPU (-ngl)",
+            )
+        table, kept = compare_placements(traffic, sizes, room)
+        rows: dict[str, dict[Any, Any]] = {str(r["placement"]): r for r in table.to_dict("records")}
+        last, first, none = rows["last"], rows["first"], rows["none"]
+        # naming layers is worth it where -ncmoe leaves clearly more
+        use = "traffic" if last["more_low"] > _WORTH * last["left"] else "last"
+        mine = rows[use]
+        n = int(mine["kept"])
+        some = 0 < n < len(layers)
+        line = server_line(kept[use].tolist(), layers, named=use == "traffic")
+        said = [
+            f"Type: llama-server -m {path.name} -c {self.ctx_size} {line}",
+            f"Beside {human_size(others)} of other weights and {human_size(kv or 0)} of KV cache, {self.vram} hold the"
+            f" experts of {number(n, 'layer')} of {len(layers)}"
+            + (f" (here: {layer_list(mine['layers'].split())})" if some else "")
+            + ".",
+            f"Then {human_size(mine['left'])} ({_size_span(mine)}) of experts per token stay with the CPU, of"
+            f" {human_size(none['left'])} if it had them all.",
+        ]
+        if some:
+            best = rows["traffic"]
+            said.append(
+                f"Which layers they are: the last ones, as -ncmoe keeps, leave {human_size(last['left'])} per token,"
+                f" the first {human_size(first['left'])}, those that are read most {human_size(best['left'])}"
+                + (": naming them pays." if use == "traffic" else ": naming them is not worth it.")
+            )
+        hot = hot_experts(text, min(1.0, max(room, 0) / max(sum(sizes), 1)) or 1e-9)
+        share = _pinned_share(text, sizes, room)
+        if some:
+            said.append(
+                f"An engine that keeps single experts would serve {share:.0%} of activations from the same memory with"
+                f" the hottest of each layer; whole layers serve {n / len(layers):.0%}."
+            )
+        caveats = [
+            "KV cache and compute buffers are estimates: llama.cpp prints its own when it loads the model; if it runs"
+            " out of memory, raise --reserve.",
+            "The hottest experts are those of these same texts; other texts may need others (expert-cache holds prompts"
+            " out).",
+        ]
+        if kv is None:
+            caveats.append(
+                "How large the KV cache of this architecture is cannot be said: it is not counted."
+            )
+        if not every:
+            caveats.append(
+                f"Only layers {layer_list(layers)} were recorded; the others' experts are not counted."
+            )
+        by_layer = pd.DataFrame(
+            {
+                "layer": layers,
+                "expert_bytes": each,
+                "layer_bytes": sizes,
+                "read_per_token": traffic.read.sum(axis=0) / traffic.tokens.sum(),
+                "kept": np.isin(np.arange(len(layers)), kept[use]),
+                "hottest": hot["hottest"],
+            }
+        )
+        return self.finding(
+            subject, said, {"placements": table, "by_layer": by_layer, "memory": memory}, caveats
+        )
+
+    def figures(self, finding: Finding) -> dict[str, Figure]:
+        """Bytes read per token by layer, and which are kept."""
+        from moetrace import plot
+
+        table = finding.tables["by_layer"]
+        return {
+            "by_layer": Figure(
+                lambda ax: plot.traffic(table, ax=ax),
+                "Bytes of experts read per token, by layer, and which layers' experts are kept on the GPU.",
+            )
+        }
+
+
+def _size_span(row: dict[Any, Any]) -> str:
+    if np.isnan(row["low"]):
+        return "no interval"
+    return f"{human_size(max(row['low'], 0))} to {human_size(row['high'])}"
+
+
+def _pinned_share(text: RoutedText, sizes: list[int], room: float) -> float:
+    """Share of activations that the hottest experts of each layer serve if each layer has its share of the room."""
+    n = int(text.n_expert * min(1.0, max(room, 0.0) / max(sum(sizes), 1)))
+    served = total = 0
+    for layer in range(text.experts.shape[1]):
+        ids = text.experts[:, layer].astype(np.int64)
+        uses = np.sort(np.bincount(ids[ids < text.n_expert], minlength=text.n_expert))[::-1]
+        served, total = served + int(uses[:n].sum()), total + int(uses.sum())
+    return served / total if total else float("nan")
+
+
+def server_line(kept: Sequence[int], layers: Sequence[int], *, named: bool) -> str:
+    """llama-server's options that keep these layers' experts (indices) on the GPU, and the others' with the CPU.
+
+    ``named`` by -ot; else by -ncmoe, which keeps the last layers.
+    """
+    left = [layer for i, layer in enumerate(layers) if i not in set(kept)]
+    if not left:
+        return "-ngl 99"
+    if not len(kept):
+        return "-ngl 99 -cmoe"
+    if not named:
+        return f"-ngl 99 -ncmoe {max(left) + 1}"  # it counts all layers from 0, dense ones too
+    return f'-ngl 99 -ot "blk\\.({"|".join(map(str, left))})\\.ffn_(gate|up|down|gate_up)_exps=CPU"'

@@ -1,0 +1,123 @@
+"""Which layers' experts to keep: bytes against counting by hand, and what is typed against the model's own tensors."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moetrace import data
+from moetrace.__main__ import main
+from moetrace.analysis import RoutedText
+from moetrace.analysis.placement.layers import choose_layers, compare_placements, layer_traffic
+from moetrace.commands.demo import unpack
+from moetrace.findings.placement import server_line
+from moetrace.model.file import ModelFile
+
+
+def counted(
+    experts: np.ndarray[Any, Any], owner: list[int], step: list[int], size: list[int]
+) -> np.ndarray[Any, Any]:
+    """Bytes read for each prompt and layer, token by token."""
+    out = np.zeros((max(owner) + 1, experts.shape[1]))
+    for t, (who, when) in enumerate(zip(owner, step, strict=True)):
+        together = [u for u in range(len(step)) if step[u] == when]
+        for layer in range(experts.shape[1]):
+            distinct = {int(e) for u in together for e in experts[u, layer] if e < 8}
+            out[who, layer] += len(distinct) * size[layer] / len(together)
+        assert t >= 0
+    return out
+
+
+def test_bytes_are_those_of_distinct_experts_of_each_ubatch() -> None:
+    rng = np.random.default_rng(0)
+    experts = np.argsort(rng.random((12, 3, 8)), axis=2)[:, :, :2]
+    experts[3, 2] = 255
+    owner = [0] * 5 + [1] * 4 + [2] * 3
+    step = [0, 0, 0, 1, 2, 3, 3, 4, 5, 5, 6, 2]
+    text = RoutedText(experts.astype(np.uint8), np.array([0, 5, 9, 12]), 8)
+    traffic = layer_traffic(text, step, [10, 20, 30])
+    np.testing.assert_allclose(traffic.read, counted(experts, owner, step, [10, 20, 30]))
+    assert traffic.tokens.tolist() == [5, 4, 3]
+    whole = traffic.per_token([0, 1, 2])
+    assert whole.low < traffic.read.sum() / 12 < whole.high
+
+
+def test_layers_that_are_read_most_for_their_size_are_kept() -> None:
+    assert choose_layers([5, 9, 1, 9], [10, 30, 10, 10], 25).tolist() == [0, 3]
+    assert choose_layers([1, 1, 1], [10, 10, 10], 25).tolist() == [1, 2], "of equal ones the last, as -ncmoe"
+    assert choose_layers([1, 1], [10, 10], 5).tolist() == []
+
+
+def test_placements_are_compared_on_the_same_prompts() -> None:
+    rng = np.random.default_rng(1)
+    experts = np.argsort(rng.random((80, 4, 8)), axis=2)[:, :, :2]
+    experts[:, 3, :] = (0, 1)  # the last layer has two experts only: a batch reads it for little
+    text = RoutedText(experts.astype(np.uint8), np.arange(0, 81, 10), 8)
+    step = np.repeat(np.arange(20), 4)
+    table, kept = compare_placements(layer_traffic(text, step, [10] * 4), [80] * 4, 170)
+    rows = table.set_index("placement")
+    assert kept["last"].tolist() == [2, 3]
+    assert kept["first"].tolist() == [0, 1]
+    assert 3 not in kept["traffic"].tolist()
+    assert rows.loc["last", "more_low"] > 0
+    assert rows.loc["traffic", "left"] == rows["left"].drop("none").min()
+    assert rows.loc["none", "left"] == rows["left"].max()
+    assert rows["bytes"].tolist() == [160, 160, 160, 0]
+
+
+@pytest.mark.parametrize(
+    ("kept", "named", "on_cpu"),
+    [([1, 4], True, [0, 2, 3, 5, 6, 7]), ([6, 7], False, [0, 1, 2, 3, 4, 5]), ([], False, list(range(8)))],
+)
+def test_what_is_typed_names_the_tensors_of_these_layers(
+    kept: list[int], named: bool, on_cpu: list[int]
+) -> None:
+    """llama.cpp's own patterns: -ncmoe N is blk.0 to blk.N-1, -cmoe all."""
+    line = server_line(kept, list(range(8)), named=named)
+    exps = "ffn_(up|down|gate|gate_up)_(ch|)exps"
+    if found := re.search(r"-ncmoe (\d+)", line):
+        patterns = [rf"blk\.{n}\.{exps}" for n in range(int(found[1]))]
+    elif "-cmoe" in line:
+        patterns = [rf"\.{exps}"]
+    else:
+        patterns = [re.search(r'-ot "(.*)=CPU"', line)[1]]  # type: ignore[index]
+    with ModelFile(data.demo_model()) as model:
+        found_on_cpu = {
+            int(name.split(".")[1])
+            for name in model.tensor_names
+            if any(re.search(p, name) for p in patterns)
+        }
+        assert all(
+            "_exps" in name for name in model.tensor_names if any(re.search(p, name) for p in patterns)
+        )
+    assert sorted(found_on_cpu) == on_cpu
+    assert server_line(list(range(8)), list(range(8)), named=False) == "-ngl 99"
+
+
+def test_sizes_of_a_model_file() -> None:
+    with ModelFile(data.demo_model()) as model:
+        stored = {name: model.stored(name)[0].nbytes for name in model.tensor_names}
+        experts = sum(size for name, size in stored.items() if "_exps" in name)
+        assert sum(model.layer_expert_bytes(layer) for layer in model.moe_layers) == experts
+        assert model.gpu_bytes_beside_experts == sum(stored.values()) - experts - stored["token_embd.weight"]
+        # 8 layers, 4 heads of width 32 for keys and values, 2 bytes
+        assert model.kv_bytes(100) == 100 * 8 * 2 * 4 * 32 * 2
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = str(unpack(data.recorded_demo(), tmp_path))
+    model = str(data.demo_model())
+    line = ["place", trace, "-m", model, "-c", "512", "--reserve", "64KiB"]
+    assert main([*line, "--vram", "5MiB", "-o", str(tmp_path / "o")]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0] == "llama-server -m demo.gguf -c 512 -ngl 99 -ncmoe 6"
+    assert "of experts per token stay with the CPU" in " ".join(out.split())
+    assert (tmp_path / "o" / "figures" / "placement-by_layer.png").is_file()
+    assert main([*line, "--vram", "1GiB"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith("-c 512 -ngl 99")
+    assert main([*line, "--vram", "2MiB"]) == 2
+    assert "do not hold the model without any expert" in capsys.readouterr().err
