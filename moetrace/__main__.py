@@ -31,7 +31,7 @@ GROUPS = {
         "intervene": "Intervene",
         "resume": "Resume",
     },
-    "look": {"info": "Info", "verify": "Verify", "recover": "Recover", "dump": "Dump"},
+    "look": {"info": "Info", "show": "Show", "verify": "Verify", "recover": "Recover", "dump": "Dump"},
     "ask": {
         "stats": "Stats",
         "report": "Report",
