@@ -126,14 +126,8 @@ class Show:
                 out.append(f"\x1b[2;4m{shown}\x1b[0m")
             elif expert is not None:
                 mine = np.flatnonzero(experts[i] == expert)
-                share = (
-                    0.0
-                    if not mine.size
-                    else 1.0
-                    if weights is None
-                    else float(weights[i, mine[0]] / weights[i].max())
-                )
-                out.append(_on(_MARK if share > 0.6 else 230 if share > 0 else None, shown))
+                weight = 1.0 if weights is None or not mine.size else weights[i, mine[0]] / weights[i].max()
+                out.append(_on(None if not mine.size else _MARK if weight > _HALF else _FAINT, shown))
             else:
                 out.append(_on(colour.get(int(first[i])), shown))
         print("".join(out))
