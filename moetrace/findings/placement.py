@@ -38,15 +38,13 @@ class Placement(Question):
     place: ClassVar[int] = 210
     needs_model: ClassVar[bool] = True
 
-    vram: str = parameter("", "memory of the GPU, as 12GiB")
+    vram: str = parameter("", "memory of the GPU, as 12GiB; default: as much as holds half of the experts")
     ctx_size: int = parameter(8192, "positions of the KV cache, over all slots")
     reserve: str = parameter("1GiB", "left for compute buffers and whatever else is on the GPU")
 
     def answer(self, subject: Subject) -> Finding:
         """Answer it."""
         path = subject.need_model("placement")
-        if not self.vram:
-            raise UsageError("how much memory has the GPU?", fix="give it: --vram 12GiB")
         chosen = subject.routing.chosen
         if len(chosen) > 1:
             raise UsageError("several recordings, or contexts, are several runs", fix="ask about one of them")
@@ -60,7 +58,9 @@ class Placement(Question):
             every = layers == model.moe_layers
         step = np.asarray(chosen[0].trace.step[text.rows], dtype=np.int64)
         traffic = layer_traffic(text, step, each)
-        room = parse_size(self.vram) - parse_size(self.reserve) - others - (kv or 0)
+        beside = parse_size(self.reserve) + others + (kv or 0)
+        vram = parse_size(self.vram) if self.vram else beside + sum(sizes) // 2
+        room = vram - beside
         memory = pd.DataFrame(
             {
                 "what": ["weights beside experts", "KV cache", "reserve", "room for experts", "all experts"],
@@ -69,14 +69,14 @@ class Placement(Question):
         )
         if room < 0:
             raise UsageError(
-                f"{self.vram} do not hold the model without any expert",
+                f"{human_size(vram)} do not hold the model without any expert",
                 why=f"its other weights take {human_size(others)}, the KV cache {human_size(kv or 0)}, and"
                 f" {self.reserve} are reserved",
                 fix="give a smaller --ctx-size or --reserve; or leave layers on the CPU (-ngl)",
             )
         table, kept = compare_placements(traffic, sizes, room)
         rows: dict[str, dict[Any, Any]] = {str(r["placement"]): r for r in table.to_dict("records")}
-        last, first, none = rows["last"], rows["first"], rows["none"]
+        last, first, none = rows["last"], rows["first"], rows["no layer"]
         # naming layers is worth it where -ncmoe leaves clearly more
         use = "traffic" if last["more_low"] > _WORTH * last["left"] else "last"
         mine = rows[use]
@@ -85,8 +85,8 @@ class Placement(Question):
         line = server_line(kept[use].tolist(), layers, named=use == "traffic")
         said = [
             f"Type: llama-server -m {path.name} -c {self.ctx_size} {line}",
-            f"Beside {human_size(others)} of other weights and {human_size(kv or 0)} of KV cache, {self.vram} hold the"
-            f" experts of {number(n, 'layer')} of {len(layers)}"
+            f"Beside {human_size(others)} of other weights and {human_size(kv or 0)} of KV cache, {human_size(vram)} hold"
+            f" the experts of {number(n, 'layer')} of {len(layers)}"
             + (f" (here: {layer_list(mine['layers'].split())})" if some else "")
             + ".",
             f"Then {human_size(mine['left'])} ({_size_span(mine)}) of experts per token stay with the CPU, of"

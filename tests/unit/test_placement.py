@@ -64,8 +64,8 @@ def test_placements_are_compared_on_the_same_prompts() -> None:
     assert kept["first"].tolist() == [0, 1]
     assert 3 not in kept["traffic"].tolist()
     assert rows.loc["last", "more_low"] > 0
-    assert rows.loc["traffic", "left"] == rows["left"].drop("none").min()
-    assert rows.loc["none", "left"] == rows["left"].max()
+    assert rows.loc["traffic", "left"] == rows["left"].drop("no layer").min()
+    assert rows.loc["no layer", "left"] == rows["left"].max()
     assert rows["bytes"].tolist() == [160, 160, 160, 0]
 
 

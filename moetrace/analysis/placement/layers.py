@@ -94,7 +94,7 @@ def compare_placements(
     """What leaving layers' experts with the CPU costs, by which ones are kept.
 
     ``traffic`` keeps those that are read most for their size, ``last`` and ``first`` the last and first ones that fit
-    (what llama.cpp's -ncmoe keeps, and the other end), ``none`` none.
+    (what llama.cpp's -ncmoe keeps, and the other end), ``no layer`` none.
 
     Returns one row per placement: ``placement``, ``kept`` (how many layers), ``layers`` (their numbers), ``bytes`` that
     they take, ``left`` (bytes per token of the experts that stay with the CPU) with ``low`` and ``high`` (jackknife
@@ -113,7 +113,7 @@ def compare_placements(
         "traffic": choose_layers(worth, size, room),
         "last": fitting(every[::-1]),
         "first": fitting(every),
-        "none": np.array([], dtype=np.int64),
+        "no layer": np.array([], dtype=np.int64),
     }
     best = np.setdiff1d(every, kept["traffic"])
     rows = []
