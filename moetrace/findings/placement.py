@@ -85,8 +85,8 @@ class Placement(Question):
         line = server_line(kept[use].tolist(), layers, named=use == "traffic")
         said = [
             f"Type: llama-server -m {path.name} -c {self.ctx_size} {line}",
-            f"Beside {human_size(others)} of other weights and {human_size(kv or 0)} of KV cache, {human_size(vram)} hold"
-            f" the experts of {number(n, 'layer')} of {len(layers)}"
+            f"Beside {human_size(others)} of other weights and {human_size(kv or 0)} of KV cache,"
+            f" {human_size(vram)} hold the experts of {number(n, 'layer')} of {len(layers)}"
             + (f" (here: {layer_list(mine['layers'].split())})" if some else "")
             + ".",
             f"Then {human_size(mine['left'])} ({_size_span(mine)}) of experts per token stay with the CPU, of"
