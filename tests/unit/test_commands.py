@@ -21,6 +21,7 @@ from traces import labelled_trace, small_trace
 
 import moetrace
 from moetrace.__main__ import COMMANDS, load, main, split
+from moetrace.commands.options import typed
 from moetrace.errors import MoetraceError, RuntimeMissingError, UsageError
 from moetrace.host.options import human_size, parse_size
 from moetrace.host.runtime import VARIABLES, find_tool, preload_environment
@@ -105,7 +106,7 @@ def test_verify_exit_codes(tmp_path: Path, capsys: Capture) -> None:
     assert main(["verify", "-q", GOLDEN]) == 0
     assert capsys.readouterr().out == ""
     assert main(["verify", KILLED]) == 3
-    assert f"Next: moetrace recover {KILLED}" in capsys.readouterr().out
+    assert f"Next: {typed()} recover {KILLED}" in capsys.readouterr().out
     path = small_trace(tmp_path / "t")
     (path / "labels.jsonl").write_text("nonsense\n")
     assert main(["verify", str(path)]) == 4

@@ -5,6 +5,7 @@ from recordings import write
 
 import moetrace
 from moetrace.__main__ import run as command_line
+from moetrace.commands.options import typed
 from moetrace.errors import MoetraceError, UsageError
 
 
@@ -35,7 +36,7 @@ def test_import(log, tmp_path, capsys):
         "Not in the source: weights, token, position, phase, time",
         "1 rows left out: they ran every expert, as llama.cpp's warm-up does",
         "1 records of the last layer left out: the source does not say whose they are",
-        f"Next: moetrace info {tmp_path / 't.moet'}",
+        f"Next: {typed()} info {tmp_path / 't.moet'}",
     ]
     trace = moetrace.open(tmp_path / "t.moet")
     assert trace.n_expert.tolist() == [8, 8]
