@@ -279,7 +279,7 @@ def test_a_folder_that_goes_away(how, recorded, tmp_path):
     assert all(answer.tokens for answer in answers)
     if how == "moved":
         assert str(tmp_path / "u.moet") in started.told[0]
-        assert started.end() == 0
+        assert started.end() == 0, started.text
         assert rows_of(moetrace.open(tmp_path / "u.moet")) == computed(answers)
         assert verify(tmp_path / "u.moet").exit_code == 0
         assert f"Wrote {tmp_path / 'u.moet'}" in started.text
