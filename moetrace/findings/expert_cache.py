@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
+from moetrace.analysis.counts.chosen import Chosen
 from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.placement.cache import POLICIES, expert_cache
 from moetrace.analysis.placement.run_cache import RUN_POLICIES, hot_experts, run_cache
@@ -137,6 +138,7 @@ class ExpertCache(Question):
         chosen = subject.routing.chosen
         if len(chosen) > 1 or len(text) < len(subject.routing.texts):
             return pd.DataFrame(), []
+        n_tokens = len(text)
         step = np.asarray(chosen[0].trace.step[text.rows], dtype=np.int64)
         if self.run_tokens and len(text) > self.run_tokens:
             last = np.sort(step)[self.run_tokens]
@@ -155,19 +157,17 @@ class ExpertCache(Question):
         )
         if sizes:
             said += f"; {human_size(row['fetched_bytes'])} fetched per token"
-        return table, [said + "."]
+        return table, [said + ".", *left_out(chosen[0], n_tokens)]
 
     def figures(self, finding: Finding) -> dict[str, Figure]:
         """Hit rate against memory, for both kinds of cache."""
         from moetrace import plot
 
         if "cache" not in finding.tables:
-            run = (
-                finding.tables["run"].rename(columns={"memory": "share"}).assign(memory=lambda t: t["share"])
-            )
+            run = finding.tables["run"].assign(low=np.nan, high=np.nan)
             return {
                 "run": Figure(
-                    lambda ax: plot.hit_rates(run.assign(low=np.nan, high=np.nan), RUN_POLICIES, ax=ax),
+                    lambda ax: plot.hit_rates(run, RUN_POLICIES, ax=ax),
                     "Hit rate of one cache for all layers against its size, in the run as it was.",
                 )
             }
@@ -193,6 +193,16 @@ _WORDS = {
     "pinned": "pinning the hottest of other prompts",
     "oracle": "knowing the future",
 }
+
+
+def left_out(chosen: Chosen, n_tokens: int) -> list[str]:
+    """What of a run is not looked at, a sentence: copies of texts, and rejected drafts."""
+    n = int(np.count_nonzero(chosen.keep)) - n_tokens
+    if n <= 0:
+        return []
+    return [
+        f"{number(n, 'token')} more were computed, and are left out: copies of these texts, or rejected drafts."
+    ]
 
 
 def expert_sizes(subject: Subject, layers: list[int]) -> list[int] | None:

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.placement.layers import compare_placements, layer_traffic
 from moetrace.analysis.placement.run_cache import hot_experts
 from moetrace.errors import UsageError
+from moetrace.findings.expert_cache import left_out
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import layer_list, number
@@ -49,28 +49,45 @@ class Placement(Question):
         if len(chosen) > 1:
             raise UsageError("several recordings, or contexts, are several runs", fix="ask about one of them")
         text = subject.routing.text
+        if len(text) < len(subject.routing.texts):
+            raise UsageError(
+                "the recording is too long: of it only some texts are looked at, and not what was computed with them",
+                fix="ask about a shorter recording",
+            )
         layers = text.layers.tolist()
         with ModelFile(path) as model:
             each = [model.expert_bytes(layer) for layer in layers]
             sizes = [model.layer_expert_bytes(layer) for layer in layers]
             others = model.gpu_bytes_beside_experts
             kv = model.kv_bytes(self.ctx_size)
-            every = layers == model.moe_layers
+            unseen = sorted(set(model.moe_layers) - set(layers))
+        if unseen:
+            raise UsageError(
+                f"nothing is known of layers {layer_list(unseen)}, whose experts need room as well",
+                fix="record all layers, and leave out --layers",
+            )
         step = np.asarray(chosen[0].trace.step[text.rows], dtype=np.int64)
         traffic = layer_traffic(text, step, each)
+        cache = "unknown size, which is not counted" if kv is None else human_size(kv)
         beside = parse_size(self.reserve) + others + (kv or 0)
         vram = parse_size(self.vram) if self.vram else beside + sum(sizes) // 2
         room = vram - beside
         memory = pd.DataFrame(
             {
                 "what": ["weights beside experts", "KV cache", "reserve", "room for experts", "all experts"],
-                "bytes": [others, kv or 0, parse_size(self.reserve), max(room, 0), sum(sizes)],
+                "bytes": [
+                    others,
+                    np.nan if kv is None else kv,
+                    parse_size(self.reserve),
+                    max(room, 0),
+                    sum(sizes),
+                ],
             }
         )
         if room < 0:
             raise UsageError(
                 f"{human_size(vram)} do not hold the model without any expert",
-                why=f"its other weights take {human_size(others)}, the KV cache {human_size(kv or 0)}, and"
+                why=f"its other weights take {human_size(others)}, the KV cache {cache}, and"
                 f" {self.reserve} are reserved",
                 fix="give a smaller --ctx-size or --reserve; or leave layers on the CPU (-ngl)",
             )
@@ -85,7 +102,7 @@ class Placement(Question):
         line = server_line(kept[use].tolist(), layers, named=use == "traffic")
         said = [
             f"Type: llama-server -m {path.name} -c {self.ctx_size} {line}",
-            f"Beside {human_size(others)} of other weights and {human_size(kv or 0)} of KV cache,"
+            f"Beside {human_size(others)} of other weights and a KV cache of {cache},"
             f" {human_size(vram)} hold the experts of {number(n, 'layer')} of {len(layers)}"
             + (f" (here: {layer_list(mine['layers'].split())})" if some else "")
             + ".",
@@ -99,8 +116,8 @@ class Placement(Question):
                 f" the first {human_size(first['left'])}, those that are read most {human_size(best['left'])}"
                 + (": naming them pays." if use == "traffic" else ": naming them is not worth it.")
             )
-        hot = hot_experts(text, min(1.0, max(room, 0) / max(sum(sizes), 1)) or 1e-9)
-        share = _pinned_share(text, sizes, room)
+        hot = hot_experts(text, n=min(text.n_expert, int(text.n_expert * room / sum(sizes))))
+        share = float((hot["served"] * hot["activations"]).sum() / hot["activations"].sum())
         if some:
             said.append(
                 f"An engine that keeps single experts would serve {share:.0%} of activations from the same memory with"
@@ -116,10 +133,6 @@ class Placement(Question):
             caveats.append(
                 "How large the KV cache of this architecture is cannot be said: it is not counted."
             )
-        if not every:
-            caveats.append(
-                f"Only layers {layer_list(layers)} were recorded; the others' experts are not counted."
-            )
         by_layer = pd.DataFrame(
             {
                 "layer": layers,
@@ -130,6 +143,7 @@ class Placement(Question):
                 "hottest": hot["hottest"],
             }
         )
+        caveats += left_out(chosen[0], len(text))
         return self.finding(
             subject, said, {"placements": table, "by_layer": by_layer, "memory": memory}, caveats
         )
@@ -151,17 +165,6 @@ def _size_span(row: dict[Any, Any]) -> str:
     if np.isnan(row["low"]):
         return "no interval"
     return f"{human_size(max(row['low'], 0))} to {human_size(row['high'])}"
-
-
-def _pinned_share(text: RoutedText, sizes: list[int], room: float) -> float:
-    """Share of activations that the hottest experts of each layer serve if each layer has its share of the room."""
-    n = int(text.n_expert * min(1.0, max(room, 0.0) / max(sum(sizes), 1)))
-    served = total = 0
-    for layer in range(text.experts.shape[1]):
-        ids = text.experts[:, layer].astype(np.int64)
-        uses = np.sort(np.bincount(ids[ids < text.n_expert], minlength=text.n_expert))[::-1]
-        served, total = served + int(uses[:n].sum()), total + int(uses.sum())
-    return served / total if total else float("nan")
 
 
 def server_line(kept: Sequence[int], layers: Sequence[int], *, named: bool) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from moetrace import data
@@ -121,3 +122,18 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out.splitlines()[0].endswith("-c 512 -ngl 99")
     assert main([*line, "--vram", "2MiB"]) == 2
     assert "do not hold the model without any expert" in capsys.readouterr().err
+
+
+def test_a_cache_of_unknown_size_is_not_called_empty(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GIVEN an architecture whose KV cache cannot be reckoned THEN that is said, and no 0 stands for it."""
+    monkeypatch.setattr(ModelFile, "kv_bytes", lambda self, n: None)
+    trace = str(unpack(data.recorded_demo(), tmp_path))
+    line = ["place", trace, "-m", str(data.demo_model()), "--vram", "5MiB", "--reserve", "64KiB"]
+    assert main([*line, "-o", str(tmp_path / "o")]) == 0
+    assert "a KV cache of unknown size, which is not counted" in " ".join(capsys.readouterr().out.split())
+    memory = pd.read_csv(tmp_path / "o" / "tables" / "placement-memory.csv").set_index("what")["bytes"]
+    assert np.isnan(memory["KV cache"])
+    assert main([*line, "--layers", "0-3"]) == 2
+    assert "nothing is known of layers 4-7" in capsys.readouterr().err

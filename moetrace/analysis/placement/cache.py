@@ -43,11 +43,11 @@ def cache_hits(
     worth = np.zeros(x.shape, dtype=np.int64)
     for mine, row in zip(worth, x, strict=True):
         there = row >= 0
-        mine[there] = _worth(row[there].astype(np.int64), policy, n_items)
+        mine[there] = worth_of(row[there].astype(np.int64), policy, n_items)
     return _native.cache_hits(x, worth, np.asarray(slots, dtype=np.int64), n_items)
 
 
-def _worth(stream: Ints, policy: Policy, n_items: int) -> Ints:
+def worth_of(stream: Ints, policy: Policy, n_items: int) -> Ints:
     """(T,) how much it is worth to keep an item after each use; different for different items, and not negative."""
     n = stream.size
     if policy == "lru":

@@ -10,7 +10,7 @@ import pandas as pd
 
 from moetrace import _native
 from moetrace.analysis.counts.routed import RoutedText
-from moetrace.analysis.placement.cache import Policy, _worth
+from moetrace.analysis.placement.cache import Policy, worth_of
 from moetrace.analysis.statistics.shapes import Ints
 from moetrace.errors import UsageError
 
@@ -117,14 +117,14 @@ def run_cache(
 def _worths(item: Ints, group: Ints, policy: Policy, n_items: int) -> Ints:
     """(2, A) how much it is worth to keep what was there, and what was fetched; of a group that is used later."""
     if policy != "lru":
-        return np.stack([_worth(item, policy, n_items)] * 2)
+        return np.stack([worth_of(item, policy, n_items)] * 2)
     _, first, inverse, size = np.unique(group, return_index=True, return_inverse=True, return_counts=True)
     place = np.arange(item.size) + first[inverse]  # twice the group's beginning, and the place in it
     return np.stack([place, place + size[inverse]])
 
 
-def hot_experts(text: RoutedText, share: float = 0.8) -> pd.DataFrame:
-    """The hottest experts of each layer, as many as serve this share of its activations.
+def hot_experts(text: RoutedText, share: float = 0.8, n: int | None = None) -> pd.DataFrame:
+    """The hottest experts of each layer: as many as serve this share of its activations, or ``n`` of them.
 
     Returns one row per layer: ``layer``, ``activations``, ``experts`` (how many), ``even`` (of even use), ``hottest``
     (their numbers, the hottest first, as text), ``served`` (the share that they serve).
@@ -135,11 +135,13 @@ def hot_experts(text: RoutedText, share: float = 0.8) -> pd.DataFrame:
         uses = np.bincount(ids[ids < text.n_expert], minlength=text.n_expert)
         order = np.argsort(-uses, kind="stable")
         served = np.cumsum(uses[order]) / max(int(uses.sum()), 1)
-        n = int(np.searchsorted(served, share)) + 1 if uses.sum() else 0
+        reach = int(np.searchsorted(served, share)) + 1 if uses.sum() else 0
+        taken = reach if n is None else n
+        part = float("nan") if not uses.sum() else float(served[taken - 1]) if taken else 0.0
         rows.append(
             (
-                int(text.layers[layer]), int(uses.sum()), n, int(np.ceil(share * text.n_expert)),
-                " ".join(map(str, order[:n].tolist())), float(served[n - 1]) if n else float("nan"),
+                int(text.layers[layer]), int(uses.sum()), taken, int(np.ceil(share * text.n_expert)),
+                " ".join(map(str, order[:taken].tolist())), part,
             )
         )  # fmt: skip
     return pd.DataFrame(rows, columns=["layer", "activations", "experts", "even", "hottest", "served"])
