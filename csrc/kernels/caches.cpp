@@ -8,30 +8,70 @@ namespace moetrace {
 
 namespace {
 
-// One cache: each access (worth: of keeping its item from now on, different for different items) hits, or takes the slot
-// of the item of least worth.
-void cache_run(const int32_t * items, const int64_t * worth, size_t n, size_t slots, std::vector<int64_t> & held, uint8_t * hit) {
-    using entry = std::pair<int64_t, int32_t>;
-    std::priority_queue<entry, std::vector<entry>, std::greater<entry>> least; // with entries that no longer hold
-    std::fill(held.begin(), held.end(), -1);
+// What a cache holds, and what each item is worth: not negative, and different for different items.
+class held_items {
+public:
+    explicit held_items(size_t n_items) : worth(n_items, -1), queued(n_items, -1) {}
+
+    bool has(size_t item) const { return worth[item] >= 0; }
+
+    void keep(size_t item, int64_t value) {
+        worth[item] = value;
+        if (queued[item] < 0 || value < queued[item]) { // a rise is seen to when the entry comes up
+            enqueue(item);
+        }
+    }
+
+    // Drops the item of least worth, and gives it.
+    size_t drop() {
+        for (;;) {
+            const auto [value, item] = least.top();
+            least.pop();
+            if (value != queued[item]) {
+                continue; // a later entry holds
+            }
+            if (value == worth[item]) {
+                worth[item] = queued[item] = -1;
+                return item;
+            }
+            enqueue(item);
+        }
+    }
+
+    void clear() {
+        std::fill(worth.begin(), worth.end(), -1);
+        std::fill(queued.begin(), queued.end(), -1);
+        least = {};
+    }
+
+private:
+    using entry = std::pair<int64_t, size_t>;
+
+    void enqueue(size_t item) {
+        queued[item] = worth[item];
+        least.emplace(worth[item], item);
+    }
+
+    std::vector<int64_t> worth, queued; // queued: of the item's lowest entry in the queue
+    std::priority_queue<entry, std::vector<entry>, std::greater<entry>> least;
+};
+
+// One cache: each access (worth: of keeping its item from now on) hits, or takes the slot of the item of least worth.
+void cache_run(const int32_t * items, const int64_t * worth, size_t n, size_t slots, held_items & held, uint8_t * hit) {
+    held.clear();
     size_t n_held = 0;
     for (size_t t = 0; t < n; t++) {
-        const int32_t item = items[t];
-        hit[t] = item >= 0 && held[(size_t) item] >= 0;
-        if (item < 0) {
+        const size_t item = (size_t) items[t];
+        hit[t] = items[t] >= 0 && held.has(item);
+        if (items[t] < 0) {
             continue;
         }
         if (!hit[t] && n_held == slots) {
-            while (held[(size_t) least.top().second] != least.top().first) {
-                least.pop();
-            }
-            held[(size_t) least.top().second] = -1;
-            least.pop();
+            held.drop();
         } else {
             n_held += !hit[t];
         }
-        held[(size_t) item] = worth[t];
-        least.emplace(worth[t], item);
+        held.keep(item, worth[t]);
     }
 }
 
@@ -46,7 +86,7 @@ array<bool> cache_hits(const array<int32_t> & items, const array<int64_t> & wort
     need(std::all_of(size, size + Z, [](int64_t s) { return s > 0; }), "a cache has a slot");
     array<bool> out({ (py::ssize_t) Z, (py::ssize_t) S, (py::ssize_t) T });
     uint8_t * hits = (uint8_t *) out.mutable_data();
-    parallel_for(Z*S, n_threads, [&] { return std::vector<int64_t>((size_t) n_items); }, [&](size_t job, std::vector<int64_t> & held) {
+    parallel_for(Z*S, n_threads, [&] { return held_items((size_t) n_items); }, [&](size_t job, held_items & held) {
         const size_t stream = job % S;
         cache_run(item + stream*T, value + stream*T, T, (size_t) size[job/S], held, hits + job*T);
     });
@@ -68,19 +108,16 @@ array<bool> budget_hits(const array<int32_t> & items, const array<int64_t> & wor
     need(std::all_of(size, size + M, [](int64_t s) { return s > 0; }), "an item has a size");
     array<bool> out({ (py::ssize_t) Z, (py::ssize_t) T });
     uint8_t * hits = (uint8_t *) out.mutable_data();
-    parallel_for(Z, n_threads, [&] { return std::vector<int64_t>(M); }, [&](size_t job, std::vector<int64_t> & held) {
-        using entry = std::pair<int64_t, int32_t>;
-        std::priority_queue<entry, std::vector<entry>, std::greater<entry>> least; // with entries that no longer hold
-        std::fill(held.begin(), held.end(), -1);
+    parallel_for(Z, n_threads, [&] { return held_items(M); }, [&](size_t job, held_items & held) {
+        held.clear();
         uint8_t * hit = hits + job*T;
         int64_t free = budget[job];
         for (size_t begin = 0, end = 0; begin < T; begin = end) {
             while (end < T && group[end] == group[begin]) {
                 const size_t i = (size_t) item[end];
-                hit[end] = held[i] >= 0;
+                hit[end] = held.has(i);
                 if (hit[end]) {
-                    held[i] = value[end];
-                    least.emplace(value[end], item[end]);
+                    held.keep(i, value[end]);
                 }
                 end++;
             }
@@ -90,15 +127,9 @@ array<bool> budget_hits(const array<int32_t> & items, const array<int64_t> & wor
                     continue;
                 }
                 while (free < size[i]) {
-                    const entry first = least.top();
-                    least.pop();
-                    if (held[(size_t) first.second] == first.first) {
-                        held[(size_t) first.second] = -1;
-                        free += size[first.second];
-                    }
+                    free += size[held.drop()];
                 }
-                held[i] = value[T + t];
-                least.emplace(value[T + t], item[t]);
+                held.keep(i, value[T + t]);
                 free -= size[i];
             }
         }

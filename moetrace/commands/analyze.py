@@ -34,7 +34,7 @@ class Analyze:
       moetrace analyze load-balance t.moet
       moetrace analyze load-balance -m model.gguf -f prompts.jsonl -n 64 -- -c 4096 -ngl 99
 
-    Prints sentences and tables; with -o, writes them as JSON and CSV, with figures as PNG and PDF.
+    Prints sentences and tables; with -o, writes them as JSON and CSV, with figures as SVG, PNG and PDF.
     """
 
     passthrough = True

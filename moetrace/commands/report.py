@@ -34,7 +34,7 @@ class Report:
     """Make a report of a trace: a page to look at, figures, tables.
 
     Asks every question that the recording can answer and writes into DIR: report.html, one file that needs no
-    network and no other file; figures/ as PNG and PDF; tables/ as CSV, very long ones as Parquet where pyarrow is
+    network and no other file; figures/ as SVG and PNG; tables/ as CSV, very long ones as Parquet where pyarrow is
     installed; each finding as JSON. Of a trace, of
     several taken together, of another program's recording (docs/import.md), or of a count table. Questions
     that need the model are asked if it is given (that takes a while); or ask them before, and name the folder:

@@ -91,13 +91,14 @@ def _apart(tasks: _Tasks, subject: Subject, then: Then | None, n: int, progress:
     if any(isinstance(task, Question) for task in tasks.values()):
         subject.prepare()
     fork = multiprocessing.get_context("fork")
-    waiting = sorted(tasks, key=lambda i: not getattr(tasks[i], "slow", False))
+    waiting = list(tasks)
     running: dict[Connection, tuple[int, BaseProcess]] = {}
     done = 0
     try:
         while waiting or running:
             while waiting and len(running) < n:
-                i = waiting.pop(0)
+                i = _next(waiting, [i for i, _ in running.values()], tasks, n)
+                waiting.remove(i)
                 ours, theirs = fork.Pipe(duplex=False)
                 process = fork.Process(target=_asked, args=(tasks[i], subject, then, theirs), daemon=True)
                 with warnings.catch_warnings():
@@ -126,6 +127,15 @@ def _apart(tasks: _Tasks, subject: Subject, then: Then | None, n: int, progress:
         for _, left_over in running.values():
             left_over.terminate()
             left_over.join()
+
+
+def _next(waiting: list[int], running: list[int], tasks: _Tasks, n: int) -> int:
+    """Which to begin: the slowest, so that it is not alone at the end; but one process is for quick answers."""
+    slow = {i: getattr(tasks[i], "slow", 0) for i in (*waiting, *running)}
+    quick = [i for i in waiting if not slow[i]]
+    if quick and sum(slow[i] > 0 for i in running) >= n - 1:
+        return quick[0]
+    return max(waiting, key=slow.__getitem__)
 
 
 def _asked(task: Question | Finding, subject: Subject, then: Then | None, answer: Connection) -> None:

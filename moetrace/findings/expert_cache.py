@@ -35,6 +35,7 @@ class ExpertCache(Question):
     name: ClassVar[str] = "expert-cache"
     title: ClassVar[str] = "A cache of experts"
     place: ClassVar[int] = 200
+    slow: ClassVar[int] = 2
 
     slots: str = parameter("", "slots per layer to try, as 4,8,16; default: from k to all experts")
     policies: str = parameter(",".join(POLICIES), "policies to simulate")

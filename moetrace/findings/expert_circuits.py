@@ -34,6 +34,7 @@ class ExpertCircuits(Question):
     name: ClassVar[str] = "expert-circuits"
     title: ClassVar[str] = "Circuits of experts"
     place: ClassVar[int] = 150
+    slow: ClassVar[int] = 2
     methods: ClassVar[tuple[Method, ...]] = (
         Method(
             "information",

@@ -279,7 +279,7 @@ class Question(ABC):
     place
         Where it stands in the report: the smaller the earlier; moetrace's own are 10, 20, ….
     slow
-        Whether it takes much longer than others: then it is asked before them.
+        How much longer it takes than most: the slowest is begun first, beside quick ones.
     widgets, methods
         Interactive figures of the report, and entries of its appendix, that it brings.
     """
@@ -290,7 +290,7 @@ class Question(ABC):
     needs_model: ClassVar[bool] = False
     compares: ClassVar[bool] = False
     place: ClassVar[int] = 1000
-    slow: ClassVar[bool] = False
+    slow: ClassVar[int] = 0
     widgets: ClassVar[tuple[Widget, ...]] = ()
     methods: ClassVar[tuple[Method, ...]] = ()
 

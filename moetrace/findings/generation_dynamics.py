@@ -34,6 +34,7 @@ class GenerationDynamics(Question):
     name: ClassVar[str] = "generation-dynamics"
     title: ClassVar[str] = "Dynamics of generation"
     place: ClassVar[int] = 160
+    slow: ClassVar[int] = 2
 
     max_lag: int = parameter(8, "lags to list, up to 32")
     min_steps: int = parameter(8, "shortest phase")

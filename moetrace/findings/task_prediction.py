@@ -32,7 +32,7 @@ class TaskPrediction(Question):
     name: ClassVar[str] = "task-prediction"
     title: ClassVar[str] = "Later experts from an early layer"
     place: ClassVar[int] = 190
-    slow: ClassVar[bool] = True
+    slow: ClassVar[int] = 4
     channels: ClassVar[tuple[str, ...]] = ("gate_input",)
 
     early_layer: int = parameter(

@@ -44,6 +44,7 @@ class TokenPatterns(Question):
     name: ClassVar[str] = "token-patterns"
     title: ClassVar[str] = "Token patterns"
     place: ClassVar[int] = 130
+    slow: ClassVar[int] = 4
 
     analyses: str = parameter(",".join(ANALYSES), "which of these, separated by commas", metavar="LIST")
     num_prompts: int = parameter(100, "prompts to look at: the first so many")

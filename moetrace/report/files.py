@@ -1,4 +1,4 @@
-"""Findings as files: tables as CSV, figures as PNG and PDF, the whole as JSON."""
+"""Findings as files: tables as CSV, figures as SVG, PNG and PDF, the whole as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from moetrace.findings import QUESTIONS, Figure, Finding, question
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure as Canvas
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,12 @@ MANY_ROWS = 100_000
 
 
 def write_finding(
-    finding: Finding, folder: Path, inline: Callable[[str], bool] = lambda name: False
+    finding: Finding,
+    folder: Path,
+    inline: Callable[[str], bool] = lambda name: False,
+    forms: Sequence[str] = ("svg", "png", "pdf"),
 ) -> Written:
-    """Write NAME.json, tables/NAME-TABLE.csv and figures/NAME-FIGURE.{png,pdf}.
+    """Write NAME.json, tables/NAME-TABLE.csv and figures/NAME-FIGURE.{svg,png,pdf}, those of ``forms``.
 
     A table of :data:`MANY_ROWS` rows or more becomes a Parquet file instead, where pyarrow is installed, and NAME.json
     says where it is. Figures of which ``inline`` says so are given for a page, too.
@@ -40,7 +42,7 @@ def write_finding(
     Raises MoetraceError if a file cannot be written.
     """
     from moetrace.plot.style import style
-    from moetrace.report.svg import inline_svg
+    from moetrace.report.svg import inline_svg, svg
 
     files: list[Path] = []
     elements: dict[str, str] = {}
@@ -60,12 +62,16 @@ def write_finding(
         files[0].write_text(finding.to_json(beside), encoding="utf-8")
         for name, figure in figures_of(finding).items():
             with style():
-                canvas = drawn(figure)
-                for ending in ("png", "pdf"):
-                    files.append(folder / "figures" / f"{finding.name}-{name}.{ending}")
-                    canvas.savefig(files[-1], dpi=150)
+                canvas = figure.canvas()
+                text = svg(canvas)
+                for form in forms:
+                    files.append(folder / "figures" / f"{finding.name}-{name}.{form}")
+                    if form == "svg":
+                        files[-1].write_text(text, encoding="utf-8")
+                    else:
+                        canvas.savefig(files[-1], dpi=150)
                 if inline(name):
-                    elements[name] = inline_svg(canvas, figure, f"{finding.name}-{name}-")
+                    elements[name] = inline_svg(text, figure, f"{finding.name}-{name}-")
     except OSError as e:
         raise MoetraceError(f"{e.filename or folder} cannot be written", why=e.strerror or str(e)) from e
     return Written(tuple(files), elements)
@@ -120,8 +126,3 @@ def _whole(finding: Finding) -> Iterator[None]:
             why="another version of moetrace wrote it, or someone edited it",
             fix=f"make it again: moetrace analyze {finding.name} -o DIR",
         ) from e
-
-
-def drawn(figure: Figure) -> Canvas:
-    """Draw a figure, in the style in force: :meth:`moetrace.findings.Figure.canvas`."""
-    return figure.canvas()

@@ -24,11 +24,11 @@ from moetrace.findings.wording import listed
 from moetrace.plot.style import style
 from moetrace.report.captured import Captured, captured
 from moetrace.report.explorer import explorer, pack, table_json
-from moetrace.report.files import Written, drawn, figures_of, table_file, write_finding
+from moetrace.report.files import Written, figures_of, table_file, write_finding
 from moetrace.report.methods import linked, methods
 from moetrace.report.script import page_script
 from moetrace.report.short import in_short
-from moetrace.report.svg import inline_svg
+from moetrace.report.svg import inline_svg, svg
 
 #: The page is made smaller until it is at most this large: fewer experts in transition matrices, fewer rows, and only
 #: intervals of what is significant.
@@ -90,7 +90,7 @@ def write_part(finding: Finding, folder: Path) -> Written:
     if finding.not_answered is not None:
         return Written(())
     replaced = _replaced(finding)
-    return write_finding(finding, folder, lambda name: not name.startswith(replaced))
+    return write_finding(finding, folder, lambda name: not name.startswith(replaced), ("svg", "png"))
 
 
 def write_report(
@@ -210,7 +210,7 @@ def _replaced(finding: Finding) -> tuple[str, ...]:
 
 def _drawn(finding: Finding, name: str, figure: Figure) -> str:
     with style():
-        return inline_svg(drawn(figure), figure, f"{finding.name}-{name}-")
+        return inline_svg(svg(figure.canvas()), figure, f"{finding.name}-{name}-")
 
 
 def _section(finding: Finding, phase_note: str, inline: Mapping[str, str] | None) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def summary(
     size = report.page.stat().st_size / 1e6
     out += [
         "",
-        f"Wrote {report.page} ({size:.1f} MB), {count['.png']} figures (PNG and PDF), {count['.csv']} tables (CSV)"
+        f"Wrote {report.page} ({size:.1f} MB), {count['.png']} figures (SVG and PNG), {count['.csv']} tables (CSV)"
         + (f", {count['.parquet']} (Parquet)" if count[".parquet"] else "")
         + f" in {folder}{os.sep}",
         f"Next: open {report.page} in a browser",

@@ -27,15 +27,19 @@ _VARIABLES = {
 _WHOLE = re.compile(f"<g id=(?:\"{HOVER}[^\"]*\"|'{HOVER}[^']*')>")
 
 
-def inline_svg(canvas: Canvas, figure: Figure, prefix: str) -> Markup:
-    """Give a figure, drawn in the light style on ``canvas``, as an ``<svg>`` element to stand in an HTML page.
+def svg(canvas: Canvas) -> str:
+    """Give what is drawn on ``canvas`` as an SVG document, the same each time."""
+    out = io.StringIO()
+    canvas.savefig(out, format="svg", dpi=150, metadata={"Date": None})
+    return out.getvalue()
+
+
+def inline_svg(text: str, figure: Figure, prefix: str) -> Markup:
+    """Give a figure, of which ``text`` is the SVG document in the light style, as an element of an HTML page.
 
     ``prefix`` goes before every id, which must be unique in the page. Namespaces and metadata, and with them
     every URL, are left out: HTML needs none.
     """
-    out = io.StringIO()
-    canvas.savefig(out, format="svg", dpi=150, metadata={"Date": None})
-    text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, count=1, flags=re.DOTALL)
     text = re.sub(r'<style type="text/css">[^<]*</style>', "", text, count=1)

@@ -203,7 +203,7 @@ def test_a_long_table_is_a_parquet_file_that_is_read_again(
         finding = question("load-balance")().answer(Subject([trace]))
     written = write_finding(finding, tmp_path / "out")
     assert len(finding.tables["load_balance"]) >= 3
-    assert {file.suffix for file in written.files} == {".json", ".parquet", ".png", ".pdf"}
+    assert {file.suffix for file in written.files} == {".json", ".parquet", ".svg", ".png", ".pdf"}
     again = read_finding(tmp_path / "out" / "load-balance.json")
     pd.testing.assert_frame_equal(again.tables["load_balance"], finding.tables["load_balance"])
 

@@ -20,8 +20,8 @@ import moetrace
 from moetrace.findings import Subject, question
 from moetrace.plot import style
 from moetrace.plot.names import shortened
-from moetrace.report.files import drawn, figures_of
-from moetrace.report.svg import inline_svg
+from moetrace.report.files import figures_of
+from moetrace.report.svg import inline_svg, svg
 
 mpl.use("agg")
 
@@ -88,7 +88,7 @@ def test_nothing_is_outside_or_upon_another(tmp_path: Path, n_domains: int, name
         assert len(figures) <= 12
         for drawing, figure in list(figures.items())[:3]:  # maps of domains are alike
             with style():
-                canvas = drawn(figure)
+                canvas = figure.canvas()
                 assert untidy(canvas) == [], (asked, drawing)
             legend = canvas.axes[0].get_legend()
             if legend is not None:
@@ -101,13 +101,13 @@ def test_experts_by_the_hundred(tmp_path: Path) -> None:
     for asked in (*ASKED, "load-balance", "transitions", "cold-experts"):
         for drawing, figure in figures_of(question(asked)(**ASKED.get(asked, {})).ask(subject)).items():
             with style():
-                assert untidy(drawn(figure)) == [], (asked, drawing)
+                assert untidy(figure.canvas()) == [], (asked, drawing)
 
 
 def test_no_two_domains_share_a_colour(tmp_path: Path) -> None:
     subject = world(tmp_path, 30)
     with style():
-        canvas = drawn(figures_of(question("domain-entropy")(permutations=19).ask(subject))["by_layer"])
+        canvas = figures_of(question("domain-entropy")(permutations=19).ask(subject))["by_layer"].canvas()
     named = [line for line in canvas.axes[0].lines if "customer" in str(line.get_label())]
     assert len(named) == len({to_hex(line.get_color()) for line in named}) == 7
     assert sum("other domains" in str(line.get_label()) for line in canvas.axes[0].lines) == 1
@@ -118,11 +118,11 @@ def test_a_cut_name_is_whole_under_the_pointer(tmp_path: Path) -> None:
     subject = world(tmp_path, 8, '<b>"{0}" & #0072B2 conversations of customers</b>')
     figure = figures_of(question("deep-dive")().ask(subject))["percent"]
     with style():
-        svg = str(inline_svg(drawn(figure), figure, "x-"))
+        text = str(inline_svg(svg(figure.canvas()), figure, "x-"))
     for i in range(8):
         whole = f'&lt;b&gt;"{i}" &amp; #0072B2 conversations of customers&lt;/b&gt;'
-        assert f"<title>{whole}</title>" in svg.replace("&quot;", '"')
-    assert "<b>" not in svg
+        assert f"<title>{whole}</title>" in text.replace("&quot;", '"')
+    assert "<b>" not in text
 
 
 @settings(max_examples=300, deadline=None)

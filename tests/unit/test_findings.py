@@ -107,6 +107,7 @@ def test_analyze_prints_every_format_and_writes_files(
     assert names == [
         "figures/load-balance-jain.pdf",
         "figures/load-balance-jain.png",
+        "figures/load-balance-jain.svg",
         "load-balance.json",
         "tables/load-balance-load_balance.csv",
     ]

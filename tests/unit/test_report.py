@@ -137,12 +137,12 @@ def test_every_answer_has_its_section_and_every_table_its_file(small: SimpleName
     assert {a[1:] for a in anchors if a} <= set(small.page.ids)
 
 
-def test_figures_are_there_as_png_and_pdf(small: SimpleNamespace) -> None:
+def test_figures_are_there_as_svg_and_png(small: SimpleNamespace) -> None:
     for finding in small.report.answered:
         for name in question(finding.name)().figures(finding):
-            png, pdf = (small.folder / "figures" / f"{finding.name}-{name}.{e}" for e in ("png", "pdf"))
+            png, svg = (small.folder / "figures" / f"{finding.name}-{name}.{e}" for e in ("png", "svg"))
             assert png.read_bytes()[:4] == b"\x89PNG"
-            assert pdf.read_bytes()[:4] == b"%PDF"
+            assert svg.read_bytes()[:5] == b"<?xml"
 
 
 def test_what_is_missing_is_listed_with_reason_and_fix(small: SimpleNamespace) -> None:

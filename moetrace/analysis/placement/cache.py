@@ -52,7 +52,9 @@ def worth_of(stream: Ints, policy: Policy, n_items: int) -> Ints:
     n = stream.size
     if policy == "lru":
         return np.arange(n)
-    order = np.argsort(stream, kind="stable")
+    # numpy sorts short integers by their digits
+    short = stream.astype(np.uint16) if n_items <= 1 << 16 else stream
+    order = np.argsort(short, kind="stable")
     first = np.append(True, stream[order[1:]] != stream[order[:-1]])[:n]
     if policy == "oracle":
         following = np.full(n, n, dtype=np.int64)

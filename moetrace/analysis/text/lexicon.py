@@ -163,19 +163,22 @@ def join_words(pieces: Sequence[bytes], starts: npt.ArrayLike) -> Words:
         # Characters of each token; one that is cut in two belongs to the token that begins it.
         low = np.searchsorted(char_at, np.concatenate(([0], ends[:-1])))
         high = np.searchsorted(char_at, ends)
-        blank = [i for i in range(len(mine)) if not solid[low[i] : high[i]].any() and high[i] > low[i]]
+        at_char = np.arange(len(text))
+        after = np.append(np.where(solid, at_char, len(text)), len(text))
+        after = np.minimum.accumulate(after[::-1])[::-1]  # the first solid character from here on
+        before = np.maximum.accumulate(
+            np.append(-1, np.where(solid, at_char, -1))
+        )  # the last one before here
+        holds = after[low] < high
+        blank = np.flatnonzero(~holds & (high > low)).tolist()
         units = sorted([*found, *((int(low[i]), int(high[i]), " ") for i in blank)])
         at = np.array([a for a, _, _ in units] or [0])
         base = len(words)
-        for i in range(len(mine)):
-            inside = np.flatnonzero(solid[low[i] : high[i]])
-            if inside.size:
-                a, b = int(low[i] + inside[0]), int(low[i] + inside[-1])
-            else:  # white space, or the rest of a character that another token began
-                a = b = min(int(low[i]), max(len(text) - 1, 0)) - (high[i] == low[i])
-            first[begin[r] + i], last[begin[r] + i] = base + np.maximum(
-                np.searchsorted(at, [a, b], "right") - 1, 0
-            )
+        # of white space, or of the rest of a character that another token began: where it stands
+        alone = np.minimum(low, max(len(text) - 1, 0)) - (high == low)
+        for out, where in (first, after[low]), (last, before[high]):
+            word = np.searchsorted(at, np.where(holds, where, alone), "right") - 1
+            out[begin[r] : begin[r + 1]] = base + np.maximum(word, 0)
         words += [
             unit[2].encode("utf-8", "surrogateescape").decode("utf-8", "replace") for unit in units
         ] or [" "]
