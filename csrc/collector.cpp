@@ -61,6 +61,7 @@ bool model_shape::learn(ggml_abi & abi, ggml_cgraph * graph, const moe_graph & m
         shape.has[2]  |= layer.logits     != nullptr;
         shape.has[3]  |= layer.choice.scores != nullptr;
         shape.has[4]  |= layer.gate_input != nullptr;
+        shape.has[6]  |= layer.outputs    != nullptr;
         shape.n_group      = layer.n_group;
         shape.n_group_used = layer.n_group_used;
         shape.selects      = layer.selects();
@@ -104,7 +105,7 @@ static ring_field field_make(const std::string & name, const char * dtype, std::
 
 void row_layout::make(const model_shape & shape, const config & cfg) {
     *this = {};
-    bool any[6] = {};
+    bool any[7] = {};
     for (const auto & [number, layer] : shape.layers) {
         if (!cfg.has_layer(number)) {
             continue;
@@ -116,7 +117,7 @@ void row_layout::make(const model_shape & shape, const config & cfg) {
         k_max  = std::max(k_max, layer.k);
         e_max  = std::max(e_max, layer.n_expert);
         n_embd = std::max(n_embd, layer.n_embd);
-        for (int c = 0; c < 6; c++) {
+        for (int c = 0; c < 7; c++) {
             any[c] |= layer.has[c];
         }
     }
@@ -137,6 +138,7 @@ void row_layout::make(const model_shape & shape, const config & cfg) {
     if (wants(CHANNEL_LOGITS,     2)) { add("logits",     "<f4", { L, E }, off_logits); }
     if (wants(CHANNEL_SCORES,     3)) { add("scores",     "<f4", { L, E }, off_scores); }
     if (wants(CHANNEL_GATE_INPUT, 4)) { add("gate_input", "<f4", { L, (uint32_t) n_embd }, off_gate_input); }
+    if (wants(CHANNEL_OUTPUTS,    6)) { add("outputs",    "<f4", { L, K }, off_outputs); }
     off_tensors.reserve(shape.tensors.size()); // addresses are taken below
     for (const auto & [name, width] : shape.tensors) {
         if (width < 0) {
@@ -287,7 +289,7 @@ void graph_sources::make(ggml_abi & abi, ggml_backend_sched * sched, ggml_cgraph
                 return; // not recorded, or another width than the first graphs had
             }
             entry e;
-            e.row.is_ids     = t == layer.ids;
+            e.row.what       = t == layer.ids ? row_source::IDS : t == layer.outputs ? row_source::NORMS : row_source::VALUES;
             e.row.index      = index;
             e.row.offset     = field + i*row_width*value_bytes;
             e.row.width      = (uint32_t) width;
@@ -312,6 +314,7 @@ void graph_sources::make(ggml_abi & abi, ggml_backend_sched * sched, ggml_cgraph
         if (layer.gate_input) {
             add(layer.gate_input, layer.gate_input, layout.off_gate_input, 4, D, abi.ne(layer.gate_input)[0], 1);
         }
+        add(layer.outputs, layer.outputs, layout.off_outputs, 4, K, layer.k, 2);
     }
 
     if (!layout.tensors.empty()) {
@@ -349,7 +352,9 @@ void graph_sources::make(ggml_abi & abi, ggml_backend_sched * sched, ggml_cgraph
             e.tensor.ne[below] = (uint32_t) ne[below];
             e.tensor.nb[below] = nb[below];
         }
-        e.row.is_plain = e.tensor.type == TYPE_F32 && is_row_contiguous(abi, e.tensor);
+        if (e.row.what == row_source::VALUES && e.tensor.type == TYPE_F32 && is_row_contiguous(abi, e.tensor)) {
+            e.row.what = row_source::PLAIN;
+        }
         if (abi.is_host(e.tensor.t)) {
             e.row.base = (const char *) abi.data(e.tensor.t);
         } else {
@@ -463,19 +468,35 @@ static bool ids_copy(const char * src, size_t step, uint32_t k, int n_expert, T 
     return true;
 }
 
+static float float_read(int32_t type, const char * value) {
+    switch (type) {
+        case TYPE_F16: return half_to_float(*(const uint16_t *) value);
+        case TYPE_I32: return (float) *(const int32_t *) value;
+        default:       return *(const float *) value;
+    }
+}
+
 // copies the values of one row, whatever its type and its strides below the row dimension
 static void floats_copy(const source_tensor & source, const char * src, float * dst) {
     for (size_t i2 = 0; i2 < source.ne[2]; i2++) {
         for (size_t i1 = 0; i1 < source.ne[1]; i1++) {
             for (size_t i0 = 0; i0 < source.ne[0]; i0++) {
-                const char * value = src + i2*source.nb[2] + i1*source.nb[1] + i0*source.nb[0];
-                switch (source.type) {
-                    case TYPE_F16: *dst++ = half_to_float(*(const uint16_t *) value);   break;
-                    case TYPE_I32: *dst++ = (float) *(const int32_t *) value;           break;
-                    default:       *dst++ = *(const float *) value;                     break;
-                }
+                *dst++ = float_read(source.type, src + i2*source.nb[2] + i1*source.nb[1] + i0*source.nb[0]);
             }
         }
+    }
+}
+
+// the Euclidean norms of the vectors that a row holds
+static void norms_copy(const source_tensor & source, const char * src, float * dst) {
+    for (size_t i1 = 0; i1 < source.ne[1]; i1++) {
+        const char * vector = src + i1*source.nb[1];
+        double sum = 0;
+        for (size_t i0 = 0; i0 < source.ne[0]; i0++) {
+            const double x = float_read(source.type, vector + i0*source.nb[0]);
+            sum += x*x;
+        }
+        *dst++ = (float) std::sqrt(sum);
     }
 }
 
@@ -496,11 +517,11 @@ void rows_copy(const row_source & source, const source_tensor & tensor, const ch
         uint8_t *    record = block.record((uint32_t) row);
         const char * src    = base + (size_t) r*source.step;
         uint8_t *    dst    = record + source.offset;
-        if (!source.is_ids) {
-            if (source.is_plain) {
-                memcpy(dst, src, source.width*sizeof(float));
-            } else {
-                floats_copy(tensor, src, (float *) dst);
+        if (source.what != row_source::IDS) {
+            switch (source.what) {
+                case row_source::PLAIN: memcpy(dst, src, source.width*sizeof(float)); break;
+                case row_source::NORMS: norms_copy(tensor, src, (float *) dst);       break;
+                default:                floats_copy(tensor, src, (float *) dst);      break;
             }
             continue;
         }

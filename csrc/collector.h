@@ -31,7 +31,7 @@ struct model_shape {
         int     n_group_used = 0;
         bool    selects  = false; // by scores, so that interventions can change its choice
         uint8_t matrices = 0;
-        bool    has[6]   = {}; // by channel bit: experts, weights, logits, scores, gate_input, attention
+        bool    has[7]   = {}; // by channel bit: experts, weights, logits, scores, gate_input, attention, outputs
     };
     std::map<int, layer_shape>     layers;
     std::map<std::string, int64_t> tensors; // named tensor -> values per token; -1: not one row per token
@@ -58,7 +58,7 @@ struct row_layout {
     uint32_t stride   = 0;
     uint64_t n_values = 0; // in all fields but the state
     uint32_t off_state = 0, off_experts = 0, off_weights = 0, off_logits = 0, off_scores = 0, off_gate_input = 0,
-             off_attention = 0; // a field of attention records only
+             off_outputs = 0, off_attention = 0; // the last a field of attention records only
     std::vector<uint32_t> off_tensors;
     std::vector<uint8_t>  blank; // a record in which nothing was computed
 
@@ -76,8 +76,12 @@ struct row_source {
     uint32_t     offset  = 0;       // of the field within the record
     int32_t      index   = -1;      // of the layer; -1 for a named tensor
     uint16_t     element = 0;       // bytes from value to value
-    bool         is_ids  = false;
-    bool         is_plain = false;  // rows are contiguous f32
+    enum : uint8_t {
+        VALUES, // as they are
+        PLAIN,  // the same, where rows are contiguous f32
+        IDS,    // of experts
+        NORMS,  // of the vectors that the values are
+    } what = VALUES;
 };
 static_assert(sizeof(row_source) == 32, "two to a cache line");
 

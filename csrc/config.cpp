@@ -14,6 +14,7 @@ static constexpr struct { channel bit; const char * name; } CHANNEL_NAMES[] = {
     { CHANNEL_SCORES,     "scores"     },
     { CHANNEL_GATE_INPUT, "gate_input" },
     { CHANNEL_ATTENTION,  "attention"  },
+    { CHANNEL_OUTPUTS,    "outputs"    },
 };
 
 static constexpr const char * KEYS[] = {

@@ -17,6 +17,7 @@ enum channel : uint32_t {
     CHANNEL_SCORES     = 1u << 3,
     CHANNEL_GATE_INPUT = 1u << 4,
     CHANNEL_ATTENTION  = 1u << 5,
+    CHANNEL_OUTPUTS    = 1u << 6, // norms of what each expert made
 };
 
 enum collector_kind : uint32_t {

@@ -37,7 +37,7 @@ collector_kind collector_choose(const config & cfg) {
         return cfg.collector;
     }
     // keeping wide tensors alive to the end of the graph would cost more memory than reading them at once
-    const bool wide = (cfg.channels & (CHANNEL_GATE_INPUT | CHANNEL_ATTENTION)) || !cfg.tensors.empty();
+    const bool wide = (cfg.channels & (CHANNEL_GATE_INPUT | CHANNEL_ATTENTION | CHANNEL_OUTPUTS)) || !cfg.tensors.empty();
     return wide ? COLLECTOR_CALLBACK : COLLECTOR_TAP;
 }
 
@@ -99,7 +99,7 @@ static std::string context_facts(const tracer_env & env, const sched_trace & s, 
         facts.desc(c.model, desc, sizeof(desc));
     }
     std::vector<std::string> channels;
-    for (uint32_t bit = 0; bit < 6; bit++) {
+    for (uint32_t bit = 0; bit < 7; bit++) {
         if (env.cfg.channels & (1u << bit)) {
             channels.push_back(channel_name((channel) (1u << bit)));
         }

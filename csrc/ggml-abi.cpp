@@ -401,7 +401,7 @@ op_kind ggml_abi::op(const ggml_tensor * t) {
         { "SOFT_MAX", OP_SOFT_MAX }, { "GET_ROWS", OP_GET_ROWS }, { "SET_ROWS", OP_SET_ROWS },
         { "ARGSORT", OP_ARGSORT }, { "TOP_K", OP_TOP_K }, { "VIEW", OP_VIEW }, { "RESHAPE", OP_RESHAPE },
         { "PERMUTE", OP_PERMUTE }, { "TRANSPOSE", OP_TRANSPOSE }, { "CONT", OP_CONT }, { "CPY", OP_CPY },
-        { "CLAMP", OP_CLAMP }, { "UNARY", OP_UNARY }, { "ROPE", OP_ROPE },
+        { "CLAMP", OP_CLAMP }, { "UNARY", OP_UNARY }, { "ROPE", OP_ROPE }, { "REPEAT", OP_REPEAT },
     };
     const int32_t number = op_number(t);
     if (number < 0 || number > 255) {

@@ -32,7 +32,7 @@ using eval_callback = bool (*)(ggml_tensor * t, bool ask, void * user_data);
 enum op_kind : uint8_t {
     OP_OTHER, OP_NONE, OP_MUL_MAT, OP_MUL_MAT_ID, OP_ADD, OP_ADD_ID, OP_MUL, OP_DIV, OP_SCALE, OP_SOFT_MAX,
     OP_GET_ROWS, OP_SET_ROWS, OP_ARGSORT, OP_TOP_K, OP_VIEW, OP_RESHAPE, OP_PERMUTE, OP_TRANSPOSE, OP_CONT, OP_CPY,
-    OP_CLAMP, OP_UNARY, OP_ROPE, OP_UNKNOWN = 255,
+    OP_CLAMP, OP_UNARY, OP_ROPE, OP_REPEAT, OP_UNKNOWN = 255,
 };
 
 enum tensor_type : int32_t { // numbers of the GGUF file format: they do not change

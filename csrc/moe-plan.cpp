@@ -55,13 +55,22 @@ bool same_memory(const ggml_abi & abi, ggml_tensor * a, ggml_tensor * b) {
     return a == b || (a && b && abi.root(a) == abi.root(b) && abi.view_offs(a) == abi.view_offs(b));
 }
 
+// What a GET_ROWS takes its rows from: a result, or a weight (a scale per expert), which may be repeated for each token.
+static ggml_tensor * rows_table(ggml_abi & abi, ggml_tensor * get_rows) {
+    ggml_tensor * t = view_skip(abi, abi.src(get_rows, 0));
+    while (t && abi.op(t) == OP_REPEAT) {
+        t = view_skip(abi, abi.src(t, 0));
+    }
+    return t;
+}
+
 // the router's probabilities, if t was made from those gathered at the layer's ids; otherwise nullptr
 static ggml_tensor * weights_table(ggml_abi & abi, ggml_tensor * t, const moe_layer & layer) {
     for (int depth = 0; t && depth < 16; depth++) {
         switch (abi.op(t)) {
             case OP_GET_ROWS: {
                 // a per-expert scale is gathered at the same ids, but from a weight, not from a result
-                ggml_tensor * table = view_skip(abi, abi.src(t, 0));
+                ggml_tensor * table = rows_table(abi, t);
                 return table && abi.op(table) != OP_NONE && same_memory(abi, abi.src(t, 1), layer.ids) ? table : nullptr;
             }
             case OP_VIEW: case OP_RESHAPE: case OP_CONT: case OP_SCALE: case OP_SOFT_MAX: case OP_DIV:
@@ -284,10 +293,41 @@ static void layers_find(ggml_abi & abi, ggml_cgraph * graph, moe_graph & out) {
             out.trouble = "the expert matrices of one layer do not share their ids";
         }
         layer->matrices |= matrix;
+        if (matrix == MATRIX_DOWN) {
+            layer->outputs = node;
+        }
     }
     std::sort(out.layers.begin(), out.layers.end(), [](const moe_layer & a, const moe_layer & b) {
         return a.layer < b.layer;
     });
+}
+
+// Follows the experts' outputs through what still belongs to them: a bias, LoRA adapters, a scale per expert.
+static void outputs_follow(ggml_abi & abi, ggml_tensor * node, moe_layer & layer) {
+    ggml_tensor * other = abi.src(node, 1);
+    if (!layer.outputs || abi.src(node, 0) != layer.outputs || !other || !std::equal(abi.ne(node), abi.ne(node) + 4, abi.ne(layer.outputs))) {
+        return;
+    }
+    bool is_theirs = false;
+    switch (abi.op(node)) {
+        case OP_ADD_ID:
+            is_theirs = same_memory(abi, abi.src(node, 2), layer.ids);
+            break;
+        case OP_ADD: {
+            ggml_tensor * delta = abi.op(other) == OP_SCALE ? abi.src(other, 0) : other;
+            is_theirs = delta && abi.op(delta) == OP_MUL_MAT_ID;
+        } break;
+        case OP_MUL: { // gathered from a weight; the mixing weights are gathered from a result
+            ggml_tensor * scale = view_skip(abi, other);
+            ggml_tensor * table = scale && abi.op(scale) == OP_GET_ROWS ? rows_table(abi, scale) : nullptr;
+            is_theirs = table && abi.op(table) == OP_NONE && same_memory(abi, abi.src(scale, 1), layer.ids);
+        } break;
+        default:
+            break;
+    }
+    if (is_theirs) {
+        layer.outputs = node;
+    }
 }
 
 // What the ids were chosen from.
@@ -313,7 +353,7 @@ static void weights_find(ggml_abi & abi, ggml_tensor * product, moe_layer & laye
     }
 }
 
-// Router and mixing weights.
+// Router, mixing weights, and what the experts made.
 static void routers_find(ggml_abi & abi, ggml_cgraph * graph, moe_graph & out) {
     for (int i = 0; i < out.n_nodes; i++) {
         ggml_tensor * node = abi.graph_node(graph, i);
@@ -327,13 +367,14 @@ static void routers_find(ggml_abi & abi, ggml_cgraph * graph, moe_graph & out) {
                 layer->router     = abi.src(node, 0);
                 layer->logits     = node;
             }
-        } else if (op == OP_ADD) {
+        } else if (op == OP_ADD || op == OP_MUL || op == OP_ADD_ID) {
             for (auto & layer : out.layers) {
-                logits_follow(abi, node, layer);
-            }
-        } else if (op == OP_MUL) {
-            for (auto & layer : out.layers) {
-                weights_find(abi, node, layer);
+                if (op == OP_ADD) {
+                    logits_follow(abi, node, layer);
+                } else if (op == OP_MUL) {
+                    weights_find(abi, node, layer);
+                }
+                outputs_follow(abi, node, layer);
             }
         }
     }
@@ -350,6 +391,10 @@ static void misfits_drop(const ggml_abi & abi, moe_layer & layer) {
     const int64_t n_embd = layer.gate_input ? abi.ne(layer.gate_input)[0] : 0;
     if (n_embd > MAX_EMBD || (layer.gate_input && !is_table(abi, layer.gate_input, n_embd))) {
         layer.gate_input = nullptr;
+    }
+    const int64_t * made = layer.outputs ? abi.ne(layer.outputs) : nullptr;
+    if (made && (!abi.is_readable(layer.outputs) || made[0] > MAX_EMBD || made[1] != layer.k || made[2] != layer.n_rows || made[3] != 1)) {
+        layer.outputs = nullptr;
     }
     if (layer.weights && (!abi.is_readable(layer.weights) || abi.ne(layer.weights)[3] != 1)) {
         layer.weights = nullptr;

@@ -31,6 +31,7 @@ struct moe_layer {
     ggml_tensor * logits     = nullptr; // [n_expert, n_rows], the router's linear output with its bias and LoRA
     ggml_tensor * gate_input = nullptr; // [n_embd, n_rows], what the router read
     ggml_tensor * router     = nullptr; // the router's weight
+    ggml_tensor * outputs    = nullptr; // [n_embd, k, n_rows], what each expert made, before it is weighted
     selection     choice;             // of the experts; its scores are [n_expert, n_rows]
     selection     group_choice;       // of the groups of experts that they are chosen from, if there are groups
     int           n_group      = 0;

@@ -519,6 +519,7 @@ void graph_keep(tracer_env & env, sched_trace & s, moe_graph & moe, ggml_cgraph 
         keep(layer.weights,    CHANNEL_WEIGHTS,    true);
         keep(layer.logits,     CHANNEL_LOGITS,     true);
         keep(layer.gate_input, CHANNEL_GATE_INPUT, false); // too wide
+        keep(layer.outputs,    CHANNEL_OUTPUTS,    false); // and wider
         keep(layer.choice.scores, CHANNEL_SCORES,  false); // a fused top-k leaves them out, unless they have a user
     }
     if (!nodes_keep(env.abi, s, moe, graph, kept)) {

@@ -38,6 +38,7 @@ GROUPS = {
         "analyze": "Analyze",
         "compare": "Compare",
         "place": "Place",
+        "prune": "Prune",
     },
     "bring in, take out": {"import": "Import", "export": "Export"},
     "set up": {

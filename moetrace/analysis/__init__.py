@@ -56,6 +56,7 @@ from moetrace.analysis.dynamics.generation import (
 )
 from moetrace.analysis.dynamics.temporal import Transitions, persistence, shuffle_test, transitions
 from moetrace.analysis.experts.gate import gate_distances, gate_summary, gate_sums
+from moetrace.analysis.experts.importance import ExpertImportance, expert_importance
 from moetrace.analysis.experts.interference import (
     combination,
     expert_interference,
@@ -133,6 +134,7 @@ __all__ = [
     "DepthContrast",
     "DomainSeparation",
     "DomainTest",
+    "ExpertImportance",
     "GainTest",
     "MatchedSeparation",
     "MetricSums",
@@ -190,6 +192,7 @@ __all__ = [
     "expert_cache",
     "expert_circuits",
     "expert_frequency",
+    "expert_importance",
     "expert_interference",
     "expert_merging",
     "expert_outputs",

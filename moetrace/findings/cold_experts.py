@@ -36,10 +36,10 @@ class ColdExperts(Question):
 
     Rates with exact intervals, for independent tokens and for tokens of one prompt being alike. Cold: the upper bound,
     at a level that holds for all experts together, lies below a share of the even rate k/E; an expert that was
-    merely not seen is not  With --wake (and the model) inputs are looked for that wake the coldest ones; with
-    --ablate the model is evaluated on held-out text without each of them. First asked by the chuk-mlx experiment on
-    expert dynamics, which called every expert unseen in some hundred tokens prunable, and measured the loss by the
-    length of the text; as_published_rates follows it.
+    merely not seen is not called cold. With --wake (and the model) inputs are looked for that wake the coldest ones;
+    with --ablate the model is evaluated on held-out text without each of them. First asked by the chuk-mlx
+    experiment on expert dynamics, which called every expert unseen in some hundred tokens prunable, and measured
+    the loss by the length of the text; as_published_rates follows it.
     """
 
     name: ClassVar[str] = "cold-experts"

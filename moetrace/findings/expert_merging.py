@@ -284,7 +284,7 @@ class ExpertMerging(Question):
         curve, pairs = finding.tables["curve"], finding.tables["pairs"]
         return {
             "curve": Figure(
-                lambda ax: plot.merging_curve(curve, ax=ax),
+                lambda ax: plot.file_curve(curve[~curve["in_place"].astype(bool)], "merged by", ax=ax),
                 "Change in held-out negative log-likelihood against the size of the merged file, with 95 % intervals"
                 " over texts, by what experts were merged by; stepped: the frontier.",
             ),

@@ -10,7 +10,7 @@ from typing import TypedDict, Unpack
 
 from moetrace.errors import UsageError
 
-CHANNELS = ("experts", "weights", "logits", "scores", "gate_input", "attention")
+CHANNELS = ("experts", "weights", "logits", "scores", "gate_input", "outputs", "attention")
 COLLECTORS = ("auto", "tap", "callback")
 ON_FULL = ("block", "drop", "overwrite")
 
@@ -59,8 +59,8 @@ class CaptureOptions:
     Attributes
     ----------
     channels
-        Of ``experts`` (always recorded), ``weights``, ``logits``, ``scores``, ``gate_input``, ``attention``, and
-        ``tensor:PATTERN`` with a shell pattern of tensor names.
+        Of ``experts`` (always recorded), ``weights``, ``logits``, ``scores``, ``gate_input``, ``outputs``,
+        ``attention``, and ``tensor:PATTERN`` with a shell pattern of tensor names.
     layers
         Ranges of llama.cpp's layer numbers such as ``0-5,23``; empty: all.
     collector

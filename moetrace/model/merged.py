@@ -167,7 +167,7 @@ def _copy_fields(writer: Any, model: ModelFile, n_expert: int) -> None:
         if field.name == f"{model.architecture}.expert_count":
             value = n_expert
         elif field.name == "general.name":
-            value = f"{value}, experts merged"
+            value = f"{value}, {n_expert} experts a layer"
         sub = field.types[-1] if field.types[0] == array else None
         writer.add_key_value(field.name, value, field.types[0], sub_type=sub)
 

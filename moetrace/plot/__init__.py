@@ -11,10 +11,10 @@ from moetrace.plot.agreement import agreement
 from moetrace.plot.depth import depth_contrast
 from moetrace.plot.dynamics import handoffs, information, phases
 from moetrace.plot.entropy import entropy
-from moetrace.plot.experts import alike, change_by_k, gain, kept, merging_curve, patterns, rates, success
+from moetrace.plot.experts import alike, change_by_k, file_curve, gain, kept, patterns, rates, success
 from moetrace.plot.gate import gate_distances
 from moetrace.plot.heatmap import Measure, heatmap, size_of, usage
-from moetrace.plot.load import load_balance
+from moetrace.plot.load import carried, load_balance
 from moetrace.plot.pairs import pairs, similarity
 from moetrace.plot.persistence import persistence, persistence_by_layer, strongest_layer
 from moetrace.plot.prediction import correlation, distinct, gains, hit_rates, recall, traffic
@@ -31,11 +31,13 @@ __all__ = [
     "Theme",
     "agreement",
     "alike",
+    "carried",
     "change_by_k",
     "correlation",
     "depth_contrast",
     "distinct",
     "entropy",
+    "file_curve",
     "gain",
     "gains",
     "gate_distances",
@@ -47,7 +49,6 @@ __all__ = [
     "kinds",
     "load_balance",
     "matched_separation",
-    "merging_curve",
     "pairs",
     "patterns",
     "persistence",

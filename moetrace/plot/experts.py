@@ -55,8 +55,8 @@ def gain(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def merging_curve(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw quality against size of merged files, a line per criterion, and the frontier of both as steps."""
+def file_curve(curve: pd.DataFrame, title: str, *, ax: Axes | None = None) -> Axes:
+    """Draw quality against size of files with fewer experts, a line per criterion, and the frontier as steps."""
     ax = axes(ax)
     best = curve[curve["frontier"]].sort_values("size")
     if len(best):
@@ -69,14 +69,14 @@ def merging_curve(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             alpha=0.5,
             label="frontier",
         )
-    for criterion, part in curve[~curve["in_place"].astype(bool)].groupby("criterion", sort=False):
+    for criterion, part in curve.groupby("criterion", sort=False):
         part = part.sort_values("size")
         ax.errorbar(
             part["size"], part["change"], yerr=_reach(part), marker="o", capsize=2, label=str(criterion)
         )
     zero_line(ax)
     ax.set(xlabel="size of the file, of the original's", ylabel="change in NLL (nats per token)")
-    ax.legend(title="merged by")
+    ax.legend(title=title)
     return ax
 
 

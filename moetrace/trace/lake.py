@@ -55,6 +55,7 @@ LISTS = {
     "logits": "float32",
     "scores": "float32",
     "gate_input": "float32",
+    "outputs": "float32",
 }
 
 _ENTRIES = 1 << 19  # rows of ``entries`` written together: a row group, of whole tokens
@@ -362,6 +363,7 @@ def _batch(
         "weights": part.n_expert_used,
         "logits": part.n_expert,
         "scores": part.n_expert,
+        "outputs": part.n_expert_used,
     }
     absent = state != State.PRESENT
     for name, kind in LISTS.items():

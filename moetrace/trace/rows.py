@@ -45,7 +45,7 @@ EVENT_COLUMNS: ColumnSpec = {
 }
 _EVENT_SOURCES = {"code": "token", "p0": "position", "p1": "arg0", "arg": "arg1", "number": "row"}
 #: payload columns with a layer axis, filled where a layer is not present
-LAYER_COLUMNS = ("experts", "weights", "logits", "scores", "gate_input")
+LAYER_COLUMNS = ("experts", "weights", "logits", "scores", "gate_input", "outputs")
 
 #: a field of the ring that only attention records use; it is no column
 ATTENTION_FIELD = "attention"
@@ -121,6 +121,7 @@ class Layout:
             "weights": (("<f4",), (n_layers, k)),
             "logits": (("<f4",), (n_layers, n_experts)),
             "scores": (("<f4",), (n_layers, n_experts)),
+            "outputs": (("<f4",), (n_layers, k)),
         }
         names = [field.name for field in self.fields]
         taken = {*HEAD_COLUMNS, *NUMBER_COLUMNS, *REQUEST_COLUMNS}
@@ -217,6 +218,7 @@ def rows_from_records(records: NDArray[np.void], layout: Layout) -> Columns:
         "weights": layout.n_expert_used,
         "logits": layout.n_expert,
         "scores": layout.n_expert,
+        "outputs": layout.n_expert_used,
     }
     for name in LAYER_COLUMNS:
         if name not in columns:

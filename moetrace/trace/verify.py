@@ -317,7 +317,7 @@ def _piece(piece: dict[str, NDArray[Any]], layout: Layout) -> Iterator[tuple[str
         if name not in piece:
             continue
         holds = ~np.isnan(piece[name])
-        if name == "weights":
+        if name in ("weights", "outputs"):
             wrong = holds & ~chosen
         elif name == "gate_input":
             wrong = holds & ~present[:, :, None]

@@ -143,13 +143,21 @@ class Rows:
         """What the router read, (N, L, D), float32; NaN where there is none."""
         return self._take_layers("gate_input")
 
+    @property
+    def outputs(self) -> NDArray[np.float32]:
+        """Norms of what each chosen expert made, (N, L, k), float32; NaN where there is none.
+
+        Before it is multiplied with the mixing weight, unless the model multiplies what the experts take (llama4).
+        """
+        return self._take_layers("outputs")
+
     def masked(self, name: str = "experts") -> np.ma.MaskedArray[Any, Any]:
         """Give a column over layers with what is not there masked, so that it is never counted.
 
         Parameters
         ----------
         name
-            ``experts``, ``weights``, ``logits``, ``scores`` or ``gate_input``.
+            ``experts``, ``weights``, ``logits``, ``scores``, ``gate_input`` or ``outputs``.
 
         Returns
         -------
@@ -192,6 +200,7 @@ class Rows:
             "logits": "expert",
             "scores": "expert",
             "gate_input": "width",
+            "outputs": "rank",
         }
         found: dict[str, Any] = {"state": (("serial", "layer"), self.state)}
         for name, axis in axes.items():

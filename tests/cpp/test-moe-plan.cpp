@@ -13,7 +13,7 @@ using namespace moetrace;
 static constexpr int64_t N_TOKENS = 5, N_OUTPUTS = 2, N_EMBD = 8, N_EXPERT = 4, K = 2;
 
 struct built {
-    ggml_tensor *tokens, *positions, *out_ids, *ids, *gathered, *weights, *gate_input, *logits;
+    ggml_tensor *tokens, *positions, *out_ids, *ids, *gathered, *weights, *gate_input, *logits, *outputs;
 };
 
 // what stands between the router's matrix and its experts' choice
@@ -23,6 +23,7 @@ struct router_form {
     bool bias           = false;
     bool softmax        = true; // or chosen by logits
     bool selection_bias = false;
+    bool scaled_experts = false;
 };
 
 // one layer with attention, and its experts on the output rows only
@@ -77,7 +78,26 @@ static built build(fake_graph & g, bool names, bool weights_first, const router_
     if (!weights_first) {
         weigh();
     }
-    g.node("MUL", TYPE_F32, N_EMBD, K, N_OUTPUTS, { down, b.weights });
+    for (int i = 0; i < form.n_adapters; i++) {
+        ggml_tensor * low   = g.node("MUL_MAT_ID", TYPE_F32, 3, K, N_OUTPUTS, { g.leaf("blk.0.ffn_down_exps.weight.lora_a", TYPE_F32, N_EMBD, 3, N_EXPERT), up, b.ids });
+        ggml_tensor * delta = g.node("MUL_MAT_ID", TYPE_F32, N_EMBD, K, N_OUTPUTS, { g.leaf("blk.0.ffn_down_exps.weight.lora_b", TYPE_F32, 3, N_EMBD, N_EXPERT), low, b.ids });
+        if (form.is_scaled) {
+            delta = g.node("SCALE", TYPE_F32, N_EMBD, K, N_OUTPUTS, { delta });
+        }
+        down = g.node("ADD", TYPE_F32, N_EMBD, K, N_OUTPUTS, { down, delta });
+    }
+    if (form.bias) {
+        down = g.node("ADD_ID", TYPE_F32, N_EMBD, K, N_OUTPUTS, { down, g.leaf("blk.0.ffn_down_exps.bias", TYPE_F32, N_EMBD, N_EXPERT), b.ids });
+    }
+    if (form.scaled_experts) { // each by a number of its own
+        ggml_tensor * table = g.view("RESHAPE", 1, N_EXPERT, 1, g.leaf("blk.0.ffn_down_exps.scale", TYPE_F32, N_EXPERT, 1));
+        table = g.node("REPEAT", TYPE_F32, 1, N_EXPERT, N_OUTPUTS, { table });
+        ggml_tensor * scale = g.node("GET_ROWS", TYPE_F32, 1, K, N_OUTPUTS, { table, b.ids });
+        down = g.node("MUL", TYPE_F32, N_EMBD, K, N_OUTPUTS, { down, scale });
+    }
+    b.outputs = down;
+    ggml_tensor * weighted = g.node("MUL", TYPE_F32, N_EMBD, K, N_OUTPUTS, { down, b.weights });
+    g.node("ADD", TYPE_F32, N_EMBD, K, N_OUTPUTS, { weighted, weighted });
     return b;
 }
 
@@ -101,6 +121,7 @@ int main() {
             const moe_layer & layer = moe.layers[0];
             CHECK(layer.ids == b.ids);
             CHECK(layer.weights == b.weights);
+            CHECK(layer.outputs == b.outputs);
             CHECK(layer.n_rows == N_OUTPUTS);
             // with the weights, unless the ids' memory may be gone by then
             CHECK(ids_asks_find(abi, nullptr, graph, moe) == std::vector<ggml_tensor *> { weights_first ? b.weights : b.gathered });
@@ -127,13 +148,15 @@ int main() {
 
     // the router's output is what is computed last before the gating function; the selection bias is no part of it
     for (int bits = 0; bits < 4*16; bits++) {
-        const router_form form { bits >> 4, !(bits & 1), (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0 };
+        const router_form form { bits >> 4, !(bits & 1), (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0, (bits & 8) != 0 };
         fake_graph g;
         const built b = build(g, true, true, form);
         const moe_graph moe = moe_graph_read(abi, graph);
         CHECK(moe.layers.size() == 1);
         CHECK(moe.layers[0].logits == b.logits);
         CHECK(moe.layers[0].gate_input == b.gate_input);
+        CHECK(moe.layers[0].outputs == b.outputs);
+        CHECK(moe.layers[0].weights == b.weights);
     }
 
     // scores of a type that cannot be read are no scores, and nobody reads them

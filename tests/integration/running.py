@@ -30,7 +30,7 @@ Let f(x) = 3x^2 - 2x + 7. Then f'(x) = 6x - 2, which is zero at x = 1/3, so the 
 SELECT name, count(*) FROM visits WHERE year >= 1999 GROUP BY name ORDER BY 2 DESC;
 """
 MOE = [name for name, arch in ARCHITECTURES.items() if arch.n_expert]
-ROUTER = "experts,weights,logits,scores,gate_input"
+ROUTER = "experts,weights,logits,scores,gate_input,outputs"
 
 
 def capture(model: Path, output: Path, prompts: list[dict], *options: str, ok: bool = True) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import pandas as pd
 import pytest
 from running import python
 
@@ -79,12 +80,15 @@ def nll(*models: Path, texts: Any = TEXTS, k: int | None = None) -> np.ndarray:
     ],
 )
 def test_numpy_computes_what_llama_cpp_computes(architecture, options, runtime, model_file, tmp_path):
-    """Σ weight · expert(gate input) from dequantised weights is the captured ffn_moe_out of every layer."""
+    """Σ weight · expert(gate input) from dequantised weights is the captured ffn_moe_out of every layer.
+
+    And the norms of the terms are the captured outputs.
+    """
     model = model_file(architecture, **options)
     code = """
         import sys, json, moetrace
         moetrace.capture(sys.argv[1], json.loads(sys.argv[3]), sys.argv[2], n_threads=1, all_outputs=True,
-                         channels=["experts", "weights", "gate_input", "tensor:ffn_moe_out-*"])
+                         channels=["experts", "weights", "gate_input", "outputs", "tensor:ffn_moe_out-*"])
         print(1)
     """
     ran(code, model, tmp_path / "t.moet", json.dumps(TEXTS[:2]))
@@ -108,6 +112,12 @@ def test_numpy_computes_what_llama_cpp_computes(architecture, options, runtime, 
             )
             error = linearity(parts, trace.tensor(f"ffn_moe_out-{layer}")[rows.rows])
             assert np.median(error) < tolerance, (layer, np.median(error))
+            norms = np.linalg.norm(parts, axis=2)
+            if not experts.weights_before:
+                norms = norms / np.abs(rows.weights)
+            apart = np.abs(trace.outputs[rows.rows, index] / norms - 1)
+            assert np.median(apart) < tolerance, (layer, np.median(apart))
+            assert np.quantile(apart, 0.9) < 10 * tolerance
 
 
 # -- files with fewer experts
@@ -445,3 +455,36 @@ def test_a_trace_without_gate_inputs_says_which_channel(runtime, model_file, tmp
     for missing in ran(code, model_file("qwen3moe"), tmp_path / "t.moet"):
         assert "has no gate_input" in missing
         assert "--capture experts,weights,gate_input" in missing
+
+
+# -- files without the least important experts
+
+
+def test_pruned_by_what_experts_add_loses_less_than_at_random(runtime, tmp_path):
+    """The written file has the kept experts' own bytes, and llama.cpp runs it."""
+    code = """
+        import sys
+        from moetrace.__main__ import main
+        model, trace, file, out = sys.argv[1:]
+        assert main(["capture", "-m", model, "-f", out + "/p.jsonl", "-n", "16", "-t", "1",
+                     "--capture", "experts,weights,outputs", "-o", trace]) == 0
+        assert main(["prune", trace, "-m", model, "--keep", "24", "-t", "1", "--write", file, "-o", out]) == 0
+        print(1)
+    """
+    shutil.copyfile(prompts("domains"), tmp_path / "p.jsonl")
+    ran(code, demo_model(), tmp_path / "t.moet", tmp_path / "pruned.gguf", tmp_path)
+    curve = pd.read_csv(tmp_path / "tables/pruning-curve.csv").set_index("criterion")
+    assert set(curve.index) == {"count", "weight", "saliency", "contribution", "random"}
+    assert (curve.drop(index="random")["change_high"] < curve.loc["random", "change_low"]).all()
+    best = curve.drop(index="random")["change"].idxmin()
+    kept = pd.read_csv(tmp_path / "tables/pruning-kept.csv").set_index(["criterion", "layer"])["experts"]
+    with ModelFile(demo_model()) as before, ModelFile(tmp_path / "pruned.gguf") as after:
+        assert after.n_expert == 24
+        assert after.n_bytes == (tmp_path / "pruned.gguf").stat().st_size
+        for layer in before.moe_layers:
+            stays = [int(e) for e in kept[best, layer].split()]
+            for name in ("ffn_gate_inp.weight", "ffn_gate_exps.weight", "ffn_down_exps.weight"):
+                old, new = (file.stored(f"blk.{layer}.{name}")[0] for file in (before, after))
+                np.testing.assert_array_equal(new, old[stays])
+    was, now = nll(demo_model(), tmp_path / "pruned.gguf", texts=str(prompts("heldout-text"))).mean(axis=1)
+    assert now - was == pytest.approx(curve.loc[best, "change"], abs=1e-3)

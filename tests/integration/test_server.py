@@ -58,7 +58,7 @@ def test_every_row_belongs_to_its_request(name, cache, collector, runtime, model
     assert trace.loss.rows_lost == 0
 
 
-ALL_CHANNELS = "experts,weights,logits,scores,gate_input"
+ALL_CHANNELS = "experts,weights,logits,scores,gate_input,outputs"
 
 
 @pytest.fixture(scope="module")

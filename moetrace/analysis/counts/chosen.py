@@ -24,8 +24,8 @@ CHUNK = 1 << 13  # rows looked at together
 class RoutedRows(Protocol):
     """What the analyses need of a trace; shapes and dtypes as in docs/format.md, table ``rows``.
 
-    Channels beyond ``experts`` (``weights``, ``scores``, ``logits``, ``gate_input``) are asked for where they
-    are of use; a trace without one raises ChannelMissingError.
+    Channels beyond ``experts`` (``weights``, ``scores``, ``logits``, ``gate_input``, ``outputs``) are asked for where
+    they are of use; a trace without one raises ChannelMissingError.
     """
 
     @property

@@ -57,6 +57,6 @@ __attribute__((visibility("default"))) fake_ggml & fake();
 // operations in the order of their numbers
 constexpr const char * FAKE_OPS[] = {
     "MUL_MAT", "MUL_MAT_ID", "ADD", "ADD_ID", "MUL", "DIV", "SCALE", "SOFT_MAX", "GET_ROWS", "SET_ROWS", "ARGSORT",
-    "TOP_K", "VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "CONT", "CPY", "CLAMP", "UNARY", "ROPE",
+    "TOP_K", "VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "CONT", "CPY", "CLAMP", "UNARY", "ROPE", "REPEAT",
 };
 constexpr int FAKE_N_OPS = (int) (sizeof(FAKE_OPS)/sizeof(FAKE_OPS[0]));
