@@ -39,6 +39,7 @@ GROUPS = {
         "compare": "Compare",
         "place": "Place",
         "prune": "Prune",
+        "coverage": "Coverage",
     },
     "bring in, take out": {"import": "Import", "export": "Export"},
     "set up": {

@@ -41,7 +41,7 @@ class Import:
         add_option(parser, "-o", "--output", metavar="T.moet", help="the trace to make")
         add_option(parser, "--list", action="store_true", help="show what is read, with an example of each")
         add_option(parser, "--force", action="store_true", help="replace a trace of that name")
-        formats = [name for name in FORMATS if name != "counts"]
+        formats = [name for name in FORMATS if name not in ("counts", "imatrix")]
         add_option(parser, "--format", choices=formats, help="default: found out from the source")
         help_ = "experts of a layer (default: the highest id seen + 1)"
         add_option(parser, "--n-expert", type=int, metavar="N", help=help_)

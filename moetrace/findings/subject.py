@@ -45,6 +45,13 @@ OF_LENGTH = (
     "cannot be told from the length of their prompts: no two of different domains are as long as each other"
 )
 
+#: which rows are looked at, as a sentence
+PHASE_NOTES: dict[Phase, str] = {
+    "decode": "These are generated tokens (decode).",
+    "prefill": "These are prompt tokens (prefill).",
+    "unknown": "The recording does not say which tokens are of the prompt: all are looked at together.",
+    "all": "Prompt and generated tokens are pooled, although they route differently.",
+}
 # Decode rows first: what was generated. A recording by others may not know its phases.
 _PHASES: tuple[Phase, ...] = ("decode", "prefill", "unknown")
 
@@ -193,12 +200,7 @@ class Subject:
         """Which rows are looked at, and why, as a sentence."""
         if self.table is not None:
             return "A table of counts: it does not tell prompt from generated tokens, nor one prompt from another."
-        chosen = {
-            "decode": "These are generated tokens (decode).",
-            "prefill": "These are prompt tokens (prefill).",
-            "unknown": "The recording does not say which tokens are of the prompt: all are looked at together.",
-            "all": "Prompt and generated tokens are pooled, although they route differently.",
-        }[self.phase]
+        chosen = PHASE_NOTES[self.phase]
         if self._phase is None and self.phase == "prefill":
             chosen += " The trace has no generated ones."
         return chosen

@@ -14,7 +14,7 @@ from moetrace.plot.entropy import entropy
 from moetrace.plot.experts import alike, change_by_k, file_curve, gain, kept, patterns, rates, success
 from moetrace.plot.gate import gate_distances
 from moetrace.plot.heatmap import Measure, heatmap, size_of, usage
-from moetrace.plot.load import carried, load_balance
+from moetrace.plot.load import carried, load_balance, tokens_of_experts
 from moetrace.plot.pairs import pairs, similarity
 from moetrace.plot.persistence import persistence, persistence_by_layer, strongest_layer
 from moetrace.plot.prediction import correlation, distinct, gains, hit_rates, recall, traffic
@@ -63,6 +63,7 @@ __all__ = [
     "strongest_layer",
     "style",
     "success",
+    "tokens_of_experts",
     "traffic",
     "transitions",
     "usage",

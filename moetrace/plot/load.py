@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
+from moetrace.analysis.statistics.shapes import Floats
 from moetrace.plot.style import OKABE_ITO, axes, by_layer, faint, line, marker
 
 
@@ -31,21 +32,37 @@ def carried(experts: pd.DataFrame, column: str, *, ax: Axes | None = None) -> Ax
     ``experts`` as :attr:`moetrace.analysis.ExpertImportance.experts`; ``column`` its share that is summed.
     """
     ax = axes(ax)
-    layers = experts["layer"].unique()
     most = 0
-    for i, layer in enumerate(layers):
-        values = np.sort(experts.loc[experts["layer"] == layer, column].fillna(0.0).to_numpy(np.float64))[
-            ::-1
-        ]
+    for values, color in _lines(ax, experts, column):
         total = values.sum()
         if total > 0:
-            color = colormaps["viridis"](i / max(len(layers) - 1, 1))
-            ax.plot(
-                np.arange(values.size + 1), np.append(0, np.cumsum(values) / total), color=color, linewidth=1
-            )
+            share = np.append(0, np.cumsum(values[::-1]) / total)
+            ax.plot(np.arange(share.size), share, color=color, linewidth=1)
             most = max(most, values.size)
     ax.plot([0, most], [0, 1], color=faint(), linestyle="--", linewidth=0.9)
-    norm = Normalize(float(layers.min()), float(max(layers.max(), layers.min() + 1)))
-    ax.figure.colorbar(ScalarMappable(norm, "viridis"), ax=ax, label="layer")
     ax.set(xlabel="experts, the most important first", ylabel="share that they carry", ylim=(0, 1.02))
     return ax
+
+
+def tokens_of_experts(experts: pd.DataFrame, column: str, *, ax: Axes | None = None) -> Axes:
+    """Draw how many tokens each layer's experts get, the least first, a line per layer; 0 below 1, on a log scale."""
+    ax = axes(ax)
+    for values, color in _lines(ax, experts, column):
+        ax.plot(np.arange(1, values.size + 1), values, color=color, linewidth=1)
+    ax.set_yscale("symlog", linthresh=1)
+    ax.set(xlabel="experts, the least used first", ylabel="tokens", ylim=(0, None))
+    return ax
+
+
+def _lines(ax: Axes, table: pd.DataFrame, column: str) -> list[tuple[Floats, tuple[float, ...]]]:
+    """Of each layer the column's values, ascending, and its colour; a colour bar says which is which."""
+    layers = np.unique(table["layer"].to_numpy(np.int64))
+    norm = Normalize(float(layers.min()), float(max(layers.max(), layers.min() + 1)))
+    ax.figure.colorbar(ScalarMappable(norm, "viridis"), ax=ax, label="layer")
+    return [
+        (
+            np.sort(table.loc[table["layer"] == layer, column].fillna(0.0).to_numpy(np.float64)),
+            colormaps["viridis"](norm(layer)),
+        )
+        for layer in layers.tolist()
+    ]

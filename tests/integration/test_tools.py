@@ -13,6 +13,8 @@ import pytest
 from running import TEXT
 
 import moetrace
+from moetrace.data import demo_model, prompts
+from moetrace.model.imatrix import read_imatrix
 from moetrace.trace.record import State
 from moetrace.trace.verify import verify
 
@@ -110,3 +112,38 @@ def test_bench(runtime, model_file, tmp_path):
     total = sum(len(trace.in_context(name)) for name in trace.contexts)
     assert total >= 2 * 64 + 2 * 16
     assert verify(tmp_path / "t.moet").exit_code == 0
+
+
+def test_a_text_for_imatrix_that_leaves_no_expert_out(runtime, text_file, tmp_path):
+    """What the calibration text did not reach is named as the tool itself does, and reached by the text chosen."""
+    model, first, old, second = demo_model(), tmp_path / "a.gguf", tmp_path / "a.dat", tmp_path / "b.gguf"
+    common = ["-m", model, "-c", "128", "-t", "1", "--no-ppl"]
+
+    def imatrix(*arguments: str | Path) -> str:
+        command = [runtime.tool("llama-imatrix"), *common, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stderr
+
+    said = imatrix("-f", text_file, "-o", first)
+    imatrix("-f", text_file, "-o", old, "--output-format", "dat")
+    a, b = read_imatrix(first), read_imatrix(old)
+    np.testing.assert_array_equal(a.missing, b.missing)
+    partial = {int(n) for n in re.findall(r"blk\.(\d+)\.ffn_down_exps\.weight' has partial data", said)}
+    assert partial == set(a.layers[a.missing.any(axis=1)].tolist())
+    assert a.missing.any(), "the text reaches all experts: nothing is tested"
+    # a recording of prompts to choose from
+    pool = tmp_path / "pool.moet"
+    command = [sys.executable, "-m", "moetrace"]
+    run = [*command, "capture", "-m", model, "-f", prompts("domains"), "-n", "1", "-t", "1", "-o", pool]
+    subprocess.run(run, capture_output=True, timeout=300, check=True)
+    run = [*command, "coverage", first, "--pool", pool, "--min-tokens", "4", "--write", tmp_path / "c.txt"]
+    out = subprocess.run(run, capture_output=True, text=True, timeout=300, check=True).stdout
+    assert "--in-file" in out
+    imatrix("-f", tmp_path / "c.txt", "--in-file", first, "-o", second)
+    after = read_imatrix(second)
+    assert after.missing.sum() < a.missing.sum() / 4
+    with moetrace.open(pool) as trace:
+        ids = trace.experts[np.asarray(trace.phase) == 0]
+    reachable = (
+        np.stack([np.bincount(ids[:, i].ravel(), minlength=32)[:32] for i in range(ids.shape[1])]) >= 8
+    )
+    assert not (after.missing & reachable).any()

@@ -13,6 +13,7 @@ one:
 ``routed-experts`` arrays (tokens, layers, k), ``.npy`` or ``.npz`` (:mod:`.arrays`)
 ``lake``           a folder of Parquet files that ``moetrace export`` wrote (:mod:`.lake`)
 ``counts``         CSV ``domain,layer_id,expert_id,count`` (:mod:`.counts`): arrays, not a trace
+``imatrix``        files of llama-imatrix (:mod:`moetrace.model.imatrix`): arrays, not a trace
 ================== =================================================================================
 
 Sources are read twice, once for their shape and once for their rows; memory does not grow with them.

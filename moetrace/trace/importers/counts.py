@@ -1,4 +1,4 @@
-"""Count tables: CSV with the columns ``domain,layer_id,expert_id,count``.
+"""Count tables: CSV with the columns ``domain,layer_id,expert_id,count``, and importance matrices.
 
 They have no tokens, so they become arrays and not a trace: ``counts[:, l]`` is what
 ``moetrace.analysis.domain_separation`` takes.
@@ -14,9 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrace.errors import InputError
+from moetrace.model.imatrix import read_imatrix
 from moetrace.trace.importers.source import MAX_EXPERTS, MAX_LAYERS, integer, lines, malformed
 
 COLUMNS = ("domain", "layer_id", "expert_id", "count")
+#: what the domain of a table without one is called
+ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class CountTable:
 
 
 def read_counts(path: Path, n_expert: int | None = None) -> CountTable:
-    """Read a count table; memory grows with its cells (D x L x E), which is what it holds.
+    """Read a count table, in which the domain may be left out; memory grows with its cells (D x L x E).
 
     Parameters
     ----------
@@ -59,13 +62,15 @@ def read_counts(path: Path, n_expert: int | None = None) -> CountTable:
         row = next(csv.reader([text]))
         if not order:
             names = [name.strip() for name in row]
-            for name in COLUMNS:
+            for name in COLUMNS[1:]:
                 if name not in names:
                     raise malformed(path, line, name, f"is missing from the header {text[:80]!r}")
-            order, width = [names.index(name) for name in COLUMNS], len(names)
+            order = [names.index(name) if name in names else -1 for name in COLUMNS]
+            width = len(names)
             continue
         if len(row) != width:
             raise malformed(path, line, "line", f"has {len(row)} fields where the header has {width}")
+        row.append(ALL)  # at −1
         domain, layer_text, expert_text, count_text = (row[i].strip() for i in order)
         if not domain:
             raise malformed(path, line, "domain", "is empty")
@@ -95,3 +100,18 @@ def read_counts(path: Path, n_expert: int | None = None) -> CountTable:
                 )
             counts[d, i, list(found)] = list(found.values())
     return CountTable(domains, np.array(layers, np.int64), counts)
+
+
+def imatrix_counts(path: Path) -> CountTable:
+    """What a file of llama-imatrix counted, as one domain.
+
+    Raises InputError if it is damaged, or of the old format, which has no counts.
+    """
+    found = read_imatrix(path)
+    if np.isnan(found.tokens).any():
+        raise InputError(
+            f"{path} holds no counts",
+            why="it is of the old format, which tells only which experts got nothing",
+            fix=f"ask for these: moetrace coverage {path}; or make it anew as GGUF",
+        )
+    return CountTable((ALL,), found.layers, found.tokens[None].astype(np.int64))

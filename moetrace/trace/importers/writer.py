@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrace.errors import InputError, UsageError
+from moetrace.model.imatrix import is_imatrix
 from moetrace.trace.columns import TableWriter
 from moetrace.trace.contexts import of_model
 from moetrace.trace.fleet import found, is_many, open_traces
 from moetrace.trace.importers import arrays, fingerprint, lake, logs, olmoe, route_trace, token_json
-from moetrace.trace.importers.counts import COLUMNS, read_counts
+from moetrace.trace.importers.counts import COLUMNS, imatrix_counts, read_counts
 from moetrace.trace.importers.source import DECODE, PREFILL, Piece, Shape, Tally, lines, merged
 from moetrace.trace.jsonfile import write_json
 from moetrace.trace.labels import append_labels
@@ -63,7 +64,11 @@ DESCRIBED = {
     "lake": ("a folder of Parquet that moetrace export wrote", "moetrace export t.moet -o lake/"),
     "counts": (
         "a table of sums: moetrace stats reads it, no trace",
-        "domain,layer_id,expert_id,count\ncode,0,3,1204",
+        "domain,layer_id,expert_id,count\ncode,0,3,1204        (domain may be left out)",
+    ),
+    "imatrix": (
+        "a file of llama-imatrix: moetrace stats and coverage read it, no trace",
+        "llama-imatrix -m model.gguf -f calibration.txt -o imatrix.gguf",
     ),
 }
 FORMATS = tuple(DESCRIBED)
@@ -143,6 +148,8 @@ def detect(source: Path) -> str:
     elif fingerprint.find(source):
         return "fingerprint"
     else:
+        if is_imatrix(source):
+            return "imatrix"
         with contextlib.suppress(OSError), source.open("rb") as file:
             begins = file.read(16)
             looks = next((what for magic, what in _OTHERS.items() if begins.startswith(magic)), "")
@@ -162,7 +169,7 @@ def detect(source: Path) -> str:
             r"\d+,\d+( \d+)*", text.strip()
         ):
             return "expert-log"
-        if set(COLUMNS) <= set(names):
+        if set(COLUMNS[1:]) <= set(names):
             return "counts"
         if line == 0:
             raise InputError(f"{source} is empty", fix="give a trace, or a recording to read")
@@ -224,6 +231,8 @@ def open_source(
     kind = detect(source)
     if kind == "counts":
         return read_counts(source)
+    if kind == "imatrix":
+        return imatrix_counts(source)
     folder = Path(tempfile.mkdtemp(prefix="moetrace-"))
     try:
         out = folder / f"{source.stem}.moet"
@@ -286,7 +295,7 @@ def import_trace(
     """
     source_, out_ = Path(source), Path(out)
     kind = format or detect(source_)
-    if kind == "counts":
+    if kind in ("counts", "imatrix"):
         raise UsageError(
             f"{source_} is a count table: it has no tokens and cannot become a trace",
             fix="read it with moetrace.open(...), which gives its counts by domain, layer and expert",
