@@ -30,6 +30,8 @@ GROUPS = {
         "stop": "Stop",
         "intervene": "Intervene",
         "resume": "Resume",
+        "live": "Live",
+        "serve": "Serve",
     },
     "look": {"info": "Info", "show": "Show", "verify": "Verify", "recover": "Recover", "dump": "Dump"},
     "ask": {

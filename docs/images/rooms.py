@@ -16,6 +16,7 @@ PICTURE = Path(__file__).with_name("rooms.svg")
 #: from the top of the house to its ground: a room imports from those below it
 ROOMS = {
     "commands": "one file per command of the command line",
+    "live": "a recording while it goes on: metrics, page, terminal",
     "report": "findings as a page, as text, as files",
     "findings": "which rows, which analysis, what can be said",
     "plot": "figures, drawn from a finding's tables",

@@ -14,6 +14,7 @@ from moetrace.commands.capturing import (
     report_trace,
 )
 from moetrace.commands.options import add_option, red
+from moetrace.commands.serve import add_listen, address, served
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.host.server import TracedProcess, model_argument
 from moetrace.printable import printable
@@ -43,11 +44,14 @@ class Run:
         add_option(parser, "-q", "--quiet", action="store_true", help="print nothing but errors and loss")
         add_capture_options(parser)
         add_intervene_option(parser)
+        add_listen(parser)
 
     def run(self, args: argparse.Namespace) -> int:
         """Run it."""
         if not args.rest:
             raise UsageError("what should run?", fix="moetrace run -o t.moet -- llama-server -m model.gguf")
+        if args.listen:
+            address(args.listen)  # before anything runs
         path = output_path(args, model_argument(args.rest))
         options = capture_options(args, paused=args.paused)
         told: list[MoetraceError] = []
@@ -65,7 +69,8 @@ class Run:
             on_error=on_error,
             on_note=note,
         )
-        code = traced.wait()
+        with served(args, path):
+            code = traced.wait()
         trouble: MoetraceError | None = None
         try:
             traced.finish(code)

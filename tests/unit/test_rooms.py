@@ -16,7 +16,7 @@ PACKAGE = ROOT / "moetrace"
 #: a room may import from those before it; the package itself (its version) from anywhere
 ROOMS = (
     "errors", "printable", "numbers", "data", "synthetic", "model", "trace", "analysis", "host", "plot", "findings",
-    "report",
+    "report", "live",
     "commands", "__main__",
 )  # fmt: skip
 #: analyses stand beside the host, and neither knows the other

@@ -1,0 +1,313 @@
+"""A small HTTP service beside a recording: metrics, a live page, the routed experts of requests, interventions."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from moetrace.errors import MoetraceError
+from moetrace.host.intervene import switch
+from moetrace.live.metrics import Metrics
+from moetrace.live.tail import Snapshot, Tail
+from moetrace.trace.routed import routed_experts
+
+_PAGE = Path(__file__).parent / "page"
+#: nothing from elsewhere, and nothing inline
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self';"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_EVERY_S = 1.0  # how often the page is told
+_POLL_S = 0.2
+LONGEST_WAIT_S = 300.0
+_LISTED = 1000
+
+
+class Service:
+    """What is asked over HTTP, of one trace.
+
+    Parameters
+    ----------
+    path, model
+        As for :class:`~moetrace.live.tail.Tail`.
+    token
+        What clients must send as ``Authorization: Bearer TOKEN``; None: nothing, and interventions cannot be set.
+    hosts
+        Names by which it may be called (the Host header); ``*`` for all.
+    experts, domains
+        As for :class:`~moetrace.live.metrics.Metrics`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        model: str | None = None,
+        *,
+        token: str | None = None,
+        hosts: list[str] | None = None,
+        experts: bool = False,
+        domains: bool = False,
+    ) -> None:
+        self._path, self._model, self._token = path, model, token
+        self._tail, self._lock = Tail(path, model), Lock()
+        self._registry = CollectorRegistry()
+        self._registry.register(_Lazy(Metrics(self.look, experts=experts, domains=domains)))
+        routes = [
+            Route("/", self._page),
+            Route("/page.js", self._page),
+            Route("/page.css", self._page),
+            Route("/metrics", self._metrics),
+            Route("/events", self._events),
+            Route("/requests", self._requests),
+            Route("/requests/{request}/experts", self._experts),
+            Route("/interventions", self._interventions, methods=["GET"]),
+            Route("/interventions", self._set_intervention, methods=["POST"]),
+        ]
+        allowed = hosts or ["127.0.0.1", "localhost"]
+        self.app = Starlette(
+            routes=routes,
+            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed, www_redirect=False)],
+            exception_handlers={MoetraceError: _refused},
+        )
+
+    def look(self) -> Snapshot:
+        """What is known now; one look at a time."""
+        with self._lock:
+            return self._tail.look()
+
+    def close(self) -> None:
+        """Let go of the trace."""
+        self._tail.close()
+
+    # -- what is served
+
+    def _page(self, request: Request) -> Response:
+        name, kind = {
+            "/page.js": ("page.js", "text/javascript"),
+            "/page.css": ("page.css", "text/css"),
+        }.get(request.url.path, ("page.html", "text/html"))
+        return Response((_PAGE / name).read_bytes(), media_type=kind, headers=_HEADERS)
+
+    def _metrics(self, request: Request) -> Response:
+        self._allow(request)
+        encode, kind = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(self._registry), headers=_HEADERS | {"content-type": kind})
+
+    async def _events(self, request: Request) -> Response:
+        self._allow(request)
+
+        async def told() -> AsyncIterator[str]:
+            while not await request.is_disconnected():
+                try:
+                    said = page_json(await asyncio.to_thread(self.look))
+                except MoetraceError as e:
+                    said = {"waiting": e.what}
+                yield f"data: {json.dumps(said, allow_nan=False)}\n\n"
+                await asyncio.sleep(_EVERY_S)
+
+        return StreamingResponse(told(), media_type="text/event-stream", headers=_HEADERS)
+
+    def _requests(self, request: Request) -> Response:
+        """Requests, the latest first: ``?slot=N``, ``?after=NS`` (``start_ns``), ``?id=ID``."""
+        self._allow(request)
+        with self._lock:
+            self._tail.look()
+            table = self._tail.trace.requests
+        for name, column in (("slot", "slot"), ("after", "start_ns")):
+            value = request.query_params.get(name)
+            if value is not None:
+                wanted = _number(value, name)
+                table = table[table[column] >= wanted] if name == "after" else table[table[column] == wanted]
+        if (said := request.query_params.get("id")) is not None:
+            table = table[table["id"] == said]
+        columns = [
+            "id",
+            "label",
+            "slot",
+            "n_prompt",
+            "n_cached",
+            "n_prefill",
+            "n_decode",
+            "n_lost",
+            "start_ns",
+        ]
+        rows = table[columns].iloc[::-1].head(_LISTED).reset_index().to_dict("records")
+        out = [{str(k): _plain(v) for k, v in row.items()} for row in rows]
+        return JSONResponse(out, headers=_HEADERS)
+
+    async def _experts(self, request: Request) -> Response:
+        """One request's routed experts: JSON, or .npy (``Accept: application/x-npy`` or ``?format=npy``).
+
+        ``?tokens=N&wait=SECONDS``: the request had N tokens, prompt and answer; answer when they are there.
+        """
+        self._allow(request)
+        asked = request.path_params["request"]
+        tokens = request.query_params.get("tokens")
+        n_tokens = None if tokens is None else _number(tokens, "tokens")
+        wait = min(float(_number(request.query_params.get("wait", "0"), "wait")), LONGEST_WAIT_S)
+        ends = asyncio.get_running_loop().time() + wait
+        while True:
+            late = asyncio.get_running_loop().time() >= ends
+            try:
+                found = await asyncio.to_thread(self._found, asked, n_tokens)
+            except _NotThereError:  # yet
+                if late:
+                    raise
+            else:
+                if late or not found.running:
+                    break
+            await asyncio.sleep(_POLL_S)
+        npy = request.query_params.get("format") == "npy" or "x-npy" in request.headers.get("accept", "")
+        if npy:
+            more = {"x-moetrace-complete": str(found.complete).lower()}
+            return Response(found.npy(), media_type="application/x-npy", headers=_HEADERS | more)
+        return JSONResponse(found.to_json(), headers=_HEADERS)
+
+    def _found(self, asked: str, n_tokens: int | None) -> Any:
+        with self._lock:
+            trace = self._tail.trace
+            if trace.live:
+                trace.refresh()
+            requests = trace.requests
+            mine = requests.index[requests["id"] == asked].tolist()
+            if not mine and asked.isdigit():
+                mine = [int(asked)]
+            if len(mine) > 1:
+                raise MoetraceError(
+                    f"{len(mine)} requests are called {asked!r}", fix="ask by number: /requests?id="
+                )
+            if not mine or mine[0] not in requests.index:
+                raise _NotThereError(f"there is no request {asked!r}")
+            return routed_experts(trace, mine[0], n_tokens)
+
+    def _interventions(self, request: Request) -> Response:
+        self._allow(request)
+        now = self.look()
+        return JSONResponse(
+            {context.name: context.intervention for context in now.contexts}, headers=_HEADERS
+        )
+
+    async def _set_intervention(self, request: Request) -> Response:
+        """``{"specs": ["ablate:7:3"]}``, as ``moetrace intervene`` takes them; an empty list: off."""
+        if self._token is None:
+            raise _ForbiddenError("interventions can be set only where there is a token")
+        self._allow(request)
+        try:
+            specs = (await request.json())["specs"]
+        except (ValueError, KeyError, TypeError):
+            specs = None
+        if not isinstance(specs, list) or not all(isinstance(one, str) for one in specs):
+            return JSONResponse({"error": 'give {"specs": ["ablate:7:3"]}'}, 400, headers=_HEADERS)
+        number = await asyncio.to_thread(switch, self._path, specs, model=self._model)
+        return JSONResponse({"intervention": number}, headers=_HEADERS)
+
+    def _allow(self, request: Request) -> None:
+        if self._token is None:
+            return
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        given = given or request.query_params.get("token", "")  # the page's own, which cannot send headers
+        if not hmac.compare_digest(given.encode(), self._token.encode()):
+            raise _ForbiddenError("the token is not right")
+
+
+class _Lazy:
+    """A collector that is not asked when it is registered."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.collect = metrics.collect
+
+    def describe(self) -> list[Any]:
+        """Nothing: names are known at the first scrape."""
+        return []
+
+
+class _ForbiddenError(MoetraceError):
+    pass
+
+
+class _NotThereError(MoetraceError):
+    pass
+
+
+_HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-store",
+    "referrer-policy": "no-referrer",
+}
+
+
+def _refused(request: Request, e: Exception) -> Response:
+    code = 403 if isinstance(e, _ForbiddenError) else 404 if isinstance(e, _NotThereError) else 400
+    told = {"error": getattr(e, "what", str(e)), "why": getattr(e, "why", ""), "fix": getattr(e, "fix", "")}
+    return JSONResponse({k: v for k, v in told.items() if v}, code, headers=_HEADERS)
+
+
+def _number(value: str, name: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise MoetraceError(f"{name}={value!r} is no whole number") from None
+
+
+def _plain(value: Any) -> Any:
+    if value is None or value is pd.NA:
+        return None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def page_json(now: Snapshot) -> dict[str, Any]:
+    """What the page draws: numbers as lists, by layer."""
+    return {
+        "layers": now.layers.tolist(),
+        "n_expert": now.n_expert.tolist(),
+        "recent": now.recent.tolist(),
+        "hour": now.hour.tolist(),
+        "all": now.counts.tolist(),
+        "tokens": now.tokens,
+        "per_second": now.per_second,
+        "by_domain": now.by_domain,
+        "entries": now.entries,
+        "cached": now.cached,
+        "live": now.live,
+        "contexts": [
+            {
+                "name": context.name,
+                "state": context.state,
+                "ring_fill": None if np.isnan(context.ring_fill) else context.ring_fill,
+                "lost": context.lost,
+                "events_lost": context.events_lost,
+                "intervention": context.intervention,
+            }
+            for context in now.contexts
+        ],
+    }
+
+
+def secret(path: str | None, environment: Callable[[str], str | None]) -> str | None:
+    """The token: a file's first line, or ``MOETRACE_TOKEN``; None if neither is there. Raises MoetraceError."""
+    if path is None:
+        return environment("MOETRACE_TOKEN") or None
+    try:
+        token = Path(path).read_text(encoding="utf-8").split("\n")[0].strip()
+    except OSError as e:
+        raise MoetraceError(f"{path} cannot be read", why=e.strerror or str(e)) from e
+    if not token:
+        raise MoetraceError(f"{path} holds no token", fix="write one line, for example: openssl rand -hex 32")
+    return token

@@ -1,0 +1,299 @@
+"""A recording watched while it goes on: counts, metrics, HTTP, lines for a terminal."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import traces
+from numpy.typing import NDArray
+from rings import make_layout
+
+import moetrace
+from moetrace import data
+from moetrace.__main__ import main
+from moetrace.commands.demo import unpack
+from moetrace.commands.serve import address
+from moetrace.errors import MoetraceError, UsageError
+from moetrace.live.screen import lines
+from moetrace.live.tail import BUCKET_S, Tail, jain
+from moetrace.trace.columns import TableWriter
+from moetrace.trace.record import RowFlag
+from moetrace.trace.routed import routed_experts
+
+uvicorn = pytest.importorskip("uvicorn")
+parser = pytest.importorskip("prometheus_client.openmetrics.parser")
+service = pytest.importorskip("moetrace.live.service")
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpack(data.recorded_demo(), tmp_path_factory.mktemp("live"))
+
+
+def test_counts_are_those_of_the_trace(recorded: Path) -> None:
+    with moetrace.open(recorded) as trace:
+        now = Tail(recorded).look()
+        real = (trace.flags & RowFlag.TRIAL) == 0  # llama.cpp's own warm-up is nobody's token
+        for i, n in enumerate(trace.n_expert.tolist()):
+            ids = trace.experts[real, i]
+            expected = np.bincount(ids[ids != trace.sentinel], minlength=n)
+            np.testing.assert_array_equal(now.counts[i], expected)
+        assert sum(now.tokens.values()) == real.sum()
+        state = trace.state[real]
+        assert now.entries == {"lost": 0, "present": (state == 1).sum(), "not_computed": (state == 2).sum()}
+        assert now.cached == trace.loss.cached
+        assert sum(now.by_domain.values()) == sum(trace.requests["n_prefill"] + trace.requests["n_decode"])
+    assert not now.live
+    # what was there before anybody looked came in no known second
+    assert now.recent.sum() == now.hour.sum() == 0
+    assert now.per_second == {}
+
+
+def test_what_is_new_is_counted_once_and_when(tmp_path: Path) -> None:
+    """A trace that grows between looks; seconds by a clock of our own."""
+    now = [0.0]
+    layout = make_layout()
+    context = traces.Context(layout, traces.server_records(layout, np.random.default_rng(3)))
+    path = traces.write_trace(tmp_path / "t.moet", [context], close=False, sealed=20)
+    tail = Tail(path, clock=lambda: now[0])
+    first = tail.look()
+    assert first.live
+    assert first.hour.sum() == 0
+    now[0] = 5.0
+    more = {name: np.asarray(column[-3:]) for name, column in tail.trace.store_context.rows.items()}
+    with TableWriter.resume(path / "ctx0" / "rows") as writer:
+        writer.append(more)
+        writer.seal()
+    second = tail.look()
+    new = second.counts.sum() - first.counts.sum()
+    assert new > 0
+    assert second.recent.sum() == second.hour.sum() == new
+    assert sum(second.tokens.values()) - sum(first.tokens.values()) == 3
+    assert sum(second.per_second.values()) == pytest.approx(3 / 5)
+    now[0] = 5 + 3 * BUCKET_S
+    tail.look()
+    now[0] += BUCKET_S
+    later = tail.look()
+    assert later.recent.sum() == 0
+    assert later.hour.sum() == new
+    now[0] = 4000.0
+    assert tail.look().hour.sum() == 0
+    np.testing.assert_array_equal(tail.look().counts, second.counts)
+
+
+def test_jain() -> None:
+    assert jain(np.array([3, 3, 3, 0]), 3) == pytest.approx(1)
+    assert jain(np.array([9, 0, 0]), 3) == pytest.approx(1 / 3)
+    assert np.isnan(jain(np.zeros(4), 4))
+
+
+# -- the routed experts of a request
+
+
+def test_routed_experts_are_the_rows_by_position(recorded: Path) -> None:
+    with moetrace.open(recorded) as trace:
+        for number in trace.requests.index[:8].tolist():
+            found = routed_experts(trace, number)
+            rows = trace.sel(request=number)
+            expected = np.full(found.experts.shape, -1)
+            for position, ids in zip(rows.positions.tolist(), rows.experts, strict=True):
+                expected[position] = np.where(ids == trace.sentinel, -1, ids.astype(int))
+            cached = int(trace.requests.loc[number, "n_cached"])
+            np.testing.assert_array_equal(found.experts[cached:], expected[cached:])
+            assert found.from_cache + found.cached == cached
+            said = trace.requests.loc[number]
+            assert len(found.experts) == said["n_prompt"] + said["n_generated"] - 1
+            assert found.complete == (found.cached == 0)
+            assert (found.experts < 0).any(axis=2).sum() == found.not_computed + found.cached * len(
+                found.layers
+            )
+            told = found.to_json()
+            raw = np.frombuffer(base64.b64decode(told["routed_experts"]), "<i4")
+            np.testing.assert_array_equal(raw.reshape(told["shape"]), found.experts)
+        with pytest.raises(UsageError, match="there is no request 999"):
+            routed_experts(trace, 999)
+
+
+# -- over HTTP
+
+
+class Served:
+    def __init__(self, path: Path, **options: Any) -> None:
+        self.service = service.Service(path, **options)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        config = uvicorn.Config(
+            self.service.app, port=self.port, log_level="error", timeout_graceful_shutdown=1
+        )
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+
+    def get(self, path: str, body: Any = None, **headers: str) -> tuple[int, bytes, dict[str, str]]:
+        send = None if body is None else json.dumps(body).encode()
+        asked = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", send, headers)
+        try:
+            with urllib.request.urlopen(asked, timeout=20) as answer:
+                return answer.status, answer.read(), dict(answer.headers)
+        except urllib.error.HTTPError as e:
+            return e.code, e.read(), dict(e.headers)
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(10)
+        self.service.close()
+
+
+@pytest.fixture(scope="module")
+def served(recorded: Path) -> Iterator[Served]:
+    served = Served(recorded, experts=True, domains=True)
+    yield served
+    served.close()
+
+
+def families(text: bytes) -> dict[str, dict[tuple[str, ...], float]]:
+    return {
+        family.name: {tuple(v for _, v in sorted(s.labels.items())): s.value for s in family.samples}
+        for family in parser.text_string_to_metric_families(text.decode())
+    }
+
+
+def test_metrics_are_what_a_real_parser_reads(served: Served, recorded: Path) -> None:
+    status, body, headers = served.get("/metrics", Accept="application/openmetrics-text; version=1.0.0")
+    assert status == 200
+    assert "openmetrics" in headers["content-type"]
+    found = families(body)
+    with moetrace.open(recorded) as trace:
+        real = (trace.flags & RowFlag.TRIAL) == 0
+        assert sum(found["moetrace_tokens"].values()) == real.sum()
+        ids = trace.experts[real, 2]
+        counts = np.bincount(ids[ids != trace.sentinel], minlength=int(trace.n_expert[2]))
+        layer = str(trace.layers[2])
+        assert [found["moetrace_expert_tokens"][str(e), layer] for e in range(len(counts))] == counts.tolist()
+        assert found["moetrace_layer_jain"][(layer,)] == pytest.approx(jain(counts, len(counts)))
+        assert found["moetrace_layer_unused_experts"][(layer,)] == (counts == 0).sum()
+        assert set(found["moetrace_domain_tokens"]) == {(label,) for label in trace.requests["label"]}
+        prompts = [str(text)[:20] for text in trace.requests["prompt"]]
+    assert not any(prompt in body.decode() for prompt in prompts)
+    # the old text format, too
+    assert b"moetrace_tokens_total" in served.get("/metrics")[1]
+
+
+def test_requests_and_their_experts(served: Served, recorded: Path) -> None:
+    listed = json.loads(served.get("/requests")[1])
+    with moetrace.open(recorded) as trace:
+        assert len(listed) == len(trace.requests)
+        assert listed[0]["request"] == trace.requests.index[-1]
+        name = trace.requests["id"].iloc[3]
+        expected = routed_experts(trace, int(trace.requests.index[3]))
+    status, body, headers = served.get(f"/requests/{name}/experts?format=npy")
+    assert (status, headers["x-moetrace-complete"]) == (200, "true")
+    array: NDArray[np.int32] = np.load(io.BytesIO(body), allow_pickle=False)
+    np.testing.assert_array_equal(array, expected.experts)
+    assert json.loads(served.get(f"/requests/{name}/experts")[1]) == expected.to_json()
+    begun = time.monotonic()
+    late = json.loads(served.get(f"/requests/{name}/experts?tokens=100000&wait=1")[1])
+    assert late["running"]
+    assert not late["complete"]
+    assert time.monotonic() - begun > 0.9
+    assert served.get("/requests/nobody/experts")[0] == 404
+    assert served.get("/requests/nobody/experts?tokens=x")[0] == 400
+    assert json.loads(served.get(f"/requests?id={name}")[1])[0]["id"] == name
+
+
+def test_the_page_takes_nothing_from_elsewhere(served: Served) -> None:
+    for path in ("/", "/page.js", "/page.css"):
+        status, body, headers = served.get(path)
+        assert status == 200
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+        assert b"http://" not in body.replace(b"http://www.w3.org", b"")
+        assert b"innerHTML" not in body
+    asked = urllib.request.urlopen(f"http://127.0.0.1:{served.port}/events", timeout=10)
+    told = json.loads(asked.readline().decode().removeprefix("data: "))
+    asked.close()
+    assert told["live"] is False
+    assert len(told["all"]) == len(told["layers"])
+
+
+def test_who_may_ask(served: Served, recorded: Path) -> None:
+    assert served.get("/metrics", Host="evil.example")[0] == 400  # a name that was made to lead here
+    assert served.get("/interventions", {"specs": []})[0] == 403  # no token, no change
+    kept = Served(recorded, token="s3cret")
+    try:
+        for path in ("/metrics", "/requests", "/requests/0/experts", "/interventions", "/events"):
+            assert kept.get(path)[0] == 403, path
+            assert kept.get(path, Authorization="Bearer wrong")[0] == 403, path
+        assert kept.get("/metrics", Authorization="Bearer s3cret")[0] == 200
+        assert kept.get("/")[0] == 200  # the page holds nothing of anybody
+        status, body, _ = kept.get("/interventions", {"specs": "x"}, Authorization="Bearer s3cret")
+        assert status == 400
+        status, body, _ = kept.get("/interventions", {"specs": ["ablate:0:1"]}, Authorization="Bearer s3cret")
+        assert status == 400  # of a recording that has ended
+        assert b"error" in body
+    finally:
+        kept.close()
+
+
+def test_tokens_and_addresses(tmp_path: Path, capsys: pytest.CaptureFixture[str], recorded: Path) -> None:
+    (tmp_path / "t").write_text("abc\nmore\n")
+    assert service.secret(str(tmp_path / "t"), lambda name: None) == "abc"
+    assert service.secret(None, lambda name: "env" if name == "MOETRACE_TOKEN" else None) == "env"
+    assert service.secret(None, lambda name: None) is None
+    (tmp_path / "t").write_text("\n")
+    with pytest.raises(MoetraceError, match="holds no token"):
+        service.secret(str(tmp_path / "t"), lambda name: None)
+    assert address("127.0.0.1:80") == ("127.0.0.1", 80)
+    for wrong in ("9464", "localhost", "localhost:x", ":1", "h:0", "h:70000"):
+        with pytest.raises(UsageError, match="is no address"):
+            address(wrong)
+    assert main(["serve", str(recorded), "--listen", "0.0.0.0:9464"]) == 2
+    assert "give a token" in capsys.readouterr().err
+
+
+# -- in a terminal
+
+
+def test_lines_fit_and_say_what_is_there(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    now = Tail(recorded).look()
+    for width, height in ((40, 12), (80, 24), (200, 60)):
+        said = lines(now, "counts", width=width, height=height)
+        assert len(said) <= height
+        assert max(len(line) for line in said) <= width
+    assert any("more layers" in line for line in lines(now, "counts", width=80, height=12))
+    text = "\n".join(lines(now, "counts", width=100, height=60))
+    assert f"{sum(now.tokens.values()):,} tokens recorded" in text
+    assert "hottest: L" in text
+    assert main(["live", str(recorded), "--once"]) == 0
+    assert "layers by experts, all of it" in capsys.readouterr().out
+    assert main(["live", str(recorded.parent / "nothing")]) != 0
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(served: Served) -> None:
+    names = set()
+    for family in parser.text_string_to_metric_families(
+        served.get("/metrics", Accept="application/openmetrics-text; version=1.0.0")[1].decode()
+    ):
+        names |= {family.name, f"{family.name}_total"}
+    folder = Path(__file__).resolve().parents[2] / "examples" / "grafana"
+    asked = set()
+    for file in folder.iterdir():
+        asked |= set(re.findall(r"moetrace_\w+", file.read_text(encoding="utf-8")))
+    assert len(asked) >= 10
+    assert asked <= names
