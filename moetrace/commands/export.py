@@ -11,7 +11,7 @@ from moetrace.commands.options import add_option
 from moetrace.commands.progress import progress_bar
 from moetrace.commands.selecting import add_selection, open_chosen, select
 from moetrace.errors import UsageError
-from moetrace.trace.export import FORMATS, export
+from moetrace.trace.export import FORMATS, ROUTED, export, export_routed
 from moetrace.trace.lake import PARTITIONS, write_lake
 from moetrace.trace.trace import open_trace
 
@@ -22,7 +22,8 @@ class Export:
     csv, jsonl, parquet and arrow hold one row per token, layer and rank; npz holds the columns as they are. A folder
     (a name that ends in /, or --partition-by) is a lake: Parquet files of many traces, one row per token and layer,
     which `moetrace import` reads back as they were (docs/lake.md). parquet, arrow and lakes need pyarrow
-    (pip install 'moetrace[arrow]').
+    (pip install 'moetrace[arrow]'). routed-experts holds an array (tokens, layers, experts) of each request, for
+    replay: .npz, or JSON lines with base64 (docs/live.md).
     """
 
     passthrough = False
@@ -30,7 +31,9 @@ class Export:
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Add the options."""
         parser.add_argument("trace", nargs="+", help="a trace folder; several go into a lake")
-        add_option(parser, "--format", choices=FORMATS, help="by default, what the output's name ends in")
+        add_option(
+            parser, "--format", choices=[*FORMATS, ROUTED], help="by default, what the output's name ends in"
+        )
         add_option(parser, "-o", "--output", default="-", help="the file to write; - is stdout")
         add_option(parser, "--force", action="store_true", help="replace the file if it exists")
         help_ = f"folders of the lake: {','.join(PARTITIONS)} (the default), some of them, or none ('')"
@@ -51,10 +54,28 @@ class Export:
             raise UsageError("which format?", fix=f"give --format {'|'.join(FORMATS)}, or a file with -o")
         if args.output != "-" and output.exists() and not args.force:
             raise UsageError(f"{output} exists already", fix="give another name, or --force to replace it")
+        if format_name == ROUTED:
+            return self._routed(args)
         with open_chosen(open_trace, args.trace[0], args) as trace:
             export(select(trace, args), args.output, format_name)
         if args.output != "-":
             print(f"Wrote {output} ({output.stat().st_size:,} bytes)", file=sys.stderr)
+        return 0
+
+    def _routed(self, args: argparse.Namespace) -> int:
+        """Write whole requests, and say which are left out."""
+        selecting = ("layers", "label", "request", "phase")
+        if chosen := [name for name in selecting if getattr(args, name) is not None]:
+            raise UsageError(
+                f"{ROUTED} holds whole requests: --{chosen[0]} chooses nothing", fix="choose when you read it"
+            )
+        with open_chosen(open_trace, args.trace[0], args) as trace:
+            left = export_routed(trace, args.output)
+        for number, why in left:
+            print(f"Request {number} is left out: {why}", file=sys.stderr)
+        if args.output != "-":
+            size = Path(args.output).stat().st_size
+            print(f"Wrote {args.output} ({size:,} bytes)", file=sys.stderr)
         return 0
 
     def _lake(self, args: argparse.Namespace, lake: Path) -> int:

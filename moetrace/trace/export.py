@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import sys
 import zipfile
@@ -17,7 +18,9 @@ import numpy as np
 from moetrace.errors import UsageError
 from moetrace.printable import printable
 from moetrace.trace.longform import LongForm, import_arrow
+from moetrace.trace.routed import RoutedExperts, routed_experts
 from moetrace.trace.storage import disk_error
+from moetrace.trace.trace import Trace
 
 FORMATS = ("csv", "jsonl", "npz", "parquet", "arrow")
 _CHUNK = 1 << 11  # rows written together
@@ -58,6 +61,58 @@ def export(rows: LongForm, output: str | os.PathLike[str], format: str) -> None:
         return
     with _replacing(Path(output)) as f:
         write(rows, f)
+
+
+#: what :func:`export_routed` writes
+ROUTED = "routed-experts"
+
+
+def export_routed(trace: Trace, output: str | os.PathLike[str]) -> list[tuple[int, str]]:
+    """Write the routed experts of every request (:func:`~moetrace.trace.routed.routed_experts`).
+
+    A name that ends in .npz: an array (tokens, layers, k), int32, of each request, called by its id, or by its number
+    where it has none or another has the same. Else JSON lines, with base64, ids and labels; ``-`` is stdout.
+
+    Returns the requests that are not in it, and why: shifted contexts, unknown positions.
+
+    Raises
+    ------
+    MoetraceError
+        If the disk is full or fails.
+    """
+    left: list[tuple[int, str]] = []
+    table = trace.requests
+
+    def found() -> Iterator[tuple[int, RoutedExperts]]:
+        for number in table.index.tolist():
+            try:
+                yield number, routed_experts(trace, number)
+            except UsageError as e:
+                left.append((number, e.what))
+
+    if str(output).endswith(".npz"):
+        ids = table["id"].tolist()
+        names = [
+            str(said) if isinstance(said, str) and ids.count(said) == 1 else str(number)
+            for number, said in zip(table.index.tolist(), ids, strict=True)
+        ]
+        name_of = dict(zip(table.index.tolist(), names, strict=True))
+        with _replacing(Path(output)) as f, zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED) as archive:
+            for number, routed in found():
+                archive.writestr(f"{name_of[number].replace('/', '_')}.npy", routed.npy())
+        return left
+    with contextlib.ExitStack() as stack:
+        out: IO[Any] = (
+            sys.stdout.buffer if str(output) == "-" else stack.enter_context(_replacing(Path(output)))
+        )
+        for number, routed in found():
+            said = {name: _text(table.at[number, name]) for name in ("id", "label")}
+            out.write(json.dumps({**said, **routed.to_json()}).encode() + b"\n")
+    return left
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 class _Terminal(io.BytesIO):

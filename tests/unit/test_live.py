@@ -127,6 +127,26 @@ def test_routed_experts_are_the_rows_by_position(recorded: Path) -> None:
             routed_experts(trace, 999)
 
 
+def test_routed_experts_as_files(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An array or a line for each request; arrays are read back as recordings of vLLM's are."""
+    line = ["export", str(recorded), "--format", "routed-experts", "-o"]
+    assert main([*line, str(tmp_path / "r.npz")]) == 0
+    assert main([*line, str(tmp_path / "r.jsonl")]) == 0
+    assert main([*line, str(tmp_path / "x.npz"), "--phase", "decode"]) == 2
+    assert "holds whole requests" in capsys.readouterr().err
+    told = [json.loads(text) for text in (tmp_path / "r.jsonl").read_text().splitlines()]
+    with moetrace.open(recorded) as trace, np.load(tmp_path / "r.npz") as arrays:
+        assert len(told) == len(arrays.files) == len(trace.requests)
+        for number, name in zip(trace.requests.index.tolist(), trace.requests["id"], strict=True):
+            expected = routed_experts(trace, number)
+            np.testing.assert_array_equal(arrays[name], expected.experts)
+            assert told[number]["id"] == name
+            assert told[number]["complete"] == expected.complete
+    with moetrace.open(tmp_path / "r.npz") as again:
+        assert len(again.requests) == len(told)
+        assert len(again.experts) == sum(one["shape"][0] for one in told)
+
+
 # -- over HTTP
 
 
