@@ -12,7 +12,7 @@ PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 # which of tests/stress `make stress` runs: T=test_kill.py; all by default
 T ?=
 
-.PHONY: help setup demo report-image releases test test-unit test-slow test-device test-cpp sanitize stress lint notebooks clean wheel bench-overhead bench-analysis bench-machines gpu-check
+.PHONY: help setup demo report-image releases test test-unit test-slow test-device test-cpp sanitize stress lint docs notebooks clean wheel bench-overhead bench-analysis bench-machines gpu-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ $(STAMP)-runtime: $(BIN)/python moetrace/host/pin.txt moetrace/host/install-llam
 	@touch $@
 
 setup: $(STAMP)-package $(STAMP)-runtime ## virtual environment, moetrace and llama.cpp
+
+docs: $(STAMP)-package ## the documentation as a site: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # a llama-server that is there already will do, if doctor says so; else the pinned one is built
 demo: $(STAMP)-package ## record a small model from start to end
