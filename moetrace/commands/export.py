@@ -11,7 +11,7 @@ from moetrace.commands.options import add_option
 from moetrace.commands.progress import progress_bar
 from moetrace.commands.selecting import add_selection, open_chosen, select
 from moetrace.errors import UsageError
-from moetrace.trace.export import FORMATS, ROUTED, export, export_routed
+from moetrace.trace.export import FORMATS, ROUTED, TIMELINE, export, export_routed, export_timeline
 from moetrace.trace.lake import PARTITIONS, write_lake
 from moetrace.trace.trace import open_trace
 
@@ -23,7 +23,7 @@ class Export:
     (a name that ends in /, or --partition-by) is a lake: Parquet files of many traces, one row per token and layer,
     which `moetrace import` reads back as they were (docs/lake.md). parquet, arrow and lakes need pyarrow
     (pip install 'moetrace[arrow]'). routed-experts holds an array (tokens, layers, experts) of each request, for
-    replay: .npz, or JSON lines with base64 (docs/live.md).
+    replay: .npz, or JSON lines with base64 (docs/live.md). timeline is JSON for Perfetto: requests by slot, and when.
     """
 
     passthrough = False
@@ -32,7 +32,10 @@ class Export:
         """Add the options."""
         parser.add_argument("trace", nargs="+", help="a trace folder; several go into a lake")
         add_option(
-            parser, "--format", choices=[*FORMATS, ROUTED], help="by default, what the output's name ends in"
+            parser,
+            "--format",
+            choices=[*FORMATS, ROUTED, TIMELINE],
+            help="by default, what the output's name ends in",
         )
         add_option(parser, "-o", "--output", default="-", help="the file to write; - is stdout")
         add_option(parser, "--force", action="store_true", help="replace the file if it exists")
@@ -54,23 +57,28 @@ class Export:
             raise UsageError("which format?", fix=f"give --format {'|'.join(FORMATS)}, or a file with -o")
         if args.output != "-" and output.exists() and not args.force:
             raise UsageError(f"{output} exists already", fix="give another name, or --force to replace it")
-        if format_name == ROUTED:
-            return self._routed(args)
+        if format_name in (ROUTED, TIMELINE):
+            return self._whole(args, format_name)
         with open_chosen(open_trace, args.trace[0], args) as trace:
             export(select(trace, args), args.output, format_name)
         if args.output != "-":
             print(f"Wrote {output} ({output.stat().st_size:,} bytes)", file=sys.stderr)
         return 0
 
-    def _routed(self, args: argparse.Namespace) -> int:
-        """Write whole requests, and say which are left out."""
+    def _whole(self, args: argparse.Namespace, format_name: str) -> int:
+        """Write whole requests, and say which are left out; or when they were."""
         selecting = ("layers", "label", "request", "phase")
         if chosen := [name for name in selecting if getattr(args, name) is not None]:
             raise UsageError(
-                f"{ROUTED} holds whole requests: --{chosen[0]} chooses nothing", fix="choose when you read it"
+                f"{format_name} holds whole requests: --{chosen[0]} chooses nothing",
+                fix="choose when you read it",
             )
         with open_chosen(open_trace, args.trace[0], args) as trace:
-            left = export_routed(trace, args.output)
+            left = []
+            if format_name == ROUTED:
+                left = export_routed(trace, args.output)
+            else:
+                export_timeline(trace, args.output)
         for number, why in left:
             print(f"Request {number} is left out: {why}", file=sys.stderr)
         if args.output != "-":

@@ -20,6 +20,7 @@ from moetrace.printable import printable
 from moetrace.trace.longform import LongForm, import_arrow
 from moetrace.trace.routed import RoutedExperts, routed_experts
 from moetrace.trace.storage import disk_error
+from moetrace.trace.timeline import timeline
 from moetrace.trace.trace import Trace
 
 FORMATS = ("csv", "jsonl", "npz", "parquet", "arrow")
@@ -109,6 +110,26 @@ def export_routed(trace: Trace, output: str | os.PathLike[str]) -> list[tuple[in
             said = {name: _text(table.at[number, name]) for name in ("id", "label")}
             out.write(json.dumps({**said, **routed.to_json()}).encode() + b"\n")
     return left
+
+
+#: what :func:`export_timeline` writes
+TIMELINE = "timeline"
+
+
+def export_timeline(trace: Trace, output: str | os.PathLike[str]) -> None:
+    """Write :func:`~moetrace.trace.timeline.timeline` as JSON; ``-`` is stdout.
+
+    Raises MoetraceError if the disk is full or fails.
+    """
+    with contextlib.ExitStack() as stack:
+        out: IO[Any] = (
+            sys.stdout.buffer if str(output) == "-" else stack.enter_context(_replacing(Path(output)))
+        )
+        between = b'{"displayTimeUnit":"ms","traceEvents":[\n'
+        for event in timeline(trace):
+            out.write(between + json.dumps(event).encode())
+            between = b",\n"
+        out.write(b"\n]}\n" if between == b",\n" else between + b"]}\n")
 
 
 def _text(value: object) -> str | None:

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,30 @@ def test_routed_experts_as_files(recorded: Path, tmp_path: Path, capsys: pytest.
     with moetrace.open(tmp_path / "r.npz") as again:
         assert len(again.requests) == len(told)
         assert len(again.experts) == sum(one["shape"][0] for one in told)
+
+
+def test_a_timeline_for_perfetto(recorded: Path, tmp_path: Path) -> None:
+    """Every request is a slice of its slot, between its first and last row; slices of one slot do not overlap."""
+    out = tmp_path / "t.json"
+    assert main(["export", str(recorded), "--format", "timeline", "-o", str(out)]) == 0
+    events = json.loads(out.read_text())["traceEvents"]
+    with moetrace.open(recorded) as trace:
+        slices = {e["args"]["request"]: e for e in events if e["ph"] == "X" and "request" in e["args"]}
+        assert set(slices) == set(trace.requests.index)
+        for number, said in trace.requests.iterrows():
+            mine = slices[number]
+            assert mine["name"] == said["id"]
+            assert mine["tid"] == said["slot"]
+            assert mine["dur"] == pytest.approx((said["end_ns"] - said["start_ns"]) / 1000, abs=0.002)
+        tokens = sum(e["args"]["tokens"] for e in events if e["ph"] == "X" and "tokens" in e["args"])
+        assert tokens == (trace.requests["n_prefill"] + trace.requests["n_decode"]).sum()
+        real = (trace.flags & RowFlag.TRIAL) == 0
+        assert sum(e["args"]["in a ubatch"] for e in events if e["ph"] == "C") == real.sum()
+        assert len([e for e in events if e["ph"] == "i"]) == len(trace.events)
+    for slot in {e["tid"] for e in slices.values()}:
+        ordered = sorted((e for e in slices.values() if e["tid"] == slot), key=lambda e: e["ts"])
+        assert all(a["ts"] + a["dur"] <= b["ts"] for a, b in pairwise(ordered))
+    assert min(e["ts"] for e in events if e["ph"] == "X") >= 0
 
 
 # -- over HTTP
