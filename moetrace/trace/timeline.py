@@ -36,7 +36,7 @@ def timeline(trace: Trace) -> Iterator[dict[str, Any]]:
                 "name": "thread_name",
                 "args": {"name": f"slot {slot}"},
             }
-        time, request, phase = (np.asarray(column) for column in (part.time_ns, part.request, part.phase))
+        time, request, phase = part.time_ns, part.request, part.phase
         order = np.argsort(request, kind="stable")
         order = order[request[order] >= 0]
         edges = np.flatnonzero(np.diff(request[order], prepend=-2))
