@@ -75,7 +75,7 @@ class Coverage:
             raise UsageError(
                 "there are no prompts to choose from", fix="give a recording of some: --pool T.moet"
             )
-        asked = Question(args.imatrix, args.min_tokens, args.margin, args.write)
+        asked = Question(args.imatrix, args.min_tokens, args.margin, args.write, max_tokens=0)
         with ExitStack() as stack:
             given = opened(pool, args, stack) if pool else [NOTHING]
             finding = asked.answer(subject_of(given, args, args.model))

@@ -44,6 +44,7 @@ class Coverage(Question):
     min_tokens: int = parameter(128, "tokens that every expert should get")
     margin: float = parameter(1.25, "so many times that is aimed at")
     write: str = parameter("", "write the chosen prompts' text here", metavar="FILE")
+    max_tokens: int = parameter(20_000, "prompts are drawn until they hold so many tokens; 0: all of them")
 
     def answer(self, subject: Subject) -> Finding:
         """Answer it."""
@@ -52,6 +53,9 @@ class Coverage(Question):
         had = self._imatrix(subject)
         routing = None if subject.table is not None else _prompts(subject)
         text = None if routing is None else routing.text.by_name()
+        whole = 0 if text is None else text.n_requests
+        if text is not None and self.max_tokens:
+            text = text.some(self.max_tokens, subject.seed, None)
         if had is None and text is None:
             raise UsageError("there is no text to look at", fix="give a recording, or --imatrix FILE")
         if had is not None and text is not None:
@@ -82,6 +86,10 @@ class Coverage(Question):
                 " with --imatrix."
             )
             caveats += subject.read
+            if text.n_requests < whole:
+                caveats.append(
+                    f"{text.n_requests:,} of {whole:,} prompts were drawn to choose from (--max-tokens)."
+                )
         table = _table(layers, have, cover)
         tables = {"experts": table}
         if cover is not None and text is not None and routing is not None:

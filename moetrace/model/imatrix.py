@@ -78,7 +78,9 @@ def read_imatrix(path: str | os.PathLike[str], n_expert: int | None = None) -> I
         found = _read_gguf(source) if is_gguf else _read_legacy(source, n_expert)
     except OSError as e:
         raise InputError(f"{path} cannot be read", why=e.strerror or str(e)) from e
-    except (ValueError, struct.error, IndexError, KeyError) as e:
+    except InputError:
+        raise
+    except Exception as e:  # whatever readers make of a damaged file
         raise InputError(f"{path} is damaged", why=str(e)) from e
     if not found.layers.size:
         raise InputError(

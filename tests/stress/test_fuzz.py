@@ -166,6 +166,7 @@ def test_importers(tmp_path: Path, figures: Figures) -> None:
         kind=st.sampled_from([None, "token-json", "expert-log", "gate-log", "olmoe", "counts"]),
     )
     def check(text: bytes, name: str, kind: str | None) -> None:
+        shutil.rmtree(folder, ignore_errors=True)  # of an example that failed
         (folder / "domain" / "traces").mkdir(parents=True)
         if kind == "token-json":
             source = folder
@@ -177,7 +178,6 @@ def test_importers(tmp_path: Path, figures: Figures) -> None:
             import_trace(source, folder / "out", format=kind)
         with only_our_errors():
             read_prompts(source)
-        shutil.rmtree(folder)
 
     check()
     figures("fuzz", **{"Hypothesis, importers and prompts": f"{EXAMPLES:,} examples; 0 crashes"})

@@ -92,6 +92,11 @@ def test_what_is_damaged_or_unsaid_is_refused(tmp_path: Path) -> None:
         path.write_bytes(whole[:size])
         with pytest.raises(InputError):
             read_imatrix(path)
+    new = write_gguf(tmp_path / "cut.gguf").read_bytes()
+    for size in range(4, len(new) - 64, 41):
+        (tmp_path / "cut.gguf").write_bytes(new[:size])
+        with pytest.raises(InputError):
+            read_imatrix(tmp_path / "cut.gguf")
     with pytest.raises(InputError, match="different counts"):
         read_imatrix(write_gguf(tmp_path / "odd.gguf", odd=True))
     with pytest.raises(InputError, match="it is a GGUF file of type model"):

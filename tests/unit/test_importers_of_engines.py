@@ -247,3 +247,30 @@ def test_the_list_shows_every_format_with_an_example_that_is_read(
             assert import_trace(path, tmp_path / f"{name}.moet").rows >= 1
     (tmp_path / "fingerprint.json").write_text(DESCRIBED["fingerprint"][1])
     assert import_trace(tmp_path / "fingerprint.json", tmp_path / "f.moet").rows == 1
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_arrays_that_are_damaged_are_refused(name: str, tmp_path: Path) -> None:
+    """Cut anywhere, changed anywhere: read, or refused with the file's name."""
+    path = tmp_path / name
+    array = np.arange(5 * 2 * 4, dtype=np.int32).reshape(5, 2, 4)
+    if name.endswith("y"):
+        np.save(path, array)
+    else:
+        np.savez_compressed(path, a=array)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    pieces = [whole[:n] for n in (0, 1, 4, 6, 10, 64, 128, len(whole) - 1)]
+    for at in rng.integers(0, len(whole), 200).tolist():
+        changed = bytearray(whole)
+        changed[at] ^= int(rng.integers(1, 256))
+        pieces.append(bytes(changed))
+    said = []
+    for i, piece in enumerate(pieces):
+        path.write_bytes(piece)
+        try:
+            import_trace(path, tmp_path / f"{i}.moet")
+        except InputError as e:
+            said.append(str(e))
+    assert len(said) > 20
+    assert all(name in text for text in said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,30 +48,29 @@ def greedy_cover(text: RoutedText, need: npt.ArrayLike) -> Cover:
     """
     wanted = np.array(need, dtype=np.float64)
     n_layers, e = wanted.shape
-    rows, columns = [], []
-    for layer in range(n_layers):
-        ids = text.experts[:, layer].astype(np.int64)
-        used = (ids < e) & np.append(wanted[layer] > 0, False)[np.minimum(ids, e)]
-        rows.append(np.broadcast_to(text.owner[:, None], ids.shape)[used])
-        columns.append(layer * e + ids[used])
-    cell, place = np.unique(np.concatenate(columns), return_inverse=True)
-    shape = (text.n_requests, cell.size)
-    brings = sparse.csr_array((np.ones(place.size), (np.concatenate(rows), place)), shape=shape)
-    left = wanted.ravel()[cell]
+    brings = _brings(text, wanted)
+    left = wanted.ravel().copy()
     length = np.maximum(np.bincount(text.owner, minlength=text.n_requests), 1)
-    free = np.ones(text.n_requests, dtype=bool)
+
+    def gain(request: int) -> float:
+        mine = slice(brings.indptr[request], brings.indptr[request + 1])
+        return float(np.minimum(brings.data[mine], left[brings.indices[mine]]).sum())
+
+    # gains only fall: what was the best and still is, is (Minoux 1978)
+    queue = [(-gain(i) / length[i], i) for i in range(text.n_requests)]
+    heapq.heapify(queue)
     chosen: list[int] = []
     gained: list[float] = []
-    while left.any():
-        useful = brings.copy()
-        useful.data = np.minimum(useful.data, left[useful.indices])
-        gain: Floats = np.asarray(useful.sum(axis=1)).ravel() * free
-        best = int((gain / length).argmax())
-        if gain[best] <= 0:
-            break
+    while queue and left.any():
+        _, best = heapq.heappop(queue)
+        now = gain(best)
+        if now <= 0:
+            continue
+        if queue and (-now / length[best], best) > queue[0]:
+            heapq.heappush(queue, (-now / length[best], best))
+            continue
         chosen.append(best)
-        gained.append(float(gain[best]))
-        free[best] = False
+        gained.append(now)
         mine = slice(brings.indptr[best], brings.indptr[best + 1])
         left[brings.indices[mine]] = np.maximum(left[brings.indices[mine]] - brings.data[mine], 0)
     added = np.zeros((n_layers, e))
@@ -79,3 +79,16 @@ def greedy_cover(text: RoutedText, need: npt.ArrayLike) -> Cover:
         added[layer] = np.bincount(ids[ids < e], minlength=e)
     lacking = np.maximum(wanted - added, 0)
     return Cover(np.array(chosen, dtype=np.int64), np.array(gained), added, lacking)
+
+
+def _brings(text: RoutedText, wanted: Floats) -> sparse.csr_array:
+    """How many tokens each request brings to each expert that needs some: (R, L·E)."""
+    n_layers, e = wanted.shape
+    parts = []
+    for layer in range(n_layers):
+        ids = text.experts[:, layer].astype(np.int64)
+        used = (ids < e) & np.append(wanted[layer] > 0, False)[np.minimum(ids, e)]
+        cell = (text.owner[:, None] * e + np.minimum(ids, e - 1))[used]
+        found, count = np.unique(cell, return_counts=True)
+        parts.append(sparse.coo_array((count, (found // e, found % e)), shape=(text.n_requests, e)))
+    return sparse.csr_array(sparse.hstack(parts, format="csr"))

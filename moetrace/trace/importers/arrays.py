@@ -41,12 +41,10 @@ def requests(source: Path) -> Iterator[tuple[str, NDArray[Any]]]:
     """Name and (n, L, k) experts of each request; a pickle is never loaded."""
     for path in find(source):
         try:
-            loaded = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix == ".npy" else None)
-        except (OSError, ValueError) as e:
-            raise InputError(f"{path} cannot be read", why=str(e)[:200], fix="give arrays of numbers") from e
-        arrays = (
-            {path.stem: loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded}
-        )
+            arrays = {path.stem: np.load(path, mmap_mode="r")} if path.suffix == ".npy" else _archive(path)
+        except Exception as e:  # whatever numpy and zipfile make of a damaged file
+            why = (str(e) or type(e).__name__)[:200]
+            raise InputError(f"{path} cannot be read", why=why, fix="give arrays of numbers") from e
         for name, array in arrays.items():
             if (
                 array.ndim != 3
@@ -63,6 +61,12 @@ def requests(source: Path) -> Iterator[tuple[str, NDArray[Any]]]:
             if ((in_order[:, :, 1:] == in_order[:, :, :-1]) & (in_order[:, :, 1:] >= 0)).any():
                 raise malformed(path, None, name, "names one expert twice in one layer of one token")
             yield name, array
+
+
+def _archive(path: Path) -> dict[str, NDArray[Any]]:
+    """A .npz file's arrays; a pickle is never loaded."""
+    with path.open("rb") as file, np.load(file) as arrays:
+        return {name: arrays[name] for name in arrays}
 
 
 def shape(source: Path) -> Shape:
