@@ -12,6 +12,7 @@ from moetrace.analysis.experts.importance import CRITERIA, ExpertImportance, exp
 from moetrace.findings.finding import Figure, Finding, Question
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import layer_list
+from moetrace.model.experts import weights_before
 
 #: what criteria are called
 SAID = {
@@ -99,13 +100,15 @@ def importance_of(subject: Subject) -> tuple[ExpertImportance, list[str]]:
     routing = subject.routing
     text = routing.text.by_name()
     outputs = None
+    facts = subject.traces[0].facts.get("model")
+    weighed = isinstance(facts, dict) and weights_before(str(facts.get("architecture")))
     if text.weights is not None:
         columns = routing.columns
         found = [columns.column("outputs", text, i) for i in range(text.layers.size)]
         if all(one is not None for one in found):
             outputs = [one for one in found if one is not None]
     return (
-        expert_importance(text, outputs, n_expert=subject.n_expert, seed=subject.seed),
+        expert_importance(text, outputs, weighed=weighed, n_expert=subject.n_expert, seed=subject.seed),
         ["Intervals and halves are over prompts: they hold for prompts like these."],
     )
 

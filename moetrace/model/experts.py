@@ -36,6 +36,11 @@ _ROUTER_READS_ELSE = (
 )
 
 
+def weights_before(architecture: str) -> bool:
+    """Whether a model weighs what its experts take, not what they make."""
+    return architecture == "llama4"
+
+
 @dataclass(frozen=True)
 class Expert:
     """One expert, dequantised to float32: F hidden neurons, D the width of the model.
@@ -93,7 +98,7 @@ class LayerExperts(Sequence[Expert]):
         self.layer = layer
         arch = model.architecture
         self.activation: Activation = _ACTIVATIONS.get(arch, "silu")
-        self.weights_before = arch == "llama4"
+        self.weights_before = weights_before(arch)
         self.reads_gate_input = arch not in _ROUTER_READS_ELSE and not model.field("{arch}.swiglu_clamp_exp")
         self._block = f"blk.{layer}."
         self._fused = model.has_tensor(f"{self._block}ffn_gate_up_exps.weight")

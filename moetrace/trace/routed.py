@@ -12,13 +12,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moetrace.errors import UsageError
+from moetrace.trace.loss import LOST_EVENT_COUNTERS
 from moetrace.trace.record import EventCode, RowFlag, State
 from moetrace.trace.trace import Trace
 
-#: events after which a slot's memory still is what it was
-_HARMLESS = {
-    code.name.lower() for code in (EventCode.LAUNCH, EventCode.PAUSE, EventCode.RESUME, EventCode.INTERVENE)
-}
+#: events after which a slot's memory still is what it was; while recording was paused anything may have happened
+_HARMLESS = {code.name.lower() for code in (EventCode.LAUNCH, EventCode.INTERVENE)}
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,10 @@ def routed_experts(trace: Trace, request: int, n_tokens: int | None = None) -> R
     # where events were lost, nobody knows how much was cached, nor what happened to it
     known_cache = "n_cached" not in unknown
     n_cached = int(row["n_cached"]) if known_cache else int(position[mine].min())
-    earlier = _cached_rows(part, int(row["slot"]), first, n_cached if known_cache else 0)
+    certain = (
+        known_cache and n_cached > 0 and not any(part.counters.get(name) for name in LOST_EVENT_COUNTERS)
+    )
+    earlier = _cached_rows(part, int(row["slot"]), first, n_cached) if certain else np.empty(0, np.int64)
     length = max(int(position[mine].max()) + 1, n_cached)
     source = np.full(length, -1, np.int64)
     for rows in (earlier, mine):
@@ -159,9 +161,11 @@ def routed_experts(trace: Trace, request: int, n_tokens: int | None = None) -> R
 def _is_running(part: Trace, row: dict[str, Any], length: int, n_tokens: int | None) -> bool:
     if n_tokens is not None:
         return length < n_tokens - 1
+    if not row["running"]:
+        return False
     events = part.events
     later = (events["event"] == "launch") & (events["sequence"] == row["slot"])
-    return bool(row["running"]) and not bool((later & (events["serial"] > row["last_serial"])).any())
+    return not bool((later & (events["serial"] > row["last_serial"])).any())
 
 
 def _cached_rows(part: Trace, slot: int, first: int, n_cached: int) -> NDArray[np.int64]:
@@ -178,8 +182,9 @@ def _cached_rows(part: Trace, slot: int, first: int, n_cached: int) -> NDArray[n
     when = np.asarray(part.serial)[rows]
     # an event of serial s happened before the row of serial s
     kept = np.ones(len(rows), bool)
+    events = part.events
     columns = ("serial", "event", "sequence", "p0", "p1")
-    for at, event, sequence, p0, p1 in zip(*(part.events[name].tolist() for name in columns), strict=True):
+    for at, event, sequence, p0, p1 in zip(*(events[name].tolist() for name in columns), strict=True):
         if at > first or sequence not in (slot, -1) or event in _HARMLESS:
             continue
         gone = when < at

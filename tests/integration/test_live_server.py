@@ -89,6 +89,24 @@ def test_what_was_cached_is_what_the_earlier_request_computed(runtime, tmp_path)
             assert (d.experts[: d.cached] == -1).all()
 
 
+def test_what_happened_in_a_pause_is_not_known(runtime, tmp_path):
+    """GIVEN a slot that computed while nothing was recorded THEN what it holds is nobody's for certain."""
+    path = tmp_path / "t.moet"
+    with moetrace.serve(str(demo_model()), output=path, arguments=["-np", "1", "-t", "1"]) as server:
+        completed(server.url, TEXT)
+        command = [sys.executable, "-m", "moetrace"]
+        subprocess.run([*command, "stop", path], check=True, capture_output=True, timeout=60)
+        completed(server.url, "Another text, which nobody records.")
+        completed(server.url, TEXT)
+        subprocess.run([*command, "start", path], check=True, capture_output=True, timeout=60)
+        completed(server.url, TEXT + "And then")
+    with moetrace.open(path) as trace:
+        last = routed_experts(trace, int(trace.requests.index[-1]))
+        assert last.from_cache == 0
+        assert last.cached > 40
+        assert not last.complete
+
+
 def test_a_server_that_is_listened_to(runtime, tmp_path):
     """``run --listen``: metrics, a request's experts as soon as its client has the answer, an intervention."""
     port, live = free_port(), free_port()

@@ -15,6 +15,7 @@ from moetrace.__main__ import main
 from moetrace.analysis import RoutedText, expert_importance, from_trace
 from moetrace.commands.demo import unpack
 from moetrace.errors import UsageError
+from moetrace.model.experts import weights_before
 
 E, K, L = 16, 4, 3
 
@@ -53,6 +54,19 @@ def test_it_is_what_a_slow_count_gives() -> None:
     )
     assert (found["share_low"] <= found["share"]).all()
     assert (found["saliency_low"] <= found["saliency_high"]).all()
+
+
+def test_weights_that_are_in_the_outputs_are_not_taken_twice() -> None:
+    text, norms = world(np.random.default_rng(6))
+    assert text.weights is not None
+    within = [norm * text.weights[:, i] for i, norm in enumerate(norms)]
+    plain, weighed = (
+        expert_importance(text, norms).experts,
+        expert_importance(text, within, weighed=True).experts,
+    )
+    np.testing.assert_allclose(weighed["saliency"], plain["saliency"], rtol=1e-5)
+    assert weights_before("llama4")
+    assert not weights_before("qwen3moe")
 
 
 def test_intervals_hold_what_they_promise() -> None:

@@ -71,6 +71,7 @@ def expert_importance(
     text: RoutedText,
     outputs: Sequence[npt.NDArray[np.float32]] | None = None,
     *,
+    weighed: bool = False,
     n_expert: npt.ArrayLike | None = None,
     n_splits: int = 20,
     seed: int = 0,
@@ -84,6 +85,8 @@ def expert_importance(
         Rows; one request per prompt.
     outputs
         For each layer (M, k) norms of what the chosen experts made, NaN where unknown; None: not known.
+    weighed
+        Whether the mixing weights are in ``outputs`` already, as where a model weighs what experts take (llama4).
     n_expert
         (L,) experts that each layer has, where they differ.
     n_splits
@@ -98,7 +101,7 @@ def expert_importance(
     halves = _halves(text.n_requests, n_splits, np.random.default_rng(seed))
     frames, stable = [], []
     for i, layer in enumerate(text.layers.tolist()):
-        sums = _sums(text, i, None if outputs is None else outputs[i])
+        sums = _sums(text, i, None if outputs is None else outputs[i], weighed)
         sums = {name: values[:, : sizes[i]] for name, values in sums.items() if values.ndim == 2} | {
             "tokens": sums["tokens"]
         }
@@ -111,7 +114,9 @@ def expert_importance(
     return ExpertImportance(pd.concat(frames, ignore_index=True), stability)
 
 
-def _sums(text: RoutedText, layer: int, norm: npt.NDArray[np.float32] | None) -> dict[str, Floats]:
+def _sums(
+    text: RoutedText, layer: int, norm: npt.NDArray[np.float32] | None, weighed: bool
+) -> dict[str, Floats]:
     """Of each prompt and expert (P, E): uses, and sums of weights, ranks and saliencies; ``tokens`` (P, 1)."""
     ids, e, p = text.experts[:, layer].astype(np.int64), text.n_expert, text.n_requests
     there = ids < e
@@ -133,7 +138,7 @@ def _sums(text: RoutedText, layer: int, norm: npt.NDArray[np.float32] | None) ->
     out |= {"weight": total(weight[there]), "rank": total(rank[there].astype(np.float64))}
     if norm is not None:
         # tokens whose output is not known have no part in the mean
-        made = (weight * norm)[there]
+        made = (norm if weighed else weight * norm)[there].astype(np.float64)
         known = np.isfinite(made)
         out |= {"made": total(np.where(known, made, 0.0)), "known": total(known.astype(np.float64))}
     return out
