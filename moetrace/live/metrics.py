@@ -8,7 +8,8 @@ import numpy as np
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from moetrace.live.tail import Snapshot, jain
+from moetrace.analysis.domains.layers import jain_index
+from moetrace.live.tail import Snapshot
 
 _SECONDS = {
     "hook_ns": ("moetrace_hook_seconds", "Time spent in the tracer's own code, in the server's process"),
@@ -103,7 +104,7 @@ class Metrics(Collector):
             counts = now.counts[i, : int(now.n_expert[i])]
             total = int(counts.sum())
             if total:
-                even.add_metric([str(layer)], jain(counts, counts.size))
+                even.add_metric([str(layer)], float(jain_index(counts, counts.size)))
                 hottest.add_metric([str(layer)], float(counts.max()) / total)
             unused.add_metric([str(layer)], int((counts == 0).sum()))
             for expert, n in enumerate(counts.tolist()) if self._experts else ():

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -255,10 +254,3 @@ def _contexts(trace: Trace) -> list[Context]:
             )
         )
     return out
-
-
-def jain(counts: NDArray[Any], n_expert: int) -> float:
-    """Jain's index of one layer's counts (E,): 1 where all experts get as much; NaN without tokens."""
-    x = np.asarray(counts[:n_expert], dtype=np.float64)
-    squares = (x**2).sum()
-    return float(x.sum() ** 2 / (n_expert * squares)) if squares else float("nan")

@@ -190,6 +190,13 @@ def domain_entropy(
     return pd.concat(parts).sort_values(["layer", "domain"], kind="stable").reset_index(drop=True)
 
 
+def jain_index(load: npt.ArrayLike, n_expert: npt.ArrayLike) -> Floats:
+    """Jain's fairness index (...) of loads (..., E) over ``n_expert`` experts: 1 even, 1/E one expert; NaN no load."""
+    x = np.asarray(load, dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(x.sum(axis=-1) ** 2 / (np.asarray(n_expert) * (x**2).sum(axis=-1)))
+
+
 def load_balance(
     counts: npt.ArrayLike,
     tokens: npt.ArrayLike | None,
@@ -220,12 +227,8 @@ def load_balance(
     total = c.sum(axis=0)
     own = per_layer(n_expert, c.shape[1], c.shape[2])
     mean = total.sum(axis=1) / own
-
-    def jain(load: Floats) -> Floats:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.asarray(load.sum(axis=-1) ** 2 / (own * (load**2).sum(axis=-1)))
-
-    knife = nulls.jackknife(jain(total), np.stack([jain(total - each) for each in c]), level=level)
+    without = np.stack([jain_index(total - each, own) for each in c])
+    knife = nulls.jackknife(jain_index(total, own), without, level=level)
     bound = np.full(len(own), np.nan)
     if tokens is not None:
         never = (total == 0) & (np.arange(total.shape[1]) < own[:, None])
@@ -243,7 +246,7 @@ def load_balance(
                 "hottest_rate": total.max(axis=1) / np.where(n > 0, n, np.nan),
                 "peak": total.max(axis=1) / mean,
                 "cv": spread / mean,
-                "jain": jain(total),
+                "jain": jain_index(total, own),
                 "jain_jackknife": np.clip(knife.estimate, 1 / own, 1.0),
                 "jain_low": np.clip(knife.low, 1 / own, 1.0),
                 "jain_high": np.clip(knife.high, 1 / own, 1.0),
