@@ -542,7 +542,10 @@ class Referee:
         How often what was checked.
     """
 
-    def __init__(self, trace: moetrace.Trace, model: str, clients: Clients, control: Control) -> None:
+    def __init__(
+        self, trace: moetrace.Trace, model: str, clients: Clients, control: Control, *, lossy: bool
+    ) -> None:
+        self.lossy = lossy
         self.faults: list[str] = []
         self.seen: Counter[str] = Counter()
         self.sent = [r for r in clients.requests if r.model == model]
@@ -558,7 +561,7 @@ class Referee:
         self.paused = spans(control.done, model, "stop", "start")
         self.ablated = spans(control.done, model, "ablate", "off")
 
-    def check(self, *, lossy: bool) -> None:
+    def check(self) -> None:
         """Every request's rows are its tokens, every row somebody's, every label its own.
 
         Of a lossy trace what is missing may be missing: nothing may be anybody else's.
@@ -584,13 +587,13 @@ class Referee:
                 self.expect(not whole, f"recorded while paused: {request}")
                 self.seen["paused"] += 1
             elif not touches(self.paused, request):
-                if lossy and not whole:
+                if self.lossy and not whole:
                     self.seen["partial"] += 1
                     continue
                 self.expect(len(whole) == 1, f"{len(whole)} requests have the rows of {request}")
                 self.seen["exact"] += 1
                 if whole:
-                    self.check_exact(whole[0], request, lossy)
+                    self.check_exact(whole[0], request)
         for number, (request, *others) in owners.items():
             said = self.requests.loc[number]
             if request.answered and not others:  # what is said of it is so, however little of it is there
@@ -613,7 +616,7 @@ class Referee:
         stray = (self.column["request"] < 0) != ((flags & RowFlag.TRIAL) != 0)
         self.expect(not stray.any(), f"{np.count_nonzero(stray)} rows of no request")
 
-    def check_exact(self, number: int, request: Request, lossy: bool) -> None:
+    def check_exact(self, number: int, request: Request) -> None:
         said, rows = self.requests.loc[number], self.rows[number]
         position = self.column["position"][rows]
         text = f"{said.to_dict()} of {request}"
@@ -625,10 +628,10 @@ class Referee:
         }  # fmt: skip
         blank = said.isna()
         for name, value in wanted.items():
-            if not (lossy and blank[name]):
+            if not (self.lossy and blank[name]):
                 self.expect(not blank[name] and said[name] == value, f"{name} is not {value}: {text}")
         if request.id != said["id"]:
-            self.expect(lossy and said["id"] is None, f"label: {text}")
+            self.expect(self.lossy and said["id"] is None, f"label: {text}")
         intervened = self.intervened[rows]
         if request.slot != 0 or not touches(self.ablated, request):
             self.expect(not intervened.any(), f"intervened on: {text}")
@@ -646,8 +649,8 @@ class Referee:
         position, token = (self.column[name][self.rows[number]] for name in ("position", "token"))
         known = np.array(request.known)
         inside = position < len(known)
-        if not inside.any():  # recording was switched on after what was heard of it
-            return not request.answered and touches(self.paused, request)
+        if not inside.any():  # recorded is only what came after the client hung up
+            return not request.answered and (self.lossy or touches(self.paused, request))
         return bool(
             (token[inside] == known[position[inside]]).all()
             and (inside.all() or not request.answered)
@@ -693,8 +696,8 @@ def held_against(lived: Lived, *, lossy: bool = False) -> dict[str, Counter[str]
     seen, faults = {}, []
     for model in MODELS:
         with moetrace.open(lived.path, model=model) as trace:
-            referee = Referee(trace, model, lived.clients, lived.control)
-            referee.check(lossy=lossy)
+            referee = Referee(trace, model, lived.clients, lived.control, lossy=lossy)
+            referee.check()
             loss = trace.loss
             referee.expect(lossy or loss.complete, f"lost: {loss}")
             referee.seen.update(
