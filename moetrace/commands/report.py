@@ -77,6 +77,7 @@ class Report:
             parser, "-s", "--seed", type=int, default=0, metavar="N", help="of permutations and bootstraps"
         )
 
+        add_option(parser, "--no-texts", action="store_true", help="leave requests' texts out of the page")
         add_keeping(parser)
         add_machines(parser)
 
@@ -105,7 +106,8 @@ class Report:
                 # one that ended too early wrote nothing
                 pairs = [(finding, part or Written(())) for finding, part in asked]
             findings, parts = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-            report = write_report(subject, findings, folder, _titles(recordings, args.recordings), parts)
+            titles = _titles(recordings, args.recordings)
+            report = write_report(subject, findings, folder, titles, parts, with_texts=not args.no_texts)
             width = min(120, shutil.get_terminal_size().columns)
             sys.stdout.write(summary(report, width=width, paint=paint))
         return 1 if any(finding.failed for finding in findings) else 0

@@ -25,9 +25,17 @@ from moetrace.errors import MoetraceError
 from moetrace.host.intervene import switch
 from moetrace.live.metrics import Metrics
 from moetrace.live.tail import Snapshot, Tail
+from moetrace.report.script import TEMPLATES
+from moetrace.trace.request_text import RequestText, called, decoding, request_text
 from moetrace.trace.routed import routed_experts
+from moetrace.trace.trace import Trace
 
 _PAGE = Path(__file__).parent / "page"
+_FILES = {
+    "/page.js": (_PAGE / "page.js", "text/javascript"),
+    "/page.css": (_PAGE / "page.css", "text/css"),
+    "/text.mjs": (TEMPLATES / "text.mjs", "text/javascript"),  # the report's own
+}
 #: nothing from elsewhere, and nothing inline
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self';"
@@ -36,6 +44,7 @@ POLICY = (
 _EVERY_S = 1.0  # how often the page is told
 _POLL_S = 0.2
 LONGEST_WAIT_S = 300.0
+LONGEST_TEXT = 4000  # tokens that the page colours
 _LISTED = 1000
 
 
@@ -72,10 +81,13 @@ class Service:
             Route("/", self._page),
             Route("/page.js", self._page),
             Route("/page.css", self._page),
+            Route("/text.mjs", self._page),
+            Route("/favicon.ico", lambda request: Response(status_code=204, headers=_HEADERS)),
             Route("/metrics", self._metrics),
             Route("/events", self._events),
             Route("/requests", self._requests),
             Route("/requests/{request}/experts", self._experts),
+            Route("/requests/{request}/text", self._text),
             Route("/interventions", self._interventions, methods=["GET"]),
             Route("/interventions", self._set_intervention, methods=["POST"]),
         ]
@@ -98,11 +110,8 @@ class Service:
     # -- what is served
 
     def _page(self, request: Request) -> Response:
-        name, kind = {
-            "/page.js": ("page.js", "text/javascript"),
-            "/page.css": ("page.css", "text/css"),
-        }.get(request.url.path, ("page.html", "text/html"))
-        return Response((_PAGE / name).read_bytes(), media_type=kind, headers=_HEADERS)
+        file, kind = _FILES.get(request.url.path, (_PAGE / "page.html", "text/html"))
+        return Response(file.read_bytes(), media_type=kind, headers=_HEADERS)
 
     def _metrics(self, request: Request) -> Response:
         self._allow(request)
@@ -184,17 +193,20 @@ class Service:
             trace = self._tail.trace
             if trace.live:
                 trace.refresh()
-            requests = trace.requests
-            mine = requests.index[requests["id"] == asked].tolist()
-            if not mine and asked.isdigit():
-                mine = [int(asked)]
-            if len(mine) > 1:
-                raise MoetraceError(
-                    f"{len(mine)} requests are called {asked!r}", fix="ask by number: /requests?id="
-                )
-            if not mine or mine[0] not in requests.index:
-                raise _NotThereError(f"there is no request {asked!r}")
-            return routed_experts(trace, mine[0], n_tokens)
+            return routed_experts(trace, _one(trace, asked), n_tokens)
+
+    def _text(self, request: Request) -> Response:
+        """One request's words and their experts in one layer, ``?layer=N``: what the page colours."""
+        self._allow(request)
+        asked, layer = request.path_params["request"], request.query_params.get("layer")
+        with self._lock:
+            trace = self._tail.trace
+            if trace.live:
+                trace.refresh()
+            layers = trace.layers.tolist()
+            wanted = layers[len(layers) // 2] if layer is None else _number(layer, "layer")
+            text = request_text(trace, _one(trace, asked), wanted, LONGEST_TEXT)
+        return JSONResponse(text_json(text), headers=_HEADERS)
 
     def _interventions(self, request: Request) -> Response:
         self._allow(request)
@@ -266,10 +278,40 @@ def _number(value: str, name: str) -> int:
         raise MoetraceError(f"{name}={value!r} is no whole number") from None
 
 
+def _one(trace: Trace, asked: str) -> int:
+    found = called(trace, asked)
+    if len(found) > 1:
+        raise MoetraceError(f"{len(found)} requests are called {asked!r}", fix="ask by number: /requests?id=")
+    if not found:
+        raise _NotThereError(f"there is no request {asked!r}")
+    return found[0]
+
+
 def _plain(value: Any) -> Any:
     if value is None or value is pd.NA:
         return None
     return value.item() if isinstance(value, np.generic) else value
+
+
+def text_json(text: RequestText) -> dict[str, Any]:
+    """One layer of a request's text, as templates/text.mjs of the report takes it."""
+    weights = (
+        None
+        if text.weights is None
+        else [[None if w != w else round(w, 4) for w in row] for row in text.weights[:, 0].tolist()]
+    )
+    return {
+        "number": text.number,
+        "id": text.id,
+        "label": text.label,
+        "layer": int(text.layers[0]),
+        "readable": text.readable,
+        "pieces": text.pieces,
+        "positions": text.positions.tolist(),
+        "generated": decoding(text.phase).tolist(),
+        "experts": text.chosen()[:, 0].tolist(),
+        "weights": weights,
+    }
 
 
 def page_json(now: Snapshot) -> dict[str, Any]:

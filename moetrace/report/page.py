@@ -29,11 +29,12 @@ from moetrace.report.methods import linked, methods
 from moetrace.report.script import page_script
 from moetrace.report.short import in_short
 from moetrace.report.svg import inline_svg, svg
+from moetrace.report.texts import texts
 
-#: The page is made smaller until it is at most this large: fewer experts in transition matrices, fewer rows, and only
-#: intervals of what is significant.
+#: The page is made smaller until it is at most this large: fewer experts in transition matrices, fewer rows, only
+#: intervals of what is significant, fewer and shorter texts.
 MAX_BYTES = 5_000_000
-_SMALLER = ((64, 1000, 1.0), (48, 300, 1.0), (24, 60, 0.05), (8, 20, 0.05))
+_SMALLER = ((64, 1000, 1.0, 250_000), (48, 300, 1.0, 120_000), (24, 60, 0.05, 60_000), (8, 20, 0.05, 0))
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,13 @@ def write_report(
     folder: Path,
     names: Sequence[str] = (),
     parts: Sequence[Written] | None = None,
+    *,
+    with_texts: bool = True,
 ) -> Report:
     """Write report.html, and each finding's JSON, figures/ and tables/, into ``folder``.
 
     ``names`` are what the recordings are called, if not by their folders; ``parts`` what :func:`write_part` gave of
-    each finding, if that was done.
+    each finding, if that was done; ``with_texts`` as for :func:`render_page`.
 
     Raises MoetraceError if a file cannot be written.
     """
@@ -112,7 +115,7 @@ def write_report(
         parts = [write_part(finding, folder) for finding in findings]
     files = [file for part in parts for file in part.files]
     inline = {finding.name: part.inline for finding, part in zip(findings, parts, strict=True)}
-    text = render_page(subject, findings, about, inline)
+    text = render_page(subject, findings, about, inline, with_texts=with_texts)
     page = folder / "report.html"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,23 +130,28 @@ def render_page(
     findings: Sequence[Finding],
     about: Captured,
     inline: Mapping[str, Mapping[str, str]] | None = None,
+    *,
+    with_texts: bool = True,
 ) -> str:
     """Give the page as HTML, at most :data:`MAX_BYTES` if that can be reached by leaving out detail.
 
     ``inline`` are the figures of each question, as :func:`write_part` gave them; they are drawn if it is not given.
+    ``with_texts``: whether some requests' texts stand in it, to be read token by token.
     """
     answered = [f for f in findings if f.not_answered is None]
     sections = [_section(f, subject.phase_note, None if inline is None else inline[f.name]) for f in answered]
     opening = next((s for s in sections if s["name"] == "overview"), None)
     sections = [s for s in sections if s is not opening]
-    for max_experts, max_rows, max_p in _SMALLER:
+    for max_experts, max_rows, max_p, max_entries in _SMALLER:
         head, arrays = explorer(subject, answered, max_experts=max_experts, max_p=max_p)
+        told, read = texts(subject.traces, max_entries if with_texts else 0)
+        head, arrays = head | told, arrays | read
         head["tables"] = {
             f"{f.name}-{name}": table_json(table, max_rows)
             for f in answered
             for name, table in f.tables.items()
         }
-        text = _render(subject, opening, sections, findings, about, pack(head, arrays))
+        text = _render(subject, opening, sections, findings, about, pack(head, arrays), bool(told))
         if len(text.encode()) <= MAX_BYTES:
             break
     return text
@@ -156,6 +164,7 @@ def _render(
     findings: Sequence[Finding],
     about: Captured,
     data: bytes,
+    has_texts: bool,
 ) -> str:
     environment = _environment()
     loader = environment.loader
@@ -172,6 +181,7 @@ def _render(
         opening=opening,
         phase_note=subject.phase_note,
         sections=sections,
+        has_texts=has_texts,
         missing=unanswered(findings),
         by_chance=by_chance(findings),
         n_missing=sum(f.not_answered is not None for f in findings),

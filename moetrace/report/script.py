@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
+TEMPLATES = Path(__file__).parent / "templates"
 #: in the order in which they need each other
-MODULES = ("data.mjs", "charts.mjs", "widgets.mjs", "page.mjs")
+MODULES = ("text.mjs", "data.mjs", "charts.mjs", "widgets.mjs", "page.mjs")
 
 _IMPORT = re.compile(r'^import \{[^}]*\} from "\./[a-z]+\.mjs";\n', re.MULTILINE)
 _EXPORT = re.compile(r"^export (?=(?:async function|function|class|const) )", re.MULTILINE)

@@ -24,10 +24,10 @@ def find_chromium() -> str | None:
 class Browser:
     """One browser with one tab; a context manager. ``errors`` and ``requests`` gather what the tab did.
 
-    Every request but the page's own file is refused, as without a network.
+    Every request but the page's own file is refused, as without a network, unless it is ``allowed`` one.
     """
 
-    def __init__(self, executable: str, profile: Path) -> None:
+    def __init__(self, executable: str, profile: Path, *, allowed: bool = False) -> None:
         to_browser, ours = os.pipe()
         theirs, from_browser = os.pipe()
         # the protocol's pipes are descriptors 3 and 4 of the browser
@@ -56,7 +56,8 @@ class Browser:
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.call("Network.setBlockedURLs", urls=["http://*", "https://*", "ws://*", "wss://*"])
+        if not allowed:
+            self.call("Network.setBlockedURLs", urls=["http://*", "https://*", "ws://*", "wss://*"])
 
     def __enter__(self) -> Browser:
         return self

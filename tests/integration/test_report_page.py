@@ -6,6 +6,7 @@ Skipped, saying so, where there is no Chromium (set MOETRACE_CHROMIUM to one).
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import moetrace
 from moetrace.findings import QUESTIONS, Subject, question
 from moetrace.report.captured import captured
 from moetrace.report.page import render_page
+from moetrace.trace.store import write_vocabulary
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 import traces
@@ -55,6 +57,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     path = traces.labelled_trace(
         folder / "t.moet", ("code", "math", HOSTILE), layout=layout, all_outputs=False, lose=(30,)
     )
+    write_vocabulary(path, [f"{HOSTILE} {i}".encode() for i in range(12)])
     with moetrace.open(path) as trace:
         subject = Subject([trace])
         findings = [question(name)().ask(subject) for name in ASKED]
@@ -63,7 +66,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         )
         counts = subject.counts
         lift = next(f for f in findings if f.name == "specialists").tables["domain_lift"]
-    return SimpleNamespace(page=folder / "report.html", counts=counts, lift=lift)
+    return SimpleNamespace(page=folder / "report.html", trace=path, counts=counts, lift=lift)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +121,7 @@ def choose(page: Browser, name: str, value: str) -> None:
 def test_it_loads_without_errors_and_without_a_network(page: Browser) -> None:
     assert page.errors == []
     assert [url for url in page.requests if not url.startswith(("file:", "data:"))] == []
-    assert page.value("document.querySelectorAll('.widget:not([hidden])').length") == 6
+    assert page.value("document.querySelectorAll('.widget:not([hidden])').length") == 7
     assert page.value("document.title") == "Routing report: t.moet"
     assert page.value("document.querySelectorAll('main b, main script').length - "
                       "document.querySelectorAll('.remark b, .tiles b, .how b').length") == 0  # fmt: skip
@@ -130,6 +133,28 @@ def test_what_is_not_the_pages_own_may_not_run_or_load(page: Browser) -> None:
     )
     assert page.value("window.owned") is None
     assert page.value("fetch('https://example.org').then(() => 'loaded', () => 'refused')") == "refused"
+
+
+def test_a_text_token_by_token(page: Browser, report: SimpleNamespace) -> None:
+    text = "document.querySelector('[data-widget=text] .tokens')"
+    assert page.value(f"{text}.querySelectorAll('script').length") == 0
+    tokens = page.value(f"[...{text}.querySelectorAll('[data-token]')].map((e) => e.textContent)")
+    assert set(tokens) <= {f"{HOSTILE} {i}" for i in range(12)}
+    page.value(f"{text}.focus()")
+    for _ in range(3):
+        page.key("ArrowRight")
+    with moetrace.open(report.trace) as trace:
+        rows = trace.sel(request=int(page.value("report.data.texts[0].number")), layer=int(trace.layers[0]))
+        assert len(rows) == len(tokens)
+        order = np.argsort(rows.positions, kind="stable")
+        page.value("report.set({layer: 0})")
+        third = rows.experts[order[2], 0][np.argsort(-rows.weights[order[2], 0], kind="stable")]
+    said = readout(page, '[data-widget="text"]')
+    assert said.startswith("position 2, prompt:")
+    assert re.findall(r"(\d+) \(0", said) == [str(e) for e in third]
+    page.value("document.querySelector('[data-widget=text] .legend button').click()")
+    assert page.value("report.state.expert") is not None
+    assert "used by" in page.value("document.querySelector('[data-widget=text] .legend').textContent")
 
 
 def test_hovering_a_cell_shows_the_number_in_the_data(page: Browser, report: SimpleNamespace) -> None:

@@ -6,15 +6,11 @@ import base64
 import io
 import json
 import re
-import socket
-import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -34,9 +30,10 @@ from moetrace.trace.columns import TableWriter
 from moetrace.trace.record import RowFlag
 from moetrace.trace.routed import routed_experts
 
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 parser = pytest.importorskip("prometheus_client.openmetrics.parser")
 service = pytest.importorskip("moetrace.live.service")
+from serving import Served  # noqa: E402 what it needs may not be there
 
 
 @pytest.fixture(scope="module")
@@ -169,36 +166,6 @@ def test_a_timeline_for_perfetto(recorded: Path, tmp_path: Path) -> None:
 # -- over HTTP
 
 
-class Served:
-    def __init__(self, path: Path, **options: Any) -> None:
-        self.service = service.Service(path, **options)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        config = uvicorn.Config(
-            self.service.app, port=self.port, log_level="error", timeout_graceful_shutdown=1
-        )
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-
-    def get(self, path: str, body: Any = None, **headers: str) -> tuple[int, bytes, dict[str, str]]:
-        send = None if body is None else json.dumps(body).encode()
-        asked = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", send, headers)
-        try:
-            with urllib.request.urlopen(asked, timeout=20) as answer:
-                return answer.status, answer.read(), dict(answer.headers)
-        except urllib.error.HTTPError as e:
-            return e.code, e.read(), dict(e.headers)
-
-    def close(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(10)
-        self.service.close()
-
-
 @pytest.fixture(scope="module")
 def served(recorded: Path) -> Iterator[Served]:
     served = Served(recorded, experts=True, domains=True)
@@ -257,8 +224,30 @@ def test_requests_and_their_experts(served: Served, recorded: Path) -> None:
     assert json.loads(served.get(f"/requests?id={name}")[1])[0]["id"] == name
 
 
+def test_a_requests_text_in_a_layer(served: Served, recorded: Path) -> None:
+    with moetrace.open(recorded) as trace:
+        number = int(trace.requests.index[3])
+        name, layer = trace.requests.loc[number, "id"], int(trace.layers[2])
+        rows = trace.sel(request=number, layer=layer)
+        order = np.argsort(rows.positions, kind="stable")
+        said = json.loads(served.get(f"/requests/{name}/text?layer={layer}")[1])
+        assert said["positions"] == rows.positions[order].tolist()
+        assert said["experts"] == rows.experts[order, 0].tolist()
+        np.testing.assert_allclose(said["weights"], rows.weights[order, 0], atol=6e-5)
+        assert "".join(said["pieces"]).startswith("<|bos|>" + trace.requests.loc[number, "prompt"])
+        last = int(trace.layers[-1])
+        lacking = json.loads(served.get(f"/requests/{number}/text?layer={last}")[1])
+        absent = ~trace.sel(request=number, layer=last).present[order, 0]
+        assert absent.any()
+        assert [row == [-1] * len(row) for row in lacking["experts"]] == absent.tolist()
+        assert [row == [None] * len(row) for row in lacking["weights"]] == absent.tolist()
+        assert lacking["generated"] == (rows.phase[order] == 1).tolist()
+    assert served.get("/requests/nobody/text")[0] == 404
+    assert served.get(f"/requests/{name}/text?layer=99")[0] == 400
+
+
 def test_the_page_takes_nothing_from_elsewhere(served: Served) -> None:
-    for path in ("/", "/page.js", "/page.css"):
+    for path in ("/", "/page.js", "/page.css", "/text.mjs"):
         status, body, headers = served.get(path)
         assert status == 200
         assert "default-src 'none'" in headers["content-security-policy"]
@@ -277,7 +266,14 @@ def test_who_may_ask(served: Served, recorded: Path) -> None:
     assert served.get("/interventions", {"specs": []})[0] == 403  # no token, no change
     kept = Served(recorded, token="s3cret")
     try:
-        for path in ("/metrics", "/requests", "/requests/0/experts", "/interventions", "/events"):
+        for path in (
+            "/metrics",
+            "/requests",
+            "/requests/0/experts",
+            "/requests/0/text",
+            "/interventions",
+            "/events",
+        ):
             assert kept.get(path)[0] == 403, path
             assert kept.get(path, Authorization="Bearer wrong")[0] == 403, path
         assert kept.get("/metrics", Authorization="Bearer s3cret")[0] == 200
@@ -323,6 +319,14 @@ def test_lines_fit_and_say_what_is_there(recorded: Path, capsys: pytest.CaptureF
     assert main(["live", str(recorded), "--once"]) == 0
     assert "layers by experts, all of it" in capsys.readouterr().out
     assert main(["live", str(recorded.parent / "nothing")]) != 0
+
+
+def test_names_of_others_do_not_steer_the_terminal(tmp_path: Path) -> None:
+    hostile = "\x1b]0;owned\x07\x1b[2J\r\n</script>\u202e"
+    path = traces.labelled_trace(tmp_path / "t.moet", (hostile, "math"))
+    said = lines(Tail(path).look(), "counts", width=200, height=40)
+    assert any("</script>" in line for line in said)
+    assert all(line.isprintable() for line in said)
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are(served: Served) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import traces
+from rings import make_layout
 
 import moetrace
 from moetrace.__main__ import main
@@ -28,6 +29,8 @@ from moetrace.report.methods import linked, methods
 from moetrace.report.page import MAX_BYTES, Report, render_page, write_report
 from moetrace.report.short import in_short
 from moetrace.report.summary import summary
+from moetrace.report.texts import texts
+from moetrace.trace.store import write_vocabulary
 
 ASKED = [name for name, asked in QUESTIONS.items() if not asked.needs_model and not asked.compares]
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> $\\frac{1}{2$ {{7*7}} \x1b[31m"
@@ -451,3 +454,45 @@ def test_names_that_others_chose_as_names_of_files() -> None:
     assert file_names(["Code", "C++ code!", "c code", "///", "all", "a" * 60]) == [
         "code", "c-code", "c-code-2", "unnamed", "all-2", "a" * 40
     ]  # fmt: skip
+
+
+def test_texts_of_the_page_are_rows_of_the_trace(tmp_path: Path) -> None:
+    layout = make_layout(layers=(1, 4, 7))
+    path = traces.labelled_trace(
+        tmp_path / "t.moet", ("code", "math"), layout=layout, all_outputs=False, lose=(30,)
+    )
+    with moetrace.open(path) as trace:
+        assert texts([trace], 100_000) == ({}, {})  # no words
+    write_vocabulary(path, [f" w{i}".encode() for i in range(12)])
+    with moetrace.open(path) as trace:
+        head, arrays = texts([trace], 100_000)
+        assert len(head["texts"]) == len(trace.requests)
+        # the labels in turns; the one that lost a row comes after the whole ones of its label
+        lossy = int(trace.requests.index[trace.requests["n_lost"] > 0][0])
+        label = trace.requests.loc[lossy, "label"]
+        order = [one["number"] for one in head["texts"] if one["name"].endswith(f" · {label}")]
+        assert order[-1] == lossy
+        assert {one["name"].split(" · ")[1] for one in head["texts"][:2]} == {"code", "math"}
+        at = 0
+        for one in head["texts"]:
+            rows = trace.sel(request=one["number"])
+            here = slice(at, at + one["n"])
+            by_position = np.argsort(rows.positions, kind="stable")
+            assert one["n"] == one["of"] == len(rows)
+            assert arrays["text_position"][here].tolist() == rows.positions[by_position].tolist()
+            assert head["pieces"][here] == [f" w{t}" for t in rows.token_ids[by_position]]
+            expected = np.where(rows.present[..., None], rows.experts.astype(int), 65535)[by_position]
+            np.testing.assert_array_equal(arrays["text_expert"][here], expected)
+            at += one["n"]
+        assert (arrays["text_expert"] == 65535).any()
+        # less room: fewer and shorter ones, said so
+        few, small = texts([trace], 60 * 3 * arrays["text_expert"].shape[2])
+        assert len(small["text_position"]) <= 60
+        assert sum(one["n"] for one in few["texts"]) == len(small["text_position"])
+        assert texts([trace], 0) == ({}, {})
+        subject = Subject([trace])
+        about = captured(subject)
+        assert "Token by token" in Page(render_page(subject, [], about)).text
+        without = render_page(subject, [], about, with_texts=False)
+        assert "Token by token" not in Page(without).text
+        assert "pieces" not in unpack(Page(without).data)[0]

@@ -1,9 +1,11 @@
-"use strict";
 // What the service tells each second, drawn. Names come from others: they are set as text, never as markup.
+
+import { TextView } from "./text.mjs";
 
 const at = (id) => document.getElementById(id);
 const HISTORY = 120;
 const LISTED = 8;
+const LIST_MS = 3000; // how often requests are asked for
 const MOST = 4; // multiples of an even share at which the scale ends
 let now = null;
 let paused = false;
@@ -108,7 +110,60 @@ function scale() {
   }
 }
 
+// -- a request's text
+
+const view = new TextView(at("text"));
+let part = null, chosen = null, listed = "";
+
+// where the page's own address gives a token, so do these
+const asked = async (path, more = {}) => {
+  const query = new URLSearchParams(location.search);
+  for (const [name, value] of Object.entries(more)) query.set(name, value);
+  const answer = await fetch(`${path}?${query}`);
+  return answer.ok ? answer.json() : null;
+};
+
+function options(select, rows) {
+  const kept = select.value;
+  select.replaceChildren(...rows.map(([value, text]) => Object.assign(document.createElement("option"), { value, textContent: text })));
+  if (rows.some(([value]) => String(value) === kept)) select.value = kept;
+}
+
+async function listRequests() {
+  const rows = await asked("/requests");
+  if (!rows) return;
+  const named = rows.slice(0, 100).map((r) => [r.request, `${r.id ?? `request ${r.request}`}${r.label ? ` · ${r.label}` : ""}: ${number(r.n_prefill + r.n_decode)} tokens`]);
+  const said = JSON.stringify([named, now?.layers]);
+  if (said === listed || document.activeElement === at("request")) return;
+  listed = said;
+  options(at("request"), named);
+  if (now && at("layer").options.length !== now.layers.length) {
+    options(at("layer"), now.layers.map((layer) => [layer, layer]));
+    at("layer").selectedIndex = now.layers.length >> 1;
+  }
+  await readText();
+}
+
+async function readText() {
+  if (!at("request").value) return;
+  const text = await asked(`/requests/${at("request").value}/text`, { layer: at("layer").value });
+  if (!text) return;
+  part = {
+    label: `request ${text.number}, layer ${text.layer}`,
+    pieces: text.pieces, positions: text.positions, generated: text.generated, k: text.experts[0]?.length ?? 0,
+    expert: (i, j) => text.experts[i][j], weight: (i, j) => text.weights?.[i][j] ?? NaN,
+  };
+  showText();
+}
+
+function showText() {
+  if (part) view.show({ part, chosen, label: part.label, note: "", pick: (expert) => { chosen = expert; showText(); } });
+}
+
 scale();
+at("request").addEventListener("change", readText);
+at("layer").addEventListener("change", readText);
+setInterval(() => { if (!paused && !document.hidden) listRequests(); }, LIST_MS);
 at("map").addEventListener("mousemove", point);
 at("map").addEventListener("click", point);
 at("window").addEventListener("change", draw);
@@ -128,8 +183,12 @@ source.onmessage = (message) => {
   rates.push(Object.values(said.per_second).reduce((a, b) => a + b, 0));
   if (rates.length > HISTORY) rates.shift();
   if (paused) return;
+  const first = !now;
   now = said;
+  // nothing is new in a recording that has ended
+  if (first && !now.live) document.querySelector("input[name=window][value=all]").checked = true;
   draw();
+  if (first) listRequests();
 };
 source.onerror = () => {
   at("state").textContent = "the service does not answer";

@@ -7,6 +7,8 @@ import { addressOf, addressParts, changedState, choicesOf, initialState, stateFr
 
 let report;
 
+const clipped = (text) => (text.length > 60 ? `${text.slice(0, 29)}…${text.slice(-30)}` : text);
+
 // One state, the controls that set it, and the figures that draw it.
 class Report {
   constructor(data) {
@@ -44,9 +46,10 @@ class Report {
         box.setAttribute("aria-label", "layer");
       } else if (name === "domain") {
         option(box, 0, many ? "all prompts" : "all prompts (no labels)");
-        this.data.domains.forEach((text, i) => option(box, i + 1, text.length > 60 ? `${text.slice(0, 29)}…${text.slice(-30)}` : text));
-      } else this.choices[name].forEach(([value, text]) => option(box, value, text));
-      const value = () => (/layer|domain/.test(name) ? Number(box.value) : box.value);
+        this.data.domains.forEach((text, i) => option(box, i + 1, clipped(text)));
+      } else if (name === "text") (this.data.texts ?? []).forEach((one, i) => option(box, i, clipped(one.name)));
+      else this.choices[name].forEach(([value, text]) => option(box, value, text));
+      const value = () => (/layer|domain|text/.test(name) ? Number(box.value) : box.value);
       box.addEventListener(name === "layer" ? "input" : "change", () => this.set({ [name]: value() }));
     }
   }

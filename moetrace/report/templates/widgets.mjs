@@ -3,6 +3,7 @@
 
 import { digits, known, percent, pvalue, whole } from "./data.mjs";
 import { Chart, Forest, Matrix } from "./charts.mjs";
+import { TextView } from "./text.mjs";
 
 // -- state --------------------------------------------------------------------------------------------------
 
@@ -25,9 +26,9 @@ export const choicesOf = (data) => ({
   steps: [["probability", "probability"], ["lift", "lift over random order"]],
 });
 
-// layer and domain are indices, domain 0 is all prompts
+// layer, domain and text are indices, domain 0 is all prompts
 export const initialState = (data) => ({
-  layer: data.start, domain: 0, expert: null, measure: plain(data)[0][0], order: "id", zoom: "whole", family: "overlap", steps: "probability",
+  layer: data.start, domain: 0, text: 0, expert: null, measure: plain(data)[0][0], order: "id", zoom: "whole", family: "overlap", steps: "probability",
 });
 
 // Lift compares a domain with others: it needs one, and ends where none is chosen.
@@ -47,7 +48,9 @@ export function stateFromAddress(hash, data, state) {
   const layer = data.layers.indexOf(Number(said.get("layer"))), expert = Number(said.get("expert"));
   if (said.has("layer") && layer >= 0) next.layer = layer;
   if (said.has("domain")) next.domain = Math.max(0, data.domains.indexOf(said.get("domain")) + 1);
-  if (said.has("expert") && Number.isInteger(expert) && expert >= 0 && expert < data.arrays.count.shape[2]) next.expert = expert;
+  const text = (data.texts ?? []).findIndex(({ number }) => String(number) === said.get("text"));
+  if (text >= 0) next.text = text;
+  if (said.get("expert") && Number.isInteger(expert) && expert >= 0 && expert < data.arrays.count.shape[2]) next.expert = expert;
   for (const [name, choices] of Object.entries(choicesOf(data)))
     if (choices.some(([key]) => key === said.get(name))) next[name] = said.get(name);
   if (next.measure === "lift" && !next.domain) next.domain = data.domains.length ? 1 : 0;
@@ -57,6 +60,7 @@ export function stateFromAddress(hash, data, state) {
 export function addressOf(state, data) {
   const said = new URLSearchParams({ layer: data.layers[state.layer] });
   if (state.domain) said.set("domain", data.domains[state.domain - 1]);
+  if (state.text) said.set("text", data.texts[state.text].number);
   if (state.expert !== null) said.set("expert", state.expert);
   for (const [name, choices] of Object.entries(choicesOf(data))) if (state[name] !== choices[0][0]) said.set(name, state[name]);
   return `#${said}`;
@@ -198,6 +202,28 @@ export function forest(cells, state) {
   };
 }
 
+const NONE = 65535;
+
+export function text({ data }, state, set) {
+  const a = data.arrays, { n, of, name } = data.texts[state.text];
+  const from = data.texts.slice(0, state.text).reduce((sum, one) => sum + one.n, 0), l = state.layer;
+  const tokens = Array.from({ length: n }, (_, i) => from + i);
+  return {
+    label: `${name}, layer ${data.layers[l]}`,
+    note: n < of ? `The first ${whole(n)} of ${whole(of)} computed tokens.` : "",
+    chosen: state.expert,
+    pick: (expert) => set({ expert }),
+    part: {
+      pieces: data.pieces.slice(from, from + n),
+      positions: tokens.map((i) => a.text_position.at(i)),
+      generated: tokens.map((i) => a.text_generated.at(i) > 0),
+      k: a.text_expert.shape[2],
+      expert: (i, j) => { const e = a.text_expert.at(from + i, l, j); return e === NONE ? -1 : e; },
+      weight: (i, j) => (a.text_weight ? a.text_weight.at(from + i, l, j) : NaN),
+    },
+  };
+}
+
 // data-widget of the page -> the array without which it is not shown, its chart, and what that draws
 export const WIDGETS = {
   usage: { needs: "count", chart: Matrix, spec: usage },
@@ -206,4 +232,5 @@ export const WIDGETS = {
   forest: { needs: "low", chart: Forest, spec: forest },
   persistence: { needs: "persistence", chart: Chart, spec: persistence },
   transitions: { needs: "steps", chart: Matrix, spec: transitions },
+  text: { needs: "text_expert", chart: TextView, spec: text },
 };

@@ -139,3 +139,18 @@ test("intervals of lift: the largest lower bound first, sure where p is small an
   assert.deepEqual(none.rows, []);
   assert.match(none.note, /no interval is known/);
 });
+
+test("a text's tokens are its own, and the address says which", () => {
+  const data = dataOf(), cells = new Cells(data), state = stateOf(data, { layer: 0, text: 1 });
+  const { part, label, note } = widgets.text(cells, state, nothing);
+  assert.deepEqual([part.pieces, part.positions, part.generated, part.k], [["1"], [3], [false], 2]);
+  assert.deepEqual([part.expert(0, 0), part.weight(0, 1), label, note], [3, 0.4, "b · math, layer 3", ""]);
+  const first = widgets.text(cells, stateOf(data, { layer: 1 }), nothing);
+  assert.equal(first.note, "The first 2 of 5 computed tokens.");
+  assert.equal(first.part.expert(1, 0), -1);
+  assert.equal(widgets.addressOf(state, data), "#layer=3&text=9");
+  assert.equal(widgets.stateFromAddress("#text=9", data, stateOf(data)).text, 1);
+  assert.equal(widgets.stateFromAddress("#text=8", data, stateOf(data)).text, 0);
+  delete data.arrays.text_weight;
+  assert.ok(Number.isNaN(widgets.text(cells, state, nothing).part.weight(0, 0)));
+});

@@ -10,7 +10,14 @@ export function array(values) {
 export function dataOf() {
   return {
     domains: ["code", "math"], names: ["code", "math"], layers: [3, 5], start: 1, n_expert: [4, 3], k: [2, 2], lags: [1, 2, 4],
+    // two texts, of two tokens and of one
+    texts: [{ number: 7, name: "a · code", n: 2, of: 5 }, { number: 9, name: "b · math", n: 1, of: 1 }],
+    pieces: ["def", " f", "1"],
     arrays: {
+      text_expert: array([[[0, 2], [1, 0]], [[2, 1], [65535, 65535]], [[3, 0], [2, 1]]]),
+      text_weight: array([[[0.25, 0.75], [0.5, 0.5]], [[0.9, 0.1], [NaN, NaN]], [[0.6, 0.4], [0.7, 0.3]]]),
+      text_position: array([0, 4, 3]),
+      text_generated: array([0, 1, 0]),
       count: array([
         [[9, 6, 9, 0], [6, 4, 2, 0]],
         [[4, 5, 3, 0], [6, 4, 2, 0]],
