@@ -41,6 +41,7 @@ GROUPS = {
         "compare": "Compare",
         "place": "Place",
         "prune": "Prune",
+        "bits": "Bits",
         "coverage": "Coverage",
     },
     "bring in, take out": {"import": "Import", "export": "Export"},

@@ -9,7 +9,7 @@ from moetrace.commands.options import add_option
 
 
 def add_placement(parser: argparse.ArgumentParser) -> None:
-    """Add ``-t``, ``-ngl``, ``-cmoe`` and ``-ncmoe``."""
+    """Add ``-t``, ``-ngl``, ``-cmoe``, ``-ncmoe`` and ``-nr``."""
     add_option(parser, "-t", "--threads", type=int, metavar="N", help="threads")
     add_option(parser, "-ngl", "--gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPU")
     add_option(parser, "-cmoe", "--cpu-moe", action="store_true", help="keep all experts on the CPU")
@@ -22,6 +22,9 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="keep the experts of the first N layers on the CPU",
     )
+    add_option(
+        parser, "-nr", "--no-repack", action="store_true", help="leave quantised weights as they are stored"
+    )
 
 
 def placement(args: argparse.Namespace) -> dict[str, Any]:
@@ -30,6 +33,7 @@ def placement(args: argparse.Namespace) -> dict[str, Any]:
         "n_threads": args.threads,
         "n_gpu_layers": args.gpu_layers,
         "n_cpu_moe": -1 if args.cpu_moe else args.n_cpu_moe,
+        "repack": not args.no_repack,
     }
 
 
@@ -44,4 +48,6 @@ def server_arguments(args: argparse.Namespace) -> list[str]:
         out.append("-cmoe")
     elif args.n_cpu_moe:
         out += ["-ncmoe", str(args.n_cpu_moe)]
+    if args.no_repack:
+        out.append("-nr")
     return out

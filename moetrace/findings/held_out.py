@@ -35,6 +35,7 @@ class Comparison:
     _folder: Path
     _kl: bool
     _subject: Subject
+    _options: dict[str, Any]
 
     def other(
         self, what: str, model: str | os.PathLike[str], **options: Any
@@ -42,7 +43,7 @@ class Comparison:
         """Evaluate another model, or the same one otherwise; ``options`` are the Evaluator's, ``what`` names it."""
         self._subject.progress(f"evaluating {what}")
         kept = self._folder / "other.npy"
-        with Evaluator(model, **{**self._subject.model_options, **options}) as evaluator:
+        with Evaluator(model, **{**self._options, **options}) as evaluator:
             found = evaluator.evaluate(self._text, logits=kept if self._kl else None)
         apart = divergence(self.base, found)
         kept.unlink(missing_ok=True)
@@ -50,15 +51,17 @@ class Comparison:
 
 
 @contextmanager
-def compared_with(subject: Subject, text: str | None, *, kl: bool) -> Iterator[Comparison]:
+def compared_with(subject: Subject, text: str | None, *, kl: bool, **options: Any) -> Iterator[Comparison]:
     """Evaluate the subject's model on the text, and give what compares others with it.
 
-    ``kl`` keeps logits in a temporary folder (4 bytes × vocabulary per token, twice). Raises UsageError if there is
+    ``kl`` keeps logits in a temporary folder (4 bytes × vocabulary per token, twice). ``options`` are the
+    Evaluator's, for all that is compared, where they are not the subject's. Raises UsageError if there is
     no model.
     """
     with TemporaryDirectory(prefix="moetrace-evaluate-") as folder:
         path = held_out(text)
         subject.progress("evaluating the model as it is")
-        with Evaluator(subject.need_model("evaluation"), **subject.model_options) as evaluator:
+        options = {**subject.model_options, **options}
+        with Evaluator(subject.need_model("evaluation"), **options) as evaluator:
             base = evaluator.evaluate(path, logits=Path(folder) / "base.npy" if kl else None)
-        yield Comparison(base, path, Path(folder), kl, subject)
+        yield Comparison(base, path, Path(folder), kl, subject, options)

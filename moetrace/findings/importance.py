@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.experts.importance import CRITERIA, ExpertImportance, expert_importance
 from moetrace.findings.finding import Figure, Finding, Question
 from moetrace.findings.subject import Subject
@@ -95,8 +96,10 @@ class Importance(Question):
         }
 
 
-def importance_of(subject: Subject) -> tuple[ExpertImportance, list[str]]:
-    """The importance of the experts in the subject's texts, and what to say of it."""
+def outputs_of(
+    subject: Subject,
+) -> tuple[RoutedText, list[npt.NDArray[np.float32]] | None, bool]:
+    """The subject's rows by name; norms of what experts made, by layer, if captured; whether they are weighed."""
     routing = subject.routing
     text = routing.text.by_name()
     outputs = None
@@ -107,6 +110,12 @@ def importance_of(subject: Subject) -> tuple[ExpertImportance, list[str]]:
         found = [columns.column("outputs", text, i) for i in range(text.layers.size)]
         if all(one is not None for one in found):
             outputs = [one for one in found if one is not None]
+    return text, outputs, weighed
+
+
+def importance_of(subject: Subject) -> tuple[ExpertImportance, list[str]]:
+    """The importance of the experts in the subject's texts, and what to say of it."""
+    text, outputs, weighed = outputs_of(subject)
     return (
         expert_importance(text, outputs, weighed=weighed, n_expert=subject.n_expert, seed=subject.seed),
         ["Intervals and halves are over prompts: they hold for prompts like these."],

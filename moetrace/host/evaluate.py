@@ -244,7 +244,7 @@ class Evaluator:
         ``--override-kv ARCH.expert_used_count=int:N``.
     overrides
         Other keys of the model to override, as ``--override-kv`` (numbers only).
-    n_batch, n_ubatch, n_threads, n_gpu_layers, n_cpu_moe, verbose
+    n_batch, n_ubatch, n_threads, n_gpu_layers, n_cpu_moe, repack, verbose
         See :class:`moetrace.host.llama.Llama`. ``n_batch`` tokens' logits are in memory at once; texts that fit
         together are computed together.
     trace
@@ -273,6 +273,7 @@ class Evaluator:
         n_threads: int | None = None,
         n_gpu_layers: int = -1,
         n_cpu_moe: int = 0,
+        repack: bool = True,
         verbose: bool = False,
         trace: str | os.PathLike[str] | None = None,
         channels: str | Sequence[str] = ("experts", "weights"),
@@ -314,6 +315,7 @@ class Evaluator:
                     n_threads=n_threads,
                     n_gpu_layers=n_gpu_layers,
                     n_cpu_moe=n_cpu_moe,
+                    repack=repack,
                     overrides=keys,
                     verbose=verbose,
                 )

@@ -223,6 +223,7 @@ def capture(
     n_threads: int | None = None,
     n_gpu_layers: int = -1,
     n_cpu_moe: int = 0,
+    repack: bool = True,
     temperature: float = 0.0,
     seed: int = 0,
     all_outputs: bool = False,
@@ -254,7 +255,7 @@ def capture(
     all_outputs
         Compute the last layer for every token, not only for each prompt's last one. Costs the output matrix
         for every token.
-    n_batch, n_ubatch, n_threads, n_gpu_layers, n_cpu_moe
+    n_batch, n_ubatch, n_threads, n_gpu_layers, n_cpu_moe, repack
         See :class:`moetrace.host.llama.Llama`.
     temperature, seed
         Sampling; 0 is greedy.
@@ -320,6 +321,7 @@ def capture(
             n_threads=n_threads,
             n_gpu_layers=n_gpu_layers,
             n_cpu_moe=n_cpu_moe,
+            repack=repack,
             flash_attention=False if wide else None,
             verbose=verbose,
         ) as loaded,

@@ -146,6 +146,8 @@ class Llama:
         As llama.cpp's ``-b``, ``-ub``, ``-t``, ``-ngl``, ``-fa`` and ``--override-kv`` (numbers only).
     n_cpu_moe
         Keep the experts of the first so many layers in the CPU's memory, as ``--n-cpu-moe``; -1: of all.
+    repack
+        Whether llama.cpp may lay out quantised weights anew for the CPU; False as ``--no-repack``.
     eval_callback
         A graph-evaluation callback of the caller's own and its user data, as llama.cpp's ``cb_eval``; tracing
         chains it.
@@ -177,6 +179,7 @@ class Llama:
         n_gpu_layers: int = -1,
         flash_attention: bool | None = None,
         n_cpu_moe: int = 0,
+        repack: bool = True,
         overrides: Mapping[str, int] | None = None,
         eval_callback: tuple[ctypes.c_void_p, ctypes.c_void_p] | None = None,
         verbose: bool = False,
@@ -190,6 +193,10 @@ class Llama:
         api.llama_backend_init()
         params = api.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
+        if not repack and _has(
+            params, "use_extra_bufts"
+        ):  # since July 2025; before, it was the build's choice
+            params.use_extra_bufts = False
         if overrides:
             params.kv_overrides = self._overrides = _kv_overrides(api, overrides)
         if n_cpu_moe:

@@ -56,7 +56,7 @@ class RoutingProbe:
         Tokens of the longest sequence that will be asked about.
     n_parallel
         Sequences computed together.
-    n_threads, n_gpu_layers, n_cpu_moe, verbose
+    n_threads, n_gpu_layers, n_cpu_moe, repack, verbose
         See :class:`moetrace.host.llama.Llama`.
 
     Raises
@@ -74,6 +74,7 @@ class RoutingProbe:
         n_threads: int | None = None,
         n_gpu_layers: int = -1,
         n_cpu_moe: int = 0,
+        repack: bool = True,
         verbose: bool = False,
     ) -> None:
         with ModelFile(model) as file:
@@ -105,6 +106,7 @@ class RoutingProbe:
                     n_threads=n_threads,
                     n_gpu_layers=n_gpu_layers,
                     n_cpu_moe=n_cpu_moe,
+                    repack=repack,
                     verbose=verbose,
                 )
             )
