@@ -9,6 +9,7 @@ from moetrace.commands.capturing import (
     add_capture_options,
     add_intervene_option,
     capture_options,
+    interventions_of,
     output_path,
     report_trace,
 )
@@ -69,7 +70,7 @@ class Capture:
                 needed_prompts(args),
                 path,
                 n_predict=args.n_predict,
-                intervene=args.intervene,
+                intervene=interventions_of(args.intervene),
                 channels=options.channels,
                 n_parallel=args.parallel,
                 n_ctx=args.ctx_size,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from moetrace.commands.options import Collect, add_option, red, typed
+from moetrace.errors import InputError
 from moetrace.host.options import CHANNELS, COLLECTORS, ON_FULL, CaptureOptions, human_size, parse_size
 from moetrace.printable import printable
 from moetrace.trace import naming
@@ -53,8 +54,31 @@ def add_intervene_option(parser: argparse.ArgumentParser) -> None:
         action=Collect,
         metavar="SPEC",
         help="change the routing: ablate:7:3,12, force:*:5, bias:7:3=+1.5 or replay:OTHER.moet, with @slot=N or "
-        "@request=ID for the tokens of one; may be given several times",
+        "@request=ID for the tokens of one; @FILE: a file of them, one in each line; may be given several times",
     )
+
+
+def interventions_of(given: Sequence[str] | None) -> list[str]:
+    """What ``--intervene`` was given, with the lines of each ``@FILE`` in its place. A line that begins with # is a
+    remark.
+
+    Raises InputError if a file cannot be read or holds nothing.
+    """
+    out: list[str] = []
+    for spec in given or []:
+        if not spec.startswith("@"):
+            out.append(spec)
+            continue
+        path = Path(spec[1:])
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"{path} cannot be read", why=getattr(e, "strerror", None) or str(e)) from e
+        found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not found:
+            raise InputError(f"{path} holds no intervention", fix="write one in each line: bias:7:3=+0.1")
+        out += found
+    return out
 
 
 def capture_options(args: argparse.Namespace, *, paused: bool = False) -> CaptureOptions:

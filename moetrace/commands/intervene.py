@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from moetrace.commands.capturing import interventions_of
 from moetrace.commands.control import add_which
 from moetrace.errors import UsageError
 from moetrace.host.intervene import switch
@@ -27,6 +28,7 @@ class Intervene:
 
       moetrace intervene t.moet ablate:7:3,12 force:*:5@slot=1
       moetrace intervene t.moet ablate:0:0-7 --model qwen3
+      moetrace intervene t.moet @steering.txt
       moetrace intervene t.moet off
     """
 
@@ -35,14 +37,16 @@ class Intervene:
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Add the arguments."""
         parser.add_argument("trace", help="the trace folder that is being recorded")
-        parser.add_argument("spec", nargs="+", metavar="SPEC", help="what to change, or off")
+        parser.add_argument(
+            "spec", nargs="+", metavar="SPEC", help="what to change; @FILE: a file of them; or off"
+        )
         add_which(parser)
 
     def run(self, args: argparse.Namespace) -> int:
         """Switch."""
         if "off" in args.spec and len(args.spec) > 1:
             raise UsageError("off, and something else", fix="give off alone, or what shall be in force")
-        specs = [] if args.spec == ["off"] else args.spec
+        specs = [] if args.spec == ["off"] else interventions_of(args.spec)
         number = switch(Path(args.trace), specs, model=args.model, context=args.context)
         print(f"intervention {number}: {' '.join(specs)}" if number else "no intervention")
         return 0

@@ -10,6 +10,7 @@ from moetrace.commands.capturing import (
     add_capture_options,
     add_intervene_option,
     capture_options,
+    interventions_of,
     output_path,
     report_trace,
 )
@@ -65,7 +66,7 @@ class Run:
             path,
             options,
             force=args.force,
-            intervene=args.intervene,
+            intervene=interventions_of(args.intervene),
             on_error=on_error,
             on_note=note,
         )

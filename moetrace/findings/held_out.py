@@ -49,6 +49,12 @@ class Comparison:
         kept.unlink(missing_ok=True)
         return found, apart
 
+    def again(self, what: str, **given: Any) -> Evaluation:
+        """Evaluate the subject's own model with what ``given`` tells :meth:`Evaluator.evaluate`."""
+        self._subject.progress(f"evaluating {what}")
+        with Evaluator(self._subject.need_model("evaluation"), **self._options) as evaluator:
+            return evaluator.evaluate(self._text, **given)
+
 
 @contextmanager
 def compared_with(subject: Subject, text: str | None, *, kl: bool, **options: Any) -> Iterator[Comparison]:

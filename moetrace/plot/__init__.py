@@ -11,7 +11,7 @@ from moetrace.plot.agreement import agreement
 from moetrace.plot.depth import depth_contrast
 from moetrace.plot.dynamics import handoffs, information, phases
 from moetrace.plot.entropy import entropy
-from moetrace.plot.experts import alike, change_by_k, file_curve, gain, kept, patterns, rates, success
+from moetrace.plot.experts import alike, change_by_k, file_curve, gain, kept, patterns, rates, success, sweep
 from moetrace.plot.gate import gate_distances
 from moetrace.plot.heatmap import Measure, heatmap, size_of, usage
 from moetrace.plot.load import carried, load_balance, tokens_of_experts
@@ -63,6 +63,7 @@ __all__ = [
     "strongest_layer",
     "style",
     "success",
+    "sweep",
     "tokens_of_experts",
     "traffic",
     "transitions",

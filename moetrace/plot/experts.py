@@ -112,6 +112,18 @@ def kept(after: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def sweep(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw what each strength of an intervention gains, a line per choice of experts."""
+    ax = axes(ax)
+    for name, part in rows.groupby("experts", sort=False):
+        reach = [part["gain"] - part["gain_low"], part["gain_high"] - part["gain"]]
+        ax.errorbar(part["strength"], part["gain"], yerr=reach, marker="o", capsize=2, label=str(name))
+    zero_line(ax)
+    ax.set(xlabel="bias (score units)", ylabel="change of NLL beside the others (nats)", xscale="log")
+    ax.legend(title="experts")
+    return ax
+
+
 def patterns(
     rows: pd.DataFrame, names: Sequence[str], layers: npt.NDArray[np.int64], *, ax: Axes | None = None
 ) -> Axes:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from running import capture, python
 
+import moetrace
 from moetrace import data
 from moetrace.host.quantize import quantization_errors
 from moetrace.host.runtime import find_tool
@@ -100,3 +101,28 @@ def test_k_quants_and_a_size(runtime: Any, model_file: Any, tmp_path: Path) -> N
     assert all(row["bytes"] <= size for row in files)
     assert files[0]["plan"].startswith("all q")
     assert files[1]["bytes"] >= files[0]["bytes"]
+
+
+def test_steering_the_demo_model(runtime: Any, tmp_path: Path) -> None:
+    file = tmp_path / "steer.txt"
+    code = "import sys; from moetrace.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    every = tmp_path / "every.moet"
+    prompts = [json.loads(line) for line in data.prompts("domains").read_text().splitlines()]
+    capture(data.demo_model(), every, prompts, "-n", "16", "-np", "8")
+    line = ["analyze", "steering", every, "-m", data.demo_model(), "--toward", "code", "--phase", "all"]
+    ran = python(code, *map(str, line), "--strengths", "0.03,0.3", "--write", str(file), "--format", "json")
+    assert ran.returncode == 0, ran.stderr
+    (finding,) = json.loads(ran.stdout)
+    table = finding["tables"]["sweep"]
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [(row["experts"], row["strength"]) for row in rows] == [
+        (name, strength) for strength in (0.03, 0.3) for name in ("chosen", "random")
+    ]
+    chosen, chance = rows[2:]
+    assert chosen["gain_high"] < chance["gain"]  # texts of code lose less than the others
+    # the file is in force where it is given
+    out = tmp_path / "steered.moet"
+    capture(data.demo_model(), out, [{"prompt": "def main():"}], "--intervene", f"@{file}", "-n", "4")
+    with moetrace.open(out) as trace:
+        assert trace.intervened.all()
+        assert trace.interventions["rules"][0].split() == file.read_text().split()
