@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import gzip
+import io
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from routing import shared_data
 
 import moetrace
+from moetrace import data
 from moetrace.__main__ import main
-from moetrace.errors import InputError
-from moetrace.trace.importers import DESCRIBED, FORMATS, detect, import_trace
+from moetrace.commands.demo import unpack
+from moetrace.errors import InputError, UsageError
+from moetrace.trace.importers import DESCRIBED, FORMATS, detect, import_trace, read_counts
 from moetrace.trace.verify import verify
 
 HEAD = """# route_trace v1
@@ -198,7 +204,7 @@ def test_arrays_of_routed_experts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("array", "why"),
     [
-        (np.zeros((4, 6), np.int32), "shape"),
+        (np.zeros((4, 6, 1, 1), np.int32), "shape"),
         (np.zeros((4, 3, 2), np.float32), "float32"),
         (np.zeros((4, 3, 2), np.int32), "twice"),
         (np.full((4, 3, 1), 70000, np.int32), "beyond"),
@@ -239,7 +245,7 @@ def test_the_list_shows_every_format_with_an_example_that_is_read(
     assert main(["import", "--list"]) == 0
     out = capsys.readouterr().out
     assert all(f"\n{name} " in f"\n{out}" for name in FORMATS)
-    for name in ("expert-log", "gate-log", "route-trace", "olmoe", "counts"):
+    for name in ("expert-log", "gate-log", "route-trace", "olmoe", "position-log", "counts"):
         path = tmp_path / f"{name}.txt"
         path.write_text(DESCRIBED[name][1] + "\n")
         assert detect(path) == name
@@ -274,3 +280,157 @@ def test_arrays_that_are_damaged_are_refused(name: str, tmp_path: Path) -> None:
             said.append(str(e))
     assert len(said) > 20
     assert all(name in text for text in said)
+
+
+def test_routed_experts_of_responses(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    array = np.argsort(rng.random((5, 3, 8)), axis=2)[:, :, :2].astype(np.int32)
+    array[2, 1] = -1
+    raw, npy = base64.b64encode(array.tobytes()).decode(), io.BytesIO()
+    np.save(npy, array)
+    ways = {
+        "lists": {"routed_experts": array.tolist()},
+        "bytes": {"routed_experts": raw, "shape": [5, 3, 2], "layers": [1, 4, 7], "tokens": [9, 8, 7, 6, 5]},
+        "npy": {"meta_info": {"routed_experts": base64.b64encode(npy.getvalue()).decode()}},
+        "choices": {"choices": [{"routed_experts": array.tolist()}, {"routed_experts": array[:3].tolist()}]},
+    }
+    for name, said in ways.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps({"id": name} | said) + "\n")
+        assert detect(path) == "routed-experts"
+        done = import_trace(path, tmp_path / f"{name}.moet", n_expert=8)
+        assert verify(done.path).findings == ()
+        with moetrace.open(done.path) as trace:
+            np.testing.assert_array_equal(
+                np.where(trace.experts == trace.sentinel, -1, trace.experts.astype(int))[:5], array
+            )
+            names = ["choices-0", "choices-1"] if name == "choices" else [name]
+            assert trace.requests["id"].tolist() == names
+            assert ("token" in done.missing) == (name != "bytes")
+            if name == "bytes":
+                assert trace.layers.tolist() == [1, 4, 7]
+                assert trace.token_ids.tolist() == [9, 8, 7, 6, 5]
+
+
+def test_moetraces_own_json_lines_come_back(tmp_path: Path) -> None:
+    recorded = unpack(data.recorded_demo(), tmp_path)
+    assert main(["export", str(recorded), "--format", "routed-experts", "-o", str(tmp_path / "x.jsonl")]) == 0
+    done = import_trace(tmp_path / "x.jsonl", tmp_path / "back.moet", n_expert=32)
+    with moetrace.open(recorded) as before, moetrace.open(done.path) as after:
+        assert len(after) > len(before)  # what the prompt cache held is filled in
+        assert after.requests["id"].tolist() == [str(name) for name in before.requests["id"]] or (
+            after.requests["id"].tolist() == [str(number) for number in before.requests.index]
+        )
+        for number in before.requests.index[::7]:
+            rows = before.sel(request=int(number))
+            order = np.argsort(rows.positions, kind="stable")
+            mine = after.sel(request=int(number))
+            computed = slice(len(mine) - len(rows), None)
+            np.testing.assert_array_equal(mine.token_ids[computed], rows.token_ids[order])
+            there = rows.present[order]
+            np.testing.assert_array_equal(mine.present[computed], there)
+            np.testing.assert_array_equal(mine.experts[computed][there], rows.experts[order][there])
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"routed_experts": "AAAA"}, "shape"),
+        ({"routed_experts": "AAAA", "shape": [1, 2, 3]}, "has 3 bytes"),
+        ({"routed_experts": "!"}, "base64"),
+        ({"routed_experts": [[[1, 2]], [[3]]]}, "no array"),
+        ({"routed_experts": [[[1, 2]]], "layers": [0, 1]}, "layers"),
+        ({"routed_experts": [[[1, 2]]], "layers": [1, True]}, "whole numbers"),
+        ({"routed_experts": [[[1, 2]]], "tokens": [1, 2]}, "tokens"),
+        ({"routed_experts": [[[1, 1]]]}, "twice"),
+        ({"routed_experts": [[[1.5, 1]]]}, "float64"),
+        ({"meta_info": {"routed_experts": None}}, "is missing"),
+        ({"routed_experts": base64.b64encode(b"\x93NUMPY\x01\x00").decode()}, "x.jsonl:1"),
+        ({"routed_experts": base64.b64encode(pickle.dumps([1])).decode()}, "shape"),
+    ],
+)
+def test_responses_that_are_none(said: dict[str, Any], why: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(said) + "\n")
+    with pytest.raises(InputError, match=re.escape(why)):
+        import_trace(path, tmp_path / "t.moet")
+
+
+def test_router_logits_of_hugging_face(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    logits = rng.normal(size=(3, 7, 16)).astype(np.float16)
+    np.savez(tmp_path / "by_layer.npz", *logits)
+    np.savez(tmp_path / "one.npz", logits=logits)
+    np.savez(
+        tmp_path / "named.npz",
+        **{f"model.layers.{n}": part for n, part in zip((11, 2, 5), logits, strict=True)},
+    )
+    for name, layers in (("by_layer", [0, 1, 2]), ("one", [0, 1, 2]), ("named", [2, 5, 11])):
+        source = tmp_path / f"{name}.npz"
+        assert detect(source) == "router-logits"
+        with pytest.raises(UsageError, match="how many of the 16"):
+            import_trace(source, tmp_path / "t.moet")
+        done = import_trace(source, tmp_path / f"{name}.moet", n_expert_used=4)
+        assert "n_expert" not in done.missing
+        assert verify(done.path).findings == ()
+        with moetrace.open(done.path) as trace:
+            assert trace.layers.tolist() == layers
+            of = [1, 2, 0] if name == "named" else [0, 1, 2]
+            for i, layer in enumerate(of):
+                best = np.sort(logits[layer], axis=1)[:, -4:][:, ::-1]
+                np.testing.assert_array_equal(
+                    np.take_along_axis(logits[layer], trace.experts[:, i], axis=1), best
+                )
+    np.savez(tmp_path / "bad.npz", *logits[:2], logits[2][:3])
+    with pytest.raises(InputError, match="alike for each layer"):
+        import_trace(tmp_path / "bad.npz", tmp_path / "t.moet", n_expert_used=4)
+    logits[1, 3, 2] = np.nan
+    np.savez(tmp_path / "nan.npz", *logits)
+    with pytest.raises(InputError, match="not finite"):
+        import_trace(tmp_path / "nan.npz", tmp_path / "t.moet", n_expert_used=4)
+
+
+def test_lines_with_positions(tmp_path: Path) -> None:
+    token_major = ["0,3,5,1", "0,4,2,0", "1,3,1,7", "1,4,-1,-1"]
+    layer_major = ["0,3,5,1", "1,3,1,7", "0,4,2,0", "1,4,-1,-1"]
+    for i, order in enumerate((token_major, layer_major)):
+        path = tmp_path / f"{i}.csv"
+        path.write_text("\n".join(["pos,layer,id0,id1", *order, "0,3,6,2", "0,4,1,0"]) + "\n")
+        assert detect(path) == "position-log"
+        done = import_trace(path, tmp_path / f"{i}.moet", n_expert=8)
+        assert verify(done.path).findings == ()
+        with moetrace.open(done.path) as trace:
+            assert trace.layers.tolist() == [3, 4]
+            assert trace.positions.tolist() == [0, 1, 0]
+            assert trace.request.tolist() == [0, 0, 1]
+            assert trace.experts[0].tolist() == [[5, 1], [2, 0]]
+            assert trace.experts[1, 0].tolist() == [1, 7]
+            assert trace.present.tolist() == [[True, True], [True, False], [True, True]]
+    for line, why in (
+        ("0,3,5", "has 3 values"),
+        ("0,3,5,5", "twice"),
+        ("0,3,x,1", "no whole number"),
+        ("-1,3,5,1", "pos"),
+    ):
+        path.write_text(f"pos,layer,id0,id1\n0,0,1,2\n{line}\n")
+        with pytest.raises(InputError, match=why):
+            import_trace(path, tmp_path / "bad.moet")
+
+
+def test_matrices_of_counts(tmp_path: Path) -> None:
+    counts = np.arange(24).reshape(3, 8) * 5
+    np.save(tmp_path / "heat.npy", counts.astype(np.float64))
+    frame = pd.DataFrame(counts)
+    frame.to_csv(tmp_path / "heat.csv", index_label="layer")
+    frame.rename(columns=lambda e: f"expert_{e}", index=lambda n: f"layer_{n}").to_csv(tmp_path / "named.csv")
+    for name in ("heat.npy", "heat.csv", "named.csv"):
+        assert detect(tmp_path / name) == "counts"
+        table = read_counts(tmp_path / name)
+        np.testing.assert_array_equal(table.counts, counts[None])
+        assert table.layers.tolist() == [0, 1, 2]
+    assert main(["stats", str(tmp_path / "heat.csv"), "--only", "load-balance"]) == 0
+    np.save(tmp_path / "shares.npy", counts / counts.sum())
+    (frame / 7).to_csv(tmp_path / "shares.csv", index_label="layer")
+    for name in ("shares.npy", "shares.csv"):
+        with pytest.raises(InputError, match="whole number"):
+            read_counts(tmp_path / name)

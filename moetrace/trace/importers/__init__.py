@@ -10,9 +10,11 @@ one:
 ``route-trace``    ``route_trace v1`` of engines that keep experts on flash (:mod:`.route_trace`)
 ``olmoe``          JSON lines with ``input_ids`` and ``exp_ids[token][k][layer]`` (:mod:`.olmoe`)
 ``fingerprint``    JSON with ``router_data`` (:mod:`.fingerprint`)
-``routed-experts`` arrays (tokens, layers, k), ``.npy`` or ``.npz`` (:mod:`.arrays`)
+``routed-experts`` arrays (tokens, layers, k), ``.npy``, ``.npz`` or JSON lines (:mod:`.arrays`)
+``router-logits``  logits (tokens, experts) of each layer, ``.npz`` (:mod:`.router_logits`)
+``position-log``   lines ``pos,layer,id0,id1,…`` (:mod:`.positions`)
 ``lake``           a folder of Parquet files that ``moetrace export`` wrote (:mod:`.lake`)
-``counts``         CSV ``domain,layer_id,expert_id,count`` (:mod:`.counts`): arrays, not a trace
+``counts``         CSV ``domain,layer_id,expert_id,count``, or a matrix (:mod:`.counts`): arrays, not a trace
 ``imatrix``        files of llama-imatrix (:mod:`moetrace.model.imatrix`): arrays, not a trace
 ================== =================================================================================
 

@@ -22,8 +22,18 @@ from moetrace.model.imatrix import is_imatrix
 from moetrace.trace.columns import TableWriter
 from moetrace.trace.contexts import of_model
 from moetrace.trace.fleet import found, is_many, open_traces
-from moetrace.trace.importers import arrays, fingerprint, lake, logs, olmoe, route_trace, token_json
-from moetrace.trace.importers.counts import COLUMNS, imatrix_counts, read_counts
+from moetrace.trace.importers import (
+    arrays,
+    fingerprint,
+    lake,
+    logs,
+    olmoe,
+    positions,
+    route_trace,
+    router_logits,
+    token_json,
+)
+from moetrace.trace.importers.counts import COLUMNS, imatrix_counts, is_array, is_matrix, read_counts
 from moetrace.trace.importers.source import DECODE, PREFILL, Piece, Shape, Tally, lines, merged
 from moetrace.trace.jsonfile import write_json
 from moetrace.trace.labels import append_labels
@@ -58,13 +68,18 @@ DESCRIBED = {
         '{"router_data": [{"token_0": {"layer_0": {"selected_experts": [3, 1], "selected_probs": [0.7, 0.3]}}}]}',
     ),
     "routed-experts": (
-        "arrays of vLLM and SGLang, .npy or .npz",
-        "int32, (tokens, layers, experts per token)",
+        "arrays of vLLM and SGLang, .npy, .npz or JSON lines",
+        '{"id": "a", "routed_experts": [[[3, 1], [0, 2]]]}        (or base64, int32 with its "shape")',
     ),
+    "router-logits": (
+        "logits of Hugging Face's output_router_logits, .npz; --n-expert-used says k",
+        "np.savez(path, *[layer.float().numpy() for layer in out.router_logits])",
+    ),
+    "position-log": ("lines with a token's position", "pos,layer,id0,id1\n0,0,3,17"),
     "lake": ("a folder of Parquet that moetrace export wrote", "moetrace export t.moet -o lake/"),
     "counts": (
         "a table of sums: moetrace stats reads it, no trace",
-        "domain,layer_id,expert_id,count\ncode,0,3,1204        (domain may be left out)",
+        "domain,layer_id,expert_id,count\ncode,0,3,1204        (domain may be left out; or a matrix: layer,0,1,2,…)",
     ),
     "imatrix": (
         "a file of llama-imatrix: moetrace stats and coverage read it, no trace",
@@ -144,7 +159,9 @@ def detect(source: Path) -> str:
         if fingerprint.find(source):
             return "fingerprint"
     elif arrays.find(source):
-        return "routed-experts"
+        if source.suffix == ".npz" and router_logits.is_logits(source):
+            return "router-logits"
+        return "counts" if source.suffix == ".npy" and is_array(source) else "routed-experts"
     elif fingerprint.find(source):
         return "fingerprint"
     else:
@@ -161,6 +178,10 @@ def detect(source: Path) -> str:
         names = [name.strip() for name in text.split(",")]
         if text.lstrip().startswith("{") and '"exp_ids"' in text:
             return "olmoe"
+        if text.lstrip().startswith("{") and f'"{arrays.KEY}"' in text:
+            return "routed-experts"
+        if text.startswith(positions.HEADER):
+            return "position-log"
         if text.startswith(route_trace.HEADER):
             return "route-trace"
         if text.startswith(f"{logs.GATE},"):
@@ -169,7 +190,7 @@ def detect(source: Path) -> str:
             r"\d+,\d+( \d+)*", text.strip()
         ):
             return "expert-log"
-        if set(COLUMNS[1:]) <= set(names):
+        if set(COLUMNS[1:]) <= set(names) or is_matrix(text):
             return "counts"
         if line == 0:
             raise InputError(f"{source} is empty", fix="give a trace, or a recording to read")
@@ -272,8 +293,8 @@ def import_trace(
         Experts of each layer. By default the highest id seen + 1, and ``missing`` says so: an expert beyond
         it that was never chosen is then unseen, not unused.
     n_expert_used
-        Experts per token, for ``token-json`` (default 4) and ``expert-log`` (default: the fewest on a line; where
-        each line has one, it must be given).
+        Experts per token, for ``token-json`` (default 4), ``expert-log`` (default: the fewest on a line; where
+        each line has one, it must be given) and ``router-logits`` (must be given).
     label
         Domain of the requests of a log or of OLMoE's lines; by default their own, or the file's name.
     as_published
@@ -362,6 +383,12 @@ def _read(
     if kind == "routed-experts":
         shape = arrays.shape(source)
         return shape, arrays.pieces(source, shape, tally, label=label), tally
+    if kind == "router-logits":
+        shape = router_logits.shape(source, n_expert_used)
+        return shape, router_logits.pieces(source, shape, tally, label=label), tally
+    if kind == "position-log":
+        shape = positions.shape(source)
+        return shape, positions.pieces(source, shape, tally, label=label), tally
     if kind == "expert-log":
         shape = logs.expert_shape(source, n_expert_used)
         return shape, logs.expert_pieces(source, shape, tally, label=label, as_published=as_published), tally
