@@ -82,7 +82,8 @@ struct graph_trace {
     std::vector<slab_use> placed;
     graph_sources sources;
     std::vector<attention_source> attention;
-    bool          warmup = false;
+    bool          warmup  = false;
+    bool          adopted = false;    // its allocation was not seen: nothing keeps its tensors
     uint64_t      bound_to = 0;       // number of the context whose layout the sources fit
     bool          by_callback = false; // what was to be kept is not
     graph_patches patches;            // made once an intervention needs them
@@ -197,7 +198,6 @@ struct context_trace {
     bool                trial    = false; // llama.cpp runs the batch for itself
     bool                cleared  = false; // the memory was cleared and nothing decoded since
     bool                launched = false; // a server has given out tasks
-    bool                told_unread = false; // of a graph that was not announced
     uint32_t            n_batches = 0;
     uint32_t            n_steps   = 0;
     std::vector<int32_t> sampled;   // by sequence: position that the host sampled from last; -2: none

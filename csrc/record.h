@@ -130,7 +130,7 @@ enum ring_counter : uint32_t {
     COUNT_SYNC_NS,            // of that, time in which the backend was made to finish
     COUNT_ATTENTION_LOST,     // attention chunks that found no room
     COUNT_ROWS_INTERVENED,    // computed with an intervention in force, recorded or not
-    COUNT_GRAPHS_UNREAD,      // graphs that route, and were not announced: their rows are lost by error
+    COUNT_GRAPHS_UNREAD,      // of earlier tracers: graphs that were not announced, and whose rows were lost; now 0
     COUNT_CONTEXTS,           // llama contexts that wrote here, one after the other
     COUNT_CONTEXTS_FREED,     // of these, freed: as many as there were, and nobody computes (a server that sleeps)
     COUNT_SYNCS,              // how often the tracer itself made the devices finish

@@ -286,10 +286,35 @@ void graph_prepare(sched_t sched, ggml_cgraph * graph, bool computed) {
         moe.trouble = "a layer uses another number of experts than before";
     }
     g->moe      = std::move(moe);
+    g->adopted  = false;
     g->to_place = std::move(to_place);
     g->placed.clear();
     g->bound_to = 0;
     s->prepare_ns += clock_ns() - start;
+}
+
+// A graph is computed that was allocated while nobody looked: llama.cpp uses graphs again. It is read as it is, and by
+// callback: what would have kept its tensors alive can no longer be added. nullptr: it routes nothing.
+graph_trace * graph_adopt(tracer_state & T, sched_trace & s, ggml_cgraph * graph) {
+    moe_graph moe = moe_graph_read(T.abi, graph);
+    if (moe.layers.empty()) {
+        return nullptr;
+    }
+    const bool known = s.shape.learn(T.abi, graph, moe, T.cfg);
+    graph_trace * g = s.find(graph);
+    if (!g) {
+        s.graphs.push_back(std::make_unique<graph_trace>());
+        g = s.graphs.back().get();
+    }
+    *g = graph_trace();
+    g->graph   = graph;
+    g->warmup  = !known && graph_is_warmup(moe);
+    g->adopted = true;
+    if (!known && !g->warmup) {
+        moe.trouble = "a layer uses another number of experts than before";
+    }
+    g->moe = std::move(moe);
+    return g;
 }
 
 // closes what is traced; contexts that are computing find out by themselves
@@ -585,7 +610,10 @@ void compute_begin(tracer_state & T, sched_t sched, ggml_cgraph * graph, computa
     graph_trace * g = now.s->find(graph);
     if (!g || !moe_graph_is_same(T.abi, graph, g->moe)) {
         // allocated before tracing began, or (older releases, when they tidy the KV cache) not allocated at all
-        ubatch_unread(c, moe_graph_read(T.abi, graph));
+        g = graph_adopt(T, *now.s, graph);
+    }
+    if (!g) {
+        c.count(COUNT_GRAPHS);
         return;
     }
     if (c.state == context_state::waiting) {

@@ -94,7 +94,7 @@ static void graph_bind(tracer_env & env, sched_trace & s, graph_trace & g) {
     context_trace & c = *s.context;
     g.sources.make(env.abi, s.sched, g.graph, g.moe, c.rec->layout, env.cfg, g.placed);
     g.bound_to = c.number;
-    g.by_callback = collector_choose(env.cfg) == COLLECTOR_CALLBACK || !g.to_place.empty() || !is_kept(env.abi, g);
+    g.by_callback = collector_choose(env.cfg) == COLLECTOR_CALLBACK || g.adopted || !g.to_place.empty() || !is_kept(env.abi, g);
     g.has_patches = false;
     g.tokens    = input_find(env.abi, g.moe.inp_tokens, g.moe.n_tokens);
     g.positions = input_find(env.abi, g.moe.inp_pos,    g.moe.n_tokens);
@@ -192,21 +192,6 @@ static void rows_lose(context_trace & c, uint32_t n) {
     c.count(COUNT_ROWS_LOST_ERROR, n);
     if (c.rec) {
         c.rec->serial += n;
-    }
-}
-
-void ubatch_unread(context_trace & c, const moe_graph & moe) {
-    c.count(COUNT_GRAPHS);
-    if (moe.layers.empty() || graph_is_warmup(moe) || c.warmup || (c.rec && c.rec->ring.paused())) {
-        return;
-    }
-    if (c.state == context_state::recording || c.state == context_state::waiting) {
-        if (!c.told_unread) {
-            c.told_unread = true;
-            say("a graph is computed that was not allocated as announced: its rows are lost, and counted");
-        }
-        c.count(COUNT_GRAPHS_UNREAD);
-        rows_lose(c, (uint32_t) moe.n_tokens);
     }
 }
 

@@ -18,9 +18,6 @@ void graph_place(tracer_env & env, sched_trace & s, graph_trace & g);
 // The scheduler goes, and with it what was placed for its graphs.
 void slabs_free(const tracer_env & env, sched_trace & s);
 
-// A graph that routes is computed, and was never announced: its rows are lost, and counted.
-void ubatch_unread(context_trace & c, const moe_graph & moe);
-
 // Whether every layer uses all its experts.
 bool graph_is_warmup(const moe_graph & moe);
 

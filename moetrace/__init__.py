@@ -1,8 +1,8 @@
 """Which experts does this Mixture-of-Experts model really use, and what does that mean?
 
 ``moetrace.open`` reads a trace, or another program's recording as one; ``moetrace.ask`` answers a question about
-it; ``moetrace.capture`` and ``moetrace.serve`` record one; ``moetrace.evaluate`` says how well a model predicts
-texts. Everything is loaded when first used, so that importing moetrace costs next to nothing.
+it; ``moetrace.capture``, ``moetrace.record`` and ``moetrace.serve`` record one; ``moetrace.evaluate`` says how well a
+model predicts texts. Everything is loaded when first used, so that importing moetrace costs next to nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moetrace.findings import ask
     from moetrace.host.evaluate import Evaluator, divergence, evaluate
     from moetrace.host.inprocess import capture
+    from moetrace.host.record import record, watch_llama_cpp
     from moetrace.host.server import serve
     from moetrace.trace.importers import open_source as open  # noqa: A004
     from moetrace.trace.intervention import Intervention
@@ -46,7 +47,9 @@ __all__ = [
     "divergence",
     "evaluate",
     "open",
+    "record",
     "serve",
+    "watch_llama_cpp",
 ]
 
 _LAZY = {
@@ -58,7 +61,9 @@ _LAZY = {
     "evaluate": ("moetrace.host.evaluate", "evaluate"),
     "Evaluator": ("moetrace.host.evaluate", "Evaluator"),
     "Intervention": ("moetrace.trace.intervention", "Intervention"),
+    "record": ("moetrace.host.record", "record"),
     "serve": ("moetrace.host.server", "serve"),
+    "watch_llama_cpp": ("moetrace.host.record", "watch_llama_cpp"),
 }
 
 
@@ -75,6 +80,13 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(module), attribute)
     globals()[name] = value
     return value
+
+
+def load_ipython_extension(ipython: Any) -> None:
+    """Do what ``%load_ext moetrace`` asks for: the cell magic ``%%moetrace``."""
+    from moetrace.host.notebook import load
+
+    load(ipython)
 
 
 def __dir__() -> list[str]:

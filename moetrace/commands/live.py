@@ -26,6 +26,7 @@ class Live:
 
       moetrace live t.moet
       moetrace live t.moet --every 10 >> watched.txt
+      moetrace live t.moet --replay 10x
     """
 
     passthrough = False
@@ -35,13 +36,21 @@ class Live:
         parser.add_argument("trace", metavar="T.moet", help="a trace, recorded now or before")
         add_option(parser, "--model", metavar="NAME", help="of several models that are recorded, this one")
         add_option(parser, "--every", type=float, default=1.0, metavar="S", help="seconds between looks")
+        add_option(
+            parser,
+            "--replay",
+            metavar="FACTOR",
+            help="show a recording that has ended as it went, so many times as fast: 1x, 10x",
+        )
         add_option(parser, "--once", action="store_true", help="look once, and end")
 
     def run(self, args: argparse.Namespace) -> int:
         """Watch until q or Ctrl-C, or until the recording ends."""
         if not args.every > 0:
             raise UsageError("--every must be above 0", fix="give seconds, as 2.5")
-        tail = Tail(Path(args.trace), args.model)
+        if args.replay and args.once:
+            raise UsageError("--replay and --once contradict each other", fix="leave one out")
+        tail = Tail(Path(args.trace), args.model, replay=_factor(args.replay))
         on_terminal = sys.stdout.isatty() and sys.stdin.isatty() and not args.once
         windows: list[Window] = list(WINDOWS)
         window, paused = windows[-1] if args.once else windows[0], False
@@ -74,6 +83,18 @@ class Live:
                     paused = not paused
                 if key == "w":
                     window = windows[(windows.index(window) + 1) % len(windows)]
+
+
+def _factor(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        factor = float(text.removesuffix("x"))
+    except ValueError:
+        factor = 0.0
+    if not 0 < factor < float("inf"):
+        raise UsageError(f"--replay {text} is no factor", fix="write it like 10x")
+    return factor
 
 
 @contextlib.contextmanager

@@ -86,7 +86,8 @@ def _has(params: ctypes.Structure, name: str) -> bool:
     return name in (field[0] for field in params._fields_)
 
 
-def _llama_cpp() -> Any:
+def python_binding() -> Any:
+    """Give llama-cpp-python's module of llama.cpp's functions, loaded behind the tracer. Raises RuntimeMissingError."""
     tracer()
     try:
         import llama_cpp.llama_cpp as api
@@ -185,7 +186,7 @@ class Llama:
         verbose: bool = False,
     ) -> None:
         check_sizes(n_ctx=n_ctx, n_seq=n_seq, n_batch=n_batch, n_ubatch=n_ubatch)
-        self._api = api = _llama_cpp()
+        self._api = api = python_binding()
         self._model: Any = None
         self._ctx: Any = None
         self._log = api.llama_log_callback(lambda _level, text, _data: _print_log(text) if verbose else None)

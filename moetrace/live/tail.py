@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moetrace.errors import MoetraceError
+from moetrace.errors import MoetraceError, UsageError
 from moetrace.trace.loss import LOST_COUNTERS, LOST_EVENT_COUNTERS
 from moetrace.trace.record import RowFlag, State
 from moetrace.trace.requests import Phase
@@ -119,11 +119,15 @@ class Tail:
         Which of several models; None: there is one.
     clock
         Seconds; for tests.
+    replay
+        Show a recording that has ended as it went, so many times as fast; None: as it is now.
     """
 
     path: Path
     model: str | None = None
     clock: Callable[[], float] = time.monotonic
+    replay: float | None = None
+    _began: float | None = None
     _trace: Trace | None = None
     _seen: dict[str, int] = field(default_factory=dict)
     _buckets: deque[_Bucket] = field(default_factory=deque)
@@ -144,7 +148,7 @@ class Tail:
         trace = self.trace
         if trace.live:
             trace.refresh()
-        now = self.clock()
+        now, until = self._times(trace)
         shape = (len(trace.layers), int(max(trace.n_expert)))
         if self._counts is None or self._counts.shape != shape:
             self._counts, self._tokens, self._seen = np.zeros(shape, np.uint64), {}, {}
@@ -154,16 +158,31 @@ class Tail:
             self._buckets.append(_Bucket(now, np.zeros(shape, np.uint32), {}))
         while now - self._buckets[0].began > HISTORY_S:
             self._buckets.popleft()
-        first = not self._seen
+        watched = bool(self._seen) or self.replay is not None
         for part in trace.parts:
-            self._count(part, part.shown[0], watched=not first)
-        return self._snapshot(trace, now)
+            self._count(part, part.shown[0], until, watched=watched)
+        return self._snapshot(trace, now, until)
 
-    def _count(self, part: Trace, name: str, *, watched: bool) -> None:
+    def _times(self, trace: Trace) -> tuple[float, int | None]:
+        """Seconds of the clock, or of the recording; and the time of the rows that are seen, None: all."""
+        now = self.clock()
+        if self.replay is None:
+            return now, None
+        if trace.live:
+            raise UsageError(f"{self.path} is being recorded", fix="watch it as it goes: leave out --replay")
+        if self._began is None:
+            self._began = now
+        now = (now - self._began) * self.replay
+        first = min((int(part.time_ns[0]) for part in trace.parts if len(part.time_ns)), default=0)
+        return now, first + int(now * 1e9)
+
+    def _count(self, part: Trace, name: str, until: int | None, *, watched: bool) -> None:
         """Count a context's new rows; those that were there before anybody looked are of no known second."""
         assert self._counts is not None
         e = self._counts.shape[1]
-        end = len(part.serial)
+        times = np.asarray(part.time_ns)
+        # rows are in the order of their times, but for those of other threads by a hair
+        end = len(times) if until is None else int(np.searchsorted(times, until, "right"))
         for start in range(self._seen.get(name, 0), end, _ROWS):
             rows = slice(start, min(start + _ROWS, end))
             real = (np.asarray(part.flags[rows]) & RowFlag.TRIAL) == 0
@@ -186,13 +205,14 @@ class Tail:
                         tokens[said] = tokens.get(said, 0) + n
         self._seen[name] = end
 
-    def _snapshot(self, trace: Trace, now: float) -> Snapshot:
+    def _snapshot(self, trace: Trace, now: float, until: int | None) -> Snapshot:
         assert self._counts is not None
         latest = list(self._buckets)[-2:]
         seconds = max(now - latest[0].began, 1e-9)
         tokens = {said: sum(b.tokens.get(said, 0) for b in latest) for said in _PHASES.values()}
-        if now - self._requests[0] >= BUCKET_S:
-            self._requests = (now, *_of_requests(trace))
+        if until is not None or now - self._requests[0] >= BUCKET_S:
+            self._requests = (now, *_of_requests(trace, until))
+        more = any(self._seen[part.shown[0]] < len(part.serial) for part in trace.parts)
         _, by_domain, cached = self._requests
         return Snapshot(
             np.asarray(trace.layers),
@@ -205,8 +225,8 @@ class Tail:
             {said: n / seconds for said, n in tokens.items() if n},
             {state.name.lower(): int(self._entries[state]) for state in State},
             cached,
-            tuple(_contexts(trace)),
-            trace.live,
+            tuple(_contexts(trace) if until is None else _replayed(trace, more)),
+            trace.live if until is None else more,
         )
 
     def close(self) -> None:
@@ -215,9 +235,11 @@ class Tail:
             self._trace.close()
 
 
-def _of_requests(trace: Trace) -> tuple[dict[str, int], int]:
-    """Tokens of each label, and positions that were cached."""
+def _of_requests(trace: Trace, until: int | None) -> tuple[dict[str, int], int]:
+    """Tokens of each label, and positions that were cached; of the requests that had ended by then."""
     requests = trace.requests
+    if until is not None:
+        requests = requests[requests["end_ns"] <= until]
     sizes = requests["n_prefill"] + requests["n_decode"]
     by_domain: dict[str, int] = {}
     for label, size in zip(requests["label"].tolist(), sizes.tolist(), strict=True):
@@ -231,6 +253,22 @@ def _sum(buckets: list[_Bucket], shape: tuple[int, ...]) -> NDArray[np.uint64]:
     for bucket in buckets:
         out += bucket.counts
     return out
+
+
+def _replayed(trace: Trace, more: bool) -> list[Context]:
+    """Contexts of a recording that is replayed: what was lost is not known by time, and said at the end."""
+    return [
+        Context(
+            c.name,
+            "replayed",
+            c.ring_fill,
+            c.counters,
+            0 if more else c.lost,
+            0 if more else c.events_lost,
+            0,
+        )
+        for c in _contexts(trace)
+    ]
 
 
 def _contexts(trace: Trace) -> list[Context]:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
 from functools import cache, cached_property
 from html import escape
 from pathlib import Path
@@ -34,7 +36,7 @@ from moetrace.trace.requests import (
 )
 from moetrace.trace.ring import peek_counters
 from moetrace.trace.rows import Columns, Layout
-from moetrace.trace.selection import Selectable
+from moetrace.trace.selection import Selectable, Selection
 from moetrace.trace.store import ContextStore, TraceStore
 from moetrace.trace.vocabulary import vocabulary_of
 
@@ -476,6 +478,32 @@ class Trace(Selectable):
         )
         for name in ("_parts", "requests", "loss", "attention", "labelling", "vocabulary", "_texts"):
             self.__dict__.pop(name, None)
+
+    def follow(self, every: float = 0.5) -> Iterator[Selection]:
+        """Give the rows as they come, those that are there first; ends when the recording does.
+
+        Each time something is new, :meth:`refresh` is called and the new rows of one context are given, a
+        :class:`~moetrace.trace.selection.Selection` whose arrays stay as they are. Rows appear when they are sealed,
+        at most half a second after they were computed.
+
+        Parameters
+        ----------
+        every
+            Seconds between looks.
+        """
+        seen: dict[str, int] = {}
+        while True:
+            live = self.live
+            if live:
+                self.refresh()
+            for part in self.parts:
+                name, n = part.shown[0], len(part)
+                if n > seen.get(name, 0):
+                    yield Selection(part, slice(seen.get(name, 0), n), slice(None))
+                    seen[name] = n
+            if not live:
+                return
+            time.sleep(every)
 
     def close(self) -> None:
         """Let go of the files. Views that are still held keep their own maps."""

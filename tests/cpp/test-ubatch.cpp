@@ -25,21 +25,6 @@ int main() {
     CHECK(graph_is_warmup(graph_of({ { 8, 8 }, { 4, 4 } }, 2)));
     CHECK(!graph_is_warmup(graph_of({ { 8, 8 }, { 4, 2 } }, 2)));
 
-    // a graph that was never announced: lost, unless it would not have been recorded
-    context_trace c;
-    ubatch_unread(c, graph_of({ { 8, 2 } }, 5));
-    ubatch_unread(c, graph_of({ { 8, 8 } }, 2)); // warm-up
-    ubatch_unread(c, graph_of({}, 7));           // no experts
-    CHECK(c.counts_early[COUNT_GRAPHS] == 3 && c.counts_early[COUNT_GRAPHS_UNREAD] == 1);
-    CHECK(c.counts_early[COUNT_ROWS_PRODUCED] == 5 && c.counts_early[COUNT_ROWS_LOST_ERROR] == 5);
-    c.warmup = true;
-    ubatch_unread(c, graph_of({ { 8, 2 } }, 5));
-    CHECK(c.counts_early[COUNT_GRAPHS_UNREAD] == 1);
-    c.warmup = false;
-    c.state  = context_state::failed;
-    ubatch_unread(c, graph_of({ { 8, 2 } }, 5));
-    CHECK(c.counts_early[COUNT_ROWS_PRODUCED] == 5);
-
     // rows that are pending are lost once
     context_trace waiting;
     row_layout layout;

@@ -24,11 +24,13 @@ from moetrace.__main__ import main
 from moetrace.commands.demo import unpack
 from moetrace.commands.serve import address
 from moetrace.errors import MoetraceError, UsageError
+from moetrace.host.record import new_rows
 from moetrace.live.screen import lines
 from moetrace.live.tail import BUCKET_S, Tail
 from moetrace.trace.columns import TableWriter
 from moetrace.trace.record import RowFlag
 from moetrace.trace.routed import routed_experts
+from moetrace.trace.store import TraceStore
 
 pytest.importorskip("uvicorn")
 parser = pytest.importorskip("prometheus_client.openmetrics.parser")
@@ -90,6 +92,81 @@ def test_what_is_new_is_counted_once_and_when(tmp_path: Path) -> None:
     now[0] = 4000.0
     assert tail.look().hour.sum() == 0
     np.testing.assert_array_equal(tail.look().counts, second.counts)
+
+
+def test_a_recording_is_replayed_as_it_went(recorded: Path) -> None:
+    now = [100.0]
+    whole = Tail(recorded).look()
+    tail = Tail(recorded, clock=lambda: now[0], replay=2.0)
+    with moetrace.open(recorded) as trace:
+        times, real = np.asarray(trace.time_ns), (trace.flags & RowFlag.TRIAL) == 0
+        seconds = (times[-1] - times[0]) / 1e9
+        ends = trace.requests["end_ns"]
+    first = tail.look()
+    assert first.live
+    assert sum(first.tokens.values()) <= 2
+    for part in (0.25, 0.5, 0.75):
+        now[0] = 100 + part * seconds / 2
+        seen = tail.look()
+        until = times[0] + int(part * seconds * 1e9)
+        assert sum(seen.tokens.values()) == pytest.approx((real & (times <= until)).sum(), abs=2)
+        assert len(seen.by_domain) == 0 or sum(seen.by_domain.values()) <= sum(seen.tokens.values())
+        assert bool(seen.by_domain) == bool((ends <= until).any())
+        assert {context.state for context in seen.contexts} == {"replayed"}
+    now[0] = 101 + seconds
+    last = tail.look()
+    assert not last.live
+    np.testing.assert_array_equal(last.counts, whole.counts)
+    assert last.by_domain == whole.by_domain
+    assert last.hour.sum() == whole.counts.sum()  # unlike what nobody watched
+
+
+def test_a_factor_is_a_factor(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["live", str(recorded), "--replay", "1000x", "--every", "0.01"]) == 0
+    assert "6,076 tokens recorded" in capsys.readouterr().out
+    for wrong in (["--replay", "x"], ["--replay", "-1x"], ["--replay", "2x", "--once"]):
+        assert main(["live", str(recorded), *wrong]) == 2
+    layout = make_layout()
+    context = traces.Context(layout, traces.server_records(layout, np.random.default_rng(3)))
+    growing = traces.write_trace(tmp_path / "t.moet", [context], close=False, sealed=20)
+    assert main(["live", str(growing), "--replay", "1x"]) == 2
+    assert "is being recorded" in capsys.readouterr().err
+
+
+def test_rows_are_followed_as_they_come(tmp_path: Path) -> None:
+    layout = make_layout()
+    context = traces.Context(layout, traces.server_records(layout, np.random.default_rng(3)))
+    path = traces.write_trace(tmp_path / "t.moet", [context], close=False, sealed=20)
+
+    def more() -> None:
+        with moetrace.open(path) as now:
+            last = {name: np.asarray(column[-3:]) for name, column in now.store_context.rows.items()}
+        with TableWriter.resume(path / "ctx0" / "rows") as writer:
+            writer.append(last)
+            writer.seal()
+
+    with moetrace.open(path) as trace:
+        rows = trace.follow(every=0.01)
+        first = next(rows)
+        n_first = len(trace)
+        assert len(first) == n_first > 10
+        kept = first.experts.copy()
+        more()
+        second = next(rows)
+        assert len(second) == 3
+        np.testing.assert_array_equal(first.experts, kept)
+        with new_rows(trace) as found:
+            more()
+        assert [len(each) for each in found] == [3]
+        with new_rows(trace) as nothing:
+            pass
+        assert nothing == []
+        TraceStore(path).close_as("closed", exit_code=0)
+        assert [len(each) for each in rows] == [3]
+    with moetrace.open(path) as ended:
+        assert [len(each) for each in ended.follow()] == [n_first + 6]
+        with pytest.raises(UsageError, match="has ended"), new_rows(ended):
+            pass
 
 
 # -- the routed experts of a request
