@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 
@@ -44,6 +45,7 @@ class Show:
         )
         add_option(parser, "--layer", type=int, metavar="N", help="default: the one in the middle")
         add_option(parser, "--expert", type=int, metavar="N", help="mark this expert's tokens")
+        add_option(parser, "--json", action="store_true", help="print JSON: -1 where there is no expert")
         add_choice(parser)
 
     def run(self, args: argparse.Namespace) -> int:
@@ -56,6 +58,9 @@ class Show:
             n_expert = dict(zip(layers, trace.n_expert.tolist(), strict=True))[layer]
         if args.expert is not None and not 0 <= args.expert < n_expert:
             raise UsageError(f"there is no expert {args.expert}", fix=f"give 0 to {n_expert - 1}")
+        if args.json:
+            print(json.dumps(text.to_json()))
+            return 0
         name = f"request {number}" + (f" ({printable(text.id)})" if text.id is not None else "")
         label = f", {printable(text.label)}" if text.label is not None else ""
         print(f"{name}{label}: layer {layer}, {len(text.pieces):,} tokens computed")

@@ -45,6 +45,9 @@ class ColdExperts(Question):
     name: ClassVar[str] = "cold-experts"
     title: ClassVar[str] = "Cold experts"
     place: ClassVar[int] = 140
+    actions: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("find prompts that reach them", "moetrace coverage IMATRIX.gguf --pool {trace} --write more.txt"),
+    )
 
     cold_below: float = parameter(0.1, "cold is below this share of an even split, k/E")
     triggers: int = parameter(10, "tokens to list for each of the coldest experts")

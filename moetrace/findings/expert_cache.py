@@ -35,6 +35,9 @@ class ExpertCache(Question):
     name: ClassVar[str] = "expert-cache"
     title: ClassVar[str] = "A cache of experts"
     place: ClassVar[int] = 200
+    actions: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("place the hot experts' layers", "moetrace place {trace} -m MODEL.gguf --vram 12GiB"),
+    )
     slow: ClassVar[int] = 2
 
     slots: str = parameter("", "slots per layer to try, as 4,8,16; default: from k to all experts")

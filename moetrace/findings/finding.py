@@ -282,6 +282,8 @@ class Question(ABC):
         How much longer it takes than most: the slowest is begun first, beside quick ones.
     widgets, methods
         Interactive figures of the report, and entries of its appendix, that it brings.
+    actions
+        What to do with the answer: a few words, and the command; {trace} in it stands for the trace.
     """
 
     name: ClassVar[str]
@@ -293,6 +295,7 @@ class Question(ABC):
     slow: ClassVar[int] = 0
     widgets: ClassVar[tuple[Widget, ...]] = ()
     methods: ClassVar[tuple[Method, ...]] = ()
+    actions: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     @abstractmethod
     def answer(self, subject: Subject) -> Finding:

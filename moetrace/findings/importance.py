@@ -37,6 +37,10 @@ class Importance(Question):
     name: ClassVar[str] = "importance"
     title: ClassVar[str] = "Importance of experts"
     place: ClassVar[int] = 145
+    actions: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("prune the least important", "moetrace prune {trace} -m MODEL.gguf --keep N --write pruned.gguf"),
+        ("give bits by layer", "moetrace bits {trace} -m MODEL.gguf --like q4_k --write plan.txt"),
+    )
 
     def answer(self, subject: Subject) -> Finding:
         """Answer it."""

@@ -34,6 +34,10 @@ class Specialists(Question):
     name: ClassVar[str] = "specialists"
     title: ClassVar[str] = "Specialists and generalists"
     place: ClassVar[int] = 40
+    actions: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("steer by them", "moetrace analyze steering {trace} -m MODEL.gguf --toward LABEL --write steer.txt"),
+        ("read their tokens", "moetrace show {trace} --layer N --expert N"),
+    )
     methods: ClassVar[tuple[Method, ...]] = (
         Method(
             "specialist",

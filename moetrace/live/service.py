@@ -26,7 +26,7 @@ from moetrace.host.intervene import switch
 from moetrace.live.metrics import Metrics
 from moetrace.live.tail import Snapshot, Tail
 from moetrace.report.script import TEMPLATES
-from moetrace.trace.request_text import RequestText, called, decoding, request_text
+from moetrace.trace.request_text import called, request_text
 from moetrace.trace.routed import routed_experts
 from moetrace.trace.trace import Trace
 
@@ -206,7 +206,7 @@ class Service:
             layers = trace.layers.tolist()
             wanted = layers[len(layers) // 2] if layer is None else _number(layer, "layer")
             text = request_text(trace, _one(trace, asked), wanted, LONGEST_TEXT)
-        return JSONResponse(text_json(text), headers=_HEADERS)
+        return JSONResponse(text.to_json(), headers=_HEADERS)
 
     def _interventions(self, request: Request) -> Response:
         self._allow(request)
@@ -291,27 +291,6 @@ def _plain(value: Any) -> Any:
     if value is None or value is pd.NA:
         return None
     return value.item() if isinstance(value, np.generic) else value
-
-
-def text_json(text: RequestText) -> dict[str, Any]:
-    """One layer of a request's text, as templates/text.mjs of the report takes it."""
-    weights = (
-        None
-        if text.weights is None
-        else [[None if w != w else round(w, 4) for w in row] for row in text.weights[:, 0].tolist()]
-    )
-    return {
-        "number": text.number,
-        "id": text.id,
-        "label": text.label,
-        "layer": int(text.layers[0]),
-        "readable": text.readable,
-        "pieces": text.pieces,
-        "positions": text.positions.tolist(),
-        "generated": decoding(text.phase).tolist(),
-        "experts": text.chosen()[:, 0].tolist(),
-        "weights": weights,
-    }
 
 
 def page_json(now: Snapshot) -> dict[str, Any]:

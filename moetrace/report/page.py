@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import inspect
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -139,7 +140,10 @@ def render_page(
     ``with_texts``: whether some requests' texts stand in it, to be read token by token.
     """
     answered = [f for f in findings if f.not_answered is None]
-    sections = [_section(f, subject.phase_note, None if inline is None else inline[f.name]) for f in answered]
+    trace = about.names[0] if len(about.names) == 1 else "T.moet"
+    sections = [
+        _section(f, subject.phase_note, trace, None if inline is None else inline[f.name]) for f in answered
+    ]
     opening = next((s for s in sections if s["name"] == "overview"), None)
     sections = [s for s in sections if s is not opening]
     for max_experts, max_rows, max_p, max_entries in _SMALLER:
@@ -223,7 +227,9 @@ def _drawn(finding: Finding, name: str, figure: Figure) -> str:
         return inline_svg(svg(figure.canvas()), figure, f"{finding.name}-{name}-")
 
 
-def _section(finding: Finding, phase_note: str, inline: Mapping[str, str] | None) -> dict[str, Any]:
+def _section(
+    finding: Finding, phase_note: str, trace: str, inline: Mapping[str, str] | None
+) -> dict[str, Any]:
     """What the template needs of an answered question; ``phase_note``, the page's own, is said once, above all."""
     known = finding.name in QUESTIONS
     doc = inspect.cleandoc(question(finding.name).__doc__ or "") if known else ""
@@ -240,6 +246,10 @@ def _section(finding: Finding, phase_note: str, inline: Mapping[str, str] | None
         "caveats": [*({finding.phase_note} - {"", phase_note}), *finding.caveats],
         "parameters": ", ".join(f"{n} {v}" for n, v in finding.parameters.items() if v not in ("", -1, None)),
         "widgets": [widget.name for widget in widgets],
+        "actions": [
+            (said, command.format(trace=shlex.quote(trace)))
+            for said, command in (question(finding.name).actions if known else ())
+        ],
         "figures": [
             {
                 "svg": Markup(_drawn(finding, name, figure) if inline is None else inline[name]),

@@ -71,6 +71,24 @@ class RequestText:
             there = there & ~np.isnan(self.weights)
         return np.where(there, self.experts.astype(np.int64), -1)
 
+    def to_json(self) -> dict[str, Any]:
+        """One layer of it, the first, as JSON values; what the pages' text view takes."""
+        weights = None
+        if self.weights is not None:
+            weights = [[None if w != w else round(w, 4) for w in row] for row in self.weights[:, 0].tolist()]
+        return {
+            "number": self.number,
+            "id": self.id,
+            "label": self.label,
+            "layer": int(self.layers[0]),
+            "readable": self.readable,
+            "pieces": list(self.pieces),
+            "positions": self.positions.tolist(),
+            "generated": decoding(self.phase).tolist(),
+            "experts": self.chosen()[:, 0].tolist(),
+            "weights": weights,
+        }
+
 
 def called(trace: Trace, asked: str) -> list[int]:
     """Give the numbers of the requests that a client called so; else the one whose number it is; else none."""

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import hashlib
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import traces
 from rings import make_layout
 
 import moetrace
-from moetrace.__main__ import main
+from moetrace.__main__ import main, make_parser
 from moetrace.analysis.counts.counting import RoutingCounts
 from moetrace.errors import InputError
 from moetrace.findings import QUESTIONS, Finding, Subject, ask_all, question
@@ -496,3 +497,14 @@ def test_texts_of_the_page_are_rows_of_the_trace(tmp_path: Path) -> None:
         without = render_page(subject, [], about, with_texts=False)
         assert "Token by token" not in Page(without).text
         assert "pieces" not in unpack(Page(without).data)[0]
+
+
+def test_what_an_answer_leads_to_is_a_command_that_there_is(small: SimpleNamespace) -> None:
+    commands = [command for asked in QUESTIONS.values() for _, command in asked.actions]
+    assert len(commands) >= 5
+    for command in commands:
+        program, *rest = shlex.split(command.format(trace="t.moet"))
+        assert program == "moetrace"
+        make_parser(rest[0]).parse_args(["3" if word == "N" else word for word in rest])
+    said = re.sub(r"\s+", " ", small.page.text)
+    assert "moetrace prune" in said

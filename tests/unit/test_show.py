@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,19 @@ def test_in_colours_it_is_the_text(
             assert f"used by {used} of {len(rows)} tokens" in text
         else:
             assert re.search(r" 9  +\d+%", text)
+
+
+def test_json_is_what_the_lines_say(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["show", str(demo), "--request", "math-03", "--layer", "7"]
+    assert main([*line, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert main(line) == 0
+    lines = [text.split("\t") for text in capsys.readouterr().out.splitlines()[1:]]
+    assert said["positions"] == [int(cells[0]) for cells in lines]
+    assert said["generated"] == [cells[1] == "decode" for cells in lines]
+    shown = [[] if "not" in cells[3] else [int(e.split(":")[0]) for e in cells[3].split()] for cells in lines]
+    assert [[e for e in row if e >= 0] for row in said["experts"]] == shown
+    assert (said["id"], said["label"], said["layer"]) == ("math-03", "math", 7)
 
 
 def test_what_is_not_there_is_said(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
