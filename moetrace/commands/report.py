@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from moetrace.commands.machines import add_machines, count_on
@@ -42,6 +43,7 @@ class Report:
       moetrace report t.moet
       moetrace analyze NAME -m model.gguf -o answers
       moetrace report t.moet --findings answers
+      moetrace report t.moet --phase each
     """
 
     passthrough = False
@@ -51,7 +53,12 @@ class Report:
         parser.add_argument("recordings", nargs="+", metavar="T.moet", help=RECORDINGS)
         add_leaving_out(parser)
         add_option(parser, "-o", "--output", metavar="DIR", help="folder; default: T-report")
-        add_option(parser, "--phase", choices=["prefill", "decode", "unknown", "all"], help="rows to look at")
+        add_option(
+            parser,
+            "--phase",
+            choices=["prefill", "decode", "unknown", "all", "each"],
+            help="rows to look at; each: generated tokens, and prompts in a page of their own, linked",
+        )
         add_option(
             parser, "--layers", metavar="LIST", help="layers to look at, for example 0-5,23; default: all"
         )
@@ -90,27 +97,50 @@ class Report:
         folders = args.findings.split(",") if isinstance(args.findings, str) else args.findings
         given = read_findings(folders)
         folder = Path(args.output or f"{Path(args.recordings[0]).stem}-report")
+        failed = False
         with ExitStack() as stack:
             recordings = opened(args.recordings, args, stack)
-            with progress_line() as progress:
-                subject = subject_of(recordings, args, args.model, placement(args), progress)
-                count_on(args.on, subject, progress)
-                asked = ask_each(
-                    subject,
-                    given=given,
-                    then=lambda finding: write_part(finding, folder),
-                    keep=not args.no_keep,
-                    workers=None,
-                    progress=of_questions(progress),
-                )
-                # one that ended too early wrote nothing
-                pairs = [(finding, part or Written(())) for finding, part in asked]
-            findings, parts = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             titles = _titles(recordings, args.recordings)
-            report = write_report(subject, findings, folder, titles, parts, with_texts=not args.no_texts)
-            width = min(120, shutil.get_terminal_size().columns)
-            sys.stdout.write(summary(report, width=width, paint=paint))
-        return 1 if any(finding.failed for finding in findings) else 0
+            for phase, where, others in _pages(args.phase):
+                args.phase = phase
+                with progress_line() as progress:
+                    subject = subject_of(recordings, args, args.model, placement(args), progress)
+                    count_on(args.on, subject, progress)
+                    asked = ask_each(
+                        subject,
+                        given=given,
+                        then=partial(write_part, folder=folder / where),
+                        keep=not args.no_keep,
+                        workers=None,
+                        progress=of_questions(progress),
+                    )
+                    # one that ended too early wrote nothing
+                    pairs = [(finding, part or Written(())) for finding, part in asked]
+                findings, parts = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+                report = write_report(
+                    subject,
+                    findings,
+                    folder / where,
+                    titles,
+                    parts,
+                    with_texts=not args.no_texts,
+                    others=others,
+                )
+                width = min(120, shutil.get_terminal_size().columns)
+                sys.stdout.write(summary(report, width=width, paint=paint))
+                failed |= any(finding.failed for finding in findings)
+        return 1 if failed else 0
+
+
+def _pages(phase: str | None) -> list[tuple[str | None, str, tuple[tuple[str, str], ...]]]:
+    """Phase, folder, and links (words, address; "" is the page itself) of each page that is made."""
+    if phase != "each":
+        return [(phase, "", ())]
+    generated, prompts = "generated tokens", "prompts"
+    return [
+        ("decode", "", ((generated, ""), (prompts, "prompts/report.html"))),
+        ("prefill", "prompts", ((generated, "../report.html"), (prompts, ""))),
+    ]
 
 
 def _titles(recordings: Sequence[Trace | CountTable], given: Sequence[str]) -> list[str]:

@@ -103,11 +103,12 @@ def write_report(
     parts: Sequence[Written] | None = None,
     *,
     with_texts: bool = True,
+    others: Sequence[tuple[str, str]] = (),
 ) -> Report:
     """Write report.html, and each finding's JSON, figures/ and tables/, into ``folder``.
 
     ``names`` are what the recordings are called, if not by their folders; ``parts`` what :func:`write_part` gave of
-    each finding, if that was done; ``with_texts`` as for :func:`render_page`.
+    each finding, if that was done; ``with_texts`` and ``others`` as for :func:`render_page`.
 
     Raises MoetraceError if a file cannot be written.
     """
@@ -116,7 +117,7 @@ def write_report(
         parts = [write_part(finding, folder) for finding in findings]
     files = [file for part in parts for file in part.files]
     inline = {finding.name: part.inline for finding, part in zip(findings, parts, strict=True)}
-    text = render_page(subject, findings, about, inline, with_texts=with_texts)
+    text = render_page(subject, findings, about, inline, with_texts=with_texts, others=others)
     page = folder / "report.html"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,11 +134,13 @@ def render_page(
     inline: Mapping[str, Mapping[str, str]] | None = None,
     *,
     with_texts: bool = True,
+    others: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Give the page as HTML, at most :data:`MAX_BYTES` if that can be reached by leaving out detail.
 
     ``inline`` are the figures of each question, as :func:`write_part` gave them; they are drawn if it is not given.
     ``with_texts``: whether some requests' texts stand in it, to be read token by token.
+    ``others``: words and address of the pages that are switched between, the address "" for this one.
     """
     answered = [f for f in findings if f.not_answered is None]
     trace = about.names[0] if len(about.names) == 1 else "T.moet"
@@ -155,7 +158,7 @@ def render_page(
             for f in answered
             for name, table in f.tables.items()
         }
-        text = _render(subject, opening, sections, findings, about, pack(head, arrays), bool(told))
+        text = _render(subject, opening, sections, findings, about, pack(head, arrays), bool(told), others)
         if len(text.encode()) <= MAX_BYTES:
             break
     return text
@@ -169,6 +172,7 @@ def _render(
     about: Captured,
     data: bytes,
     has_texts: bool,
+    others: Sequence[tuple[str, str]],
 ) -> str:
     environment = _environment()
     loader = environment.loader
@@ -186,6 +190,7 @@ def _render(
         phase_note=subject.phase_note,
         sections=sections,
         has_texts=has_texts,
+        others=others,
         missing=unanswered(findings),
         by_chance=by_chance(findings),
         n_missing=sum(f.not_answered is not None for f in findings),

@@ -7,9 +7,11 @@ import dataclasses
 import hashlib
 import re
 import shlex
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +22,7 @@ from rings import make_layout
 import moetrace
 from moetrace.__main__ import main, make_parser
 from moetrace.analysis.counts.counting import RoutingCounts
+from moetrace.commands import report as report_command
 from moetrace.errors import InputError
 from moetrace.findings import QUESTIONS, Finding, Subject, ask_all, question
 from moetrace.findings.wording import file_names
@@ -508,3 +511,31 @@ def test_what_an_answer_leads_to_is_a_command_that_there_is(small: SimpleNamespa
         make_parser(rest[0]).parse_args(["3" if word == "N" else word for word in rest])
     said = re.sub(r"\s+", " ", small.page.text)
     assert "moetrace prune" in said
+
+
+def test_each_phase_has_a_page_and_they_lead_to_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = traces.labelled_trace(tmp_path / "t.moet", ("code", "math"))
+    asked = ["overview", "expert-frequency"]
+    monkeypatch.setattr(report_command, "ask_each", partial(_ask_some, names=asked))
+    assert main(["report", str(trace), "-o", str(tmp_path / "out"), "--phase", "each"]) == 0
+    pages = [tmp_path / "out" / where / "report.html" for where in ("", "prompts")]
+    texts_ = [Page(page.read_text()) for page in pages]
+    assert "generated tokens (decode)" in texts_[0].text
+    assert "prompt tokens (prefill)" in texts_[1].text
+    for page, one in zip(pages, texts_, strict=True):
+        (link,) = [
+            e["href"] for tag, e in one.elements if tag == "a" and str(e.get("href")).endswith("report.html")
+        ]
+        assert (page.parent / str(link)).resolve() in [each.resolve() for each in pages if each != page]
+    with moetrace.open(trace) as opened:
+        for phase, one in zip(("decode", "prefill"), texts_, strict=True):
+            _, arrays = unpack(one.data)
+            assert arrays["tokens"][0, 0] == len(opened.sel(phase=phase))
+    assert capsys.readouterr().out.count("Wrote") == 2
+
+
+def _ask_some(subject: Subject, *, then: Any, names: list[str], **_: Any) -> list[tuple[Finding, Any]]:
+    found = [question(name)().ask(subject) for name in names]
+    return [(each, then(each)) for each in found]

@@ -105,7 +105,7 @@ function startTheme() {
 
 function startContents() {
   if (innerWidth <= 1000) $("nav details").open = false;
-  const links = new Map($$("nav a").map((a) => [a.hash.slice(1), a]));
+  const links = new Map($$("nav ol a").map((a) => [a.hash.slice(1), a]));
   const watcher = new IntersectionObserver((seen) => {
     for (const entry of seen) if (entry.isIntersecting) {
       links.forEach((a) => a.removeAttribute("aria-current"));
@@ -130,6 +130,8 @@ function start() {
   startTheme();
   addEventListener("keydown", (e) => { if (e.key === "Escape") showTip(""); });
   startContents();
+  // the other page shows the same layer and domain
+  $$(".phases a").forEach((a) => a.addEventListener("click", () => { a.hash = location.hash.includes("=") ? location.hash : ""; }));
   unpack($("#data").textContent).then((data) => {
     report = new Report(data);
     startTables(data.tables);
