@@ -55,7 +55,8 @@ def _unidentified(context: ContextStore) -> str:
         )
     return (
         f"none of the {n:,} rows of {context.name} has a sequence or a request: llama.cpp was called past the tracer, "
-        "as llama-cpp-python does (ctypes looks functions up by itself). Use moetrace.capture or llama-server"
+        "as llama-cpp-python does (ctypes looks functions up by itself). Call moetrace.watch_llama_cpp() before "
+        "llama_cpp is imported, or use moetrace.capture or llama-server"
     )
 
 

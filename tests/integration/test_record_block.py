@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -70,6 +71,27 @@ def test_each_block_is_a_trace_of_what_it_computed(runtime, tmp_path):
     with moetrace.open(tmp_path / "2.moet") as trace:
         best = np.sort(np.argsort(-trace.logits, axis=2)[:, :, :4], axis=2)
         np.testing.assert_array_equal(np.sort(trace.experts, axis=2), best)
+
+
+def test_a_script_under_run_is_known_by_requests(runtime, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("""import sys, moetrace
+moetrace.watch_llama_cpp()
+from llama_cpp import Llama
+llm = Llama(sys.argv[1], n_ctx=256, verbose=False)
+print(llm("def main():", max_tokens=4)["choices"][0]["text"])
+""")
+    out = tmp_path / "t.moet"
+    code = "import sys; from moetrace.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    ran = python(code, "run", "-o", out, "--", sys.executable, script, demo_model())
+    assert ran.returncode == 0, ran.stderr
+    assert "called past the tracer" not in ran.stderr
+    with moetrace.open(out) as trace:
+        (request,) = trace.requests.to_dict("records")
+        assert (request["n_prefill"], request["n_decode"], request["n_cached"]) == (6, 3, 0)
+        written = "".join(str(piece) for piece in trace.text(trace.token_ids))
+        assert written.startswith("<|bos|>def main():")
+        assert ran.stdout.startswith(written.removeprefix("<|bos|>def main():"))
 
 
 def test_what_came_too_late_is_said(runtime, tmp_path):
