@@ -12,6 +12,7 @@ one:
 ``fingerprint``    JSON with ``router_data`` (:mod:`.fingerprint`)
 ``routed-experts`` arrays (tokens, layers, k), ``.npy``, ``.npz`` or JSON lines (:mod:`.arrays`)
 ``router-logits``  logits (tokens, experts) of each layer, ``.npz`` (:mod:`.router_logits`)
+``recorder``       SGLang's expert distribution recorder, ``.pt`` (:mod:`.recorder`)
 ``position-log``   lines ``pos,layer,id0,id1,…`` (:mod:`.positions`)
 ``lake``           a folder of Parquet files that ``moetrace export`` wrote (:mod:`.lake`)
 ``counts``         CSV ``domain,layer_id,expert_id,count``, or a matrix (:mod:`.counts`): arrays, not a trace

@@ -29,12 +29,14 @@ from moetrace.trace.importers import (
     logs,
     olmoe,
     positions,
+    recorder,
     route_trace,
     router_logits,
     token_json,
 )
 from moetrace.trace.importers.counts import COLUMNS, imatrix_counts, is_array, is_matrix, read_counts
 from moetrace.trace.importers.source import DECODE, PREFILL, Piece, Shape, Tally, lines, merged
+from moetrace.trace.importers.torch_file import is_torch_file, read_torch_file
 from moetrace.trace.jsonfile import write_json
 from moetrace.trace.labels import append_labels
 from moetrace.trace.record import COUNTERS
@@ -75,6 +77,10 @@ DESCRIBED = {
         "logits of Hugging Face's output_router_logits, .npz; --n-expert-used says k",
         "np.savez(path, *[layer.float().numpy() for layer in out.router_logits])",
     ),
+    "recorder": (
+        "files of SGLang's expert distribution recorder, .pt: tokens; of sums and passes stats reads the counts",
+        "/start_expert_distribution_record, /dump_expert_distribution_record",
+    ),
     "position-log": ("lines with a token's position", "pos,layer,id0,id1\n0,0,3,17"),
     "lake": ("a folder of Parquet that moetrace export wrote", "moetrace export t.moet -o lake/"),
     "counts": (
@@ -92,7 +98,7 @@ _OTHERS = {
     b"GGUF": "a GGUF model: give it with -m, beside a trace",
     b"PAR1": "a Parquet file: of moetrace's own, the folder of a lake is read",
     b"ARROW1": "an Arrow file: of moetrace's own, the folder of a lake is read",
-    b"PK\x03\x04": "a zip archive, such as PyTorch's .pt: a pickle is not read; give its arrays as .npz",
+    b"PK\x03\x04": "a zip archive, and none that torch.save or numpy wrote",
     b"\x1f\x8b": "compressed with gzip: unpack it",
     b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it",
     b"\x80\x02": "a Python pickle, which is not read: it may run what it likes; give arrays as .npz",
@@ -167,6 +173,8 @@ def detect(source: Path) -> str:
     else:
         if is_imatrix(source):
             return "imatrix"
+        if is_torch_file(source):
+            return "recorder"
         with contextlib.suppress(OSError), source.open("rb") as file:
             begins = file.read(16)
             looks = next((what for magic, what in _OTHERS.items() if begins.startswith(magic)), "")
@@ -254,6 +262,8 @@ def open_source(
         return read_counts(source)
     if kind == "imatrix":
         return imatrix_counts(source)
+    if kind == "recorder" and not recorder.has_tokens(source, read_torch_file(source)):
+        return recorder.recorder_counts(source)
     folder = Path(tempfile.mkdtemp(prefix="moetrace-"))
     try:
         out = folder / f"{source.stem}.moet"
@@ -386,6 +396,9 @@ def _read(
     if kind == "router-logits":
         shape = router_logits.shape(source, n_expert_used)
         return shape, router_logits.pieces(source, shape, tally, label=label), tally
+    if kind == "recorder":
+        shape = recorder.shape(source)
+        return shape, recorder.pieces(source, shape, tally, label=label), tally
     if kind == "position-log":
         shape = positions.shape(source)
         return shape, positions.pieces(source, shape, tally, label=label), tally
