@@ -84,9 +84,7 @@ def __getattr__(name: str) -> Any:
 
 def load_ipython_extension(ipython: Any) -> None:
     """Do what ``%load_ext moetrace`` asks for: the cell magic ``%%moetrace``."""
-    from moetrace.host.notebook import load
-
-    load(ipython)
+    importlib.import_module("moetrace.host.notebook").load(ipython)
 
 
 def __dir__() -> list[str]:

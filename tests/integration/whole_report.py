@@ -24,7 +24,7 @@ QUICK: dict[str, Any] = {
     "permutations": 39, "resamples": 50, "null": 9, "counts": "6", "criteria": "prune", "kl": False, "k": "2",
     "generate": 0, "targets": 2, "depth": 1, "budget": 32, "prompts": 2, "length": 3, "min_tokens": 3,
 }  # fmt: skip
-CHANNELS = ["experts", "weights", "gate_input", "attention", "tensor:ffn_moe_out-*"]
+CHANNELS = ["experts", "weights", "gate_input", "outputs", "attention", "tensor:ffn_moe_out-*"]
 
 
 def main(folder: Path) -> None:
