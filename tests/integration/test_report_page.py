@@ -124,7 +124,7 @@ def test_it_loads_without_errors_and_without_a_network(page: Browser) -> None:
     assert page.value("document.querySelectorAll('.widget:not([hidden])').length") == 7
     assert page.value("document.title") == "Routing report: t.moet"
     assert page.value("document.querySelectorAll('main b, main script').length - "
-                      "document.querySelectorAll('.remark b, .tiles b, .how b').length") == 0  # fmt: skip
+                      "document.querySelectorAll('.remark b, .tiles b, .how b, .act b').length") == 0  # fmt: skip
 
 
 def test_what_is_not_the_pages_own_may_not_run_or_load(page: Browser) -> None:
