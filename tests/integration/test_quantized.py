@@ -50,7 +50,7 @@ def test_a_plan_of_the_demo_model(recorded: Path, tmp_path: Path) -> None:
         from moetrace.findings import Subject
         with moetrace.open(sys.argv[1]) as trace:
             subject = Subject([trace], model=sys.argv[2], model_options={"n_threads": 1})
-            found = Bits(like="q4_1", by="share,kl,random", text=sys.argv[4], write=sys.argv[3]).ask(subject)
+            found = Bits(like="q4_1", by="share,random", text=sys.argv[4], write=sys.argv[3]).ask(subject)
         print(json.dumps([found.sentences, found.tables["files"].to_dict("records"),
                           found.tables["plan"].to_dict("records"), found.tables["layers"].to_dict("records")]))
     """
@@ -59,12 +59,11 @@ def test_a_plan_of_the_demo_model(recorded: Path, tmp_path: Path) -> None:
     ran = python(code, recorded, data.demo_model(), plan_file, text)
     assert ran.returncode == 0, ran.stderr
     sentences, files, plan, layers = json.loads(ran.stdout.splitlines()[-1])
-    uniform, share, kl, _ = files
-    assert [row["plan"] for row in files] == ["all q4_1", "share", "kl", "random"]
+    uniform, share, _ = files
+    assert [row["plan"] for row in files] == ["all q4_1", "share", "random"]
     assert all(row["bytes"] <= uniform["bytes"] for row in files)
     # q4_1 is a poor type for these weights: a mixture of its neighbours is better, whoever is given more
     assert share["kl_less_low"] > 0
-    assert kl["kl_less_low"] > 0
     assert any("better than the same type for all" in sentence for sentence in sentences)
     assert len({row["share"] for row in plan}) > 1
     assert [row["layer"] for row in layers] == list(range(8))
@@ -81,13 +80,13 @@ def test_a_plan_of_the_demo_model(recorded: Path, tmp_path: Path) -> None:
 
 
 def test_k_quants_and_a_size(runtime: Any, model_file: Any, tmp_path: Path) -> None:
-    model = model_file("qwen3moe", n_embd=256, n_ff_expert=256)
+    model = model_file("qwen3moe", n_layer=2, n_expert=4, n_embd=256, n_ff_expert=256)
     trace = tmp_path / "t.moet"
     capture(model, trace, [{"prompt": "a b c d e f g"}], "--capture", "experts,weights,outputs", "-n", "8")
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"tokens": list(range(a, a + 40))}) + "\n" for a in (3, 50)))
     size = Path(model).stat().st_size // 3
-    line = ["bits", trace, "-m", model, "--target", size, "--by", "share", "--text", text, "-t", "1"]
+    line = ["bits", trace, "-m", model, "--target", size, "--by", "kl", "--text", text, "-t", "1"]
     ran = python(
         "import sys; from moetrace.__main__ import main; sys.exit(main(sys.argv[1:]))",
         *map(str, line),
@@ -110,15 +109,13 @@ def test_steering_the_demo_model(runtime: Any, tmp_path: Path) -> None:
     prompts = [json.loads(line) for line in data.prompts("domains").read_text().splitlines()]
     capture(data.demo_model(), every, prompts, "-n", "16", "-np", "8")
     line = ["analyze", "steering", every, "-m", data.demo_model(), "--toward", "code", "--phase", "all"]
-    ran = python(code, *map(str, line), "--strengths", "0.03,0.3", "--write", str(file), "--format", "json")
+    ran = python(code, *map(str, line), "--strengths", "0.3", "--write", str(file), "--format", "json")
     assert ran.returncode == 0, ran.stderr
     (finding,) = json.loads(ran.stdout)
     table = finding["tables"]["sweep"]
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-    assert [(row["experts"], row["strength"]) for row in rows] == [
-        (name, strength) for strength in (0.03, 0.3) for name in ("chosen", "random")
-    ]
-    chosen, chance = rows[2:]
+    assert [(row["experts"], row["strength"]) for row in rows] == [("chosen", 0.3), ("random", 0.3)]
+    chosen, chance = rows
     assert chosen["gain_high"] < chance["gain"]  # texts of code lose less than the others
     # the file is in force where it is given
     out = tmp_path / "steered.moet"

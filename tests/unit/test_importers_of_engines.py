@@ -418,7 +418,10 @@ def test_lines_with_positions(tmp_path: Path) -> None:
 
 
 def test_matrices_of_counts(tmp_path: Path) -> None:
-    counts = np.arange(24).reshape(3, 8) * 5
+    counts = np.arange(72).reshape(3, 24) * 5
+    np.save(tmp_path / "either.npy", counts[:, :8])  # experts of a layer's tokens, or counts
+    with pytest.raises(InputError, match="may be the experts of tokens"):
+        read_counts(tmp_path / "either.npy")
     np.save(tmp_path / "heat.npy", counts.astype(np.float64))
     frame = pd.DataFrame(counts)
     frame.to_csv(tmp_path / "heat.csv", index_label="layer")

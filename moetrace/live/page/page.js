@@ -129,7 +129,9 @@ function options(select, rows) {
   if (rows.some(([value]) => String(value) === kept)) select.value = kept;
 }
 
+// nothing is asked for until somebody wants to see it
 async function listRequests() {
+  if (!at("texts").open) return;
   const rows = await asked("/requests");
   if (!rows) return;
   const named = rows.slice(0, 100).map((r) => [r.request, `${r.id ?? `request ${r.request}`}${r.label ? ` · ${r.label}` : ""}: ${number(r.n_prefill + r.n_decode)} tokens`]);
@@ -163,6 +165,7 @@ function showText() {
 scale();
 at("request").addEventListener("change", readText);
 at("layer").addEventListener("change", readText);
+at("texts").addEventListener("toggle", listRequests);
 setInterval(() => { if (!paused && !document.hidden) listRequests(); }, LIST_MS);
 at("map").addEventListener("mousemove", point);
 at("map").addEventListener("click", point);
@@ -183,12 +186,10 @@ source.onmessage = (message) => {
   rates.push(Object.values(said.per_second).reduce((a, b) => a + b, 0));
   if (rates.length > HISTORY) rates.shift();
   if (paused) return;
-  const first = !now;
-  now = said;
   // nothing is new in a recording that has ended
-  if (first && !now.live) document.querySelector("input[name=window][value=all]").checked = true;
+  if (!now && !said.live) document.querySelector("input[name=window][value=all]").checked = true;
+  now = said;
   draw();
-  if (first) listRequests();
 };
 source.onerror = () => {
   at("state").textContent = "the service does not answer";

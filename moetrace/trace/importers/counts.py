@@ -20,6 +20,7 @@ from moetrace.model.imatrix import read_imatrix
 from moetrace.trace.importers.source import MAX_EXPERTS, MAX_LAYERS, integer, lines, malformed
 
 COLUMNS = ("domain", "layer_id", "expert_id", "count")
+_FEW = 16  # that a token may use; layers have more
 #: what the domain of a table without one is called
 ALL = "all"
 
@@ -136,6 +137,11 @@ def _of_array(path: Path, n_expert: int | None) -> CountTable:
         array = np.load(path, allow_pickle=False)
     except Exception as e:  # whatever numpy makes of a damaged file
         raise InputError(f"{path} cannot be read", why=str(e)[:200], fix="give an array of numbers") from e
+    if array.ndim == 2 and array.shape[1] <= _FEW:
+        raise malformed(
+            path, None, "array", f"of shape {array.shape} may be the experts of tokens, or counts of layers",
+            "give experts as (tokens, layers, experts per token), counts as CSV with the header layer,0,1,2,…",
+        )  # fmt: skip
     whole = array.astype(np.int64) if array.dtype.kind in "iuf" and np.isfinite(array).all() else None
     if whole is None or array.ndim != 2 or not array.size or (whole != array).any() or (whole < 0).any():
         raise malformed(
