@@ -14,7 +14,8 @@ from pathlib import Path
 from moetrace.commands.options import add_option, paint, use_color
 from moetrace.errors import UsageError
 from moetrace.live.screen import WINDOWS, Window, lines
-from moetrace.live.tail import Tail
+from moetrace.live.tail import Snapshot, Tails
+from moetrace.printable import printable
 
 
 class Live:
@@ -34,7 +35,9 @@ class Live:
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Add the options."""
         parser.add_argument("trace", metavar="T.moet", help="a trace, recorded now or before")
-        add_option(parser, "--model", metavar="NAME", help="of several models that are recorded, this one")
+        add_option(
+            parser, "--model", metavar="NAME", help="of several models that are recorded, this one alone"
+        )
         add_option(parser, "--every", type=float, default=1.0, metavar="S", help="seconds between looks")
         add_option(
             parser,
@@ -50,22 +53,17 @@ class Live:
             raise UsageError("--every must be above 0", fix="give seconds, as 2.5")
         if args.replay and args.once:
             raise UsageError("--replay and --once contradict each other", fix="leave one out")
-        tail = Tail(Path(args.trace), args.model, replay=_factor(args.replay))
+        tails = Tails(Path(args.trace), args.model, replay=_factor(args.replay))
         on_terminal = sys.stdout.isatty() and sys.stdin.isatty() and not args.once
         windows: list[Window] = list(WINDOWS)
         window, paused = windows[-1] if args.once else windows[0], False
-        with contextlib.closing(tail), _keys(on_terminal):
+        with contextlib.closing(tails), _keys(on_terminal):
             while True:
                 if not paused:
-                    now = tail.look()
+                    now = tails.look()
                 size = shutil.get_terminal_size((100, 40))
-                said = lines(
-                    now,
-                    window,
-                    width=min(size.columns, 200),
-                    height=size.lines - 2 if on_terminal else 200,
-                    red=lambda text: paint(text, "31") if use_color(sys.stdout) else text,
-                )
+                height = size.lines - 2 if on_terminal else 200
+                said = _said(now, window, min(size.columns, 200), height)
                 if on_terminal:
                     keys = f"w window   p {'go on' if paused else 'pause'}   q end"
                     sys.stdout.write(
@@ -74,7 +72,7 @@ class Live:
                 else:
                     sys.stdout.write("\n".join([time.strftime("%H:%M:%S"), *said, ""]) + "\n")
                 sys.stdout.flush()
-                if args.once or not now.live:
+                if args.once or not any(each.live for each in now.values()):
                     return 0
                 key = _key(args.every, on_terminal)
                 if key == "q":
@@ -83,6 +81,22 @@ class Live:
                     paused = not paused
                 if key == "w":
                     window = windows[(windows.index(window) + 1) % len(windows)]
+
+
+def _said(now: dict[str, Snapshot], window: Window, width: int, height: int) -> list[str]:
+    """The lines of each model, one below the other; of several each under its name."""
+    out: list[str] = []
+    for name, each in now.items():
+        if name:
+            out.append(printable(f"── {name} "[: width - 1]).ljust(width, "─"))
+        out += lines(
+            each,
+            window,
+            width=width,
+            height=max(height // len(now) - bool(name), 6),
+            red=lambda text: paint(text, "31") if use_color(sys.stdout) else text,
+        )
+    return out[:height]
 
 
 def _factor(text: str | None) -> float | None:

@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrace.errors import MoetraceError, UsageError
+from moetrace.trace import naming
 from moetrace.trace.loss import LOST_COUNTERS, LOST_EVENT_COUNTERS
 from moetrace.trace.record import RowFlag, State
 from moetrace.trace.requests import Phase
 from moetrace.trace.ring import Ring
+from moetrace.trace.store import TraceStore
 from moetrace.trace.trace import Trace, open_trace
 
 _ROWS = 1 << 13  # counted at a time
@@ -233,6 +235,68 @@ class Tail:
         """Let go of the trace."""
         if self._trace is not None:
             self._trace.close()
+
+
+@dataclass
+class Tails:
+    """Follows every model of a recording, also those that are loaded while it goes on: a router's.
+
+    Attributes
+    ----------
+    path, model, clock, replay
+        As for :class:`Tail`; with ``model`` only that one is followed.
+    """
+
+    path: Path
+    model: str | None = None
+    clock: Callable[[], float] = time.monotonic
+    replay: float | None = None
+    _tails: dict[str, Tail] = field(default_factory=dict)
+    _listed: float = -np.inf
+
+    def look(self) -> dict[str, Snapshot]:
+        """What is known of each model, by its name; "" where there is one, or ``model`` said which.
+
+        Raises MoetraceError if there is no trace (yet).
+        """
+        if self.model is not None:
+            self._follow("", self.model)
+        elif self.clock() - self._listed >= BUCKET_S or not self._tails:
+            self._listed = self.clock()
+            found = models_of(self.path)
+            if len(found) > 1:
+                self._let_go("")
+            for name in found:
+                self._follow(name if len(found) > 1 else "", name if len(found) > 1 else None)
+            if not found:
+                self._follow("", None)  # says what is wrong
+        return {name: tail.look() for name, tail in self._tails.items()}
+
+    def _follow(self, name: str, model: str | None) -> None:
+        if name not in self._tails:
+            self._tails[name] = Tail(self.path, model, self.clock, self.replay)
+
+    def _let_go(self, name: str) -> None:
+        if tail := self._tails.pop(name, None):
+            tail.close()
+
+    def close(self) -> None:
+        """Let go of the trace."""
+        for tail in self._tails.values():
+            tail.close()
+
+
+def models_of(path: Path) -> list[str]:
+    """What the models of a recording's main contexts are called, as ``--model`` takes it, in their order."""
+    found: list[dict[str, object]] = []
+    store = TraceStore(path)
+    for context in store.contexts:
+        if naming.role(context.facts) == "main" and not any(
+            naming.same_model(context.facts, f) for f in found
+        ):
+            found.append(dict(context.facts))
+    store.close()
+    return list(dict.fromkeys(naming.called(facts) for facts in found))
 
 
 def _of_requests(trace: Trace, until: int | None) -> tuple[dict[str, int], int]:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import traces
 from numpy.typing import NDArray
-from rings import make_layout
+from rings import context_of, make_layout
 
 import moetrace
 from moetrace import data
@@ -26,7 +26,7 @@ from moetrace.commands.serve import address
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.host.record import new_rows
 from moetrace.live.screen import lines
-from moetrace.live.tail import BUCKET_S, Tail
+from moetrace.live.tail import BUCKET_S, Tail, Tails
 from moetrace.trace.columns import TableWriter
 from moetrace.trace.record import RowFlag
 from moetrace.trace.routed import routed_experts
@@ -404,6 +404,40 @@ def test_names_of_others_do_not_steer_the_terminal(tmp_path: Path) -> None:
     said = lines(Tail(path).look(), "counts", width=200, height=40)
     assert any("</script>" in line for line in said)
     assert all(line.isprintable() for line in said)
+
+
+def test_every_model_of_a_recording_is_watched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = make_layout()
+    contexts = [
+        traces.Context(
+            layout,
+            traces.server_records(layout, np.random.default_rng(i), n_requests=i + 1),
+            facts={"alias": name, "model": {**context_of(layout)["model"], "name": name}},
+        )
+        for i, name in enumerate(("one", "two\x1b[2J", "one"))
+    ]
+    path = traces.write_trace(tmp_path / "t.moet", contexts)
+    tails = Tails(path)
+    seen = tails.look()
+    assert list(seen) == ["one", "two\x1b[2J"]
+    for name, now in seen.items():
+        with moetrace.open(path, model=name) as trace:
+            real = (trace.flags & RowFlag.TRIAL) == 0
+            assert sum(now.tokens.values()) == real.sum()
+    tails.close()
+    assert main(["live", str(path), "--once"]) == 0
+    said = capsys.readouterr().out
+    assert "── one ──" in said
+    assert "\x1b" not in said
+    assert said.count("tokens recorded") == 2
+    assert main(["live", str(path), "--once", "--model", "one"]) == 0
+    assert capsys.readouterr().out.count("tokens recorded") == 1
+    assert list(Tails(path, "one").look()) == [""]
+    # the first of one model, and then another comes
+    alone = traces.write_trace(tmp_path / "alone.moet", contexts[:1], close=False)
+    now = [0.0]
+    growing = Tails(alone, clock=lambda: now[0])
+    assert list(growing.look()) == [""]
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are(served: Served) -> None:
