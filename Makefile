@@ -12,7 +12,7 @@ PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 # which of tests/stress `make stress` runs: T=test_kill.py; all by default
 T ?=
 
-.PHONY: help setup demo report-image releases test test-unit test-slow test-device test-cpp sanitize stress lint docs notebooks clean wheel bench-overhead bench-analysis bench-machines bench-live gpu-check
+.PHONY: help setup demo report-image releases test test-unit test-slow test-device test-cpp sanitize stress lint docs notebooks clean wheel bench-overhead bench-analysis bench-machines bench-live bench-first-hour gpu-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -99,6 +99,9 @@ bench-machines: $(STAMP)-package ## many traces on 1, 2 and 4 processes; TRACES=
 
 bench-live: setup ## what watching a recording costs: decode speed with serve and live beside it, and without
 	$(BIN)/python benchmarks/bench_live.py
+
+bench-first-hour: $(STAMP)-package ## three new users from nothing to the first picture: commands and seconds; SERVER=llama-server for the one who has it
+	$(BIN)/python benchmarks/first_hour.py $(if $(SERVER),--server $(SERVER))
 
 bench-analysis: $(STAMP)-package ## the analyses against the notebook's own method, and all of stats and report at the size of real models (half an hour); REAL=FOLDER of DOMAIN.npz, too
 	$(BIN)/python benchmarks/bench_analysis.py

@@ -468,10 +468,13 @@ def test_pruned_by_what_experts_add_loses_less_than_at_random(runtime, tmp_path)
         model, trace, file, out = sys.argv[1:]
         assert main(["capture", "-m", model, "-f", out + "/p.jsonl", "-n", "16", "-t", "1",
                      "--capture", "experts,weights,outputs", "-o", trace]) == 0
-        assert main(["prune", trace, "-m", model, "--keep", "24", "-t", "1", "--write", file, "-o", out]) == 0
+        assert main(["prune", trace, "-m", model, "--keep", "24", "-t", "1", "--write", file, "-o", out,
+                     "--text", out + "/text.jsonl"]) == 0
         print(1)
     """
     shutil.copyfile(prompts("domains"), tmp_path / "p.jsonl")
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(prompts("heldout-text").read_text().splitlines()[::3]) + "\n")
     ran(code, demo_model(), tmp_path / "t.moet", tmp_path / "pruned.gguf", tmp_path)
     curve = pd.read_csv(tmp_path / "tables/pruning-curve.csv").set_index("criterion")
     assert set(curve.index) == {"count", "weight", "saliency", "contribution", "random"}
@@ -486,5 +489,5 @@ def test_pruned_by_what_experts_add_loses_less_than_at_random(runtime, tmp_path)
             for name in ("ffn_gate_inp.weight", "ffn_gate_exps.weight", "ffn_down_exps.weight"):
                 old, new = (file.stored(f"blk.{layer}.{name}")[0] for file in (before, after))
                 np.testing.assert_array_equal(new, old[stays])
-    was, now = nll(demo_model(), tmp_path / "pruned.gguf", texts=str(prompts("heldout-text"))).mean(axis=1)
+    was, now = nll(demo_model(), tmp_path / "pruned.gguf", texts=str(text)).mean(axis=1)
     assert now - was == pytest.approx(curve.loc[best, "change"], abs=1e-3)

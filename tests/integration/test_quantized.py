@@ -109,7 +109,18 @@ def test_steering_the_demo_model(runtime: Any, tmp_path: Path) -> None:
     prompts = [json.loads(line) for line in data.prompts("domains").read_text().splitlines()]
     capture(data.demo_model(), every, prompts, "-n", "16", "-np", "8")
     line = ["analyze", "steering", every, "-m", data.demo_model(), "--toward", "code", "--phase", "all"]
-    ran = python(code, *map(str, line), "--strengths", "0.3", "--write", str(file), "--format", "json")
+    ran = python(
+        code,
+        *map(str, line),
+        "--strengths",
+        "0.3",
+        "--permutations",
+        "199",
+        "--write",
+        str(file),
+        "--format",
+        "json",
+    )
     assert ran.returncode == 0, ran.stderr
     (finding,) = json.loads(ran.stdout)
     table = finding["tables"]["sweep"]

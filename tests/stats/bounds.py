@@ -11,7 +11,7 @@ from scipy import stats
 
 ALPHA = 0.05
 FAULTY = 0.15
-RUNS = 180
+RUNS = 170
 
 
 def most(runs: int = RUNS) -> int:
