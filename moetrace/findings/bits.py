@@ -20,6 +20,7 @@ from moetrace.findings.held_out import TEXT_HELP, Comparison, compared_with
 from moetrace.findings.importance import outputs_of
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import layer_list, span
+from moetrace.findings.written import write_text
 from moetrace.host.options import human_size, parse_size
 from moetrace.host.quantize import block_of, quantization_errors, type_lines, write_quantized
 from moetrace.model.file import ModelFile
@@ -40,6 +41,7 @@ class _Tensors:
     types: list[str]
     n_bytes: Floats
     now: list[str]
+    like: str
 
     def uniform(self, kind: str) -> float:
         return float(self.n_bytes[:, self.types.index(kind)].sum())
@@ -143,7 +145,7 @@ class Bits(Question):
         widths = {name: model.shape(name)[-1] for name in names}
         fits = all(width % _SUPER == 0 for width in widths.values())
         types = [t.strip().lower() for t in (self.types or (_OF_SUPER if fits else _OF_BLOCKS)).split(",")]
-        like = self._like(fits)
+        like = self.like.lower() or ("q4_k" if fits else "q5_0")
         if like not in types and not self.target:
             types.append(like)
         blocks = {kind: block_of(kind) for kind in types}
@@ -165,17 +167,13 @@ class Bits(Question):
             types,
             np.array(n_bytes, np.float64),
             sorted({model.stored(name)[1].name for name in names}),
+            like,
         )
-
-    def _like(self, fits: bool) -> str:
-        return self.like.lower() or ("q4_k" if fits else "q5_0")
 
     def _budget(self, subject: Subject, path: Path, tensors: _Tensors) -> tuple[str, float]:
         """The uniform type, and the bytes that the experts may have."""
         if not self.target:
-            with ModelFile(path) as model:
-                like = self._like(all(model.shape(name)[-1] % _SUPER == 0 for name in tensors.names))
-            return like, tensors.uniform(like)
+            return tensors.like, tensors.uniform(tensors.like)
         if self.like:
             raise UsageError("--like and --target both say how large", fix="give one of them")
         subject.progress("measuring what is not an expert")
@@ -189,7 +187,7 @@ class Bits(Question):
             raise UsageError(
                 f"no file of {self.target} can be had",
                 why=f"the smallest has {human_size(size)}",
-                fix="--types",
+                fix="name smaller types: --types",
             )
         return max(fitting, key=tensors.uniform), budget
 
@@ -272,7 +270,7 @@ class Bits(Question):
             )
         said.append(f"The plan has {', '.join(f'{n} matrices in {kind}' for kind, n in types.items())}.")
         if self.write:
-            _write(self.write, type_lines(dict(zip(tensors.names, table[first], strict=True))))
+            write_text(self.write, type_lines(dict(zip(tensors.names, table[first], strict=True))))
             said.append(
                 f"Wrote {self.write}: llama-quantize --tensor-type-file {self.write} MODEL OUT {self.others}"
             )
@@ -354,10 +352,3 @@ def _values(tensors: _Tensors, unit: int) -> float:
     """Numbers in a matrix stack."""
     n, size = block_of(tensors.types[0])
     return float(tensors.n_bytes[unit, 0]) / size * n
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as e:
-        raise MoetraceError(f"{path} cannot be written", why=e.strerror or str(e)) from e

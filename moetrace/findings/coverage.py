@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -14,10 +13,11 @@ import pandas as pd
 from moetrace.analysis.counts.from_trace import Routing
 from moetrace.analysis.counts.routed import RoutedText
 from moetrace.analysis.experts.coverage import Cover, greedy_cover
-from moetrace.errors import MoetraceError, UsageError
+from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import PHASE_NOTES, Subject
 from moetrace.findings.wording import number
+from moetrace.findings.written import write_text
 from moetrace.model.file import ModelFile
 from moetrace.model.imatrix import Imatrix, read_imatrix
 
@@ -164,10 +164,7 @@ class Coverage(Question):
         parts = [_text_of(routing, text, i) for i in [*order, *filler]]
         # what a file of the new format holds, the tool adds to
         also = f" --in-file {self.imatrix}" if self.imatrix.endswith(".gguf") else ""
-        try:
-            Path(self.write).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-        except OSError as e:
-            raise MoetraceError(f"{self.write} cannot be written", why=e.strerror or str(e)) from e
+        write_text(self.write, "\n\n".join(parts) + "\n")
         return (
             f"Wrote {self.write}: these, and {number(len(filler), 'more prompt')} for the last chunk."
             f" Next: llama-imatrix -m MODEL -f {self.write}{also} -o new.gguf"

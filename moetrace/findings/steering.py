@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,11 +11,12 @@ import pandas as pd
 
 from moetrace.analysis.domains.difference import usage_difference
 from moetrace.analysis.statistics.likelihood import likelihood_change
-from moetrace.errors import MoetraceError, UsageError
+from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.held_out import TEXT_HELP, compared_with, held_out
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import number, span
+from moetrace.findings.written import write_text
 from moetrace.host.prompts import read_prompts
 from moetrace.trace.intervention import Intervention, Kind
 
@@ -115,7 +115,7 @@ class Steering(Question):
                 f" ({at_random})."
             )
         if self.write:
-            _write(self.write, interventions(chosen, float(first["strength"])))
+            write_text(self.write, "\n".join([*interventions(chosen, float(first["strength"])), ""]))
             said.append(f"Wrote {self.write}: moetrace run --intervene @{self.write} … llama-server …")
         return self.finding(
             subject,
@@ -228,10 +228,3 @@ def _random(chosen: pd.DataFrame, table: pd.DataFrame, seed: int) -> pd.DataFram
         drawn = rng.permutation(others)[: len(part)]
         parts.append(part[: len(drawn)].assign(expert=drawn))
     return pd.concat(parts)
-
-
-def _write(path: str, lines: Sequence[str]) -> None:
-    try:
-        Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    except OSError as e:
-        raise MoetraceError(f"{path} cannot be written", why=e.strerror or str(e)) from e

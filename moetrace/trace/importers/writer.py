@@ -370,6 +370,17 @@ def _making(out: Path) -> Iterator[None]:
         raise
 
 
+#: formats that say all of themselves
+_PLAIN: dict[str, Any] = {
+    "olmoe": olmoe,
+    "route-trace": route_trace,
+    "fingerprint": fingerprint,
+    "routed-experts": arrays,
+    "recorder": recorder,
+    "position-log": positions,
+}
+
+
 def _read(
     kind: str, source: Path, n_expert_used: int | None, label: str, as_published: bool
 ) -> tuple[Shape, Iterator[Piece], Tally]:
@@ -381,27 +392,13 @@ def _read(
             )
         shape = token_json.shape(source, n_expert_used or TOKEN_JSON_USED)
         return shape, token_json.pieces(source, shape, tally, as_published=as_published), tally
-    if kind == "olmoe":
-        shape = olmoe.shape(source)
-        return shape, olmoe.pieces(source, shape, tally, label=label), tally
-    if kind == "route-trace":
-        shape = route_trace.shape(source)
-        return shape, route_trace.pieces(source, shape, tally, label=label), tally
-    if kind == "fingerprint":
-        shape = fingerprint.shape(source)
-        return shape, fingerprint.pieces(source, shape, tally, label=label), tally
-    if kind == "routed-experts":
-        shape = arrays.shape(source)
-        return shape, arrays.pieces(source, shape, tally, label=label), tally
+    if kind in _PLAIN:
+        importer = _PLAIN[kind]
+        shape = importer.shape(source)
+        return shape, importer.pieces(source, shape, tally, label=label), tally
     if kind == "router-logits":
         shape = router_logits.shape(source, n_expert_used)
         return shape, router_logits.pieces(source, shape, tally, label=label), tally
-    if kind == "recorder":
-        shape = recorder.shape(source)
-        return shape, recorder.pieces(source, shape, tally, label=label), tally
-    if kind == "position-log":
-        shape = positions.shape(source)
-        return shape, positions.pieces(source, shape, tally, label=label), tally
     if kind == "expert-log":
         shape = logs.expert_shape(source, n_expert_used)
         return shape, logs.expert_pieces(source, shape, tally, label=label, as_published=as_published), tally
