@@ -224,7 +224,7 @@ def test_arrays_that_are_none(array: Any, why: str, tmp_path: Path) -> None:
         (b"GGUF\x03\x00\x00\x00", "GGUF model"),
         (b"PAR1xxxx", "Parquet"),
         (b"PK\x03\x04xxxx", "zip archive"),
-        (gzip.compress(b"layer_id,expert_ids"), "gzip"),
+        (gzip.compress(b"layer_id,expert_ids", mtime=0), "gzip"),
         (pickle.dumps({"a": 1}), "pickle"),
     ],
 )
