@@ -11,8 +11,17 @@ from moetrace.commands.options import add_option
 from moetrace.commands.progress import progress_bar
 from moetrace.commands.selecting import add_selection, open_chosen, select
 from moetrace.errors import UsageError
-from moetrace.trace.export import FORMATS, ROUTED, TIMELINE, export, export_routed, export_timeline
+from moetrace.trace.export import (
+    FORMATS,
+    ROUTED,
+    TIMELINE,
+    export,
+    export_profile,
+    export_routed,
+    export_timeline,
+)
 from moetrace.trace.lake import PARTITIONS, write_lake
+from moetrace.trace.profiles import PROFILES
 from moetrace.trace.trace import open_trace
 
 
@@ -24,6 +33,8 @@ class Export:
     which `moetrace import` reads back as they were (docs/lake.md). parquet, arrow and lakes need pyarrow
     (pip install 'moetrace[arrow]'). routed-experts holds an array (tokens, layers, experts) of each request, for
     replay: .npz, or JSON lines with base64 (docs/live.md). timeline is JSON for Perfetto: requests by slot, and when.
+    The last ones are profiles: how often each expert was used, as these engines take it to place experts
+    (docs/import.md, "Profiles").
     """
 
     passthrough = False
@@ -34,7 +45,7 @@ class Export:
         add_option(
             parser,
             "--format",
-            choices=[*FORMATS, ROUTED, TIMELINE],
+            choices=[*FORMATS, ROUTED, TIMELINE, *PROFILES],
             help="by default, what the output's name ends in",
         )
         add_option(parser, "-o", "--output", default="-", help="the file to write; - is stdout")
@@ -59,6 +70,8 @@ class Export:
             raise UsageError(f"{output} exists already", fix="give another name, or --force to replace it")
         if format_name in (ROUTED, TIMELINE):
             return self._whole(args, format_name)
+        if format_name in PROFILES:
+            return self._profile(args, format_name)
         with open_chosen(open_trace, args.trace[0], args) as trace:
             export(select(trace, args), args.output, format_name)
         if args.output != "-":
@@ -84,6 +97,18 @@ class Export:
         if args.output != "-":
             size = Path(args.output).stat().st_size
             print(f"Wrote {args.output} ({size:,} bytes)", file=sys.stderr)
+        return 0
+
+    def _profile(self, args: argparse.Namespace, profile: str) -> int:
+        """Write how often each expert was used, and say what that rests on."""
+        if args.layers is not None:
+            raise UsageError(
+                "a profile is of all layers: what is left out would be cold", fix="leave out --layers"
+            )
+        with open_chosen(open_trace, args.trace[0], args) as trace:
+            n_layer = trace.facts.get("model", {}).get("n_layer") or 0
+            said = export_profile(select(trace, args), args.output, profile, n_layer=n_layer)
+        print(f"Wrote {args.output}: {said}" if args.output != "-" else said, file=sys.stderr)
         return 0
 
     def _lake(self, args: argparse.Namespace, lake: Path) -> int:

@@ -32,13 +32,20 @@ class Place:
         add_option(
             parser, "-c", "--ctx-size", type=int, default=8192, metavar="N", help="positions, over all slots"
         )
-        add_option(parser, "--reserve", default="1GiB", metavar="SIZE", help="left for compute buffers")
+        add_option(
+            parser, "-ub", "--ubatch-size", type=int, default=512, metavar="N", help="tokens computed at once"
+        )
+        add_option(
+            parser, "--reserve", default="1GiB", metavar="SIZE", help="left for whatever else is on it"
+        )
         add_choice(parser, by_model=False)
         add_showing(parser)
 
     def run(self, args: argparse.Namespace) -> int:
         """Ask it."""
-        asked = Placement(vram=args.vram, ctx_size=args.ctx_size, reserve=args.reserve)
+        asked = Placement(
+            vram=args.vram, ctx_size=args.ctx_size, ubatch_size=args.ubatch_size, reserve=args.reserve
+        )
         with ExitStack() as stack:
             subject = subject_of(opened([args.trace], args, stack), args, args.model)
             finding = asked.answer(subject)

@@ -16,6 +16,7 @@ from moetrace.findings.expert_cache import left_out
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import layer_list, number
+from moetrace.host.memory import MemoryUse, memory_use
 from moetrace.host.options import human_size, parse_size
 from moetrace.model.file import ModelFile
 
@@ -28,9 +29,10 @@ class Placement(Question):
 
     llama.cpp places the experts of whole layers. What a layer's experts are read for follows from the recorded run: the
     distinct experts of every ubatch, times their bytes. Those read most for their size are kept, as far as the memory
-    goes beside everything else (weights that are no experts, KV cache for --ctx-size positions, --reserve for compute
-    buffers); beside them the last layers (-ncmoe), the first, and none. Intervals over prompts. Ask about all phases
-    (--phase all) if prompts are long.
+    goes beside everything else: weights that are no experts; the KV cache for --ctx-size positions and compute buffers
+    for --ubatch-size tokens, by llama.cpp's own account where its llama-fit-params is found; and --reserve. Beside
+    them the last layers (-ncmoe), the first, and none. Intervals over prompts. Ask about all phases (--phase all) if
+    prompts are long.
     """
 
     name: ClassVar[str] = "placement"
@@ -40,7 +42,8 @@ class Placement(Question):
 
     vram: str = parameter("", "memory of the GPU, as 12GiB; default: as much as holds half of the experts")
     ctx_size: int = parameter(8192, "positions of the KV cache, over all slots")
-    reserve: str = parameter("1GiB", "left for compute buffers and whatever else is on the GPU")
+    ubatch_size: int = parameter(512, "tokens computed at once, for the size of compute buffers")
+    reserve: str = parameter("1GiB", "left for whatever else is on the GPU")
 
     def answer(self, subject: Subject) -> Finding:
         """Answer it."""
@@ -68,27 +71,36 @@ class Placement(Question):
             )
         step = np.asarray(chosen[0].trace.step[text.rows], dtype=np.int64)
         traffic = layer_traffic(text, step, each)
+        account = memory_use(path, n_ctx=self.ctx_size, n_ubatch=self.ubatch_size)
+        if account is not None:
+            kv = max(account.kv, kv or 0)  # the account is rounded down
         cache = "unknown size, which is not counted" if kv is None else human_size(kv)
-        beside = parse_size(self.reserve) + others + (kv or 0)
+        compute = None if account is None else account.compute
+        beside = parse_size(self.reserve) + others + (kv or 0) + (compute or 0)
         vram = parse_size(self.vram) if self.vram else beside + sum(sizes) // 2
         room = vram - beside
         memory = pd.DataFrame(
             {
-                "what": ["weights beside experts", "KV cache", "reserve", "room for experts", "all experts"],
+                "what": [
+                    "weights beside experts", "KV cache", "compute buffers", "reserve", "room for experts",
+                    "all experts",
+                ],
                 "bytes": [
                     others,
                     np.nan if kv is None else kv,
+                    np.nan if compute is None else compute,
                     parse_size(self.reserve),
                     max(room, 0),
                     sum(sizes),
                 ],
             }
-        )
+        )  # fmt: skip
         if room < 0:
             raise UsageError(
                 f"{human_size(vram)} do not hold the model without any expert",
-                why=f"its other weights take {human_size(others)}, the KV cache {cache}, and"
-                f" {self.reserve} are reserved",
+                why=f"its other weights take {human_size(others)}, the KV cache {cache},"
+                + ("" if compute is None else f" compute buffers {human_size(compute)},")
+                + f" and {self.reserve} are reserved",
                 fix="give a smaller --ctx-size or --reserve; or leave layers on the CPU (-ngl)",
             )
         table, kept = compare_placements(traffic, sizes, room)
@@ -101,8 +113,12 @@ class Placement(Question):
         some = 0 < n < len(layers)
         line = server_line(kept[use].tolist(), layers, named=use == "traffic")
         said = [
-            f"Type: llama-server -m {path.name} -c {self.ctx_size} {line}",
-            f"Beside {human_size(others)} of other weights and a KV cache of {cache},"
+            f"Type: llama-server -m {path.name} -c {self.ctx_size}"
+            + ("" if self.ubatch_size == 512 else f" -ub {self.ubatch_size}")
+            + f" {line}",
+            f"Beside {human_size(others)} of other weights"
+            + ("" if compute is None else f", compute buffers of {human_size(compute)}")
+            + f" and a KV cache of {cache},"
             f" {human_size(vram)} hold the experts of {number(n, 'layer')} of {len(layers)}"
             + (f" (here: {layer_list(mine['layers'].split())})" if some else "")
             + ".",
@@ -121,11 +137,11 @@ class Placement(Question):
         if some:
             said.append(
                 f"An engine that keeps single experts would serve {share:.0%} of activations from the same memory with"
-                f" the hottest of each layer; whole layers serve {n / len(layers):.0%}."
+                f" the hottest of each layer; whole layers serve {n / len(layers):.0%}. (moetrace export --format"
+                " ktransformers, exllamav3, colibri or moe-trace gives it their counts.)"
             )
         caveats = [
-            "KV cache and compute buffers are estimates: llama.cpp prints its own when it loads the model; if it runs"
-            " out of memory, raise --reserve.",
+            _accounted(account),
             "The hottest experts are those of these same texts; other texts may need others (expert-cache holds prompts"
             " out).",
         ]
@@ -159,6 +175,25 @@ class Placement(Question):
                 "Bytes of experts read per token, by layer, and which layers' experts are kept on the GPU.",
             )
         }
+
+
+def _accounted(account: MemoryUse | None) -> str:
+    """Where the sizes of KV cache and compute buffers are from."""
+    more = "if llama.cpp runs out of memory, raise --reserve."
+    if account is None:
+        return (
+            "The KV cache is an estimate, and compute buffers are not counted but in --reserve: no llama-fit-params"
+            f" was found that says them (moetrace setup builds it); {more}"
+        )
+    if not account.devices:
+        return (
+            "KV cache and compute buffers are what llama.cpp says of this machine, where it sees no GPU: compute"
+            f" buffers of a GPU differ; {more}"
+        )
+    return (
+        f"KV cache and compute buffers are what llama.cpp says of {', '.join(account.devices)}, with the experts with"
+        f" the CPU; {more}"
+    )
 
 
 def _size_span(row: dict[Any, Any]) -> str:

@@ -41,7 +41,13 @@ if [ "$backend" = cpu ] && is_installed; then
     exit 0
 fi
 
-echo "Building llama.cpp ($pin, $backend): once, 12 to 15 minutes on two cores" >&2
+# measured: 11 minutes of one core's time; a GPU's kernels take longer
+cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+case $backend in
+    cpu|metal) estimate="about $((11 / cores + 1)) minutes if this machine's $cores cores have nothing else to do" ;;
+    *)         estimate="ten minutes and more" ;;
+esac
+echo "Building llama.cpp ($pin, $backend): once, $estimate" >&2
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 

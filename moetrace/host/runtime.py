@@ -62,8 +62,9 @@ _PLACES = (
 
 
 def find_tool(name: str) -> Path:
-    """Find a llama.cpp program: a path as it is; else what MOETRACE_LLAMA_SERVER names; else on PATH; else beside an
-    installed llama-cpp-python; else where Homebrew, or llama.cpp's own build in one's home, puts it.
+    """Find a llama.cpp program: a path as it is; else what MOETRACE_LLAMA_SERVER names, or lies beside it; else on
+    PATH; else beside an installed llama-cpp-python; else where Homebrew, or llama.cpp's own build in one's home, puts
+    it.
 
     Raises
     ------
@@ -77,6 +78,8 @@ def find_tool(name: str) -> Path:
     told = os.environ.get("MOETRACE_LLAMA_SERVER", "")
     if told and name == "llama-server":
         return find_tool(os.path.abspath(told))  # noqa: PTH100 - it need not exist
+    if told and (beside := Path(told).absolute().with_name(name)).is_file():
+        return beside
     if found := shutil.which(name):
         return Path(found)
     spec = importlib.util.find_spec("llama_cpp")

@@ -18,10 +18,12 @@ import numpy as np
 from moetrace.errors import UsageError
 from moetrace.printable import printable
 from moetrace.trace.longform import LongForm, import_arrow
+from moetrace.trace.profiles import write_profile
 from moetrace.trace.routed import RoutedExperts, routed_experts
 from moetrace.trace.storage import disk_error
 from moetrace.trace.timeline import timeline
 from moetrace.trace.trace import Trace
+from moetrace.trace.view import Rows
 
 FORMATS = ("csv", "jsonl", "npz", "parquet", "arrow")
 _CHUNK = 1 << 11  # rows written together
@@ -132,6 +134,17 @@ def export_timeline(trace: Trace, output: str | os.PathLike[str]) -> None:
         out.write(b"\n]}\n" if between == b",\n" else between + b"]}\n")
 
 
+def export_profile(rows: Rows, output: str | os.PathLike[str], profile: str, *, n_layer: int = 0) -> str:
+    """Write :func:`~moetrace.trace.profiles.write_profile`'s file, and give what it says; ``-`` is stdout.
+
+    Raises MoetraceError if the disk is full or fails.
+    """
+    if str(output) == "-":
+        return write_profile(rows, sys.stdout.buffer, profile, n_layer=n_layer)
+    with _replacing(Path(output)) as f:
+        return write_profile(rows, f, profile, n_layer=n_layer)
+
+
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
@@ -207,17 +220,19 @@ def _parquet(rows: LongForm, f: IO[bytes]) -> None:
     reader = rows.arrow_reader()
     # weights hardly repeat; what a reader leaves out whole row groups by
     repeating, told = [name for name in reader.schema.names if name != "weight"], ["request", "layer"]
-    with pq.ParquetWriter(f, reader.schema, use_dictionary=repeating, write_statistics=told) as writer:
+    schema = reader.schema.with_metadata(rows.described().metadata())
+    with pq.ParquetWriter(f, schema, use_dictionary=repeating, write_statistics=told) as writer:
         for batch in _ahead(reader):
-            writer.write_batch(batch)
+            writer.write_batch(batch.replace_schema_metadata(schema.metadata))
 
 
 def _arrow(rows: LongForm, f: IO[bytes]) -> None:
     pa = import_arrow()
     reader = rows.arrow_reader()
-    with pa.ipc.new_stream(f, reader.schema) as writer:
+    schema = reader.schema.with_metadata(rows.described().metadata())
+    with pa.ipc.new_stream(f, schema) as writer:
         for batch in _ahead(reader):
-            writer.write_batch(batch)
+            writer.write_batch(batch.replace_schema_metadata(schema.metadata))
 
 
 T = TypeVar("T")

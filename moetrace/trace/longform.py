@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from moetrace.errors import MoetraceError
 from moetrace.trace.chain import Index
+from moetrace.trace.described import Described, describe
 from moetrace.trace.record import State
 from moetrace.trace.view import PHASES, Rows, categorical
 
@@ -112,6 +113,18 @@ class LongForm(Rows):
         each = max(1, _ENTRIES // (len(self.layers) * self._trace.layout.k))
         batches = (batch(index) for _, index in self._pieces(each) if len(index))
         return pa.RecordBatchReader.from_batches(schema, batches)
+
+    def described(self) -> Described:
+        """Say what :meth:`to_arrow` leaves out (:mod:`moetrace.trace.described`)."""
+        trace = self._trace
+        whole = len(self) == trace.chain.n_rows and len(self.layers) == len(trace.layout.layers)
+        return describe(
+            self,
+            trace.facts.get("model", {}),
+            trace.requests,
+            contexts=len(trace.shown),
+            produced=trace.loss.rows_produced if whole else None,
+        )
 
     def _pieces(self, rows: int) -> Iterator[tuple[slice, NDArray[np.intp]]]:
         """Walk through the trace: pieces of so many rows, and the numbers of those that are selected."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from moetrace.errors import ChannelMissingError, MoetraceError
 from moetrace.trace.chain import Chain, Index
+from moetrace.trace.loss import Loss
 from moetrace.trace.record import RowFlag, State
 from moetrace.trace.requests import Phase
 from moetrace.trace.rows import LAYER_COLUMNS, Layout
@@ -31,6 +32,10 @@ class Recording(Protocol):
     def path(self) -> Path: ...
     @property
     def meta(self) -> dict[str, Any]: ...
+    @property
+    def facts(self) -> dict[str, Any]: ...
+    @property
+    def loss(self) -> Loss: ...
     @property
     def layout(self) -> Layout: ...
     @property

@@ -69,7 +69,7 @@ def test_the_whole_answer(runtime, tmp_path, capsys):
         "-m",
         str(data.demo_model()),
         "--vram",
-        "5MiB",
+        "7MiB",
         "-c",
         "512",
         "--reserve",
@@ -81,3 +81,20 @@ def test_the_whole_answer(runtime, tmp_path, capsys):
     assert {int(name.split(".")[1]) for name in on_cpu(said_by_server(runtime, arguments, tmp_path))} == set(
         range(6)
     )
+
+
+@pytest.mark.parametrize("name", ["qwen3moe", "gpt-oss", "deepseek2-v3", "granitehybrid"])
+def test_the_account_is_the_servers_own(name, model_file, runtime, tmp_path):
+    """Also where no formula is known: sliding windows, latent attention, recurrent layers."""
+    from moetrace.host.memory import memory_use
+
+    path, n_ctx = model_file(name), 1 << 16
+    account = memory_use(path, n_ctx=n_ctx, n_ubatch=512)
+    log = said_by_server(runtime, ["-m", str(path), "-c", str(n_ctx), "-ub", "512"], tmp_path)
+    caches = [float(size) for size in re.findall(r"size = +([\d.]+) MiB \([^)]*(?:cells|layers)", log)]
+    compute = [float(size) for size in re.findall(r"compute buffer size = +([\d.]+) MiB", log)]
+    assert sum(caches) > 1
+    assert compute
+    assert account.kv / 2**20 == pytest.approx(sum(caches), abs=2, rel=0.05)
+    # the server reserves the same graphs; what it holds once it is loaded is the last it says
+    assert account.compute / 2**20 == pytest.approx(compute[-1], abs=2, rel=0.05)

@@ -15,7 +15,9 @@ from moetrace.__main__ import main
 from moetrace.analysis import RoutedText
 from moetrace.analysis.placement.layers import choose_layers, compare_placements, layer_traffic
 from moetrace.commands.demo import unpack
+from moetrace.findings import placement
 from moetrace.findings.placement import server_line
+from moetrace.host.memory import MemoryUse, memory_use
 from moetrace.model.file import ModelFile
 
 
@@ -109,6 +111,13 @@ def test_sizes_of_a_model_file() -> None:
         assert model.kv_bytes(100) == 100 * 8 * 2 * 4 * 32 * 2
 
 
+@pytest.fixture
+def no_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GIVEN no llama-fit-params."""
+    monkeypatch.setattr(placement, "memory_use", lambda *_args, **_options: None)
+
+
+@pytest.mark.usefixtures("no_account")
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = str(unpack(data.recorded_demo(), tmp_path))
     model = str(data.demo_model())
@@ -124,6 +133,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "do not hold the model without any expert" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_account")
 def test_a_cache_of_unknown_size_is_not_called_empty(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,3 +147,66 @@ def test_a_cache_of_unknown_size_is_not_called_empty(
     assert np.isnan(memory["KV cache"])
     assert main([*line, "--layers", "0-3"]) == 2
     assert "nothing is known of layers 4-7" in capsys.readouterr().err
+
+
+def fake_tool(folder: Path, script: str) -> str:
+    """A llama-server, and beside it a llama-fit-params that runs this."""
+    for name, body in (("llama-server", "exit 1"), ("llama-fit-params", script)):
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    return str(folder / "llama-server")
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        (
+            "echo noise; echo 'CUDA0 100 40 300'; echo 'Host 900 0 12'",
+            MemoryUse(("CUDA0",), 40 << 20, 300 << 20),
+        ),
+        (
+            "echo 'CUDA0 (RTX 4090) 1 2 3 '; echo 'CUDA1 4 5 6 '; echo 'Host 7 8 9 '",
+            MemoryUse(("CUDA0 (RTX 4090)", "CUDA1"), 15 << 20, 9 << 20),
+        ),
+        ("echo 'Host 7 8 9 '", MemoryUse((), 8 << 20, 9 << 20)),
+        ("echo 'error: invalid argument: --fit-print' >&2; exit 1", None),
+        ("echo '-c 4096 -ngl 99'", None),
+        ("echo 'CUDA0 1 2 3'; exit 1", None),
+    ],
+)
+def test_the_account_of_llama_cpp_is_read_or_there_is_none(
+    script: str, expected: MemoryUse | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOETRACE_LLAMA_SERVER", fake_tool(tmp_path, script))
+    assert memory_use("m.gguf", n_ctx=512, n_ubatch=512) == expected
+
+
+def test_it_is_asked_with_what_will_be_typed_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = f'echo "$@" > {tmp_path}/asked; echo "CUDA0 1 3 5"; echo "Host 1 0 9"'
+    monkeypatch.setenv("MOETRACE_LLAMA_SERVER", fake_tool(tmp_path, script))
+    trace, model = str(unpack(data.recorded_demo(), tmp_path)), str(data.demo_model())
+    line = [
+        "place",
+        trace,
+        "-m",
+        model,
+        "-c",
+        "512",
+        "-ub",
+        "64",
+        "--reserve",
+        "0",
+        "-o",
+        str(tmp_path / "o"),
+    ]
+    assert main([*line, "--vram", "12MiB"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.startswith("llama-server -m demo.gguf -c 512 -ub 64 -ngl 99 -ncmoe")
+    assert "compute buffers of 5.0 MiB and a KV cache of 3.0 MiB" in out
+    assert "what llama.cpp says of CUDA0" in out
+    assert "-c 512 -b 64 -ub 64 -ngl 99 -cmoe" in (tmp_path / "asked").read_text()
+    memory = pd.read_csv(tmp_path / "o" / "tables" / "placement-memory.csv").set_index("what")["bytes"]
+    beside = memory["weights beside experts"] + (8 << 20)
+    assert memory["room for experts"] == (12 << 20) - beside

@@ -135,6 +135,8 @@ class Shape:
     """name and architecture, as far as it says"""
     expert_bytes: tuple[int, ...] = ()
     """bytes of an expert of each layer; empty if it does not say"""
+    says_loss: bool = True
+    """what is missing in the source was lost; else rows may have been left out"""
 
 
 def malformed(path: Path, line: int | None, field: str, why: str, fix: str = "") -> InputError:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -21,12 +21,14 @@ from moetrace.errors import InputError, UsageError
 from moetrace.model.imatrix import is_imatrix
 from moetrace.trace.columns import TableWriter
 from moetrace.trace.contexts import of_model
+from moetrace.trace.described import OF_REQUEST
 from moetrace.trace.fleet import found, is_many, open_traces
 from moetrace.trace.importers import (
     arrays,
     fingerprint,
     lake,
     logs,
+    long_form,
     olmoe,
     positions,
     recorder,
@@ -83,6 +85,10 @@ DESCRIBED = {
     ),
     "position-log": ("lines with a token's position", "pos,layer,id0,id1\n0,0,3,17"),
     "lake": ("a folder of Parquet that moetrace export wrote", "moetrace export t.moet -o lake/"),
+    "long-form": (
+        "a Parquet or Arrow file that moetrace export wrote",
+        "moetrace export t.moet -o t.parquet",
+    ),
     "counts": (
         "a table of sums: moetrace stats reads it, no trace",
         "domain,layer_id,expert_id,count\ncode,0,3,1204        (domain may be left out; or a matrix: layer,0,1,2,…)",
@@ -96,8 +102,9 @@ FORMATS = tuple(DESCRIBED)
 #: how files begin that are something else
 _OTHERS = {
     b"GGUF": "a GGUF model: give it with -m, beside a trace",
-    b"PAR1": "a Parquet file: of moetrace's own, the folder of a lake is read",
-    b"ARROW1": "an Arrow file: of moetrace's own, the folder of a lake is read",
+    b"PAR1": "a Parquet file without the columns of moetrace export",
+    b"ARROW1": "an Arrow file without the columns of moetrace export",
+    b"\xff\xff\xff\xff": "a stream of Arrow without the columns of moetrace export",
     b"PK\x03\x04": "a zip archive, and none that torch.save or numpy wrote",
     b"\x1f\x8b": "compressed with gzip: unpack it",
     b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it",
@@ -129,8 +136,9 @@ class Imported:
     rows, requests
         How many the trace has.
     missing
-        What the source does not say: weights always; and of ``experts``, ``token``, ``position``, ``phase``,
-        ``time``, ``n_expert`` those that apply. In the trace they are -1, unknown, or absent.
+        What the source does not say: of ``experts``, ``weights``, ``token``, ``position``, ``phase``, ``time``,
+        ``n_expert`` and ``loss`` (of a part of a trace: what of it was lost) those that apply. In the trace they are
+        -1, unknown, or absent.
     tally
         What was left out.
     """
@@ -175,6 +183,8 @@ def detect(source: Path) -> str:
             return "imatrix"
         if is_torch_file(source):
             return "recorder"
+        if long_form.is_long_form(source):
+            return "long-form"
         with contextlib.suppress(OSError), source.open("rb") as file:
             begins = file.read(16)
             looks = next((what for magic, what in _OTHERS.items() if begins.startswith(magic)), "")
@@ -337,6 +347,12 @@ def import_trace(
         key = lake.choose(source_, trace)
         with _making(out_):
             return Imported(out_, kind, *lake.write_from_lake(source_, key, out_), (), Tally())
+    if kind == "long-form":
+        file = long_form.read_long_form(source_)
+        told = _Facts(kind, source_, file.shape, n_expert, as_published=False, predicted=False)
+        with _making(out_):
+            written = _write_tokens(out_, told, file, progress)
+        return Imported(out_, kind, *written, told.missing, Tally())
     shape, pieces, tally = _read(kind, source_, n_expert_used, label, as_published)
     if (n_expert or shape.n_expert or shape.n_expert_seen) < shape.n_expert_seen:
         raise InputError(
@@ -425,6 +441,7 @@ class _Facts:
             "weights": not shape.weights,
             **{name: name not in shape.knows for name in ("token", "position", "phase", "time")},
             "n_expert": not (self.n_expert or shape.n_expert),
+            "loss": not shape.says_loss,
         }
         return tuple(name for name, lacking in lacks.items() if lacking)
 
@@ -547,6 +564,95 @@ def _write(
             _end(requests, current)
         rows.seal()
         requests.seal()
+    _close(out, facts, context, tally, n_serials, n_rows, n_steps)
+    return n_rows, n_requests
+
+
+def _write_tokens(
+    out: Path, facts: _Facts, file: long_form.LongFormFile, progress: Progress | None
+) -> tuple[int, int]:
+    """Write the tables of a file whose requests lie between each other; gives the numbers of rows and requests.
+
+    Serials stay where those that are missing were lost; of a part of a trace they are counted anew.
+    """
+    described = file.described
+    produced = None if described is None else described.produced
+    context = facts.context()
+    if described is not None:
+        context |= {name: list(getattr(described, name)) for name in ("n_expert", "n_expert_used")}
+    layout = Layout.from_context(context)
+    told = {} if described is None else described.requests
+    known = {row[0]: dict(zip(told, row, strict=True)) for row in zip(*told.values(), strict=True)}
+    append_labels(
+        out,
+        [
+            {"request": n, "prompt": None}
+            | ({} if label is None else {"label": label})
+            | ({} if (given := known.get(n, {}).get("id")) is None else {"id": given})
+            for n, label in sorted(file.labels.items())
+        ],
+    )
+    n_rows = n_steps = n_serials = 0
+    totals: dict[int, list[int]] = {}  # request -> first and last serial, prefill, decode
+    with (
+        TableWriter.create(out / "ctx0" / "rows", layout.row_columns) as rows,
+        TableWriter.create(out / "ctx0" / "events", layout.event_columns),
+        TableWriter.create(out / "requests", REQUEST_TABLE) as requests,
+    ):
+        for piece in file.tokens():
+            n = len(piece.serial)
+            serial = n_rows + np.arange(n) if produced is None else piece.serial
+            # what was computed together is not known: prompts' tokens that follow each other count as that
+            goes_on = (
+                (np.diff(piece.request) == 0) & (np.diff(piece.position) == 1) & (piece.phase[1:] == PREFILL)
+            )
+            step = n_steps + np.cumsum(np.append(True, ~goes_on)) - 1
+            starts = np.flatnonzero(np.append(True, ~goes_on))
+            row = np.arange(n) - np.repeat(starts, np.diff(np.append(starts, n)))
+            rows.append(
+                _columns(
+                    Piece(
+                        "", "", np.asarray(file.shape.layers), piece.state, piece.experts, None, piece.token,
+                        piece.position, None, np.full(n, -1), piece.phase.astype(np.uint8), row,
+                        weights=piece.weights,
+                    ),
+                    layout, serial, step, piece.request,
+                )
+            )  # fmt: skip
+            for number in np.unique(piece.request).tolist():
+                mine = piece.request == number
+                total = totals.setdefault(number, [int(serial[mine][0]), 0, 0, 0])
+                total[1] = int(serial[mine][-1])
+                total[2] += int((piece.phase[mine] == PREFILL).sum())
+                total[3] += int((piece.phase[mine] == DECODE).sum())
+            n_rows, n_steps, n_serials = n_rows + n, int(step[-1]) + 1, int(serial[-1]) + 1
+            if rows.unsealed * sum(a.nbytes for a in vars(piece).values()) // n >= BLOCK_BYTES:
+                rows.seal()
+            if progress is not None:
+                progress(n_rows)
+        totals.pop(-1, None)
+        for number, (first, last, n_prefill, n_decode) in sorted(totals.items()):
+            said = {name: known.get(number, {}).get(name) for name in OF_REQUEST}
+            _end(
+                requests,
+                _Request(number, "", "", first, -1, last, -1, n_prefill, n_decode),
+                {
+                    "sequence" if name == "slot" else name: value
+                    if value is not None
+                    else -(name != "n_lost")
+                    for name, value in said.items()
+                },
+            )
+        rows.seal()
+        requests.seal()
+    _close(out, facts, context, Tally(), max(n_serials, produced or 0), n_rows, n_steps)
+    return n_rows, len(totals)
+
+
+def _close(
+    out: Path, facts: _Facts, context: dict[str, Any], tally: Tally, n_serials: int, n_rows: int, n_steps: int
+) -> None:
+    """Write what the tables were written for."""
     # rows that the source numbers but does not hold count as produced and lost
     context["counters"] = dict.fromkeys(COUNTERS, 0) | {
         "rows_produced": n_serials,
@@ -559,11 +665,14 @@ def _write(
     write_json(out / "ctx0" / CONTEXT_NAME, context)
     write_json(out / META_NAME, facts.meta(tally))
     TraceStore(out).close_as("closed", exit_code=0)
-    return n_rows, n_requests
 
 
 def _columns(
-    piece: Piece, layout: Layout, serial: NDArray[np.int64], step: NDArray[np.int64], request: int
+    piece: Piece,
+    layout: Layout,
+    serial: NDArray[np.int64],
+    step: NDArray[np.int64],
+    request: int | NDArray[np.int64],
 ) -> dict[str, NDArray[Any]]:
     n = len(serial)
     columns: dict[str, NDArray[Any]] = {
@@ -593,7 +702,7 @@ def _columns(
     return {name: columns[name].astype(dtype) for name, (dtype, _) in layout.row_columns.items()}
 
 
-def _end(requests: TableWriter, request: _Request) -> None:
+def _end(requests: TableWriter, request: _Request, known: Mapping[str, int] | None = None) -> None:
     values = asdict(request) | {
         "request": request.number,
         "context": 0,
@@ -605,5 +714,6 @@ def _end(requests: TableWriter, request: _Request) -> None:
         "n_undecided": 0,
         "n_unrecorded": 0,
         "n_events_lost": 0,
+        **(known or {}),
     }
     requests.append({name: np.array([values[name]], dtype) for name, (dtype, _) in REQUEST_TABLE.items()})
