@@ -12,7 +12,7 @@ PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 # which of tests/stress `make stress` runs: T=test_kill.py; all by default
 T ?=
 
-.PHONY: help setup demo report-image releases test test-unit test-slow test-device test-cpp sanitize stress lint docs notebooks clean wheel bench-overhead bench-analysis bench-machines bench-live bench-first-hour gpu-check
+.PHONY: help setup demo report-image releases test test-unit test-slow test-device hosts test-cpp sanitize stress lint docs notebooks clean wheel bench-overhead bench-analysis bench-machines bench-live bench-first-hour gpu-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -64,6 +64,11 @@ test-slow: setup ## the tests that take minutes
 
 test-device: setup ## devices: one of the tests' own, RPC, and Vulkan where it can be built; an hour on two cores
 	$(BIN)/python -m pytest tests/device --timeout 3600 $(PARALLEL)
+
+hosts: setup ## README's table of hosts and devices: what test-device and packages of others show; an hour and a half
+	MOETRACE_HOSTS=docs/hosts.json $(BIN)/python -m pytest tests/device tests/integration/test_server.py \
+	    tests/integration/test_foreign_builds.py tests/integration/test_record_block.py --timeout 3600 $(PARALLEL)
+	$(BIN)/python docs/hosts.py
 
 test-cpp: $(STAMP)-package ## the C++ tests
 	$(BIN)/cmake -S . -B build/tests -DMOETRACE_TESTS=ON -DMOETRACE_WERROR=ON > build-tests.log || (cat build-tests.log; exit 1)

@@ -2,7 +2,9 @@
 
 One llama-server with one slot; metrics are scraped and the page is told each second, and the terminal view runs.
 Pairs are interleaved on the same server: for the runs without, the watchers are stopped (SIGSTOP). Prints the median
-ratio with a bootstrap interval, the watchers' share of a core, and their memory at the beginning and the end.
+ratio with a bootstrap interval, the watchers' share of a core, and their own memory over the run. The model is that of
+bench_overhead.py: random weights, and a token costs what it costs with a small real one; --demo takes the demo's, which
+decodes twenty times as fast. With the defaults it takes some ten minutes.
 """
 
 from __future__ import annotations
@@ -23,8 +25,11 @@ import time
 import urllib.request
 from pathlib import Path
 
+from bench_overhead import SHAPE
+
 import moetrace
 from moetrace.data import demo_model
+from moetrace.synthetic import write_model
 
 
 def tokens_per_second(url: str, n: int) -> float:
@@ -48,23 +53,31 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def resident_mib(pid: int) -> float:
-    """Memory of a process."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+def own_mib(pid: int) -> float:
+    """Memory that a process has for itself: pages of the trace's files are nobody's."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) / 1024
 
 
 def main() -> None:
     """Measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=str(demo_model()))
-    parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--tokens", type=int, default=600)
+    parser.add_argument("--demo", action="store_true", help="the demo's model, 12 times as many tokens")
+    parser.add_argument("--pairs", type=int, default=50)
+    parser.add_argument("--tokens", type=int, default=100)
     args = parser.parse_args()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder = tempfile.mkdtemp(prefix="moetrace-bench-")
     trace = f"{folder}/t.moet"
+    if args.demo:
+        model, n = demo_model(), 12 * args.tokens
+    else:
+        model, n = (
+            write_model(Path(folder, "model.gguf"), "gpt-oss", quantization="F16", **SHAPE),
+            args.tokens,
+        )
     ended = threading.Event()
 
     def scrape() -> None:
@@ -82,9 +95,9 @@ def main() -> None:
                     told.readline()
             time.sleep(0.2)
 
-    with moetrace.serve(args.model, output=trace, arguments=["-np", "1", "-t", "1"]) as server:
+    with moetrace.serve(model, output=trace, arguments=["-np", "1", "-t", "1"]) as server:
         for _ in range(3):
-            tokens_per_second(server.url, args.tokens)
+            tokens_per_second(server.url, n)
         command = [sys.executable, "-m", "moetrace"]
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
         watchers = [
@@ -95,6 +108,7 @@ def main() -> None:
         for target in (scrape, look):
             threading.Thread(target=target, daemon=True).start()
         ratios, shares, memory = [], [], []
+        start = time.monotonic()
         for _ in range(args.pairs):
             speed = {}
             for how in random.sample(["alone", "watched"], 2):
@@ -102,12 +116,13 @@ def main() -> None:
                     watcher.send_signal(signal.SIGSTOP if how == "alone" else signal.SIGCONT)
                 time.sleep(0.5)
                 used, began = sum(cpu_seconds(w.pid) for w in watchers), time.monotonic()
-                speed[how] = statistics.median(tokens_per_second(server.url, args.tokens) for _ in range(3))
+                speed[how] = statistics.median(tokens_per_second(server.url, n) for _ in range(3))
                 if how == "watched":
                     now = sum(cpu_seconds(w.pid) for w in watchers)
                     shares.append((now - used) / (time.monotonic() - began))
             ratios.append(speed["watched"] / speed["alone"])
-            memory.append(sum(resident_mib(w.pid) for w in watchers))
+            memory.append(sum(own_mib(w.pid) for w in watchers))
+        minutes = (time.monotonic() - start) / 60
         ended.set()
         for watcher in watchers:
             watcher.send_signal(signal.SIGCONT)
@@ -117,7 +132,8 @@ def main() -> None:
     print(
         f"decode, watched over alone: {statistics.median(ratios):.3f} [{draws[50]:.3f}, {draws[1949]:.3f}]"
         f" ({len(ratios)} pairs, {speed['alone']:.0f} tokens a second); watchers"
-        f" {statistics.mean(shares):.1%} of a core, {memory[0]:.0f} MiB at first, {memory[-1]:.0f} at last"
+        f" {statistics.mean(shares):.1%} of a core, {memory[0]:.1f} MiB at first, {memory[-1]:.1f} after"
+        f" {minutes:.0f} minutes ({min(memory):.1f} to {max(memory):.1f} between)"
     )
 
 

@@ -14,7 +14,7 @@ from checks import PLACEMENTS, prompts_of, runs_of
 from devices import Host, Setup, build, run_host
 from running import MOE, python
 
-pytestmark = pytest.mark.runtime
+pytestmark = [pytest.mark.runtime, pytest.mark.host("device")]
 
 
 @pytest.mark.parametrize(

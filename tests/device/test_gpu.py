@@ -15,6 +15,7 @@ from running import MOE
 pytestmark = [
     pytest.mark.runtime,
     pytest.mark.slow,
+    pytest.mark.host("CUDA"),
     pytest.mark.skipif(not os.environ.get("MOETRACE_TEST_GPU"), reason="MOETRACE_TEST_GPU is not set"),
 ]
 

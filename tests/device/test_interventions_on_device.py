@@ -27,7 +27,7 @@ import moetrace
 from moetrace.synthetic import ARCHITECTURES
 from moetrace.trace.record import State
 
-pytestmark = pytest.mark.runtime
+pytestmark = [pytest.mark.runtime, pytest.mark.host("device")]
 
 QUICK = [
     ("llama4", Setup("random:2"), ("all",)),  # the weights' sigmoid reads the scores after the top-k

@@ -29,7 +29,7 @@ from running import MOE
 
 from moetrace.synthetic import ARCHITECTURES
 
-pytestmark = pytest.mark.runtime
+pytestmark = [pytest.mark.runtime, pytest.mark.host("device")]
 
 
 SETUPS = [

@@ -22,7 +22,7 @@ from moetrace.synthetic import ARCHITECTURES
 from moetrace.trace.record import State
 from moetrace.trace.verify import verify
 
-pytestmark = pytest.mark.runtime
+pytestmark = [pytest.mark.runtime, pytest.mark.host("device")]
 
 PLACEMENTS = {
     "all": ["-ngl", "99"],

@@ -11,7 +11,7 @@ from checks import DEFAULT, WIDE
 from devices import LAVAPIPE, Ran, Runs, build_vulkan, run_host
 from real import check_architecture
 
-pytestmark = [pytest.mark.runtime, pytest.mark.slow]
+pytestmark = [pytest.mark.runtime, pytest.mark.slow, pytest.mark.host("Vulkan")]
 
 N_TRIES = 8
 #: where Vulkan moves the experts of a model, and one of each way of scoring

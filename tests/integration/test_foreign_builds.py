@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import venv
@@ -16,8 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from running import ready_client
 
 import moetrace
+from moetrace.host.server import free_port
 from moetrace.trace.record import RowFlag
 from moetrace.trace.verify import verify
 
@@ -163,9 +166,20 @@ def rows(trace: moetrace.Trace) -> np.ndarray:
     return np.flatnonzero((np.asarray(trace.column("flags")) & RowFlag.TRIAL) == 0)
 
 
+def version(package: str) -> str:
+    """Which version of a Python package was installed."""
+    found = sorted(
+        (FOREIGN / "python").glob(f"lib/python*/site-packages/{package.replace('-', '_')}-*.dist-info")
+    )
+    return found[-1].name.removesuffix(".dist-info").rpartition("-")[2] if found else ""
+
+
+@pytest.mark.host("node-llama-cpp")
 @pytest.mark.parametrize("source", [NODE, NODE_WORKERS], ids=["contexts", "threads"])
-def test_node(source, node, runtime, model_file, tmp_path):
+def test_node(source, node, runtime, model_file, tmp_path, record_property):
     """Two contexts in turn, and in threads at once: each request's rows are its tokens, node answers as untraced."""
+    package = node / "node_modules" / "node-llama-cpp" / "package.json"
+    record_property("version", json.loads(package.read_text())["version"])
     model = model_file("olmoe")
     (node / "ask.mjs").write_text(source)
     command = ["node", node / "ask.mjs", model, *TEXTS]
@@ -190,17 +204,21 @@ def test_node(source, node, runtime, model_file, tmp_path):
 @pytest.mark.parametrize(
     ("kinds", "packages"),
     [
-        (("xllamacpp",), ("xllamacpp",)),
-        (("ik_llama_cpp",), ("ik-llama-cpp-python",)),
-        (("llama_cpp", "xllamacpp"), ("xllamacpp",)),
-        (("xllamacpp", "llama_cpp"), ("xllamacpp",)),
-        (("xllamacpp", "llama_cpp", "xllamacpp"), ("xllamacpp",)),
+        pytest.param(*pair, marks=pytest.mark.host(host), id="-".join(pair[0]))
+        for host, pair in (
+            ("xllamacpp", (("xllamacpp",), ("xllamacpp",))),
+            ("ik-llama-cpp-python", (("ik_llama_cpp",), ("ik-llama-cpp-python",))),
+            ("two llama.cpp", (("llama_cpp", "xllamacpp"), ("xllamacpp",))),
+            ("two llama.cpp", (("xllamacpp", "llama_cpp"), ("xllamacpp",))),
+            ("two llama.cpp", (("xllamacpp", "llama_cpp", "xllamacpp"), ("xllamacpp",))),
+        )
     ],
-    ids=lambda value: "-".join(value),
 )
-def test_python_packages(kinds, packages, runtime, model_file, tmp_path):
+def test_python_packages(kinds, packages, runtime, model_file, tmp_path, record_property):
     """Alone, and two llama.cpp in one process: the first is recorded, the other is counted, both answer as untraced."""
     program, model = _python(*packages), model_file("qwen3moe")  # which all of them know
+    if len(kinds) == 1:
+        record_property("version", version(packages[0]))
     command = [program, script(tmp_path, *kinds), model, TEXTS[0]]
     plain = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=False)
     if plain.returncode != 0:
@@ -221,6 +239,7 @@ def test_python_packages(kinds, packages, runtime, model_file, tmp_path):
     assert (elsewhere > 0) == (len(set(kinds)) > 1)
 
 
+@pytest.mark.host("static")
 def test_what_has_llama_cpp_inside_is_refused_with_the_reason(tmp_path):
     _python("cyllama")
     library = next((FOREIGN / "python").glob("lib/python*/site-packages/cyllama/llama/llama_cpp*.so"))
@@ -230,3 +249,40 @@ def test_what_has_llama_cpp_inside_is_refused_with_the_reason(tmp_path):
     )  # fmt: skip
     assert said.returncode == 1
     assert "linked into it statically" in said.stderr
+
+
+@pytest.mark.host("without /dev/shm")
+def test_a_server_where_there_is_no_shared_memory(runtime, model_file, tmp_path):
+    """GIVEN a mount namespace whose /dev/shm takes no file, as in some containers THEN rings lie in the trace."""
+    inside = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    empty = "mount -t tmpfs -o ro none /dev/shm && ! touch /dev/shm/x 2>/dev/null && "
+    if subprocess.run([*inside, f"{empty} true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounts of one's own are not allowed here")
+    server = [str(runtime.tool("llama-server")), "-m", str(model_file("olmoe")), "-np", "2", "-t", "1"]
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "moetrace",
+        "run",
+        "-o",
+        str(tmp_path / "t.moet"),
+        "--",
+        *server,
+        "--port",
+        str(port),
+    ]
+    with subprocess.Popen(
+        [*inside, f'{empty} exec "$@"', "sh", *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as host:
+        client = ready_client(host, port)
+        client.call("/completion", {"prompt": [1, 2, 3, 4, 5], "n_predict": 4, "ignore_eos": True})
+        host.send_signal(signal.SIGTERM)
+        said = host.stderr.read()
+    assert host.returncode == 0, said
+    assert verify(tmp_path / "t.moet").exit_code == 0
+    trace = moetrace.open(tmp_path / "t.moet")
+    assert len(trace.sel(request=0)) == 5 + 4 - 1

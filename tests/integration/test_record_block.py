@@ -13,7 +13,7 @@ import moetrace
 from moetrace.data import demo_model
 from moetrace.trace.verify import verify
 
-pytestmark = pytest.mark.runtime
+pytestmark = [pytest.mark.runtime, pytest.mark.host("llama-cpp-python")]
 
 PROMPTS = ["def main(): return", "Once upon a time there was a king who", "x", "one two three"]
 

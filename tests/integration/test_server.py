@@ -24,7 +24,7 @@ from moetrace.host.server import free_port
 from moetrace.trace.record import RowFlag
 from moetrace.trace.verify import verify
 
-pytestmark = pytest.mark.runtime
+pytestmark = [pytest.mark.runtime, pytest.mark.host("llama-server")]
 
 
 @pytest.mark.parametrize("collector", ["tap", "callback"])
