@@ -19,16 +19,22 @@ def add_which(parser: argparse.ArgumentParser) -> None:
 
 def switch(args: argparse.Namespace, *, paused: bool) -> int:
     """Switch recording on or off in the contexts of a live trace that are named; in all, if none is."""
-    trace = Path(args.trace)
+    for line in switched(Path(args.trace), args.model, args.context, paused=paused):
+        print(line)
+    return 0
+
+
+def switched(trace: Path, model: str | None, context: str | None, *, paused: bool) -> list[str]:
+    """Switch recording on or off, and say what was done, a line for each context."""
     word = "paused" if paused else "recording"
-    if args.model is None and args.context is None and may_begin(trace):
+    if model is None and context is None and may_begin(trace):
         remember_for_all(trace, paused=int(paused))
         if not has_live(trace):
-            print(f"no model is loaded now; those that are loaded from now on: {word}")
-            return 0
-    for path, _ in live_among(trace, args.model, args.context):
+            return [f"no model is loaded now; those that are loaded from now on: {word}"]
+    said = []
+    for path, _ in live_among(trace, model, context):
         with Ring(path) as ring:
             remember(ring, paused=int(paused))
             ring.paused = paused
-            print(f"{path.parent.name}: {word}{' (asleep)' if ring.asleep else ''}")
-    return 0
+            said.append(f"{path.parent.name}: {word}{' (asleep)' if ring.asleep else ''}")
+    return said

@@ -307,6 +307,11 @@ def page_json(now: Snapshot) -> dict[str, Any]:
         "entries": now.entries,
         "cached": now.cached,
         "live": now.live,
+        "served": None if np.isnan(now.served) else now.served,
+        "active": [
+            {"slot": one.slot, "request": one.request, "name": one.name, "phase": one.phase, "tokens": one.tokens}
+            for one in now.active
+        ],
         "contexts": [
             {
                 "name": context.name,

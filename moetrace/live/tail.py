@@ -24,6 +24,8 @@ from moetrace.trace.trace import Trace, open_trace
 _ROWS = 1 << 13  # counted at a time
 BUCKET_S = 10.0
 HISTORY_S = 3600.0
+LABEL_ROWS = 200_000
+_SHARE = 0.25  # of experts, for `served`
 _PHASES = {Phase.PREFILL: "prefill", Phase.DECODE: "decode", Phase.UNKNOWN: "unknown"}
 
 
@@ -66,6 +68,29 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Active:
+    """The latest request of a slot that got tokens in the last seconds.
+
+    Attributes
+    ----------
+    request, slot
+        Its number, and its slot's.
+    name
+        The client's id and label, as far as they are known already; "" if neither is.
+    phase
+        Of its latest token.
+    tokens
+        How many it got while it was watched.
+    """
+
+    request: int
+    slot: int
+    name: str
+    phase: str
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """What is known now.
 
@@ -93,6 +118,13 @@ class Snapshot:
         How the recording goes.
     live
         Whether the trace still grows.
+    active
+        Of each slot that got tokens in the last seconds, the latest request.
+    served
+        Share of the last seconds' activations that the hottest quarter of each layer's experts, by the time before
+        them, would have served; NaN where nothing was watched before.
+    of_label
+        (L, E) uint64 of the label that was asked for, in the latest :data:`LABEL_ROWS` rows; None if none was.
     """
 
     layers: NDArray[np.int64]
@@ -107,6 +139,9 @@ class Snapshot:
     cached: int
     contexts: tuple[Context, ...]
     live: bool
+    active: tuple[Active, ...] = ()
+    served: float = float("nan")
+    of_label: NDArray[np.uint64] | None = None
 
 
 @dataclass
@@ -123,12 +158,17 @@ class Tail:
         Seconds; for tests.
     replay
         Show a recording that has ended as it went, so many times as fast; None: as it is now.
+    label
+        Count the rows of this label apart; None: of none.
     """
 
     path: Path
     model: str | None = None
     clock: Callable[[], float] = time.monotonic
     replay: float | None = None
+    label: str | None = None
+    _active: dict[int, tuple[float, int, int, int]] = field(default_factory=dict)
+    _labelled: tuple[float, str | None, NDArray[np.uint64] | None] = (-np.inf, None, None)
     _began: float | None = None
     _trace: Trace | None = None
     _seen: dict[str, int] = field(default_factory=dict)
@@ -198,6 +238,8 @@ class Tail:
                 self._counts[i] += found.astype(np.uint64)
                 if watched:
                     self._buckets[-1].counts[i] += found.astype(np.uint32)
+            if watched:
+                self._note(part, rows, real)
             for phase, said in _PHASES.items():
                 n = int((phases == phase).sum())
                 if n:
@@ -206,6 +248,43 @@ class Tail:
                         tokens = self._buckets[-1].tokens
                         tokens[said] = tokens.get(said, 0) + n
         self._seen[name] = end
+
+    def _note(self, part: Trace, rows: slice, real: NDArray[np.bool_]) -> None:
+        """Remember which requests the rows are of."""
+        request = np.asarray(part.request[rows])[real]
+        slot, phase = np.asarray(part.sequence[rows])[real], np.asarray(part.phase[rows])[real]
+        # the last row of each
+        numbers, from_end, size = np.unique(request[::-1], return_index=True, return_counts=True)
+        last = len(request) - 1 - from_end
+        for number, at, n in zip(numbers.tolist(), last.tolist(), size.tolist(), strict=True):
+            if number >= 0:
+                before = self._active.get(number, (0.0, 0, 0, 0))[3]
+                self._active[number] = (self._buckets[-1].began, int(slot[at]), int(phase[at]), before + n)
+
+    def _count_label(self, trace: Trace) -> NDArray[np.uint64] | None:
+        """Count the latest rows whose request has the label; at most :data:`BUCKET_S` old."""
+        if self.label is None:
+            return None
+        now = self.clock()
+        when, label, counts = self._labelled
+        if label != self.label or now - when >= BUCKET_S:
+            assert self._counts is not None
+            n_layers, e = self._counts.shape
+            counts = np.zeros((n_layers, e), np.uint64)
+            table = trace.requests
+            mine = table.index[table["label"] == self.label].to_numpy()
+            left = LABEL_ROWS
+            for part in reversed(trace.parts):
+                rows = slice(max(len(part) - left, 0), len(part))
+                left -= rows.stop - rows.start
+                chosen = rows.start + np.flatnonzero(np.isin(np.asarray(part.request[rows]), mine))
+                for i in range(counts.shape[0]):
+                    ids = np.asarray(part.column("experts", chosen))[:, i].astype(np.int64)
+                    counts[i] += np.bincount(ids[ids != part.sentinel], minlength=counts.shape[1]).astype(
+                        np.uint64
+                    )
+            self._labelled = (now, self.label, counts)
+        return counts
 
     def _snapshot(self, trace: Trace, now: float, until: int | None) -> Snapshot:
         assert self._counts is not None
@@ -216,20 +295,35 @@ class Tail:
             self._requests = (now, *_of_requests(trace, until))
         more = any(self._seen[part.shown[0]] < len(part.serial) for part in trace.parts)
         _, by_domain, cached = self._requests
+        self._active = {n: a for n, a in self._active.items() if a[0] >= latest[0].began}
+        recent, hour = _sum(latest, self._counts.shape), _sum(list(self._buckets), self._counts.shape)
         return Snapshot(
             np.asarray(trace.layers),
             np.asarray(trace.n_expert),
             self._counts.copy(),
             dict(self._tokens),
             dict(by_domain),
-            _sum(latest, self._counts.shape),
-            _sum(list(self._buckets), self._counts.shape),
+            recent,
+            hour,
             {said: n / seconds for said, n in tokens.items() if n},
             {state.name.lower(): int(self._entries[state]) for state in State},
             cached,
             tuple(_contexts(trace) if until is None else _replayed(trace, more)),
             trace.live if until is None else more,
+            self._named(trace),
+            served_by_hottest(hour - recent, recent, np.asarray(trace.n_expert)),
+            self._count_label(trace),
         )
+
+    def _named(self, trace: Trace) -> tuple[Active, ...]:
+        said = trace.labelling.said
+        out = []
+        for number, (_, slot, phase, tokens) in self._active.items():
+            names = [said.get(number, {}).get(key) for key in ("id", "label")]
+            name = " · ".join(str(text) for text in names if text)
+            out.append(Active(number, slot, name, _PHASES[Phase(min(phase, 2))], tokens))
+        latest = {one.slot: one for one in sorted(out, key=lambda one: one.request)}
+        return tuple(latest[slot] for slot in sorted(latest))
 
     def close(self) -> None:
         """Let go of the trace."""
@@ -243,7 +337,7 @@ class Tails:
 
     Attributes
     ----------
-    path, model, clock, replay
+    path, model, clock, replay, label
         As for :class:`Tail`; with ``model`` only that one is followed.
     """
 
@@ -251,6 +345,7 @@ class Tails:
     model: str | None = None
     clock: Callable[[], float] = time.monotonic
     replay: float | None = None
+    label: str | None = None
     _tails: dict[str, Tail] = field(default_factory=dict)
     _listed: float = -np.inf
 
@@ -270,6 +365,8 @@ class Tails:
                 self._follow(name if len(found) > 1 else "", name if len(found) > 1 else None)
             if not found:
                 self._follow("", None)  # says what is wrong
+        for tail in self._tails.values():
+            tail.label = self.label
         return {name: tail.look() for name, tail in self._tails.items()}
 
     def _follow(self, name: str, model: str | None) -> None:
@@ -310,6 +407,21 @@ def _of_requests(trace: Trace, until: int | None) -> tuple[dict[str, int], int]:
         name = label if isinstance(label, str) else ""
         by_domain[name] = by_domain.get(name, 0) + int(size)
     return by_domain, int(requests["n_cached"].fillna(0).sum())
+
+
+def served_by_hottest(
+    before: NDArray[np.uint64], now: NDArray[np.uint64], n_expert: NDArray[np.int64], share: float = _SHARE
+) -> float:
+    """Share of ``now`` that each layer's hottest experts in ``before`` serve: (L, E) counts; NaN where one is empty."""
+    there = (before.sum(axis=1) > 0) & (now.sum(axis=1) > 0)
+    served = total = 0
+    for i in np.flatnonzero(there).tolist():
+        hottest = np.argsort(before[i].astype(np.int64) * -1, kind="stable")[
+            : max(1, int(n_expert[i] * share))
+        ]
+        served += int(now[i, hottest].sum())
+        total += int(now[i].sum())
+    return served / total if total else float("nan")
 
 
 def _sum(buckets: list[_Bucket], shape: tuple[int, ...]) -> NDArray[np.uint64]:

@@ -26,7 +26,7 @@ from moetrace.commands.serve import address
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.host.record import new_rows
 from moetrace.live.screen import lines
-from moetrace.live.tail import BUCKET_S, Tail, Tails
+from moetrace.live.tail import BUCKET_S, Tail, Tails, served_by_hottest
 from moetrace.trace.columns import TableWriter
 from moetrace.trace.record import RowFlag
 from moetrace.trace.routed import routed_experts
@@ -396,6 +396,74 @@ def test_lines_fit_and_say_what_is_there(recorded: Path, capsys: pytest.CaptureF
     assert main(["live", str(recorded), "--once"]) == 0
     assert "layers by experts, all of it" in capsys.readouterr().out
     assert main(["live", str(recorded.parent / "nothing")]) != 0
+
+
+def test_one_layer_lists_its_experts(recorded: Path) -> None:
+    now = Tail(recorded).look()
+    for width, height in ((60, 50), (100, 30), (30, 8)):
+        said = lines(now, "counts", layer=6, width=width, height=height)
+        assert len(said) <= height
+        assert max(len(line) for line in said) <= width
+        assert not any("layers by experts" in line for line in said)
+    text = "\n".join(lines(now, "counts", layer=6, width=100, height=60))
+    shares = {int(e): float(share) for e, share in re.findall(r"E(\d+) +([\d.]+)%", text)}
+    with moetrace.open(recorded) as trace:
+        real = (np.asarray(trace.column("flags")) & RowFlag.TRIAL) == 0
+        uses = np.bincount(trace.masked()[real, 6].compressed(), minlength=32)
+    np.testing.assert_allclose([shares[e] for e in range(32)], 100 * uses / uses.sum(), atol=0.051)
+
+
+def test_a_labels_experts_are_counted_apart(recorded: Path) -> None:
+    tail = Tail(recorded, label="code")
+    counted = tail.look().of_label
+    assert counted is not None
+    with moetrace.open(recorded) as trace:
+        mine = trace.sel(label="code").masked()
+        for layer in range(8):
+            expected = np.bincount(mine[:, layer].compressed(), minlength=32)
+            np.testing.assert_array_equal(counted[layer], expected)
+    said = lines(tail.look(), "counts", label="code", width=100, height=40)
+    assert any("layers by experts, code, the latest" in line for line in said)
+    tail.label = None
+    assert tail.look().of_label is None
+
+
+def test_what_a_hot_set_served() -> None:
+    before = np.array([[9, 1, 0, 0, 0, 0, 0, 5], [0, 0, 0, 0, 0, 0, 0, 0]], np.uint64)
+    now = np.array([[3, 7, 0, 0, 0, 0, 0, 1], [4, 4, 0, 0, 0, 0, 0, 0]], np.uint64)
+    n_expert = np.array([8, 8])
+    assert served_by_hottest(before, now, n_expert) == 4 / 11, (
+        "of two of eight; a layer that was not seen says nothing"
+    )
+    assert served_by_hottest(before, now, n_expert, share=1.0) == 1.0
+    assert np.isnan(served_by_hottest(before * 0, now, n_expert))
+    assert np.isnan(served_by_hottest(before, now * 0, n_expert))
+
+
+def test_requests_that_get_tokens_are_named(recorded: Path) -> None:
+    """GIVEN a recording that is replayed THEN each slot shows the latest request that had rows."""
+    clock = [0.0]
+    tail = Tail(recorded, clock=lambda: clock[0], replay=1.0)
+    tail.look()
+    with moetrace.open(recorded) as trace:
+        times = np.asarray(trace.time_ns)
+        span = (times[-1] - times[0]) / 1e9
+        tail.replay = span / 20  # twenty looks in all
+        said = trace.requests["label"]
+        seen: set[int] = set()
+        for second in range(1, 21):
+            clock[0] = float(second)
+            now = tail.look()
+            if now.active:
+                assert f"slot {now.active[0].slot}: request" in "\n".join(lines(now, "recent", width=100))
+            assert [one.slot for one in now.active] == sorted({one.slot for one in now.active})
+            for one in now.active:
+                assert said[one.request] in one.name
+                assert one.slot in range(4)
+                assert one.phase in ("prefill", "decode")
+                seen.add(one.request)
+        assert seen <= set(said.index)
+        assert len(seen) > 10
 
 
 def test_names_of_others_do_not_steer_the_terminal(tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ function draw() {
   flat.sort((a, b) => b[0] - a[0]);
   fill("hottest", flat.slice(0, LISTED).map(([v, layer, e]) => [layer, e, v.toFixed(1)]));
   fill("contexts", now.contexts.map((c) => [c.name, c.state, number(c.lost + c.events_lost), c.intervention || "none"]));
+  fill("active", now.active.map((r) => [r.slot, r.name || `number ${r.request}`, r.phase, number(r.tokens)]));
+  at("served").textContent = now.served === null ? "–" : `${Math.round(100 * now.served)} %`;
   const domains = Object.entries(now.by_domain).sort((a, b) => b[1] - a[1]).slice(0, LISTED);
   fill("domains", domains.map(([label, n]) => [label || "(no label)", number(n)]));
   const total = Object.values(now.tokens).reduce((a, b) => a + b, 0);
