@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 
 from moetrace.commands.capturing import (
@@ -13,6 +14,7 @@ from moetrace.commands.capturing import (
     output_path,
     report_trace,
 )
+from moetrace.commands.info import facts_of
 from moetrace.commands.options import add_option
 from moetrace.commands.placement import add_placement, placement
 from moetrace.commands.progress import progress_bar
@@ -55,6 +57,9 @@ class Capture:
         )
         add_option(parser, "--force", action="store_true", help="replace the trace if it exists")
         add_option(parser, "-v", "--verbose", action="store_true", help="show llama.cpp's log")
+        add_option(
+            parser, "--json", action="store_true", help="print JSON: what `info --json` says of the trace"
+        )
         add_capture_options(parser)
         add_intervene_option(parser)
 
@@ -90,4 +95,6 @@ class Capture:
                 block_ms=options.block_ms,
             ).close()
         report_trace(path, sys.stderr)
+        if args.json:
+            print(json.dumps(facts_of(path), indent=1))
         return 0

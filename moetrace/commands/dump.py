@@ -14,7 +14,7 @@ class Dump:
     """Print a trace as text: one line per token and layer.
 
     Tab-separated: context, serial, request, sequence, position, token, phase, layer, state, and expert:weight for each
-    expert in the router's order.
+    expert in the router's order. As JSON lines: moetrace export --format jsonl.
     """
 
     passthrough = False

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
 import textwrap
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from moetrace.commands.options import add_option, typed
@@ -54,6 +55,9 @@ class Import:
         add_option(parser, "--as-published", action="store_true", help=help_)
 
         add_option(parser, "--trace", metavar="NAME", help="which trace of a lake (default: the only one)")
+        add_option(
+            parser, "--json", action="store_true", help="print JSON: what was read, and what was not there"
+        )
 
     def run(self, args: argparse.Namespace) -> int:
         """Import, and say what was not there and what was left out."""
@@ -91,7 +95,10 @@ class Import:
         if replaces:  # only now that the new one is whole
             shutil.rmtree(out)
             done.path.rename(out)
-        print(summary(replace(done, path=out)))
+        if args.json:
+            print(json.dumps({**asdict(done), "path": str(out)}, indent=1))
+        else:
+            print(summary(replace(done, path=out)))
         return 0
 
 

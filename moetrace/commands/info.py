@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 
 from moetrace.commands.options import add_option, red
 from moetrace.commands.selecting import add_choice, open_chosen
@@ -64,6 +65,12 @@ class Info:
             for text in remarks(trace.store):
                 print(f"{'note':<13} {red(printable(text))}")
         return 0
+
+
+def facts_of(path: Path) -> dict[str, object]:
+    """Everything that --json says of a trace."""
+    with open_trace(path, 0) as trace:
+        return _facts(trace, [trace.in_context(name) for name in trace.contexts])
 
 
 def _facts(trace: Trace, contexts: list[Trace]) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from moetrace.commands.capturing import interventions_of
@@ -48,5 +49,8 @@ class Intervene:
             raise UsageError("off, and something else", fix="give off alone, or what shall be in force")
         specs = [] if args.spec == ["off"] else interventions_of(args.spec)
         number = switch(Path(args.trace), specs, model=args.model, context=args.context)
-        print(f"intervention {number}: {' '.join(specs)}" if number else "no intervention")
+        if args.json:
+            print(json.dumps({"intervention": number, "specs": specs}))
+        else:
+            print(f"intervention {number}: {' '.join(specs)}" if number else "no intervention")
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import select
 import shutil
@@ -50,6 +51,7 @@ class Live:
             help="show a recording that has ended as it went, so many times as fast: 1x, 10x",
         )
         add_option(parser, "--once", action="store_true", help="look once, and end")
+        add_option(parser, "--json", action="store_true", help="print each look as a line of JSON")
 
     def run(self, args: argparse.Namespace) -> int:
         """Watch until q or Ctrl-C, or until the recording ends."""
@@ -58,7 +60,7 @@ class Live:
         if args.replay and args.once:
             raise UsageError("--replay and --once contradict each other", fix="leave one out")
         tails = Tails(Path(args.trace), args.model, replay=_factor(args.replay))
-        on_terminal = sys.stdout.isatty() and sys.stdin.isatty() and not args.once
+        on_terminal = sys.stdout.isatty() and sys.stdin.isatty() and not (args.once or args.json)
         view = _View("counts" if args.once else "recent")
         with contextlib.closing(tails), _keys(on_terminal):
             now = tails.look()
@@ -66,7 +68,9 @@ class Live:
                 size = shutil.get_terminal_size((100, 40))
                 height = size.lines - 2 if on_terminal else 200
                 said = _said(now, view, min(size.columns, 200), height)
-                if on_terminal:
+                if args.json:
+                    print(json.dumps({name: each.to_json() for name, each in now.items()}, allow_nan=False))
+                elif on_terminal:
                     foot = [view.said, view.keys] if view.said else [view.keys]
                     shown = "".join(f"{line}\x1b[K\r\n" for line in [*said[: height + 1 - len(foot)], *foot])
                     sys.stdout.write("\x1b[H" + shown + "\x1b[J")
@@ -129,7 +133,7 @@ def _toggled(trace: Path, model: str | None, now: dict[str, Snapshot]) -> str:
     states = [context.state for each in now.values() for context in each.contexts if context.state != "ended"]
     paused = not (states and all(state == "paused" for state in states))
     try:
-        return printable("; ".join(switched(trace, model, None, paused=paused)))
+        return printable("; ".join(map(str, switched(trace, model, None, paused=paused))))
     except MoetraceError as e:
         return printable(e.what)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
 
 from moetrace.commands.options import add_option, red, typed
 from moetrace.printable import printable
@@ -27,9 +29,14 @@ class Recover:
             help="where a table is damaged inside, give up what lies behind the damage",
         )
 
+        add_option(parser, "--json", action="store_true", help="print JSON")
+
     def run(self, args: argparse.Namespace) -> int:
         """Recover, and say what was."""
         result = recover(args.trace, cut=args.cut)
+        if args.json:
+            print(json.dumps({**asdict(result), "path": str(result.path)}, indent=1))
+            return 0
         for name in result.headers:
             print(f"header set right: {name}")
         for context in result.contexts:

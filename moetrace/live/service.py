@@ -124,7 +124,7 @@ class Service:
         async def told() -> AsyncIterator[str]:
             while not await request.is_disconnected():
                 try:
-                    said = page_json(await asyncio.to_thread(self.look))
+                    said = (await asyncio.to_thread(self.look)).to_json()
                 except MoetraceError as e:
                     said = {"waiting": e.what}
                 yield f"data: {json.dumps(said, allow_nan=False)}\n\n"
@@ -291,39 +291,6 @@ def _plain(value: Any) -> Any:
     if value is None or value is pd.NA:
         return None
     return value.item() if isinstance(value, np.generic) else value
-
-
-def page_json(now: Snapshot) -> dict[str, Any]:
-    """What the page draws: numbers as lists, by layer."""
-    return {
-        "layers": now.layers.tolist(),
-        "n_expert": now.n_expert.tolist(),
-        "recent": now.recent.tolist(),
-        "hour": now.hour.tolist(),
-        "all": now.counts.tolist(),
-        "tokens": now.tokens,
-        "per_second": now.per_second,
-        "by_domain": now.by_domain,
-        "entries": now.entries,
-        "cached": now.cached,
-        "live": now.live,
-        "served": None if np.isnan(now.served) else now.served,
-        "active": [
-            {"slot": one.slot, "request": one.request, "name": one.name, "phase": one.phase, "tokens": one.tokens}
-            for one in now.active
-        ],
-        "contexts": [
-            {
-                "name": context.name,
-                "state": context.state,
-                "ring_fill": None if np.isnan(context.ring_fill) else context.ring_fill,
-                "lost": context.lost,
-                "events_lost": context.events_lost,
-                "intervention": context.intervention,
-            }
-            for context in now.contexts
-        ],
-    }
 
 
 def secret(path: str | None, environment: Callable[[str], str | None]) -> str | None:

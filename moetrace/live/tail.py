@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,6 +143,44 @@ class Snapshot:
     active: tuple[Active, ...] = ()
     served: float = float("nan")
     of_label: NDArray[np.uint64] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, by layer: what the page draws."""
+        return {
+            "layers": self.layers.tolist(),
+            "n_expert": self.n_expert.tolist(),
+            "recent": self.recent.tolist(),
+            "hour": self.hour.tolist(),
+            "all": self.counts.tolist(),
+            "tokens": self.tokens,
+            "per_second": self.per_second,
+            "by_domain": self.by_domain,
+            "entries": self.entries,
+            "cached": self.cached,
+            "live": self.live,
+            "served": None if np.isnan(self.served) else self.served,
+            "active": [
+                {
+                    "slot": one.slot,
+                    "request": one.request,
+                    "name": one.name,
+                    "phase": one.phase,
+                    "tokens": one.tokens,
+                }
+                for one in self.active
+            ],
+            "contexts": [
+                {
+                    "name": context.name,
+                    "state": context.state,
+                    "ring_fill": None if np.isnan(context.ring_fill) else context.ring_fill,
+                    "lost": context.lost,
+                    "events_lost": context.events_lost,
+                    "intervention": context.intervention,
+                }
+                for context in self.contexts
+            ],
+        }
 
 
 @dataclass

@@ -120,6 +120,20 @@ def test_recover(tmp_path: Path, capsys: Capture) -> None:
     assert main(["verify", str(path)]) == 0
 
 
+def test_recover_and_import_say_it_as_json(tmp_path: Path, capsys: Capture) -> None:
+    path = small_trace(tmp_path / "t", close=False, sealed=11)
+    assert main(["recover", str(path), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["contexts"] == [
+        {"name": "ctx0", "sealed": 9, "recovered": 21, "torn": 0, "lost": 0, "note": ""}
+    ]
+    (tmp_path / "log.csv").write_text("layer_id,expert_ids\n0,3 1\n")
+    assert main(["import", str(tmp_path / "log.csv"), "-o", str(tmp_path / "i.moet"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["format"], said["rows"], said["path"]) == ("expert-log", 1, str(tmp_path / "i.moet"))
+    assert "weights" in said["missing"]
+
+
 def test_dump_is_one_line_per_token_and_layer(capsys: Capture) -> None:
     assert main(["dump", GOLDEN]) == 0
     lines = list(csv.DictReader(capsys.readouterr().out.splitlines(), delimiter="\t"))

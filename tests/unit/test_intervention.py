@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -314,7 +315,8 @@ def test_start_and_stop_are_for_all_or_for_those_that_are_named(two_models, opti
         with Ring(path) as ring:
             states.append(ring.paused)
     assert states == [bool(p) for p in paused]
-    assert main(["start", str(two_models)]) == 0
-    assert capsys.readouterr().out.count("recording") == 4
+    assert main(["start", str(two_models), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [(one["context"], one["state"]) for one in said] == [(f"ctx{i}", "recording") for i in range(4)]
     assert main(["stop", str(two_models), "--model", "c"]) == 2
     assert "A, a (main)" in capsys.readouterr().err
