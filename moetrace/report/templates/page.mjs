@@ -96,8 +96,17 @@ function startTheme() {
     try { localStorage.setItem(KEPT, next); } catch { /* the same */ }
     report?.show();
   });
-  addEventListener("beforeprint", () => { worn = root.dataset.theme; root.dataset.theme = "light"; report?.show(); });
-  addEventListener("afterprint", () => { root.dataset.theme = worn; report?.show(); });
+  // on paper nothing can be opened
+  let closed = [];
+  addEventListener("beforeprint", () => {
+    worn = root.dataset.theme; root.dataset.theme = "light"; report?.show();
+    closed = $$("details.basis").filter((box) => !box.open);
+    closed.forEach((box) => { box.open = true; });
+  });
+  addEventListener("afterprint", () => {
+    root.dataset.theme = worn; report?.show();
+    closed.forEach((box) => { box.open = false; });
+  });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => report?.show());
 }
 
@@ -115,6 +124,13 @@ function startContents() {
   $$("main section").forEach((section) => watcher.observe(section));
 }
 
+// what a link leads to must be seen
+function startLinks() {
+  const open = () => document.getElementById(location.hash.slice(1))?.closest("details.basis")?.setAttribute("open", "");
+  addEventListener("hashchange", open);
+  open();
+}
+
 // a table is built when it is opened
 function startTables(tables) {
   for (const box of $$("[data-table]"))
@@ -130,6 +146,7 @@ function start() {
   startTheme();
   addEventListener("keydown", (e) => { if (e.key === "Escape") showTip(""); });
   startContents();
+  startLinks();
   // the other page shows the same layer and domain
   $$(".phases a").forEach((a) => a.addEventListener("click", () => { a.hash = location.hash.includes("=") ? location.hash : ""; }));
   unpack($("#data").textContent).then((data) => {
