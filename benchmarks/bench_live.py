@@ -132,8 +132,8 @@ def main() -> None:
     print(
         f"decode, watched over alone: {statistics.median(ratios):.3f} [{draws[50]:.3f}, {draws[1949]:.3f}]"
         f" ({len(ratios)} pairs, {speed['alone']:.0f} tokens a second); watchers"
-        f" {statistics.mean(shares):.1%} of a core, {memory[0]:.1f} MiB at first, {memory[-1]:.1f} after"
-        f" {minutes:.0f} minutes ({min(memory):.1f} to {max(memory):.1f} between)"
+        f" {statistics.mean(shares):.1%} of a core; MiB over {minutes:.0f} minutes:"
+        f" {', '.join(f'{memory[len(memory) * i // 8]:.1f}' for i in range(8))}, {memory[-1]:.1f}"
     )
 
 

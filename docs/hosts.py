@@ -33,6 +33,7 @@ HOSTS = {
     "node-llama-cpp": "npm; backends by dlopen, all CPU variants; contexts in turn, and in threads at once",
     "llama-cpp-python": "as `moetrace.capture` runs it, and in a program of one's own",
     "xllamacpp": "a server in Python",
+    "llama-cpp-py-sync": "cffi: rows without sequence and request, which is said",
     "ik-llama-cpp-python": "ik_llama.cpp in Python",
     "two llama.cpp": "xllamacpp and llama-cpp-python in one process, in either order",
     "static": "cyllama, which has llama.cpp inside",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -89,6 +90,12 @@ def answer(path, text):
     params.cpuparams.n_threads = 1
     said = xllamacpp.Server(params).handle_completions({"prompt": text, "n_predict": 6, "temperature": 0})
     return said["choices"][0]["text"]
+""",
+    "llama_cpp_py_sync": """
+def answer(path, text):
+    import llama_cpp_py_sync
+    model = llama_cpp_py_sync.Llama(path, n_ctx=256, n_threads=1, n_threads_batch=1)
+    return model.generate(text, max_tokens=6, temperature=0.0)
 """,
     "ik_llama_cpp": """
 def answer(path, text):
@@ -207,6 +214,7 @@ def test_node(source, node, runtime, model_file, tmp_path, record_property):
         pytest.param(*pair, marks=pytest.mark.host(host), id="-".join(pair[0]))
         for host, pair in (
             ("xllamacpp", (("xllamacpp",), ("xllamacpp",))),
+            ("llama-cpp-py-sync", (("llama_cpp_py_sync",), ("llama-cpp-py-sync", "cffi", "pycparser"))),
             ("ik-llama-cpp-python", (("ik_llama_cpp",), ("ik-llama-cpp-python",))),
             ("two llama.cpp", (("llama_cpp", "xllamacpp"), ("xllamacpp",))),
             ("two llama.cpp", (("xllamacpp", "llama_cpp"), ("xllamacpp",))),
@@ -222,7 +230,9 @@ def test_python_packages(kinds, packages, runtime, model_file, tmp_path, record_
     command = [program, script(tmp_path, *kinds), model, TEXTS[0]]
     plain = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=False)
     if plain.returncode != 0:
-        pytest.skip(f"it does not run here: {plain.stderr.strip().splitlines()[-1]}")
+        why = plain.stderr.strip().splitlines()[-1]
+        needs = re.search(r"version `(\w+_[\d.]+)' not found", why)
+        pytest.skip(f"it needs {needs[1]}" if needs else f"it does not run here: {why}")
     traced = run(tmp_path / "t.moet", *command)
     assert answered(traced) == answered(plain)
     trace = moetrace.open(tmp_path / "t.moet")
