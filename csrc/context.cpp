@@ -409,13 +409,20 @@ static std::unique_ptr<recording> idle_take(tracer_env & env, const std::string 
     return nullptr;
 }
 
-void context_open(tracer_env & env, sched_trace & s, context_trace & c) {
+bool sched_is_split(const tracer_env & env, const sched_trace & s) {
     for (int i = 0; i < env.abi.sched_get_n_backends(s.sched); i++) {
-        // a tensor of llama.cpp's "Meta" backend (-sm tensor) lies in pieces on several devices
+        // llama.cpp's device that is made of several
         if (strncmp(env.abi.backend_name(env.abi.sched_get_backend(s.sched, i)), "Meta", 4) == 0) {
-            context_fail(c, "its tensors are split over several devices (-sm tensor); use -sm layer");
-            return;
+            return true;
         }
+    }
+    return false;
+}
+
+void context_open(tracer_env & env, sched_trace & s, context_trace & c) {
+    if (sched_is_split(env, s)) {
+        context_fail(c, "its tensors are split over several devices (-sm tensor); use -sm layer");
+        return;
     }
     auto rec = std::make_unique<recording>();
     rec->layout.make(s.shape, env.cfg);

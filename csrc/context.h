@@ -235,6 +235,9 @@ void context_fail(context_trace & c, const std::string & why);
 // and ring.
 void context_open(tracer_env & env, sched_trace & s, context_trace & c);
 
+// Whether tensors lie in pieces on several devices (-sm tensor): then none may be touched.
+bool sched_is_split(const tracer_env & env, const sched_trace & s);
+
 // The llama context is gone: its recording becomes idle.
 void context_end(tracer_env & env, context_trace & c);
 

@@ -270,7 +270,9 @@ void graph_prepare(sched_t sched, ggml_cgraph * graph, bool computed) {
     const uint64_t start = clock_ns();
     moe_graph moe = moe_graph_read(T.abi, graph);
     std::vector<ggml_tensor *> to_place;
-    graph_keep(T, *s, moe, graph, to_place);
+    if (!sched_is_split(T, *s)) {
+        graph_keep(T, *s, moe, graph, to_place);
+    }
     const bool known = s->shape.learn(T.abi, graph, moe, T.cfg);
     if (!computed) {
         return; // measured once, before anything is served

@@ -206,9 +206,10 @@ class TracedProcess:
             process = next(process for process in self._llama.values() if process.traced)
             return MoetraceError(
                 "no expert routing was seen",
-                why=f"{process.name} (process {process.pid}) loaded llama.cpp and the tracer, and computed no graph "
-                f"with experts{_no_experts(self._model_path)}",
-                fix="send it a request, use a Mixture-of-Experts model, and see its messages above",
+                why=f"{process.name} (process {process.pid}) loaded llama.cpp and the tracer; the tracer refused what"
+                " it saw (a line above that begins with `moetrace:` says why), or no graph with experts was"
+                f" computed{_no_experts(self._model_path)}",
+                fix="see its messages above; send it a request, use a Mixture-of-Experts model",
             )
         program = self.command[0]
         how = linkage(Path(program))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,38 @@ def test_the_server_says_what_it_says_untraced(
         assert counted(collector) == counted("plain"), collector
         assert verify(path).exit_code == 0
         assert moetrace.open(path).loss.lost == 0
+
+
+def test_tensors_that_are_split_over_devices_are_not_recorded_and_it_is_said(
+    runtime: Any, device: Path, model_file: Any, tmp_path: Path
+) -> None:
+    """GIVEN -sm tensor, where each device has a piece of each THEN it answers as ever, and the reason is told."""
+    setup = Setup(count=2)
+    server = [
+        str(runtime.tool("llama-server")),
+        "-m",
+        str(model_file("qwen3moe")),
+        *arguments_of("layers", setup),
+    ]
+    server += ["-sm", "tensor", "-np", "1", "-c", "512", "-fa", "on"]
+    environment = {**os.environ, **setup.environment(device, tmp_path / "counts.json")}
+    said, answers = {}, {}
+    for label in ("plain", "traced"):
+        port = free_port()
+        tracing = [sys.executable, "-m", "moetrace", "run", "-o", str(tmp_path / "t.moet"), "--"]
+        command = [*(tracing if label == "traced" else []), *server, "--port", str(port)]
+        with (tmp_path / f"{label}.log").open("w+") as log:
+            host = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=log)
+            try:
+                answers[label] = answers_of(ready_client(host, port, tmp_path / f"{label}.log"))
+            except AssertionError:
+                if label == "plain":
+                    pytest.skip("llama.cpp does not split tensors over these devices")
+                raise
+            finally:
+                host.terminate()
+                host.wait(30)
+        said[label] = (tmp_path / f"{label}.log").read_text()
+    assert answers["traced"] == answers["plain"]
+    assert "its tensors are split over several devices (-sm tensor); use -sm layer" in said["traced"]
+    assert "refused what it saw" in said["traced"]
