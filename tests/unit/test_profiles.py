@@ -20,6 +20,7 @@ from moetrace import data
 from moetrace.__main__ import main
 from moetrace.commands.demo import unpack
 from moetrace.trace.export import dump
+from moetrace.trace.importers.torch_file import read_torch_file
 from moetrace.trace.profiles import PROFILES, expert_uses
 
 #: what torch.load(weights_only=True) reads: its unpickler knows no other opcodes
@@ -167,3 +168,14 @@ def test_a_profile_of_nothing_or_of_some_layers_is_refused(
     assert main([*line, "--label", "code", "--request", "math-01"]) == 2
     assert "no routing" in capsys.readouterr().err
     assert not (tmp_path / "p").exists()
+
+
+def test_torch_itself_reads_and_writes_such_files(recorded: Path, tmp_path: Path) -> None:
+    """Where it is installed: our file, loaded as an engine does it; and its file, read by our reader."""
+    torch = pytest.importorskip("torch")
+    assert main(["export", str(recorded), "--format", "ktransformers", "-o", str(tmp_path / "p.pt")]) == 0
+    loaded = torch.load(tmp_path / "p.pt", weights_only=True)["logical_count"]
+    np.testing.assert_array_equal(loaded.numpy(), read_pt(tmp_path / "p.pt"))
+    sums = torch.arange(48, dtype=torch.int32).reshape(2, 8, 3).transpose(1, 2)
+    torch.save({"rank": 0, "logical_count": sums}, tmp_path / "sums.pt")
+    np.testing.assert_array_equal(read_torch_file(tmp_path / "sums.pt")["logical_count"], sums.numpy())
