@@ -81,6 +81,23 @@ static std::string host_alias() {
 }
 
 // All that the ring says of its contexts, but for its name, its process and the model's files.
+// Channels that are read so that a device may leave out fewer of its results than it would without us: what is kept alive
+// has one user more, and the callback cuts the graph behind a node. Experts and weights are read without.
+static std::vector<std::string> channels_unfused(const tracer_env & env, const sched_trace & s, const std::vector<std::string> & channels) {
+    std::vector<std::string> out;
+    if (env.abi.sched_get_n_backends(s.sched) < 2) {
+        return out;
+    }
+    const bool tap = collector_choose(env.cfg) == COLLECTOR_TAP;
+    for (const std::string & name : channels) {
+        const bool moved = name == "experts" || name == "weights" || (tap && name == "logits" && env.abi.can_place());
+        if (!moved) {
+            out.push_back(name);
+        }
+    }
+    return out;
+}
+
 static std::string context_facts(const tracer_env & env, const sched_trace & s, const context_trace & c, const row_layout & layout) {
     static constexpr const char * COUNTERS[] = {
         "rows_produced", "rows_committed", "rows_lost_full", "rows_lost_error", "rows_overwritten",
@@ -125,6 +142,7 @@ static std::string context_facts(const tracer_env & env, const sched_trace & s, 
     out += collector_choose(env.cfg) == COLLECTOR_TAP ? "tap" : "callback";
     out += "\",\"ggml\":" + json_string(env.abi.version);
     out += ",\"channels\":" + json_list(channels, json_string);
+    out += ",\"may_unfuse\":" + json_list(channels_unfused(env, s, channels), json_string);
     out += ",\"refused_tensors\":" + json_list(layout.refused, json_string);
     out += ",\"numbered\":true,\"alias\":" + json_string(alias) + ",\"model_id\":\"" + id + "\"";
     out += ",\"model\":" + model;
@@ -472,6 +490,11 @@ void context_open(tracer_env & env, sched_trace & s, context_trace & c) {
         rec->event_record.assign(rec->layout.stride, 0);
         c.rec   = std::move(rec);
         c.state = context_state::recording;
+    }
+    if (const size_t at = c.rec->facts.find("\"may_unfuse\":[\""); at != std::string::npos) {
+        const size_t from = at + sizeof("\"may_unfuse\":") - 1;
+        const std::string names = c.rec->facts.substr(from + 1, c.rec->facts.find(']', from) - from - 1);
+        say(c.rec->name + ": fusions on the device are undone to read " + names + "; logits may differ in their last digits");
     }
     const uint32_t n_lost = (uint32_t) c.counts_early[COUNT_EVENTS_LOST]; // behind those that are kept
     for (uint32_t i = 0; i < COUNT_N; i++) {

@@ -15,7 +15,8 @@ def remarks(store: TraceStore) -> list[str]:
     """Give a sentence for each such thing.
 
     They are: prompts that were not captured, rows that nobody can be told to own, events that were lost, graphs of
-    another llama.cpp in the process, channels that llama.cpp did not have, labels that did not find their request.
+    another llama.cpp in the process, channels that llama.cpp did not have or that changed how a device computes, labels
+    that did not find their request.
     """
     said = [
         _prompts(store),
@@ -23,6 +24,7 @@ def remarks(store: TraceStore) -> list[str]:
         *(_events_lost(context) for context in store.contexts),
         *(_elsewhere(context) for context in store.contexts),
         *(_absent(context) for context in store.contexts),
+        *(_unfused(context) for context in store.contexts),
         _labels(store),
     ]
     return [text for text in said if text]
@@ -89,6 +91,16 @@ def _absent(context: ContextStore) -> str:
     names = " and ".join(map(str, absent))
     return (
         f"{context.name} was to have {names}, and has none: the tracer finds none in this llama.cpp's graphs"
+    )
+
+
+def _unfused(context: ContextStore) -> str:
+    names = context.facts.get("may_unfuse")
+    if not isinstance(names, list) or not names:
+        return ""
+    return (
+        f"{context.name}: to read {' and '.join(map(str, names))}, fusions on the device are undone: logits may differ"
+        " in their last digits from those of the server without the tracer"
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from checks import (
     DEFAULT,
+    FUSIONS,
     PLACEMENTS,
     PROMPTS,
     WIDE,
@@ -24,10 +25,12 @@ from checks import (
     runs_of,
     same_computation,
 )
-from devices import Host, Setup, run_host
+from devices import Host, Ran, Setup, run_host
 from running import MOE
 
+import moetrace
 from moetrace.synthetic import ARCHITECTURES
+from moetrace.trace.remarks import remarks
 
 pytestmark = [pytest.mark.runtime, pytest.mark.host("device")]
 
@@ -54,6 +57,19 @@ CASES = [
 ]
 
 
+def check_told(trace: moetrace.Trace, ran: Ran, plain: Ran, default: bool) -> None:
+    """What undoes a fusion says so in the trace; the channels that are recorded by default undo none."""
+    told = trace.facts["may_unfuse"]
+    assert not (default and told)
+    undone = {
+        kind: (ran.counts[kind], plain.counts[kind])
+        for kind in FUSIONS
+        if ran.counts[kind] != plain.counts[kind]
+    }
+    assert told or not undone, undone
+    assert bool(told) == any("fusions on the device are undone" in text for text in remarks(trace.store))
+
+
 @pytest.mark.parametrize(("name", "setup", "placements"), CASES)
 def test_what_is_recorded_is_right_and_nothing_is_changed(
     name: str, setup: Setup, placements: tuple[str, ...], on_device: Host, model_file: Any, tmp_path: Path
@@ -73,6 +89,8 @@ def test_what_is_recorded_is_right_and_nothing_is_changed(
             traces[recording] = problems(run, check_rows, ran[run])
             if recording in DEFAULT and ran[run].error is None:
                 problems(run, same_computation, ran[run], plain[f"{placement}_"])
+            if (trace := traces[recording]) is not None:
+                problems(run, check_told, trace, ran[run], plain[f"{placement}_"], recording in DEFAULT)
         for recording, trace in traces.items():
             run = f"{placement}_{recording}"
             if trace is not None and recording in DEFAULT and traces["callback"] is not None:
