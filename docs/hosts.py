@@ -46,6 +46,8 @@ CALLED = {
     "static": "linked statically",
     "without /dev/shm": "no /dev/shm",
 }
+#: what else is known where no test has run
+BESIDE = {"CUDA": "not yet verified by these tests; once by hand, see below"}
 #: what the tests of a row show, if they pass
 SHOWN = {
     "static": "refused, with the reason",
@@ -65,7 +67,7 @@ def table(found: dict[str, Any]) -> str:
         elif n:
             said = f"{SHOWN.get(name, 'recorded right')} ({n} {'test' if n == 1 else 'tests'})"
         else:
-            said = "not yet verified" + (f": {one['why']}" if one["why"] else "")
+            said = BESIDE.get(name, "not yet verified" + (f": {one['why']}" if one["why"] else ""))
         lines.append(f"| {called} | {what} | {said} |")
     return "\n".join(lines)
 
