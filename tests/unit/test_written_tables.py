@@ -1,4 +1,4 @@
-"""The tables of supported releases say what the releases' test found."""
+"""Tables that tests write say what these found: of releases, and of hosts and devices."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_both_readmes_say_what_was_found() -> None:
-    command = [sys.executable, ROOT / "llama.cpp" / "table.py", "--check"]
+@pytest.mark.parametrize("script", ["llama.cpp/table.py", "docs/hosts.py"])
+def test_what_was_found_is_what_stands_there(script: str) -> None:
+    command = [sys.executable, ROOT / script, "--check"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 0, run.stderr
 
