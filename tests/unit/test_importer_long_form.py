@@ -120,6 +120,25 @@ def test_what_other_programs_write_of_it_is_read(exported: Path, recorded: Path,
         assert again.requests["n_cached"].isna().all()
 
 
+def test_csv_is_read_as_far_as_it_says(recorded: Path, tmp_path: Path) -> None:
+    assert main(["export", str(recorded), "-o", str(tmp_path / "t.csv")]) == 0
+    assert detect(tmp_path / "t.csv") == "long-form"
+    done = import_trace(tmp_path / "t.csv", tmp_path / "t.moet")
+    assert set(done.missing) == {"time", "loss", "n_expert"}
+    assert verify(done.path).findings == ()
+    with moetrace.open(recorded) as trace, moetrace.open(done.path) as again:
+        pd.testing.assert_frame_equal(
+            trace.to_pandas().drop(columns="serial"),
+            again.to_pandas().drop(columns="serial"),
+            check_categorical=False,
+        )
+    broken = (tmp_path / "t.csv").read_text().replace(",0,", ",zero,", 1)
+    (tmp_path / "broken.csv").write_text(broken)
+    with pytest.raises(InputError, match="cannot be read"):
+        import_trace(tmp_path / "broken.csv", tmp_path / "b.moet")
+    assert not (tmp_path / "b.moet").exists()
+
+
 def test_several_contexts_follow_each_other(tmp_path: Path) -> None:
     """GIVEN rows of two contexts, whose serials begin again WHEN read THEN none is another's."""
     source = tmp_path / "log.jsonl"

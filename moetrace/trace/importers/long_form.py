@@ -1,7 +1,8 @@
-"""Our own Parquet and Arrow files, read back: a row for each choice, as :mod:`moetrace.trace.longform` gives them.
+"""Our own Parquet, Arrow and CSV files, read back: a row for each choice, as :mod:`moetrace.trace.longform` has them.
 
 What the rows do not say (layers and experts that were never chosen, clients' ids, which entries were not computed and
-which lost) stands in the schema's metadata. A file whose metadata another program dropped is read without it.
+which lost) stands in the schema's metadata. CSV has none, and a file whose metadata another program dropped is read
+without it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ NAMES = (*_NUMBERS, "label", "phase", "weight")
 #: columns that count from 0, and how many there can be
 _BELOW = {"layer": MAX_LAYERS, "expert": MAX_EXPERTS, "rank": 256}
 _BATCH = 1 << 19  # choices read together
-_PARQUET, _FILE, _STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
+_PARQUET, _FILE, _STREAM, _CSV = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff", b"csv"
 _AGAIN = "export it again"
 
 Columns = dict[str, NDArray[Any]]
@@ -126,15 +127,17 @@ class LongFormFile:
 
 
 def is_long_form(source: Path) -> bool:
-    """Whether a file is Parquet or Arrow with our columns."""
+    """Whether a file is Parquet, Arrow or CSV with our columns."""
     with contextlib.suppress(Exception):  # damaged, or something else: who reads it says so
-        return _begins(source) != b"" and set(NAMES) <= set(_schema(source).names)
+        kind = _kind(source)
+        return kind == _CSV or (kind != b"" and set(NAMES) <= set(_schema(source).names))
     return False
 
 
 def read_long_form(source: Path) -> LongFormFile:
     """Read a file's shape and labels. Raises InputError if it is malformed, and MoetraceError without pyarrow."""
-    described = Described.of(_schema(source).metadata)
+    import_arrow()
+    described = None if _kind(source) == _CSV else Described.of(_schema(source).metadata)
     labels: dict[int, str | None] = {}
     layers: set[int] = set()
     k = seen = 0
@@ -168,11 +171,13 @@ def read_long_form(source: Path) -> LongFormFile:
     return LongFormFile(source, shape, described, labels)
 
 
-def _begins(source: Path) -> bytes:
+def _kind(source: Path) -> bytes:
     """What kind of file it is; empty for others."""
     with source.open("rb") as file:
-        begins = file.read(6)
-    return next((magic for magic in (_PARQUET, _FILE, _STREAM) if begins.startswith(magic)), b"")
+        line = file.readline(1 << 10)
+    if set(NAMES) <= set(line.decode("ascii", "replace").strip().split(",")):
+        return _CSV
+    return next((magic for magic in (_PARQUET, _FILE, _STREAM) if line.startswith(magic)), b"")
 
 
 def _schema(source: Path) -> Any:
@@ -180,21 +185,41 @@ def _schema(source: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if _begins(source) == _PARQUET:
+    kind = _kind(source)
+    if kind == _PARQUET:
         return pq.read_schema(source)
     with pa.memory_map(str(source)) as mapped:
-        return (pa.ipc.open_file if _begins(source) == _FILE else pa.ipc.open_stream)(mapped).schema
+        return (pa.ipc.open_file if kind == _FILE else pa.ipc.open_stream)(mapped).schema
+
+
+def _csv(source: Path) -> Any:
+    import pyarrow as pa
+    from pyarrow import csv
+
+    # what is empty has no type that could be guessed
+    types = {
+        **dict.fromkeys(_NUMBERS, pa.int64()),
+        "label": pa.string(),
+        "phase": pa.string(),
+        "weight": pa.float64(),
+    }
+    options = csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
+    return csv.open_csv(source, convert_options=options)
 
 
 def _batches(source: Path) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if _begins(source) == _PARQUET:
+    kind = _kind(source)
+    if kind == _PARQUET:
         yield from pq.ParquetFile(source).iter_batches(_BATCH, columns=list(NAMES))
         return
+    if kind == _CSV:
+        yield from _csv(source)
+        return
     with pa.memory_map(str(source)) as mapped:
-        if _begins(source) == _FILE:
+        if kind == _FILE:
             whole = pa.ipc.open_file(mapped)
             yield from (whole.get_batch(i) for i in range(whole.num_record_batches))
         else:
