@@ -115,6 +115,7 @@ def test_groups_that_stand_for_prompts_are_the_same(
 
 
 @pytest.mark.filterwarnings("default")
+@pytest.mark.slow
 def test_a_worker_of_dask_that_is_killed_changes_nothing(fleet: list[Path]) -> None:
     distributed = pytest.importorskip("distributed")
     here = answers(fleet)

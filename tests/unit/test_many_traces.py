@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import pytest
 import traces
 
 import moetrace
@@ -26,6 +27,7 @@ print(len(opened), int(finding.tables["load_balance"]["tokens"].iloc[0]))
 """
 
 
+@pytest.mark.slow
 def test_a_thousand_traces_are_one(tmp_path: Path) -> None:
     first = traces.small_trace(tmp_path / "0.moet")
     paths = [first, *(tmp_path / f"{i}.moet" for i in range(1, 1000))]
