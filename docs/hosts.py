@@ -65,7 +65,8 @@ def table(found: dict[str, Any]) -> str:
         if one["failed"]:
             said = f"{one['failed']} of {n} tests fail"
         elif n:
-            said = f"{SHOWN.get(name, 'recorded right')} ({n} {'test' if n == 1 else 'tests'})"
+            said = f"{SHOWN.get(name, 'recorded right')} ({n} {'test' if n == 1 else 'tests'}"
+            said += f"; {one['skipped']} skipped: {one['why']})" if one["skipped"] else ")"
         else:
             said = BESIDE.get(name, "not yet verified" + (f": {one['why']}" if one["why"] else ""))
         lines.append(f"| {called} | {what} | {said} |")
