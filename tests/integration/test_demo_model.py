@@ -87,6 +87,7 @@ def test_it_continues_in_kind(runtime, tmp_path, prompt, expected):
     assert expected in run(prompt, tmp_path, 40)["generated_text"].tobytes().decode()
 
 
+@pytest.mark.slow
 @pytest.mark.runtime
 def test_its_experts_tell_domains_apart(runtime, tmp_path):
     """On the shipped prompts, which are not of its corpus: V against domains shuffled over prompts."""

@@ -460,6 +460,7 @@ def test_a_trace_without_gate_inputs_says_which_channel(runtime, model_file, tmp
 # -- files without the least important experts
 
 
+@pytest.mark.slow
 def test_pruned_by_what_experts_add_loses_less_than_at_random(runtime, tmp_path):
     """The written file has the kept experts' own bytes, and llama.cpp runs it."""
     code = """

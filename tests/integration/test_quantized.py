@@ -102,6 +102,7 @@ def test_k_quants_and_a_size(runtime: Any, model_file: Any, tmp_path: Path) -> N
     assert files[1]["bytes"] >= files[0]["bytes"]
 
 
+@pytest.mark.slow
 def test_steering_the_demo_model(runtime: Any, tmp_path: Path) -> None:
     file = tmp_path / "steer.txt"
     code = "import sys; from moetrace.__main__ import main; sys.exit(main(sys.argv[1:]))"

@@ -255,6 +255,7 @@ def test_open_of_a_malformed_recording_tidies_up(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["x.log"]
 
 
+@pytest.mark.slow
 def test_stats_as_published_counts_what_the_notebook_counts(domains, tmp_path, capsys):
     """All phases, the warm-up's rows cut to k, and tokens numbered by files, of the recording as it is."""
     assert (

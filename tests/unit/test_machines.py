@@ -64,7 +64,14 @@ def answers(paths: list[Path], executor: Executor | None = None, **options: Any)
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"phase": "prefill", "group_key": "id"}, {"layers": [2, 5]}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"phase": "prefill", "group_key": "id"}, marks=pytest.mark.slow),
+        pytest.param({"layers": [2, 5]}, marks=pytest.mark.slow),
+    ],
+)
 def test_every_answer_is_the_same_in_other_processes(
     options: dict[str, Any], fleet: list[Path], pool: Executor
 ) -> None:
