@@ -35,6 +35,8 @@ class Described:
         As the trace has them, for each layer.
     contexts
         How many the rows are of: serials ascend within each.
+    entries
+        Entries (token, layer) that are present: a file with other than these was changed since.
     produced
         Rows that the model computed, if these are all of a trace of one context: what is missing was lost. Else None.
     model
@@ -49,6 +51,7 @@ class Described:
     n_expert: tuple[int, ...]
     n_expert_used: tuple[int, ...]
     contexts: int = 1
+    entries: int = 0
     produced: int | None = None
     model: dict[str, Any] = field(default_factory=dict)
     requests: dict[str, list[Any]] = field(default_factory=dict)
@@ -95,7 +98,7 @@ def describe(
     rows: Rows, model: Mapping[str, Any], requests: pd.DataFrame, *, contexts: int, produced: int | None
 ) -> Described:
     """Describe rows of a trace: ``produced`` if they are all there is of it."""
-    absent = _absent(rows) if contexts == 1 else ()
+    entries, absent = _entries(rows)
     columns = requests.reset_index()[["request", "id", *OF_REQUEST]]
     told = {str(name): [None if x is pd.NA else x for x in columns[name].tolist()] for name in columns}
     return Described(
@@ -103,20 +106,23 @@ def describe(
         tuple(rows.n_expert.tolist()),
         tuple(rows.n_expert_used.tolist()),
         contexts,
+        entries,
         produced if contexts == 1 else None,
         dict(model),
         told,
-        absent,
+        absent if contexts == 1 else (),
     )
 
 
-def _absent(rows: Rows) -> tuple[Run, ...]:
-    """Runs of rows that lack a layer in the same way."""
+def _entries(rows: Rows) -> tuple[int, tuple[Run, ...]]:
+    """How many entries are present, and runs of rows that lack a layer in the same way."""
+    n = 0
     runs: list[list[int]] = []
     last: dict[int, int] = {}  # layer -> its run that goes on
     for start in range(0, len(rows), _CHUNK):
         piece = slice(start, start + _CHUNK)
         state, serial = rows.column("state", piece), rows.column("serial", piece)
+        n += int((state == State.PRESENT).sum())
         for layer in range(state.shape[1]):
             mine = state[:, layer]
             if (mine == State.PRESENT).all():
@@ -133,4 +139,4 @@ def _absent(rows: Rows) -> tuple[Run, ...]:
                 if what != State.PRESENT:
                     last[layer] = len(runs)
                     runs.append([layer, int(serial[a]), int(serial[b]), what])
-    return tuple((run[0], run[1], run[2], run[3]) for run in sorted(runs))
+    return n, tuple((run[0], run[1], run[2], run[3]) for run in sorted(runs))

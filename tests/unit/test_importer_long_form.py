@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ def same_routing(a: Any, b: Any) -> None:
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
 
 
+def same_choices(a: Any, b: Any) -> None:
+    """Where serials are counted anew."""
+    mine, theirs = (each.to_pandas().drop(columns="serial") for each in (a, b))
+    pd.testing.assert_frame_equal(mine, theirs, check_categorical=False)
+
+
 @pytest.mark.parametrize(("form", "real"), [("parquet", True), ("parquet", False), ("arrow", False)])
 def test_a_whole_trace_comes_back(form: str, real: bool, recorded: Path, tmp_path: Path) -> None:
     if real:
@@ -84,7 +91,13 @@ def test_rows_that_were_lost_stay_lost(recorded: Path, tmp_path: Path) -> None:
     table = pa.Table.from_pandas(frame[~gone], preserve_index=False).replace_schema_metadata(
         described.metadata()
     )
-    pq.write_table(table, tmp_path / "holes.parquet")
+    pq.write_table(table, tmp_path / "filtered.parquet")
+    done = import_trace(tmp_path / "filtered.parquet", tmp_path / "filtered.moet")
+    assert done.missing == ("time", "loss"), "another program left rows out: that is no loss"
+    with moetrace.open(done.path) as trace:
+        assert trace.loss.rows_lost == 0
+    described = replace(described, entries=int((frame.loc[~gone, "rank"] == 0).sum()))
+    pq.write_table(table.replace_schema_metadata(described.metadata()), tmp_path / "holes.parquet")
     done = import_trace(tmp_path / "holes.parquet", tmp_path / "t.moet")
     assert verify(done.path).findings == ()
     with moetrace.open(done.path) as trace:
@@ -116,11 +129,7 @@ def test_what_other_programs_write_of_it_is_read(exported: Path, recorded: Path,
     assert set(done.missing) == {"time", "loss", "n_expert"}
     assert verify(done.path).findings == ()
     with moetrace.open(recorded) as trace, moetrace.open(done.path) as again:
-        pd.testing.assert_frame_equal(
-            trace.to_pandas().drop(columns="serial"),
-            again.to_pandas().drop(columns="serial"),
-            check_categorical=False,
-        )
+        same_choices(trace, again)
         assert again.requests["id"].isna().all()
         assert again.requests["n_cached"].isna().all()
 
@@ -132,11 +141,7 @@ def test_csv_is_read_as_far_as_it_says(recorded: Path, tmp_path: Path) -> None:
     assert set(done.missing) == {"time", "loss", "n_expert"}
     assert verify(done.path).findings == ()
     with moetrace.open(recorded) as trace, moetrace.open(done.path) as again:
-        pd.testing.assert_frame_equal(
-            trace.to_pandas().drop(columns="serial"),
-            again.to_pandas().drop(columns="serial"),
-            check_categorical=False,
-        )
+        same_choices(trace, again)
     broken = (tmp_path / "t.csv").read_text().replace(",0,", ",zero,", 1)
     (tmp_path / "broken.csv").write_text(broken)
     with pytest.raises(InputError, match="cannot be read"):

@@ -15,7 +15,7 @@ one:
 ``recorder``       SGLang's expert distribution recorder, ``.pt`` (:mod:`.recorder`)
 ``position-log``   lines ``pos,layer,id0,id1,…`` (:mod:`.positions`)
 ``lake``           a folder of Parquet files that ``moetrace export`` wrote (:mod:`.lake`)
-``long-form``      Parquet and Arrow files that ``moetrace export`` wrote (:mod:`.long_form`)
+``long-form``      Parquet, Arrow and CSV files that ``moetrace export`` wrote (:mod:`.long_form`)
 ``counts``         CSV ``domain,layer_id,expert_id,count``, or a matrix (:mod:`.counts`): arrays, not a trace
 ``imatrix``        files of llama-imatrix (:mod:`moetrace.model.imatrix`): arrays, not a trace
 ================== =================================================================================

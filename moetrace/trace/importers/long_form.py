@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +140,12 @@ def read_long_form(source: Path) -> LongFormFile:
     described = None if _kind(source) == _CSV else Described.of(_schema(source).metadata)
     labels: dict[int, str | None] = {}
     layers: set[int] = set()
-    k = seen = 0
+    k = seen = entries = 0
     weights = False
     for columns, names in _pieces(source):
         layers |= set(np.unique(columns["layer"]).tolist())
         k, seen = max(k, int(columns["rank"].max()) + 1), max(seen, int(columns["expert"].max()) + 1)
+        entries += int((columns["rank"] == 0).sum())
         weights = weights or not np.isnan(columns["weight"]).all()
         numbers, first = np.unique(columns["request"], return_index=True)
         for number, at in sorted(
@@ -154,6 +155,8 @@ def read_long_form(source: Path) -> LongFormFile:
     if not layers:
         raise InputError(f"{source} holds no routing", fix="give a file that has rows")
     labels.pop(-1, None)
+    if described is not None and described.entries != entries:
+        described = replace(described, produced=None)  # rows were left out since: that is no loss
     said = described or Described(tuple(sorted(layers)), (0,), (k,))
     if not layers <= set(said.layers) or k > max(said.n_expert_used):
         raise InputError(f"{source}: its rows are not what its metadata says", fix=_AGAIN)
