@@ -45,10 +45,13 @@ array<int32_t> kind_counts(const array<int32_t> & kinds, const array<int32_t> & 
         int32_t * mine = counts + draw*size;
         const int32_t * turned = in.turned + draw*in.n_rows;
         std::fill(mine, mine + size, 0);
-        for (size_t cell = 0; cell < in.n_cells; cell++) {
-            int32_t * of_kind = mine + (size_t) in.kind[cell]*E;
-            const uint16_t * chosen = in.ids + (size_t) turned[in.row[cell]]*in.k;
-            for (size_t j = 0; j < in.k; j++) {
+        const size_t n_cells = in.n_cells, k = in.k;
+        const int32_t * kind = in.kind, * row = in.row;
+        const uint16_t * ids = in.ids;
+        for (size_t cell = 0; cell < n_cells; cell++) {
+            int32_t * __restrict of_kind = mine + (size_t) kind[cell]*E;
+            const uint16_t * __restrict chosen = ids + (size_t) turned[row[cell]]*k;
+            for (size_t j = 0; j < k; j++) {
                 if (chosen[j] < E) {
                     of_kind[chosen[j]]++;
                 }

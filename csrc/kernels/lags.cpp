@@ -6,11 +6,29 @@ namespace moetrace {
 
 namespace {
 
-// bits that are set in both, summed over rows m with partner[m]: of row m and the one `lag` before it
+// Of rows from `lag` on and the ones so many before them, where both are known and belong together: how many these are, and
+// how many have equal first experts. `both` says which they are.
+FOR_EACH_CPU void pairs_alike(const uint16_t * first, const uint8_t * known, const uint8_t * joined, size_t lag, size_t m,
+        uint8_t * both, int64_t & n, int64_t & same) {
+    constexpr size_t PART = 65536; // sums fit into 32 bits, which more of are added at once
+    for (size_t begin = lag; begin < m; begin += PART) {
+        uint32_t pairs = 0, equal = 0;
+        for (size_t i = begin; i < std::min(m, begin + PART); i++) {
+            const uint8_t b = joined[i] & known[i] & known[i - lag];
+            both[i] = b;
+            pairs  += b;
+            equal  += b & (uint8_t) (first[i] == first[i - lag]);
+        }
+        n    += pairs;
+        same += equal;
+    }
+}
+
+// bits that are set in both, summed over rows m with both[m]: of row m and the one `lag` before it
 FOR_EACH_CPU int64_t bits_shared(const uint64_t * word, const uint8_t * both, size_t lag, size_t m) {
     int64_t n = 0;
     for (size_t i = lag; i < m; i++) {
-        n += both[i] ? __builtin_popcountll(word[i] & word[i - lag]) : 0;
+        n += __builtin_popcountll(word[i] & word[i - lag] & (0 - (uint64_t) both[i]));
     }
     return n;
 }
@@ -34,18 +52,20 @@ py::tuple lag_agreement(const array<uint64_t> & words, const array<uint16_t> & f
     int64_t * const n_pairs = pairs.mutable_data(), * const n_same = same.mutable_data(), * const n_shared = shared.mutable_data();
     const uint64_t * word = words.data();
     const uint16_t * primary = first.data();
-    const bool * joined = together.data();
+    const uint8_t * joined = (const uint8_t *) together.data();
     struct moved {
         std::vector<uint64_t> word;
         std::vector<uint16_t> first;
-        std::vector<uint8_t>  both;
+        std::vector<uint8_t>  known, both;
     };
-    parallel_for(B, n_threads, [&] { return moved { std::vector<uint64_t>(W*M), std::vector<uint16_t>(M), std::vector<uint8_t>(M) }; },
-            [&](size_t draw, moved & s) {
+    parallel_for(B, n_threads, [&] {
+        return moved { std::vector<uint64_t>(W*M), std::vector<uint16_t>(M), std::vector<uint8_t>(M), std::vector<uint8_t>(M) };
+    }, [&](size_t draw, moved & s) {
         const int32_t * mine = rows + draw*M;
         for (size_t layer = 0; layer < L; layer++) {
             for (size_t i = 0; i < M; i++) {
                 s.first[i] = primary[layer*M + (size_t) mine[i]];
+                s.known[i] = s.first[i] < n_expert;
             }
             for (size_t w = 0; w < W; w++) {
                 for (size_t i = 0; i < M; i++) {
@@ -54,15 +74,8 @@ py::tuple lag_agreement(const array<uint64_t> & words, const array<uint16_t> & f
             }
             for (size_t g = 0; g < G; g++) {
                 const size_t by = (size_t) lag[g], out = (draw*L + layer)*G + g;
-                int64_t n = 0, equal = 0;
-                for (size_t i = by; i < M; i++) {
-                    s.both[i] = joined[g*M + i] && s.first[i] < n_expert && s.first[i - by] < n_expert;
-                    n     += s.both[i];
-                    equal += s.both[i] && s.first[i] == s.first[i - by];
-                }
-                n_pairs[out]  = n;
-                n_same[out]   = equal;
-                n_shared[out] = 0;
+                n_pairs[out] = n_same[out] = n_shared[out] = 0;
+                pairs_alike(s.first.data(), s.known.data(), joined + g*M, by, M, s.both.data(), n_pairs[out], n_same[out]);
                 for (size_t w = 0; w < W; w++) {
                     n_shared[out] += bits_shared(s.word.data() + w*M, s.both.data(), by, M);
                 }

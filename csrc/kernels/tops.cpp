@@ -8,28 +8,43 @@ namespace moetrace {
 
 namespace {
 
-// For each of k picks: how many of the E scores are better than its own: larger, or equal and further left. A pick of E or
-// more has the last rank there can be.
+// How many of the E scores are better than that of one: larger, or equal and further left.
 template <typename T>
-FOR_EACH_CPU void ranks_of(const T * score, size_t E, const uint16_t * pick, size_t k, int32_t * rank) {
-    for (size_t i = 0; i < k; i++) {
-        const size_t e = pick[i];
-        if (e >= E) {
-            rank[i] = std::numeric_limits<int32_t>::max();
-            continue;
+inline int64_t rank_of(const T * score, size_t E, size_t e) {
+    const T x = score[e];
+    int32_t larger = 0, no_less = 0;
+    for (size_t j = 0; j < E; j++) {
+        larger  += score[j] > x;
+        no_less += score[j] >= x;
+    }
+    if (no_less > larger + 1) {
+        for (size_t j = 0; j < e; j++) {
+            larger += score[j] == x;
         }
-        const T x = score[e];
-        int32_t larger = 0, no_less = 0;
-        for (size_t j = 0; j < E; j++) {
-            larger  += score[j] > x;
-            no_less += score[j] >= x;
+    }
+    return larger;
+}
+
+// Of `n` rows of E scores: how many of the k picks of each are among the m best, for each m of Z sizes.
+template <typename T>
+FOR_EACH_CPU void hits_of(const T * score, size_t E, const uint16_t * pick, size_t k, size_t n, const int64_t * size, size_t Z, T * row,
+        int32_t * hits) {
+    for (size_t cell = 0; cell < n; cell++) {
+        for (size_t e = 0; e < E; e++) {
+            const T x = score[cell*E + e];
+            row[e] = x == x ? x : -std::numeric_limits<T>::infinity();
         }
-        if (no_less > larger + 1) {
-            for (size_t j = 0; j < e; j++) {
-                larger += score[j] == x;
+        int32_t * mine = hits + cell*Z;
+        std::fill(mine, mine + Z, 0);
+        for (size_t i = 0; i < k; i++) {
+            const size_t e = pick[cell*k + i];
+            if (e < E) {
+                const int64_t rank = rank_of(row, E, e);
+                for (size_t z = 0; z < Z; z++) {
+                    mine[z] += rank < size[z];
+                }
             }
         }
-        rank[i] = larger;
     }
 }
 
@@ -47,22 +62,9 @@ array<int32_t> top_hits(const array<T> & scores, const array<uint16_t> & picks, 
     array<int32_t> out({ (py::ssize_t) n, (py::ssize_t) L, (py::ssize_t) Z });
     int32_t * hits = out.mutable_data();
     constexpr size_t BLOCK = 256; // cells
-    struct scratch { std::vector<T> row; std::vector<int32_t> rank; };
-    parallel_for((n*L + BLOCK - 1)/BLOCK, n_threads, [E, k] { return scratch { std::vector<T>(E), std::vector<int32_t>(k) }; },
-            [&](size_t block, scratch & s) {
-        for (size_t cell = block*BLOCK; cell < std::min(n*L, (block + 1)*BLOCK); cell++) {
-            for (size_t e = 0; e < E; e++) {
-                const T x = score[cell*E + e];
-                s.row[e] = x == x ? x : -std::numeric_limits<T>::infinity();
-            }
-            std::fill(hits + cell*Z, hits + (cell + 1)*Z, 0);
-            ranks_of(s.row.data(), E, pick + cell*k, k, s.rank.data());
-            for (const int32_t rank : s.rank) {
-                for (size_t z = 0; z < Z; z++) {
-                    hits[cell*Z + z] += rank < size[z];
-                }
-            }
-        }
+    parallel_for((n*L + BLOCK - 1)/BLOCK, n_threads, [E] { return std::vector<T>(E); }, [&](size_t block, std::vector<T> & row) {
+        const size_t begin = block*BLOCK, end = std::min(n*L, begin + BLOCK);
+        hits_of(score + begin*E, E, pick + begin*k, k, end - begin, size, Z, row.data(), hits + begin*Z);
     });
     return out;
 }

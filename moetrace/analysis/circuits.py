@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from moetrace._native import pair_draws
-from moetrace.analysis.counts.routed import RoutedText, rotation, standardised, usage
+from moetrace.analysis.counts.routed import RoutedText, rotation, standardised, usage, uses_expert
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.information import entropy_bits, shares
 from moetrace.analysis.statistics.shapes import Floats, Ints
@@ -171,7 +171,7 @@ class _Pair:
         cells = self.in_a[:, :, None].astype(np.int64) * n_expert + self.in_b[:, None, :]
         there = (self.in_a < n_expert)[:, :, None] & (self.in_b < n_expert)[:, None, :]
         joint = np.bincount(cells[there], minlength=n_expert**2).reshape(n_expert, n_expert)
-        z = standardised(joint.astype(np.float64), self.expected, self.variance)
+        z = standardised(joint, self.expected, self.variance)
         return joint.astype(np.float64), np.where(self.eligible, z, -np.inf)
 
     def draws(self, score: Floats, order: npt.NDArray[np.int32]) -> tuple[Ints, Floats, Floats]:
@@ -223,7 +223,7 @@ class _Sides:
     def uses(self, side: str, expert: int) -> tuple[Floats, Floats, Floats]:
         """Where an expert is used, (n,) 0 or 1; how often by request, and by word."""
         if (side, expert) not in self.found:
-            use = (getattr(self.pair, side) == expert).any(axis=1).astype(np.float64)
+            use = uses_expert(getattr(self.pair, side), expert).astype(np.float64)
             of: Floats = np.add.reduceat(use, self.pair.starts[:-1], dtype=np.float64)
             words: Floats = (
                 np.empty(0) if self.code is None else np.bincount(self.code, weights=use).astype(np.float64)
@@ -421,7 +421,7 @@ def path_test(
         sizes = np.bincount(text.owner[where], minlength=text.n_requests)
         starts = np.concatenate(([0], np.cumsum(sizes[sizes > 0]))).astype(np.int64)
         nodes = sorted({node for i in mine for node in paths[i]})
-        uses = {(a, e): (text.experts[where, a] == e).any(axis=1) for a, e in nodes}
+        uses = {(a, e): uses_expert(text.experts[where, a], e) for a, e in nodes}
         for draw in range(n_permutations + 1):
             moved = uses
             if draw:

@@ -59,7 +59,7 @@ class Live:
             raise UsageError("--every must be above 0", fix="give seconds, as 2.5")
         if args.replay and args.once:
             raise UsageError("--replay and --once contradict each other", fix="leave one out")
-        tails = Tails(Path(args.trace), args.model, replay=_factor(args.replay))
+        tails = Tails(Path(args.trace), args.model, replay=_factor(args.replay), every=args.every)
         on_terminal = sys.stdout.isatty() and sys.stdin.isatty() and not (args.once or args.json)
         view = _View("counts" if args.once else "recent")
         with contextlib.closing(tails), _keys(on_terminal):

@@ -94,6 +94,8 @@ def _apart(tasks: _Tasks, subject: Subject, then: Then | None, n: int, progress:
     waiting = list(tasks)
     running: dict[Connection, tuple[int, BaseProcess]] = {}
     done = 0
+    # Processes have one core each. Said here: in a fork, saying so would first start a thread for every core.
+    limited = threadpool_limits(1)
     try:
         while waiting or running:
             while waiting and len(running) < n:
@@ -124,6 +126,7 @@ def _apart(tasks: _Tasks, subject: Subject, then: Then | None, n: int, progress:
                 done += 1
                 yield i, *answer
     finally:
+        limited.restore_original_limits()
         for _, left_over in running.values():
             left_over.terminate()
             left_over.join()
@@ -141,11 +144,10 @@ def _next(waiting: list[int], running: list[int], tasks: _Tasks, n: int) -> int:
 def _asked(task: Question | Finding, subject: Subject, then: Then | None, answer: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the one who asks says what there is to say
     subject.progress = lambda what: None
-    with threadpool_limits(1):  # the others have the other cores
-        try:
-            answer.send(_done(task, subject, then))
-        except MoetraceError as e:
-            answer.send(e)
+    try:
+        answer.send(_done(task, subject, then))
+    except MoetraceError as e:
+        answer.send(e)
 
 
 def _ended(task: Question | Finding, code: int) -> Finding:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
 import json
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -24,10 +25,10 @@ from starlette.routing import Route
 from moetrace.errors import MoetraceError
 from moetrace.host.intervene import switch
 from moetrace.live.metrics import Metrics
-from moetrace.live.tail import Snapshot, Tail
+from moetrace.live.tail import Tail
 from moetrace.report.script import TEMPLATES
 from moetrace.trace.request_text import called, request_text
-from moetrace.trace.routed import routed_experts
+from moetrace.trace.routed import RoutedExperts, routed_experts
 from moetrace.trace.trace import Trace
 
 _PAGE = Path(__file__).parent / "page"
@@ -46,6 +47,8 @@ _POLL_S = 0.2
 LONGEST_WAIT_S = 300.0
 LONGEST_TEXT = 4000  # tokens that the page colours
 _LISTED = 1000
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class Service:
@@ -74,15 +77,17 @@ class Service:
         domains: bool = False,
     ) -> None:
         self._path, self._model, self._token = path, model, token
-        self._tail, self._lock = Tail(path, model), Lock()
+        self._tail = Tail(path, model)
+        # one thread reads the trace: nobody waits for a lock, and memory is not spread over many threads' heaps
+        self._reader = ThreadPoolExecutor(1, "moetrace-reader")
         self._registry = CollectorRegistry()
-        self._registry.register(_Lazy(Metrics(self.look, experts=experts, domains=domains)))
+        self._registry.register(_Lazy(Metrics(self._tail.look, experts=experts, domains=domains)))
         routes = [
             Route("/", self._page),
             Route("/page.js", self._page),
             Route("/page.css", self._page),
             Route("/text.mjs", self._page),
-            Route("/favicon.ico", lambda request: Response(status_code=204, headers=_HEADERS)),
+            Route("/favicon.ico", self._no_icon),
             Route("/metrics", self._metrics),
             Route("/events", self._events),
             Route("/requests", self._requests),
@@ -98,25 +103,30 @@ class Service:
             exception_handlers={MoetraceError: _refused},
         )
 
-    def look(self) -> Snapshot:
-        """What is known now; one look at a time."""
-        with self._lock:
-            return self._tail.look()
-
     def close(self) -> None:
         """Let go of the trace."""
+        self._reader.shutdown()
         self._tail.close()
+
+    async def _read(self, what: Callable[_P, _T], *args: _P.args, **options: _P.kwargs) -> _T:
+        """Do it in the thread that reads the trace, one after the other."""
+        work = functools.partial(what, *args, **options)
+        return await asyncio.get_running_loop().run_in_executor(self._reader, work)
 
     # -- what is served
 
-    def _page(self, request: Request) -> Response:
+    async def _page(self, request: Request) -> Response:
         file, kind = _FILES.get(request.url.path, (_PAGE / "page.html", "text/html"))
         return Response(file.read_bytes(), media_type=kind, headers=_HEADERS)
 
-    def _metrics(self, request: Request) -> Response:
+    async def _no_icon(self, request: Request) -> Response:
+        return Response(status_code=204, headers=_HEADERS)
+
+    async def _metrics(self, request: Request) -> Response:
         self._allow(request)
         encode, kind = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(self._registry), headers=_HEADERS | {"content-type": kind})
+        said = await self._read(encode, self._registry)
+        return Response(said, headers=_HEADERS | {"content-type": kind})
 
     async def _events(self, request: Request) -> Response:
         self._allow(request)
@@ -124,7 +134,7 @@ class Service:
         async def told() -> AsyncIterator[str]:
             while not await request.is_disconnected():
                 try:
-                    said = (await asyncio.to_thread(self.look)).to_json()
+                    said = (await self._read(self._tail.look)).to_json()
                 except MoetraceError as e:
                     said = {"waiting": e.what}
                 yield f"data: {json.dumps(said, allow_nan=False)}\n\n"
@@ -132,12 +142,13 @@ class Service:
 
         return StreamingResponse(told(), media_type="text/event-stream", headers=_HEADERS)
 
-    def _requests(self, request: Request) -> Response:
+    async def _requests(self, request: Request) -> Response:
         """Requests, the latest first: ``?slot=N``, ``?after=NS`` (``start_ns``), ``?id=ID``."""
         self._allow(request)
-        with self._lock:
-            self._tail.look()
-            table = self._tail.trace.requests
+        return JSONResponse(await self._read(self._listed, request), headers=_HEADERS)
+
+    def _listed(self, request: Request) -> list[dict[str, Any]]:
+        table = self._fresh().requests
         for name, column in (("slot", "slot"), ("after", "start_ns")):
             value = request.query_params.get(name)
             if value is not None:
@@ -157,8 +168,7 @@ class Service:
             "start_ns",
         ]
         rows = table[columns].iloc[::-1].head(_LISTED).reset_index().to_dict("records")
-        out = [{str(k): _plain(v) for k, v in row.items()} for row in rows]
-        return JSONResponse(out, headers=_HEADERS)
+        return [{str(k): _plain(v) for k, v in row.items()} for row in rows]
 
     async def _experts(self, request: Request) -> Response:
         """One request's routed experts: JSON, or .npy (``Accept: application/x-npy`` or ``?format=npy``).
@@ -174,7 +184,7 @@ class Service:
         while True:
             late = asyncio.get_running_loop().time() >= ends
             try:
-                found = await asyncio.to_thread(self._found, asked, n_tokens)
+                found = await self._read(self._found, asked, n_tokens)
             except _NotThereError:  # yet
                 if late:
                     raise
@@ -188,29 +198,31 @@ class Service:
             return Response(found.npy(), media_type="application/x-npy", headers=_HEADERS | more)
         return JSONResponse(found.to_json(), headers=_HEADERS)
 
-    def _found(self, asked: str, n_tokens: int | None) -> Any:
-        with self._lock:
-            trace = self._tail.trace
-            if trace.live:
-                trace.refresh()
-            return routed_experts(trace, _one(trace, asked), n_tokens)
+    def _fresh(self) -> Trace:
+        trace = self._tail.trace
+        if trace.live:
+            trace.refresh()
+        return trace
 
-    def _text(self, request: Request) -> Response:
+    def _found(self, asked: str, n_tokens: int | None) -> RoutedExperts:
+        trace = self._fresh()
+        return routed_experts(trace, _one(trace, asked), n_tokens)
+
+    async def _text(self, request: Request) -> Response:
         """One request's words and their experts in one layer, ``?layer=N``: what the page colours."""
         self._allow(request)
         asked, layer = request.path_params["request"], request.query_params.get("layer")
-        with self._lock:
-            trace = self._tail.trace
-            if trace.live:
-                trace.refresh()
-            layers = trace.layers.tolist()
-            wanted = layers[len(layers) // 2] if layer is None else _number(layer, "layer")
-            text = request_text(trace, _one(trace, asked), wanted, LONGEST_TEXT)
-        return JSONResponse(text.to_json(), headers=_HEADERS)
+        return JSONResponse(await self._read(self._worded, asked, layer), headers=_HEADERS)
 
-    def _interventions(self, request: Request) -> Response:
+    def _worded(self, asked: str, layer: str | None) -> dict[str, Any]:
+        trace = self._fresh()
+        layers = trace.layers.tolist()
+        wanted = layers[len(layers) // 2] if layer is None else _number(layer, "layer")
+        return request_text(trace, _one(trace, asked), wanted, LONGEST_TEXT).to_json()
+
+    async def _interventions(self, request: Request) -> Response:
         self._allow(request)
-        now = self.look()
+        now = await self._read(self._tail.look)
         return JSONResponse(
             {context.name: context.intervention for context in now.contexts}, headers=_HEADERS
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from moetrace.trace.trace import Trace, open_trace
 
 _ROWS = 1 << 13  # counted at a time
 BUCKET_S = 10.0
+_OLD_S = 60.0  # what is older is kept in longer stretches: a bucket is layers × experts
 HISTORY_S = 3600.0
 LABEL_ROWS = 200_000
 _SHARE = 0.25  # of experts, for `served`
@@ -199,6 +200,8 @@ class Tail:
         Show a recording that has ended as it went, so many times as fast; None: as it is now.
     label
         Count the rows of this label apart; None: of none.
+    every
+        Seconds between looks, about: what comes while nobody looks for twice as long is of no known second.
     """
 
     path: Path
@@ -206,12 +209,15 @@ class Tail:
     clock: Callable[[], float] = time.monotonic
     replay: float | None = None
     label: str | None = None
+    every: float = 1.0
     _active: dict[int, tuple[float, int, int, int]] = field(default_factory=dict)
     _labelled: tuple[float, str | None, NDArray[np.uint64] | None] = (-np.inf, None, None)
     _began: float | None = None
     _trace: Trace | None = None
+    _looked: float = -np.inf
     _seen: dict[str, int] = field(default_factory=dict)
-    _buckets: deque[_Bucket] = field(default_factory=deque)
+    _buckets: deque[_Bucket] = field(default_factory=deque)  # the one that is filled, and the one before
+    _old: deque[_Bucket] = field(default_factory=deque)
     _counts: NDArray[np.uint64] | None = None
     _tokens: dict[str, int] = field(default_factory=dict)
     _entries: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(State), np.int64))
@@ -235,14 +241,27 @@ class Tail:
             self._counts, self._tokens, self._seen = np.zeros(shape, np.uint64), {}, {}
             self._entries[:] = 0
             self._buckets.clear()
-        if not self._buckets or now - self._buckets[-1].began >= BUCKET_S:
-            self._buckets.append(_Bucket(now, np.zeros(shape, np.uint32), {}))
-        while now - self._buckets[0].began > HISTORY_S:
-            self._buckets.popleft()
-        watched = bool(self._seen) or self.replay is not None
+            self._old.clear()
+        # after a time without looks: rows of that time are of no known second, as those before the first look are
+        watched = self.replay is not None or now - self._looked < 2 * max(BUCKET_S, self.every)
+        self._looked = now
+        self._begin(now, shape, keep=2 if watched else 1)
         for part in trace.parts:
             self._count(part, part.shown[0], until, watched=watched)
         return self._snapshot(trace, now, until)
+
+    def _begin(self, now: float, shape: tuple[int, ...], keep: int) -> None:
+        """Begin a bucket if it is time; what is before the ``keep`` latest is old."""
+        if not self._buckets or now - self._buckets[-1].began >= BUCKET_S:
+            self._buckets.append(_Bucket(now, np.zeros(shape, np.uint32), {}))
+        while len(self._buckets) > keep:
+            before = self._buckets.popleft()
+            if self._old and before.began - self._old[-1].began < _OLD_S:
+                self._old[-1].counts += before.counts
+            else:
+                self._old.append(before)
+        while self._old and now - self._old[0].began > HISTORY_S:
+            self._old.popleft()
 
     def _times(self, trace: Trace) -> tuple[float, int | None]:
         """Seconds of the clock, or of the recording; and the time of the rows that are seen, None: all."""
@@ -327,7 +346,7 @@ class Tail:
 
     def _snapshot(self, trace: Trace, now: float, until: int | None) -> Snapshot:
         assert self._counts is not None
-        latest = list(self._buckets)[-2:]
+        latest = list(self._buckets)
         seconds = max(now - latest[0].began, 1e-9)
         tokens = {said: sum(b.tokens.get(said, 0) for b in latest) for said in _PHASES.values()}
         if until is not None or now - self._requests[0] >= BUCKET_S:
@@ -335,7 +354,8 @@ class Tail:
         more = any(self._seen[part.shown[0]] < len(part.serial) for part in trace.parts)
         _, by_domain, cached = self._requests
         self._active = {n: a for n, a in self._active.items() if a[0] >= latest[0].began}
-        recent, hour = _sum(latest, self._counts.shape), _sum(list(self._buckets), self._counts.shape)
+        recent = _sum(latest, self._counts.shape)
+        hour = _sum(self._old, self._counts.shape) + recent
         return Snapshot(
             np.asarray(trace.layers),
             np.asarray(trace.n_expert),
@@ -376,7 +396,7 @@ class Tails:
 
     Attributes
     ----------
-    path, model, clock, replay, label
+    path, model, clock, replay, label, every
         As for :class:`Tail`; with ``model`` only that one is followed.
     """
 
@@ -385,6 +405,7 @@ class Tails:
     clock: Callable[[], float] = time.monotonic
     replay: float | None = None
     label: str | None = None
+    every: float = 1.0
     _tails: dict[str, Tail] = field(default_factory=dict)
     _listed: float = -np.inf
 
@@ -410,7 +431,7 @@ class Tails:
 
     def _follow(self, name: str, model: str | None) -> None:
         if name not in self._tails:
-            self._tails[name] = Tail(self.path, model, self.clock, self.replay)
+            self._tails[name] = Tail(self.path, model, self.clock, self.replay, every=self.every)
 
     def _let_go(self, name: str) -> None:
         if tail := self._tails.pop(name, None):
@@ -463,7 +484,7 @@ def served_by_hottest(
     return served / total if total else float("nan")
 
 
-def _sum(buckets: list[_Bucket], shape: tuple[int, ...]) -> NDArray[np.uint64]:
+def _sum(buckets: Iterable[_Bucket], shape: tuple[int, ...]) -> NDArray[np.uint64]:
     out = np.zeros(shape, np.uint64)
     for bucket in buckets:
         out += bucket.counts

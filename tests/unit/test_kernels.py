@@ -66,21 +66,30 @@ def test_kinds(seed: int, n: int, n_kinds: int, threads: int) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32), n=st.integers(1, 60), threads=st.integers(1, 3))
-def test_pairs(seed: int, n: int, threads: int) -> None:
+@given(
+    seed=st.integers(0, 2**32),
+    n=st.integers(1, 600),
+    threads=st.integers(1, 3),
+    e=st.sampled_from([6, 40, 70]),  # many experts are counted in another way
+    twice=st.booleans(),
+)
+def test_pairs(seed: int, n: int, threads: int, e: int, twice: bool) -> None:
     rng = np.random.default_rng(seed)
-    a, b, order = routing(rng, n, 3, 6), routing(rng, n, 2, 6), orders(rng, 5, n)
-    first_a, first_b = rng.integers(0, 6, (2, n))
-    expected, score = rng.random((6, 6)) * n / 8, rng.normal(size=(6, 6))
-    spread, eligible = 0.5 + rng.random((6, 6)), rng.random((6, 6)) < 0.7
+    a, b, order = routing(rng, n, 3, e), routing(rng, n, 2, e), orders(rng, 5, n)
+    if twice:  # as no router does
+        b[:, 1] = b[:, 0]
+    first_a, first_b = rng.integers(0, e, (2, n))
+    expected, score = rng.random((e, e)) * n / 8, rng.normal(size=(e, e))
+    spread, eligible = 0.5 + rng.random((e, e)), rng.random((e, e)) < 0.7
     reached, largest, bits = _native.pair_draws(
         a, b, first_a, first_b, order, expected, spread, score, eligible, threads
     )
-    z = np.array([(membership(a, 6).T @ membership(b[one], 6) - expected) / spread for one in order])
+    uses_a, uses_b = ((ids[:, :, None] == np.arange(e)).sum(axis=1).astype(float) for ids in (a, b))
+    z = np.array([(uses_a.T @ uses_b[one] - expected) / spread for one in order])
     z[:, ~eligible] = -np.inf
     np.testing.assert_array_equal(reached, ((z >= score - 1e-9) & eligible).sum(axis=0))
     np.testing.assert_allclose(largest, z.max(axis=(1, 2)))
-    together = [np.bincount(first_a * 6 + first_b[one], minlength=36) for one in order]
+    together = [np.bincount(first_a * e + first_b[one], minlength=e**2) for one in order]
     np.testing.assert_allclose(bits, [entropy_bits(shares(t.astype(float))) for t in together], atol=1e-12)
 
 
@@ -88,7 +97,7 @@ def test_pairs(seed: int, n: int, threads: int) -> None:
 @given(seed=st.integers(0, 2**32), n=st.integers(2, 60), width=st.integers(2, 12), threads=st.integers(1, 3))
 def test_splits(seed: int, n: int, width: int, threads: int) -> None:
     rng = np.random.default_rng(seed)
-    experts = np.stack([routing(rng, n, 3, 8) for _ in range(2)], axis=1)
+    experts = np.stack([routing(rng, n, 3, 8) for _ in range(2)])
     step = np.sort(rng.integers(0, width, n))
     order = orders(rng, 3, n)
     begin = np.searchsorted(step, np.arange(width + 1))
@@ -97,7 +106,7 @@ def test_splits(seed: int, n: int, width: int, threads: int) -> None:
         for t in range(width - 1):
             each = []
             for layer in range(2):
-                uses = membership(experts[one, layer], 8)
+                uses = membership(experts[layer, one], 8)
                 parts = uses[step <= t].sum(axis=0), uses[step > t].sum(axis=0)
                 sizes = [float(p.sum()) for p in parts]
                 inner = sum(

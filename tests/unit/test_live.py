@@ -83,15 +83,39 @@ def test_what_is_new_is_counted_once_and_when(tmp_path: Path) -> None:
     assert second.recent.sum() == second.hour.sum() == new
     assert sum(second.tokens.values()) - sum(first.tokens.values()) == 3
     assert sum(second.per_second.values()) == pytest.approx(3 / 5)
-    now[0] = 5 + 3 * BUCKET_S
-    tail.look()
-    now[0] += BUCKET_S
-    later = tail.look()
+    for _ in range(3):
+        now[0] += BUCKET_S
+        later = tail.look()
     assert later.recent.sum() == 0
+    assert later.hour.sum() == new
+    for _ in range(12):  # older buckets become one
+        now[0] += BUCKET_S
+        later = tail.look()
     assert later.hour.sum() == new
     now[0] = 4000.0
     assert tail.look().hour.sum() == 0
     np.testing.assert_array_equal(tail.look().counts, second.counts)
+    # nobody looked for long: what came then is counted, and of no known second
+    with TableWriter.resume(path / "ctx0" / "rows") as writer:
+        writer.append(more)
+        writer.seal()
+    now[0] += 5 * BUCKET_S
+    last = tail.look()
+    assert last.counts.sum() > second.counts.sum()
+    assert last.recent.sum() == last.hour.sum() == 0
+    assert last.per_second == {}
+
+
+def test_memory_of_an_hour_is_that_of_a_bucket_a_minute(recorded: Path) -> None:
+    now = [0.0]
+    tail = Tail(recorded, clock=lambda: now[0], replay=1e-9)
+    for _ in range(3 * 3600):
+        now[0] += 1.0
+        tail._begin(now[0], (2, 3), keep=2)
+        tail._buckets[-1].counts += np.uint32(1)
+    assert len(tail._old) <= 61
+    seen = sum(int(bucket.counts[0, 0]) for bucket in (*tail._old, *tail._buckets))
+    assert 3600 <= seen <= 3700
 
 
 def test_a_recording_is_replayed_as_it_went(recorded: Path) -> None:

@@ -107,22 +107,29 @@ def dispersion(counts: npt.ArrayLike, codes: Ints, n_domains: int) -> Floats:
     around = (x - middle[own]) * (known * wider)[:, None]
     squares = (around**2).sum(axis=1)
     inner = around @ around.T if len(x) <= _MANY else None
-    for b, code in enumerate(codes):
-        n = np.bincount(code, weights=known, minlength=n_domains)
-        away = np.sqrt(squares)
-        if inner is not None and b:
-            member = ((code[:, None] == np.arange(n_domains)) * known[:, None]) / np.maximum(n, 1)
-            along = inner @ member  # (P, D) each place times the middle of each domain's
-            of_middle = np.einsum("pd,pd->d", member, along)
-            squared = squares - 2 * along[np.arange(len(x)), code] + of_middle[code]
-            away = np.sqrt(np.maximum(squared * (n / np.maximum(n - 1, 1))[code], 0.0))
+    step = max(1, _BATCH // (8 * len(x) * n_domains))
+    for start in range(0, len(codes), step):
+        some = codes[start : start + step]  # (b, P)
+        member = (some[:, :, None] == np.arange(n_domains)) * known[:, None]
+        n = member.sum(axis=1)  # (b, D)
+        away = np.broadcast_to(np.sqrt(squares), some.shape)
+        if inner is not None:
+            share = member / np.maximum(n, 1)[:, None]
+            along = inner @ share  # (b, P, D) each place times the middle of each domain's
+            of_middle = np.einsum("bpd,bpd->bd", share, along)
+            of_own = np.take_along_axis(along, some[:, :, None], axis=2)[:, :, 0]
+            squared = squares - 2 * of_own + np.take_along_axis(of_middle, some, axis=1)
+            fewer = np.take_along_axis(n / np.maximum(n - 1, 1), some, axis=1)
+            moved = np.sqrt(np.maximum(squared * fewer, 0.0))
+            away = np.where(np.arange(start, start + len(some))[:, None] > 0, moved, away)
         away = away * known
         with np.errstate(invalid="ignore", divide="ignore"):
-            sums = np.bincount(code, weights=away, minlength=n_domains)
-            between = (sums**2 / n).sum() - away.sum() ** 2 / known.sum()
-            within = (away**2).sum() - away.sum() ** 2 / known.sum() - between
+            sums = np.einsum("bpd,bp->bd", member, away)
+            mean = away.sum(axis=1) ** 2 / known.sum()
+            between = (sums**2 / n).sum(axis=1) - mean
+            within = (away**2).sum(axis=1) - mean - between
             f = between / (n_domains - 1) / (within / free)
-        out[b] = f if np.isfinite(f) else np.nan
+        out[start : start + step] = np.where(np.isfinite(f), f, np.nan)
     return out
 
 

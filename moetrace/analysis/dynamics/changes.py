@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from moetrace._native import split_divergence
 from moetrace.analysis.counts.routed import RoutedText
@@ -48,7 +49,7 @@ def describe_change(
     """Describe a change at step ``at`` of the rows of a text, of which ``step`` (n,) counts from 0 on."""
     owner = np.unique(text.owner[rows], return_inverse=True)[1]
     n_prompts, width = int(owner.max()) + 1, int(step.max()) + 1
-    experts = text.experts.astype(np.uint16)
+    experts = text.by_layer()
     places = [
         _largest(experts, rows, step, weight[owner], width, min_steps, text.n_expert)
         for weight in rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), _DRAWS)
@@ -59,7 +60,7 @@ def describe_change(
 
 
 def _largest(
-    experts: np.ndarray[tuple[int, ...], np.dtype[np.uint16]],
+    experts: npt.NDArray[np.uint16],
     rows: Ints,
     step: Ints,
     weight: Ints,
@@ -116,7 +117,7 @@ def _fit(
     if n_prompts < 2 * _FOLDS:
         return "either"
     n_cells = text.experts.shape[1] * text.n_expert
-    experts = text.experts.astype(np.uint16)
+    experts = text.by_layer()
     place, cell = _picks(text, rows)
     fold = rng.permutation(n_prompts) % _FOLDS
     gain, n = np.zeros((2, n_prompts))

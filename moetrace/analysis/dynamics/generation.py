@@ -104,7 +104,7 @@ def generation_phases(
     """
     used = text.some(max_rows, seed, "beginning")
     rng = np.random.default_rng(seed)
-    experts = used.experts.astype(np.uint16)
+    experts = used.by_layer()
     step = np.arange(len(used)) - np.repeat(used.starts[:-1], np.diff(used.starts))
     longest = int(np.diff(used.starts).max(initial=0))
     rows: list[dict[str, object]] = []

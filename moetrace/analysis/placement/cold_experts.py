@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from moetrace.analysis.counts.routed import RoutedText
+from moetrace.analysis.counts.routed import RoutedText, uses_expert
 from moetrace.analysis.statistics.nulls import clopper_pearson, jackknife
 from moetrace.analysis.statistics.rates import Rates
 from moetrace.analysis.statistics.shapes import Ints, layer_numbers
@@ -160,7 +160,7 @@ def trigger_tokens(
     tokens = text.tokens
     rows: list[tuple[object, ...]] = []
     for layer, expert in experts:
-        uses = (text.experts[:, layer] == expert).any(axis=1)
+        uses = uses_expert(text.experts[:, layer], expert)
         where = np.flatnonzero(uses)
         weight = np.full(where.size, np.nan)
         if text.weights is not None:
@@ -210,7 +210,7 @@ def candidate_tokens(
     tokens = text.tokens
     out = {}
     for layer, expert in experts:
-        uses = (text.experts[:, layer] == expert).any(axis=1) & (tokens >= 0)
+        uses = uses_expert(text.experts[:, layer], expert) & (tokens >= 0)
         ids, where = np.unique(tokens, return_inverse=True)
         seen = np.bincount(where, weights=text.known(layer).astype(np.float64))
         hits = np.bincount(where, weights=uses.astype(np.float64))

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from moetrace.analysis.counts.routed import RoutedText, exchange
+from moetrace.analysis.counts.routed import RoutedText, exchange, uses_expert
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.shapes import Floats
 
@@ -100,9 +100,9 @@ def attended_experts(
         at, feature, expert = place[i].tolist()
         index, text, features = layers[at]
         value = features.reshape(len(text), -1)[:, feature].astype(np.float64)
-        interval = _interval(value, (text.experts[:, index] == expert).any(axis=1), text)
+        interval = _interval(value, uses_expert(text.experts[:, index], expert), text)
         head, kind = divmod(feature, len(names))
-        used = int((text.experts[:, index] == expert).any(axis=1).sum())
+        used = int(uses_expert(text.experts[:, index], expert).sum())
         rows.append(
             (
                 int(text.layers[index]), head, names[kind], expert, used, float(observed[i]),

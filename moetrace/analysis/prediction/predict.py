@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain, pairwise
 from typing import Any
 
@@ -123,9 +123,12 @@ class Problem:
         names = ("used", "picks", "prompt", "run", "token", "position", "fold")
         return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
-    def folds(self) -> list[tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
-        """Of each fold: (n,) masks of what is fitted on and what is held out."""
-        return [(self.fold != f, self.fold == f) for f in np.unique(self.fold)]
+    @cached_property
+    def folds(self) -> list[tuple[Ints, Ints]]:
+        """Of each fold: the rows that are fitted on, and those that are held out, ascending."""
+        return [
+            (np.flatnonzero(self.fold != f), np.flatnonzero(self.fold == f)) for f in np.unique(self.fold)
+        ]
 
 
 # -- predictors: scores (n, E), each token's from what was learnt without its fold ------------------------
@@ -134,7 +137,7 @@ class Problem:
 def popularity(p: Problem) -> Scores:
     """The experts that are used most, whatever the token."""
     out = np.empty(p.used.shape, dtype=np.float32)
-    for fit, held in p.folds():
+    for fit, held in p.folds:
         out[held] = p.used[fit].mean(axis=0)
     return out
 
@@ -151,36 +154,37 @@ def table(p: Problem, key: npt.ArrayLike, prior: float = _PRIOR) -> Scores:
     """Mean usage at each value of ``key`` (n,) (token id, position), drawn to the overall usage where it is rare."""
     code = np.unique(np.asarray(key), return_inverse=True)[1]
     out = np.empty(p.used.shape, dtype=np.float32)
-    for fit, held in p.folds():
+    for fit, held in p.folds:
         means, mean = _means(code, p.used, fit)
         out[held] = _shrunk(means, mean, prior)[code[held]]
     return out
 
 
-def transition(p: Problem, features: npt.NDArray[Any]) -> Scores:
+def transition(p: Problem, features: npt.NDArray[Any] | sparse.csr_array) -> Scores:
     """Mean of P(expert | an expert used elsewhere) over those used elsewhere (n, E'): a transition table."""
-    x = sparse.csr_array(features.astype(np.float32))
+    x: sparse.csr_array[np.float32] = sparse.csr_array(features).astype(np.float32)
     out = np.empty(p.used.shape, dtype=np.float32)
-    for fit, held in p.folds():
+    for fit, held in p.folds:
         mean = p.used[fit].mean(axis=0)
         share = (x[fit].T @ p.used[fit] + _PRIOR * mean) / (x[fit].sum(axis=0)[:, None] + _PRIOR)
         out[held] = x[held] @ share
     return out
 
 
-def pick_ridge(p: Problem, features: npt.NDArray[Any]) -> Scores:
+def pick_ridge(p: Problem, features: npt.NDArray[Any] | sparse.csr_array) -> Scores:
     """:func:`ridge` on features (n, F) of which few are not 0: which experts a token uses elsewhere."""
-    x, used = sparse.csr_array(features.astype(np.float64)), sparse.csr_array(p.used.astype(np.float64))
+    x: sparse.csr_array[np.float64] = sparse.csr_array(features).astype(np.float64)
+    used = sparse.csr_array(p.used.astype(np.float64))
     mean: Floats = np.asarray(x.mean(axis=0)).reshape(-1)
     square: Floats = np.asarray((x * x).mean(axis=0)).reshape(-1)
     spread = np.sqrt(np.maximum(square - mean**2, 0.0))
     scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 1e-5)
-    folds = [held for _, held in p.folds()]
+    folds = [held for _, held in p.folds]
     grams = np.stack([(x[held].T @ x[held]).toarray() for held in folds])
     crosses = np.stack([(x[held].T @ used[held]).toarray() for held in folds])
     mx: Floats = np.stack([np.asarray(x[held].sum(axis=0)).reshape(-1) for held in folds])
     my: Floats = np.stack([p.used[held].sum(axis=0, dtype=np.float64) for held in folds])
-    sizes = np.array([held.sum() for held in folds])
+    sizes = np.array([held.size for held in folds])
     scores = np.empty(p.used.shape)
     for i, held in enumerate(folds):
         n = sizes.sum() - sizes[i]
@@ -214,7 +218,7 @@ def ridge(
         z = _scaled(nuisance)
         x, penalty = np.hstack((z, x)), np.concatenate((np.full(z.shape[1], 1e-3), penalty))
     scores = np.zeros(p.used.shape) if offset is None else np.array(offset, dtype=np.float64)
-    folds = p.folds()
+    folds = p.folds
     grams = [(x[held].T @ x[held]).astype(np.float64) for _, held in folds]
     for i, (fit, held) in enumerate(folds):
         y = p.used[fit] if fitted_offset is None else p.used[fit] - fitted_offset[i][fit]
@@ -234,14 +238,16 @@ def token_ridge(p: Problem, features: npt.NDArray[Any], nuisance: npt.NDArray[An
     sums = _sums(own, p.used, pair.shape[1])
     counts = np.bincount(own, minlength=pair.shape[1]).astype(np.float64)
     left = []
-    for fit, _ in p.folds():
+    for fit, _ in p.folds:
         total, n = (
             _sums(code[fit], p.used[fit], int(code.max()) + 1),
             np.bincount(code[fit], minlength=code.max() + 1),
         )
         mean = p.used[fit].mean(axis=0)
-        rest = total[code] - sums[own] * fit[:, None]
-        left.append((rest + _PRIOR * mean) / (n[code] - counts[own] * fit + _PRIOR)[:, None])
+        fitted = np.zeros(code.size)
+        fitted[fit] = 1.0
+        rest = total[code] - sums[own] * fitted[:, None]
+        left.append((rest + _PRIOR * mean) / (n[code] - counts[own] * fitted + _PRIOR)[:, None])
     return ridge(p, features, nuisance=nuisance, offset=table(p, p.token), fitted_offset=left)
 
 
@@ -597,7 +603,7 @@ def _sums(code: npt.NDArray[Any], used: npt.NDArray[np.float32], n: int) -> Floa
 
 
 def _means(
-    code: npt.NDArray[Any], used: npt.NDArray[np.float32], fit: npt.NDArray[np.bool_]
+    code: npt.NDArray[Any], used: npt.NDArray[np.float32], fit: Ints
 ) -> tuple[tuple[Floats, Floats], npt.NDArray[Any]]:
     n = int(code.max()) + 1
     sums = _sums(code[fit], used[fit], n)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy import sparse
 
 from moetrace.analysis.prediction.predict import (
     GainTest,
@@ -58,13 +59,14 @@ def task_prediction(
     those of the last predictor, ``hidden`` or else ``experts``, over the others; the test is whether the early
     experts tell more than popularity does.
     """
+    chosen = sparse.csr_array(early)  # few are not 0
     scores = {
         "popularity": popularity(p),
         "previous": previous(p),
         "token": table(p, p.token),
-        "transition": transition(p, early),
+        "transition": transition(p, chosen),
         **({} if gate is None else {"gate": gate}),
-        "experts": pick_ridge(p, early),
+        "experts": pick_ridge(p, chosen),
         **({} if hidden is None else {"hidden": ridge(p, hidden)}),
     }
     if test is None:

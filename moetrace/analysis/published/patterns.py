@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from moetrace.analysis.counts.routed import RoutedText
+from moetrace.analysis.counts.routed import RoutedText, uses_expert
 from moetrace.analysis.text.association import indicator
 from moetrace.analysis.text.lexicon import semantic_type, token_type
 
@@ -55,7 +55,7 @@ def as_published_pattern_summary(
             counts = np.rint(table[:, expert]).astype(int)
             total = int(counts.sum())
             best = np.argsort(-counts, kind="stable")[:3]
-            uses = np.flatnonzero((text.experts[:, layer] == expert).any(axis=1))[:5]
+            uses = np.flatnonzero(uses_expert(text.experts[:, layer], expert))[:5]
             rows.append(
                 {
                     "layer": int(text.layers[layer]),

@@ -172,10 +172,11 @@ def associate(
         score = _within_prompts(at, ids, n_expert) if within else _overall(at, ids, n_expert)
         for some in parts(np.flatnonzero(eligible.any(axis=1)), n_expert * (n_permutations + 1)):
             tested = eligible[some]
-            null = score(some)[:, tested]
+            scores = score(some)
+            null = scores.reshape(len(scores), -1) if tested.all() else scores[:, tested]
             # What stays whatever is rearranged (the first token of every text, say) is no finding.
             null -= null.mean(axis=0)
-            null /= np.maximum(null.std(axis=0), 1.0)
+            null /= np.maximum(np.sqrt(np.einsum("bc,bc->c", null, null) / len(null)), 1.0)
             where = np.nonzero(tested)
             z[layer, some[where[0]], where[1]] = null[0]
             p_value[layer, some[where[0]], where[1]] = nulls.permutation_p(null)
@@ -271,13 +272,14 @@ def _overall(at: _Rows, ids: npt.NDArray[np.uint16], n_expert: int) -> _Score:
     """How much more often than by their totals experts meet kinds."""
     m = len(ids)
     b = (at.times @ membership(ids, n_expert)).astype(np.float64)[:, None, :]
+    b_rest = b * (m - b) / (m * m * max(m - 1, 1))
 
     def score(some: Ints) -> Floats:
         kind, row, _ = at.cells(some)
-        counts = kind_counts(kind, row, ids, at.order, some.size, n_expert)
+        by_row = np.argsort(row, kind="stable")  # a text's rows lie side by side, also where they are put
+        counts = kind_counts(kind[by_row], row[by_row], ids, at.order, some.size, n_expert)
         a = at.n_kind[some].astype(np.float64)[:, None]
-        variance = a * b * (m - a) * (m - b) / (m * m * max(m - 1, 1))
-        return standardised(counts.astype(np.float64), a * b / m, variance)
+        return standardised(counts, b * (a / m), b_rest * (a * (m - a)))
 
     return score
 

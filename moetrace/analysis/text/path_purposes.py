@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from moetrace.analysis.counts.routed import RoutedText, exchange
+from moetrace.analysis.counts.routed import RoutedText, exchange, uses_expert
 from moetrace.analysis.domains.domain import domain_lift
 from moetrace.analysis.statistics.nulls import Domains, feasibility
 from moetrace.analysis.text.association import associate, indicator
@@ -28,7 +28,7 @@ def paths_as_experts(text: RoutedText, paths: Sequence[Path]) -> RoutedText:
     for layer in sorted({layer for path in paths for layer, _ in path}):
         known &= text.known(layer)
     for i, path in enumerate(paths):
-        uses[:, i] = np.logical_and.reduce([(text.experts[:, a] == e).any(axis=1) for a, e in path])
+        uses[:, i] = np.logical_and.reduce([uses_expert(text.experts[:, a], e) for a, e in path])
     uses[:, -1] = ~uses.any(axis=1)
     uses &= known[:, None]
     n, most = len(paths) + 1, max(1, int(uses.sum(axis=1).max(initial=0)))

@@ -27,7 +27,7 @@ import pandas as pd
 from scipy import sparse
 
 from moetrace._native import group_sums, kind_counts
-from moetrace.analysis.counts.routed import RoutedText, exchange, rotation, usage
+from moetrace.analysis.counts.routed import RoutedText, exchange, rotation, usage, uses_expert
 from moetrace.analysis.domains.domain import domain_lift, domain_test
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.shapes import Floats, Ints
@@ -178,7 +178,7 @@ def _with_words(
     different, top, share = [], [], []
     for number, expert, name in table[["layer", "expert", "pattern"]].itertuples(index=False, name=None):
         rows = rows_of[name]
-        mine = rows[(text.experts[rows, layer_of[number]] == expert).any(axis=1)]
+        mine = rows[uses_expert(text.experts[rows, layer_of[number]], expert)]
         words, counts = np.unique(typed.word[mine], return_counts=True)
         different.append(words.size)
         top.append(typed.words[int(words[counts.argmax()])] if words.size else "")
