@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ _OLD_S = 60.0  # what is older is kept in longer stretches: a bucket is layers Ã
 HISTORY_S = 3600.0
 LABEL_ROWS = 200_000
 _SHARE = 0.25  # of experts, for `served`
+_SHARE_OF_TIME = 0.02  # of tables of all requests and their labels
 _PHASES = {Phase.PREFILL: "prefill", Phase.DECODE: "decode", Phase.UNKNOWN: "unknown"}
 
 
@@ -38,6 +39,30 @@ class _Bucket:
     began: float
     counts: NDArray[np.uint32]
     tokens: dict[str, int]
+
+
+@dataclass
+class _Seldom:
+    """Work that grows with the trace: done again when it took no more than :data:`_SHARE_OF_TIME` of the time since.
+
+    Attributes
+    ----------
+    least
+        Seconds between two times, at least.
+    """
+
+    least: float
+    _next: float = -np.inf
+
+    def due(self, now: float) -> bool:
+        return now >= self._next
+
+    @contextlib.contextmanager
+    def done(self, now: float) -> Iterator[None]:
+        """Measure the work inside."""
+        began = time.perf_counter()
+        yield
+        self._next = now + max(self.least, (time.perf_counter() - began) / _SHARE_OF_TIME)
 
 
 @dataclass(frozen=True)
@@ -78,7 +103,8 @@ class Active:
     request, slot
         Its number, and its slot's.
     name
-        The client's id and label, as far as they are known already; "" if neither is.
+        The client's id and label, as far as they are known already; "" if neither is. With very many requests they are
+        looked up more seldom.
     phase
         Of its latest token.
     tokens
@@ -211,7 +237,8 @@ class Tail:
     label: str | None = None
     every: float = 1.0
     _active: dict[int, tuple[float, int, int, int]] = field(default_factory=dict)
-    _labelled: tuple[float, str | None, NDArray[np.uint64] | None] = (-np.inf, None, None)
+    _labelled: tuple[str | None, NDArray[np.uint64] | None] = (None, None)
+    _by_label: _Seldom = field(default_factory=lambda: _Seldom(BUCKET_S))
     _began: float | None = None
     _trace: Trace | None = None
     _looked: float = -np.inf
@@ -221,7 +248,10 @@ class Tail:
     _counts: NDArray[np.uint64] | None = None
     _tokens: dict[str, int] = field(default_factory=dict)
     _entries: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(State), np.int64))
-    _requests: tuple[float, dict[str, int], int] = (-np.inf, {}, 0)
+    _requests: tuple[dict[str, int], int] = ({}, 0)
+    _said: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    _totals: _Seldom = field(default_factory=lambda: _Seldom(BUCKET_S))
+    _names: _Seldom = field(default_factory=lambda: _Seldom(0.0))
 
     @property
     def trace(self) -> Trace:
@@ -320,12 +350,14 @@ class Tail:
                 self._active[number] = (self._buckets[-1].began, int(slot[at]), int(phase[at]), before + n)
 
     def _count_label(self, trace: Trace) -> NDArray[np.uint64] | None:
-        """Count the latest rows whose request has the label; at most :data:`BUCKET_S` old."""
+        """Count the latest rows whose request has the label; at most :data:`BUCKET_S` old, or a little more."""
         if self.label is None:
             return None
         now = self.clock()
-        when, label, counts = self._labelled
-        if label != self.label or now - when >= BUCKET_S:
+        label, counts = self._labelled
+        if label == self.label and not self._by_label.due(now):
+            return counts
+        with self._by_label.done(now):
             assert self._counts is not None
             n_layers, e = self._counts.shape
             counts = np.zeros((n_layers, e), np.uint64)
@@ -341,7 +373,7 @@ class Tail:
                     counts[i] += np.bincount(ids[ids != part.sentinel], minlength=counts.shape[1]).astype(
                         np.uint64
                     )
-            self._labelled = (now, self.label, counts)
+            self._labelled = (self.label, counts)
         return counts
 
     def _snapshot(self, trace: Trace, now: float, until: int | None) -> Snapshot:
@@ -349,11 +381,16 @@ class Tail:
         latest = list(self._buckets)
         seconds = max(now - latest[0].began, 1e-9)
         tokens = {said: sum(b.tokens.get(said, 0) for b in latest) for said in _PHASES.values()}
-        if until is not None or now - self._requests[0] >= BUCKET_S:
-            self._requests = (now, *_of_requests(trace, until))
+        if until is not None or self._totals.due(now):
+            with self._totals.done(now):
+                self._requests = _of_requests(trace, until)
         more = any(self._seen[part.shown[0]] < len(part.serial) for part in trace.parts)
-        _, by_domain, cached = self._requests
+        by_domain, cached = self._requests
         self._active = {n: a for n, a in self._active.items() if a[0] >= latest[0].began}
+        if any(n not in self._said for n in self._active) and self._names.due(now):
+            with self._names.done(now):
+                said = trace.labelling.said
+                self._said = {n: said[n] for n in self._active if n in said}
         recent = _sum(latest, self._counts.shape)
         hour = _sum(self._old, self._counts.shape) + recent
         return Snapshot(
@@ -369,16 +406,15 @@ class Tail:
             cached,
             tuple(_contexts(trace) if until is None else _replayed(trace, more)),
             trace.live if until is None else more,
-            self._named(trace),
+            self._named(),
             served_by_hottest(hour - recent, recent, np.asarray(trace.n_expert)),
             self._count_label(trace),
         )
 
-    def _named(self, trace: Trace) -> tuple[Active, ...]:
-        said = trace.labelling.said
+    def _named(self) -> tuple[Active, ...]:
         out = []
         for number, (_, slot, phase, tokens) in self._active.items():
-            names = [said.get(number, {}).get(key) for key in ("id", "label")]
+            names = [self._said.get(number, {}).get(key) for key in ("id", "label")]
             name = " Â· ".join(str(text) for text in names if text)
             out.append(Active(number, slot, name, _PHASES[Phase(min(phase, 2))], tokens))
         latest = {one.slot: one for one in sorted(out, key=lambda one: one.request)}

@@ -737,12 +737,12 @@ class Following:
             pass
         self._rows, self._events = n, upto
         self._last_serial = int(serial[-1]) if n else -1
+        ended = [*self._ended, self._assigner.take_ended()]  # before it is copied: there may be many
         running = copy.deepcopy(self._assigner, {id(self._assigner._allot): None})
         for _ in replay(
             running, {name: c[n:] for name, c in rows.items()}, {name: c[upto:] for name, c in events.items()}
         ):
             pass
-        ended = [*self._ended, self._assigner.take_ended()]
         self._ended = [_without(columns, listed) for columns in ended if len(columns["request"])]
         theirs = _without(running.finish(), np.concatenate([listed, *(c["request"] for c in self._ended)]))
         return {

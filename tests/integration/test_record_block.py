@@ -64,9 +64,15 @@ def test_each_block_is_a_trace_of_what_it_computed(runtime, tmp_path):
             ran = python(check, demo_model(), json.dumps(tokens), again)
             assert ran.returncode == 0, ran.stderr
             with moetrace.open(again) as other:
-                there = trace.present
-                assert (trace.experts[there] == other.experts[there]).mean() > 0.99
-                np.testing.assert_allclose(trace.logits[there], other.logits[there], atol=2e-2)
+                same = (trace.experts == other.experts) | ~trace.present[:, :, None]
+                assert same.mean() > 0.99
+                # a batch of another size may choose another expert where two scores are nearly equal; then all moves
+                until = np.argmin(same.all(axis=(1, 2))) if not same.all() else len(same)
+                assert until > 5
+                there = trace.present[:until]
+                np.testing.assert_allclose(
+                    trace.logits[:until][there], other.logits[:until][there], atol=2e-2
+                )
     # of the reused graph: choices follow from the scores that were captured with them
     with moetrace.open(tmp_path / "2.moet") as trace:
         best = np.sort(np.argsort(-trace.logits, axis=2)[:, :, :4], axis=2)

@@ -119,7 +119,7 @@ def test_resuming_after_events_were_lost(runtime, model_file, tmp_path):
     options = ["--ring-size", "64KiB", "--block-ms", "100"]
     run, client = start_run(runtime, model_file("qwen3moe"), path, *options)
     server = child_of(run.pid)
-    bodies = [body_of(TEXT[:60], 700), body_of("1 + 1 = 2. " + TEXT[200:240], 900)]
+    bodies = [body_of(TEXT[:60], 1600), body_of("1 + 1 = 2. " + TEXT[200:240], 900)]
     answers: list[list[int]] = [[], []]
     resumed = None
     try:

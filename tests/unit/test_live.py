@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,6 +105,28 @@ def test_what_is_new_is_counted_once_and_when(tmp_path: Path) -> None:
     assert last.counts.sum() > second.counts.sum()
     assert last.recent.sum() == last.hour.sum() == 0
     assert last.per_second == {}
+
+
+def test_tables_of_all_requests_are_made_as_seldom_as_they_are_slow(
+    recorded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 10,000 labelled requests each look took half a second, twice a second."""
+    now, taken = [0.0], []
+    tail = Tail(recorded, clock=lambda: now[0])
+
+    def slowly(trace: Any, until: Any) -> Any:
+        taken.append(now[0])
+        time.sleep(0.4)
+        return {"code": len(taken)}, 0
+
+    monkeypatch.setattr("moetrace.live.tail._of_requests", slowly)
+    seen = []
+    for _ in range(60):
+        seen.append(tail.look().by_domain["code"])
+        now[0] += 1.0
+    assert 2 <= len(taken) <= 3  # 0.4 s are 2 % of 20 s
+    assert taken[1] - taken[0] >= 20
+    assert seen == sorted(seen)
 
 
 def test_memory_of_an_hour_is_that_of_a_bucket_a_minute(recorded: Path) -> None:
