@@ -18,7 +18,7 @@ from moetrace.commands.control import switched
 from moetrace.commands.options import add_option, paint, use_color
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.live.screen import WINDOWS, Window, lines
-from moetrace.live.tail import Snapshot, Tails
+from moetrace.live.tail import Snapshot, Tails, keep_small
 from moetrace.printable import printable
 
 
@@ -64,6 +64,7 @@ class Live:
         view = _View("counts" if args.once else "recent")
         with contextlib.closing(tails), _keys(on_terminal):
             now = tails.look()
+            keep_small()
             while True:
                 size = shutil.get_terminal_size((100, 40))
                 height = size.lines - 2 if on_terminal else 200

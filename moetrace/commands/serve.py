@@ -55,6 +55,7 @@ class Serve:
             import uvicorn
 
             from moetrace.live.service import Service, secret
+            from moetrace.live.tail import keep_small
         except ImportError as e:
             raise MoetraceError(
                 "serving needs starlette, uvicorn and prometheus-client",
@@ -86,6 +87,7 @@ class Serve:
                 timeout_graceful_shutdown=1,
             )
         )
+        keep_small()
         print(f"http://{host}:{port}/  metrics: http://{host}:{port}/metrics", flush=True)
         try:
             server.run()

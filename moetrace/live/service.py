@@ -182,7 +182,8 @@ class Service:
         wait = min(float(_number(request.query_params.get("wait", "0"), "wait")), LONGEST_WAIT_S)
         ends = asyncio.get_running_loop().time() + wait
         while True:
-            late = asyncio.get_running_loop().time() >= ends
+            began = asyncio.get_running_loop().time()
+            late = began >= ends
             try:
                 found = await self._read(self._found, asked, n_tokens)
             except _NotThereError:  # yet
@@ -191,7 +192,8 @@ class Service:
             else:
                 if late or not found.running:
                     break
-            await asyncio.sleep(_POLL_S)
+            took = asyncio.get_running_loop().time() - began
+            await asyncio.sleep(max(_POLL_S, took))  # others ask, too
         npy = request.query_params.get("format") == "npy" or "x-npy" in request.headers.get("accept", "")
         if npy:
             more = {"x-moetrace-complete": str(found.complete).lower()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,6 +31,7 @@ HISTORY_S = 3600.0
 LABEL_ROWS = 200_000
 _SHARE = 0.25  # of experts, for `served`
 _SHARE_OF_TIME = 0.02  # of tables of all requests and their labels
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
 _PHASES = {Phase.PREFILL: "prefill", Phase.DECODE: "decode", Phase.UNKNOWN: "unknown"}
 
 
@@ -384,6 +387,7 @@ class Tail:
         if until is not None or self._totals.due(now):
             with self._totals.done(now):
                 self._requests = _of_requests(trace, until)
+                _give_back()
         more = any(self._seen[part.shown[0]] < len(part.serial) for part in trace.parts)
         by_domain, cached = self._requests
         self._active = {n: a for n, a in self._active.items() if a[0] >= latest[0].began}
@@ -477,6 +481,22 @@ class Tails:
         """Let go of the trace."""
         for tail in self._tails.values():
             tail.close()
+
+
+def _give_back() -> None:
+    """Give free memory back to the system: of tables that grow, C libraries keep what each left, in pieces."""
+    if _TRIM is not None:
+        _TRIM(0)
+
+
+def keep_small() -> None:
+    """Have what looks leave behind collected soon, in a process that does nothing else.
+
+    Python looks for cycles of all ages only when a quarter has come to all there is, and most of that are libraries.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.collect()
 
 
 def models_of(path: Path) -> list[str]:

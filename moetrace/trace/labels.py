@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,14 +41,14 @@ class Sent(NamedTuple):
     end
         Position after the last token that was decoded. The last generated one is not.
     tokens
-        int64 (n,): token ids from position ``n_cached`` on: up to ``end``, or only to the prompt's end where the
+        int32 (n,): token ids from position ``n_cached`` on: up to ``end``, or only to the prompt's end where the
         server did not say which it generated.
     """
 
     n_prompt: int
     n_cached: int
     end: int
-    tokens: NDArray[np.int64]
+    tokens: NDArray[np.int32]
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -161,43 +161,80 @@ def append_labels(trace: Path, labels: Iterable[Mapping[str, Any]]) -> None:
         raise disk_error(path, e) from e
 
 
-def read_labels(trace: Path) -> tuple[list[LabelLine], list[str]]:
-    """Read the labels of a trace.
+class LabelFile:
+    """The labels of a trace: lines that were read before are not read again, while the file only grows."""
 
-    Returns
-    -------
-    lines
-        In the order of the file; empty if there is none.
-    damage
-        One sentence per line that does not count.
-    """
-    path = trace / LABELS_NAME
-    lines: list[LabelLine] = []
-    damage: list[str] = []
+    def __init__(self, trace: Path) -> None:
+        self._path = trace / LABELS_NAME
+        self._forget()
+
+    def _forget(self) -> None:
+        self._file: tuple[int, int] | None = None
+        self._end = self._number = 0  # of whole lines that were read
+        self._last = b""
+        self._lines: list[LabelLine] = []
+        self._damage: list[str] = []
+
+    def read(self) -> tuple[list[LabelLine], list[str]]:
+        """Read what is new.
+
+        Returns
+        -------
+        lines
+            In the order of the file; empty if there is none.
+        damage
+            One sentence per line that does not count.
+
+        Raises TraceError if it cannot be read.
+        """
+        try:
+            with self._path.open("rb") as f:
+                self._seek(f)
+                for text in f:
+                    line, what = _parsed(text, f"{LABELS_NAME}, line {self._number + 1}")
+                    lines, damage = [] if line is None else [line], [] if what is None else [what]
+                    if not text.endswith(b"\n"):  # it may be written on
+                        return [*self._lines, *lines], [*self._damage, *damage]
+                    self._lines += lines
+                    self._damage += damage
+                    self._end, self._last, self._number = self._end + len(text), text, self._number + 1
+        except FileNotFoundError:
+            self._forget()
+        except OSError as e:
+            raise TraceError(f"cannot read {self._path}", why=e.strerror or str(e)) from e
+        return list(self._lines), list(self._damage)
+
+    def _seek(self, f: BinaryIO) -> None:
+        """Go to where reading ended; to the beginning if that was another file, or its last line another one."""
+        is_now = os.fstat(f.fileno())
+        if self._file == (is_now.st_dev, is_now.st_ino):
+            f.seek(self._end - len(self._last))
+            if f.read(len(self._last)) == self._last:
+                return
+            f.seek(0)
+        self._forget()
+        self._file = is_now.st_dev, is_now.st_ino
+
+
+def read_labels(trace: Path) -> tuple[list[LabelLine], list[str]]:
+    """Read the labels of a trace: :meth:`LabelFile.read`."""
+    return LabelFile(trace).read()
+
+
+def _parsed(text: bytes, where: str) -> tuple[LabelLine | None, str | None]:
+    """A line if it counts, and what is wrong with it if something is."""
     try:
-        with path.open("rb") as f:
-            for number, text in enumerate(f, 1):
-                where = f"{LABELS_NAME}, line {number}"
-                try:
-                    obj = parse_json(text, where)
-                except TraceError as e:
-                    damage.append(f"{where}: {e.what} ({e.why})" if e.why else f"{where}: {e.what}")
-                    continue
-                if "crc" in obj and obj["crc"] != checksum(obj):
-                    damage.append(f"{where}: does not fit its checksum")
-                    continue
-                line = _line(obj)
-                if isinstance(line, str):
-                    damage.append(f"{where}: {line}")
-                else:
-                    lines.append(line)
-                    if "crc" not in obj:  # counts, but one flipped bit can take a line's checksum away
-                        damage.append(f"{where}: has no checksum; it was written by hand, or is damaged")
-    except FileNotFoundError:
-        pass
-    except OSError as e:
-        raise TraceError(f"cannot read {path}", why=e.strerror or str(e)) from e
-    return lines, damage
+        obj = parse_json(text, where)
+    except TraceError as e:
+        return None, f"{where}: {e.what} ({e.why})" if e.why else f"{where}: {e.what}"
+    if "crc" in obj and obj["crc"] != checksum(obj):
+        return None, f"{where}: does not fit its checksum"
+    line = _line(obj)
+    if isinstance(line, str):
+        return None, f"{where}: {line}"
+    if "crc" not in obj:  # counts, but one flipped bit can take a line's checksum away
+        return line, f"{where}: has no checksum; it was written by hand, or is damaged"
+    return line, None
 
 
 def _line(obj: dict[str, Any]) -> LabelLine | str:
@@ -247,7 +284,7 @@ def _sent(obj: Mapping[str, Any]) -> Sent | None:
         return None
     if not all(type(t) is int and 0 <= t < 1 << 31 for t in tokens):
         return None
-    return Sent(n_prompt, n_cached, end, np.array(tokens, np.int64))
+    return Sent(n_prompt, n_cached, end, np.array(tokens, np.int32))
 
 
 # -- which request a line speaks of ------------------------------------------------------------------

@@ -24,7 +24,7 @@ from moetrace.trace.chain import Chain
 from moetrace.trace.columns import Table
 from moetrace.trace.contexts import choose, is_alike, misfits, of_model
 from moetrace.trace.intervention import described
-from moetrace.trace.labels import Labelling, Recorded, is_number, read_labels, resolve_labels
+from moetrace.trace.labels import LabelFile, Labelling, Recorded, is_number, resolve_labels
 from moetrace.trace.loss import Loss, count_loss
 from moetrace.trace.record import COUNTERS, EventCode
 from moetrace.trace.requests import (
@@ -95,6 +95,7 @@ class Trace(Selectable):
         self._layer_index = slice(None)
         self._asked = context, model
         self._following: dict[str, Following] = {}  # of contexts that are being recorded
+        self._labels = LabelFile(store.path)
         self._whole: Trace | None = None  # of the same trace: whose labelling this one shares
         self._show(choose(store, context, model))
 
@@ -315,7 +316,7 @@ class Trace(Selectable):
         """What clients said of requests, of all contexts; and how much of it did not find its request."""
         if self._whole is not None:
             return self._whole.labelling
-        lines = read_labels(self.path)[0]
+        lines = self._labels.read()[0]
         if all(line.request is not None for line in lines):
             return resolve_labels(lines, [])
         return resolve_labels(lines, [self.in_context(name)._recorded() for name in self.contexts])

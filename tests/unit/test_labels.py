@@ -16,8 +16,10 @@ from traces import small_trace
 
 import moetrace
 from moetrace.trace import labels
-from moetrace.trace.jsonfile import sealed
+from moetrace.trace.jsonfile import parse_json, sealed
 from moetrace.trace.labels import (
+    LABELS_NAME,
+    LabelFile,
     LabelLine,
     Labelling,
     Recorded,
@@ -613,3 +615,46 @@ def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
     lines, damage = read_labels(tmp_path)
     assert [line.request for line in lines] == [0, 2]
     assert len(damage) == 1
+
+
+def test_what_was_read_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GIVEN a file that grows, is torn, mended and replaced WHEN read each time THEN it says what a new reader says."""
+    parsed = []
+    monkeypatch.setattr(
+        labels, "parse_json", lambda text, where: parsed.append(where) or parse_json(text, where)
+    )
+    file, path = LabelFile(tmp_path), tmp_path / LABELS_NAME
+
+    def check(n_parsed: int) -> None:
+        parsed.clear()
+        found = file.read()
+        assert len(parsed) == n_parsed
+        assert found == LabelFile(tmp_path).read()
+        assert [line.request for line in found[0]] == [line.request for line in read_labels(tmp_path)[0]]
+
+    check(0)
+    append_labels(tmp_path, [{"request": i, "label": "a"} for i in range(3)])
+    check(3)
+    check(0)
+    append_labels(tmp_path, [{"request": 3, "id": "x"}])
+    with path.open("ab") as f:
+        f.write(b'{"request": 4, "label"')
+    check(2)  # and half a line
+    check(1)
+    with path.open("ab") as f:
+        f.write(b': "b"}\nnot json\n')
+    check(2)
+    assert len(file.read()[1]) == 2
+    check(0)
+    text = path.read_bytes()
+    path.write_bytes(text.replace(b"not json", b"so jsont"))  # in place
+    check(6)
+    path.write_bytes(text[: text.index(b"\n") + 1])
+    check(1)
+    whole = tmp_path / "other"
+    whole.write_bytes(text)
+    whole.replace(path)
+    check(6)
+    path.unlink()
+    check(0)
+    assert file.read() == ([], [])
