@@ -765,7 +765,7 @@ def test_lives(
     assert two["processes"] == 1 + control.n_unloaded > 1
     for model, counts in seen.items():
         assert counts["contexts"] > counts["processes"], f"{model} never woke"
-        assert counts["exact"] > seconds
+        assert counts["exact"] > (seconds if seconds >= ALL_OF_IT_S else 0)
         assert counts["labels"] > 0
         assert counts["paused"] > 0 or seconds < ALL_OF_IT_S
     assert one["intervened"] > 0 or seconds < ALL_OF_IT_S
@@ -812,7 +812,7 @@ def test_lives_with_a_ring_that_is_too_small(
     assert both["rows lost"] > 0
     assert both["events lost"] > 0
     assert both["partial"] > 0 or seconds < ALL_OF_IT_S
-    assert both["exact"] > seconds
+    assert both["exact"] > (seconds if seconds >= ALL_OF_IT_S else 0)
     figures(
         "lives",
         **{
