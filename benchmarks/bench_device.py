@@ -168,7 +168,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--placement", default="all,cpu-moe,half")
     parser.add_argument(
-        "--variants", default=",,".join(VARIANTS), help="of VARIANTS, with two commas between them"
+        "--variants",
+        help="of VARIANTS, with two commas between them (default: all where all is on the device, else two)",
     )
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--decode", type=int, default=128, help="tokens one by one")
@@ -185,13 +186,19 @@ def main() -> None:
         parser.error("--model, or --make to write one")
     measured: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for placement in args.placement.split(","):
-        measured[placement] = {name: [] for name in args.variants.split(",,")}
+        names = (
+            args.variants.split(",,")
+            if args.variants
+            else list(VARIANTS)[: None if placement == "all" else 2]
+        )
+        measured[placement] = {name: [] for name in names}
         for repeat in range(args.repeats):
             print(f"{placement}: repeat {repeat + 1} of {args.repeats}", file=sys.stderr)
             for name in random.sample(list(measured[placement]), len(measured[placement])):
                 job = {"model": str(args.model), "variant": name, "placement": placement}
                 job |= {"threads": args.threads, "prefill": args.prefill, "decode": args.decode}
                 measured[placement][name].append(run(job))
+                print(f"  {name}: {measured[placement][name][-1]}", file=sys.stderr)
     devices = (
         subprocess.run(
             ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],

@@ -1,4 +1,4 @@
-"""Lists of numbers as people write them in options."""
+"""Numbers as people write them in options, and read them in sentences."""
 
 from __future__ import annotations
 
@@ -17,3 +17,8 @@ def numbers(text: str, option: str) -> list[int]:
             raise UsageError(f"{option} {text} is no list of numbers", fix=f"write it like {option} 0-5,23")
         result += range(int(first), stop + 1)
     return result
+
+
+def number(n: int, noun: str) -> str:
+    """``1 prompt``, ``1,200 prompts``."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")

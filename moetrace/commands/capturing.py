@@ -12,6 +12,7 @@ from typing import IO
 from moetrace.commands.options import Collect, add_option, red, typed
 from moetrace.errors import InputError
 from moetrace.host.options import CHANNELS, COLLECTORS, ON_FULL, CaptureOptions, human_size, parse_size
+from moetrace.numbers import number
 from moetrace.printable import printable
 from moetrace.trace import naming
 from moetrace.trace.remarks import remarks
@@ -124,9 +125,10 @@ def report_trace(
                 what = f"  {name} ({naming.role(context.facts)}, {context.model_name})"
             print(f"{what}: {_describe(context)}", file=stream)
             loss = context.loss
-            lost = f"{loss.rows_lost:,} rows lost"
+            lost = number(loss.rows_lost, "row")
             if loss.events_lost:
-                lost = f"{loss.rows_lost:,} rows and {loss.events_lost:,} events lost"
+                lost += f" and {number(loss.events_lost, 'event')}"
+            lost += " lost"
             bad = loss.rows_lost or loss.events_lost
             print(f"  {red(lost, stream) if bad else lost}; {_own_time(context)}", file=stream)
         for text in remarks(trace.store):
@@ -141,7 +143,7 @@ def _describe(trace: Trace) -> str:
     experts = max(trace.n_expert)
     return (
         f"{len(trace):,} tokens × {len(trace.layers)} layers × top-{k} of {experts} experts, "
-        f"{requests:,} request{'s' if requests != 1 else ''}"
+        f"{number(requests, 'request')}"
     )
 
 

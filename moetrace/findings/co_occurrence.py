@@ -9,7 +9,8 @@ from moetrace.analysis.experts.pairs import CoOccurrence, co_occurrence
 from moetrace.analysis.published.patterns import as_published_coactivation
 from moetrace.findings.finding import Figure, Finding, Method, Question, parameter
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import number, span
+from moetrace.findings.wording import span
+from moetrace.numbers import number
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from moetrace.errors import MoetraceError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.recorded import recorded
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import best, listed, number, span
+from moetrace.findings.wording import best, listed, span
+from moetrace.numbers import number
 
 
 @dataclass(frozen=True)

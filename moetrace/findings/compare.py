@@ -9,7 +9,8 @@ from moetrace.analysis import compare_captures
 from moetrace.analysis.published.notebook import gate_experts_of_rows
 from moetrace.findings.finding import Figure, Finding, Question
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import best, number, span
+from moetrace.findings.wording import best, span
+from moetrace.numbers import number
 
 
 @dataclass(frozen=True)

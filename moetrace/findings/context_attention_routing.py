@@ -14,6 +14,7 @@ from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Figure, Finding, Method, Question, parameter
 from moetrace.findings.subject import Subject
 from moetrace.findings.wording import best, of_layers, p_value, span
+from moetrace.numbers import number
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class ContextAttentionRouting(Question):
         table.insert(1, "text", table["token"].map(texts))
         found = table[table["q_value"] <= 0.05]
         sentences = [
-            f"Of {len(table)} cases ({len(ids)} token{'s' if len(ids) > 1 else ''}, {table['layer'].nunique()} layers)"
+            f"Of {len(table)} cases ({number(len(ids), 'token')}, {table['layer'].nunique()} layers)"
             f" {len(found)} have contexts that are alike in attention and in routing beyond what position explains"
             f" (q ≤ 0.05, Benjamini-Hochberg)."
         ]

@@ -16,10 +16,10 @@ from moetrace.analysis.experts.coverage import Cover, greedy_cover
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import PHASE_NOTES, Subject
-from moetrace.findings.wording import number
 from moetrace.findings.written import write_text
 from moetrace.model.file import ModelFile
 from moetrace.model.imatrix import Imatrix, read_imatrix
+from moetrace.numbers import number
 
 _TAIL = 512  # tokens: llama-imatrix leaves a last chunk that is not whole unread
 _NAMED = 6  # layers whose experts a sentence names

@@ -12,9 +12,9 @@ from moetrace.errors import UsageError
 from moetrace.findings.expert_cache import expert_sizes
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import number, span
+from moetrace.findings.wording import span
 from moetrace.host.options import human_size
-from moetrace.numbers import numbers
+from moetrace.numbers import number, numbers
 
 
 @dataclass(frozen=True)

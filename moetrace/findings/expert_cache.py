@@ -14,10 +14,10 @@ from moetrace.analysis.placement.cache import POLICIES, expert_cache
 from moetrace.analysis.placement.run_cache import RUN_POLICIES, hot_experts, run_cache
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import number, span
+from moetrace.findings.wording import span
 from moetrace.host.options import human_size, parse_size
 from moetrace.model.file import ModelFile
-from moetrace.numbers import numbers
+from moetrace.numbers import number, numbers
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from moetrace.analysis.text.path_purposes import path_domains, path_types
 from moetrace.errors import MoetraceError
 from moetrace.findings.finding import Figure, Finding, Method, Question, parameter
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import best, number
+from moetrace.findings.wording import best
+from moetrace.numbers import number
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from moetrace.analysis.published import dynamics as published
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import number, of_layers, p_value, span
+from moetrace.findings.wording import of_layers, p_value, span
+from moetrace.numbers import number
 
 _Tables = dict[str, pd.DataFrame]
 

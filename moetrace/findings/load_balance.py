@@ -9,7 +9,8 @@ from moetrace.analysis import load_balance
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Method, Question
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import best, number, span
+from moetrace.findings.wording import best, span
+from moetrace.numbers import number
 
 #: prompts, and experts of a layer, from which on the jackknife's interval of Jain's index is as good as it says
 _FEW, _MANY = 10, 256

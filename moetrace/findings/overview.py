@@ -11,7 +11,8 @@ from moetrace.analysis.published import notebook as published
 from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Finding, Question
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import events_lost, listed, not_computed, number
+from moetrace.findings.wording import events_lost, listed, not_computed
+from moetrace.numbers import number
 from moetrace.trace import naming
 
 

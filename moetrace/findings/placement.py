@@ -15,10 +15,11 @@ from moetrace.errors import UsageError
 from moetrace.findings.expert_cache import left_out
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import layer_list, number
+from moetrace.findings.wording import layer_list
 from moetrace.host.memory import MemoryUse, memory_use
 from moetrace.host.options import human_size, parse_size
 from moetrace.model.file import ModelFile
+from moetrace.numbers import number
 
 _WORTH = 0.05  # share of what stays with the CPU from which on naming layers is worth a longer line
 

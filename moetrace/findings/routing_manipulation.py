@@ -19,9 +19,10 @@ from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.held_out import CHOSEN_NOTE
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import number, span
+from moetrace.findings.wording import span
 from moetrace.host.probe import RoutingProbe
 from moetrace.model.file import ModelFile
+from moetrace.numbers import number
 
 _NORMAL_TOKEN = 1  # llama.cpp's LLAMA_TOKEN_TYPE_NORMAL
 _PUBLISHED_POOL, _PUBLISHED_TEMPLATES = 49, ("{}", "The {}", "{} is", "What is {}?")

@@ -15,9 +15,10 @@ from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.held_out import TEXT_HELP, compared_with, held_out
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import number, span
+from moetrace.findings.wording import span
 from moetrace.findings.written import write_text
 from moetrace.host.prompts import read_prompts
+from moetrace.numbers import number
 from moetrace.trace.intervention import Intervention, Kind
 
 

@@ -28,9 +28,10 @@ from moetrace.analysis.published.notebook import (
 )
 from moetrace.analysis.statistics.nulls import ONE_ARRANGEMENT
 from moetrace.errors import MoetraceError, UsageError
-from moetrace.findings.wording import listed, number
+from moetrace.findings.wording import listed
 from moetrace.model.file import ModelFile
 from moetrace.model.identity import refuse_other_model
+from moetrace.numbers import number
 from moetrace.trace import naming
 from moetrace.trace.fleet import Traces
 from moetrace.trace.importers.counts import CountTable

@@ -19,7 +19,8 @@ from moetrace.errors import MoetraceError, UsageError
 from moetrace.findings.finding import Figure, Finding, Question, parameter
 from moetrace.findings.recorded import recorded
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import best, listed, number, of_layers
+from moetrace.findings.wording import best, listed, of_layers
+from moetrace.numbers import number
 
 ANALYSES = ("pattern_summary", "semantic_patterns", "sequence_patterns", "combined_analysis")
 RELATIONS = ("synonyms", "antonyms", "analogies", "arithmetic")

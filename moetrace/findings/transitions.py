@@ -13,7 +13,8 @@ from moetrace.analysis.published import notebook as published
 from moetrace.errors import UsageError
 from moetrace.findings.finding import Figure, Finding, Question, Widget, parameter
 from moetrace.findings.subject import Subject
-from moetrace.findings.wording import best, number
+from moetrace.findings.wording import best
+from moetrace.numbers import number
 
 
 @dataclass(frozen=True)

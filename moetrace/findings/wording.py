@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from moetrace.numbers import number
+
 if TYPE_CHECKING:
     from moetrace.trace.trace import Trace
 
@@ -20,11 +22,6 @@ def span(value: float, low: float, high: float, form: str = ".3f") -> str:
     if np.isnan(low) or np.isnan(high):
         return f"{value:{form}} (no interval)"
     return f"{value:{form}} ({low:{form}} to {high:{form}})"
-
-
-def number(n: int, noun: str) -> str:
-    """``1 prompt``, ``1,200 prompts``."""
-    return f"{n:,} {noun}" + ("" if n == 1 else "s")
 
 
 def listed(names: Iterable[object], at_most: int = 10, sep: str = ", ") -> str:

@@ -37,7 +37,8 @@ def write_finding(
     """Write NAME.json, tables/NAME-TABLE.csv and figures/NAME-FIGURE.{svg,png,pdf}, those of ``forms``.
 
     A table of :data:`MANY_ROWS` rows or more becomes a Parquet file instead, where pyarrow is installed, and NAME.json
-    says where it is. Figures of which ``inline`` says so are given for a page, too.
+    says where it is. Figures of which ``inline`` says so are given for a page, too. What an earlier finding of this
+    name left in the folder and this one does not write is removed: it would be taken for a part of it.
 
     Raises MoetraceError if a file cannot be written.
     """
@@ -72,9 +73,23 @@ def write_finding(
                         canvas.savefig(files[-1], dpi=150)
                 if inline(name):
                     elements[name] = inline_svg(text, figure, f"{finding.name}-{name}-")
+        for old in _of_name(folder, finding.name) - set(files):
+            old.unlink()
     except OSError as e:
         raise MoetraceError(f"{e.filename or folder} cannot be written", why=e.strerror or str(e)) from e
     return Written(tuple(files), elements)
+
+
+def _of_name(folder: Path, name: str) -> set[Path]:
+    """Tables and figures in a folder that are of the finding of this name, and of no other whose name begins so."""
+    others = tuple(f"{other}-" for other in QUESTIONS if other.startswith(f"{name}-"))
+    found = {
+        path
+        for sub, forms in (("tables", ("csv", "parquet")), ("figures", ("svg", "png", "pdf")))
+        for form in forms
+        for path in (folder / sub).glob(f"{name}-*.{form}")
+    }
+    return {path for path in found if not path.name.startswith(others)}
 
 
 def table_file(finding: Finding, name: str) -> str:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moetrace.findings import Finding
-from moetrace.findings.wording import best, number
+from moetrace.findings.wording import best
+from moetrace.numbers import number
 
 _MOST = 3  # sentences
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moetrace.numbers import number
 from moetrace.trace.record import State
 from moetrace.trace.store import ContextStore
 
@@ -63,8 +64,9 @@ class Loss:
     @property
     def told(self) -> str:
         """What is missing, in a phrase: ``nothing lost``, ``2 rows lost (0.33% of all entries), 5 not sealed yet``."""
-        what = f"{self.lost:,} entries" if self.lost and not self.rows_lost else f"{self.rows_lost:,} rows"
-        what += f" and {self.events_lost:,} events" if self.events_lost else ""
+        entries = self.lost and not self.rows_lost
+        what = f"{self.lost:,} entries" if entries else number(self.rows_lost, "row")
+        what += f" and {number(self.events_lost, 'event')}" if self.events_lost else ""
         text = f"{what} lost" if self.lost or self.events_lost else "nothing lost"
         if self.lost:
             text += f" ({self.lost / self.produced:.2%} of all entries)"

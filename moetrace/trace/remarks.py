@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from moetrace.numbers import number
 from moetrace.trace.labels import LABELS_NAME
 from moetrace.trace.loss import LOST_EVENT_COUNTERS
 from moetrace.trace.record import RowFlag
@@ -72,7 +73,7 @@ def _elsewhere(context: ContextStore) -> str:
     n = _counted(context, "graphs_elsewhere")
     if n <= 0:
         return ""
-    graphs = f"{n:,} graph{'s' if n > 1 else ''} or more"
+    graphs = f"{number(n, 'graph')} or more"
     return (
         f"beside {context.name}, another llama.cpp in the same process computed {graphs}, of which nothing is "
         "recorded: the first that is used is, and no other"
@@ -111,7 +112,7 @@ def _events_lost(context: ContextStore) -> str:
     certain = (
         "what is not certain of requests is marked" if context.layout.numbered else "requests may be mixed up"
     )
-    events = f"{n:,} event{'s' if n > 1 else ''}"
+    events = number(n, "event")
     return f"{context.name}: {events} of slots and their memory lost, by the counters; {certain}"
 
 

@@ -356,6 +356,9 @@ def _completeness(context: ContextStore, live: bool) -> Iterator[tuple[str, bool
     lost = sum(counters[name] for name in LOST_COUNTERS)
     if counters["rows_produced"] != n_rows + lost:
         yield f"{counters['rows_produced']} rows were computed, but {n_rows} are here and {lost} lost", live
+    elif counters["rows_committed"] != n_rows + counters["rows_overwritten"]:
+        here = f"{n_rows} are here and {counters['rows_overwritten']} overwritten"
+        yield f"{counters['rows_committed']} rows were written, but {here}", live
     if n_rows and int(serial[-1]) >= counters["rows_produced"]:
         yield f"a row has serial {serial[-1]}, but only {counters['rows_produced']} were computed", False
     if context.layout.numbered:

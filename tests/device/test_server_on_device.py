@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from answers import answers_of, untraced_answers
 from checks import FUSIONS, check_numbers
 from devices import Setup
 from identities import check_identity, prompts_of_mixed_length
-from running import MOE, ROUTER, TEXT, ready_client
+from running import MOE, ROUTER, ready_client
 
 import moetrace
-from moetrace.host.client import ServerClient, drive
+from moetrace.host.client import drive
 from moetrace.host.server import free_port
 from moetrace.synthetic import ARCHITECTURES
 from moetrace.trace.record import State
@@ -121,21 +122,6 @@ def test_every_row_belongs_to_its_request(
         check_numbers(trace, name, model_file(name))
 
 
-def answers_of(client: ServerClient) -> list[Any]:
-    """What the server says to a few prompts, one at a time, with the probabilities of the likeliest tokens."""
-    asked = []
-    for i in range(6):
-        body = {
-            "prompt": TEXT[50 * i : 50 * i + 40 + 20 * i],
-            "n_predict": 8,
-            "temperature": 0.0,
-            "n_probs": 20,
-        }
-        answer = client.call("/completion", {**body, "cache_prompt": False, "ignore_eos": True, "id_slot": 0})
-        asked.append([answer["content"], answer["completion_probabilities"]])
-    return asked
-
-
 @pytest.mark.parametrize(
     ("name", "placement", "setup"),
     [
@@ -168,15 +154,8 @@ def test_the_server_says_what_it_says_untraced(
         said = json.loads((tmp_path / f"{label}.json").read_text())
         return {kind: said[kind] for kind in FUSIONS}
 
-    port = free_port()
-    command = [program, "-m", model_file(name), "--port", str(port), *arguments]
     environment = {**os.environ, **setup.environment(device, tmp_path / "plain.json")}
-    plain = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        untraced = answers_of(ready_client(plain, port))
-    finally:
-        plain.terminate()
-        plain.wait(30)
+    untraced = untraced_answers([program, "-m", model_file(name), *arguments], environment)
     quick = setup == Setup("vulkan")
     for collector in ("auto",) if quick else ("tap", "callback"):
         for variable, value in setup.environment(device, tmp_path / f"{collector}.json").items():

@@ -208,6 +208,23 @@ def test_a_long_table_is_a_parquet_file_that_is_read_again(
     pd.testing.assert_frame_equal(again.tables["load_balance"], finding.tables["load_balance"])
 
 
+def test_what_an_earlier_answer_left_in_the_folder_and_this_one_has_not_goes(tmp_path: Path) -> None:
+    path, out = traces.small_trace(tmp_path / "t.moet"), tmp_path / "out"
+    with moetrace.open(path) as trace:
+        finding = question("load-balance")().answer(Subject([trace]))
+    write_finding(finding, out)
+    theirs = [out / "figures" / "load-balance.svg", out / "tables" / "load-notes.csv"]
+    for file in theirs:
+        file.write_text("somebody's own")
+    left = {file.name for file in out.glob("*/*")}
+    assert {file.name for file in write_finding(finding, out).files} < left | {"load-balance.json"}
+    unanswered = Finding(
+        "load-balance", finding.title, parameters={}, concludes=False, not_answered="no rows"
+    )
+    (now,) = write_finding(unanswered, out).files
+    assert [now, *sorted(out.glob("*/*"))] == [out / "load-balance.json", *theirs]
+
+
 def test_a_report_leaves_with_1_if_a_question_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = traces.small_trace(tmp_path / "t.moet")
 

@@ -118,6 +118,16 @@ def test_counts_that_do_not_add_up(tmp_path: Path) -> None:
     assert "31 rows were computed, but 30 are here and 0 lost" in result.findings[0].what
 
 
+def test_rows_that_were_written_and_are_not_here(tmp_path: Path) -> None:
+    path = small_trace(tmp_path / "t")
+    facts = read_json(path / "ctx0" / "context.json")
+    facts["counters"]["rows_committed"] += 2
+    write_json(path / "ctx0" / "context.json", facts)
+    result = verify(path)
+    assert result.exit_code == 4
+    assert "32 rows were written, but 30 are here and 0 overwritten" in result.findings[0].what
+
+
 def test_a_ledger_cut_short_is_noticed(tmp_path: Path) -> None:
     """GIVEN a closed trace whose last block is gone without a trace WHEN verified THEN meta.json tells."""
     path = small_trace(tmp_path / "t")
