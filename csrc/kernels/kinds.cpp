@@ -34,28 +34,37 @@ struct rearranged {
     }
 };
 
+// Counts (C, E + 1) of which pick, none of them more than E, each row of a kind has. K: how many, where that is known here.
+template <size_t K>
+void count_kinds(const rearranged & in, const int32_t * turned, const uint16_t * ids, size_t E, int32_t * counts) {
+    const size_t k = K ? K : in.k;
+    for (size_t cell = 0; cell < in.n_cells; cell++) {
+        int32_t * __restrict of_kind = counts + (size_t) in.kind[cell]*(E + 1);
+        const uint16_t * __restrict chosen = ids + (size_t) turned[in.row[cell]]*k;
+#pragma GCC unroll 16
+        for (size_t j = 0; j < k; j++) {
+            of_kind[chosen[j]]++;
+        }
+    }
+}
+
 // (B, C, E) tokens of each kind that use each expert.
 array<int32_t> kind_counts(const array<int32_t> & kinds, const array<int32_t> & rows, const array<uint16_t> & experts,
         const array<int32_t> & order, int64_t n_kinds, int64_t n_expert, int n_threads) {
     const rearranged in(kinds, rows, experts, order, n_kinds);
-    const size_t E = (size_t) n_expert, size = (size_t) n_kinds*E;
+    const size_t C = (size_t) n_kinds, E = (size_t) n_expert;
+    need(n_expert >= 0 && n_expert <= UINT16_MAX, "experts are numbered in 16 bits");
+    std::vector<uint16_t> ids(in.ids, in.ids + in.n_rows*in.k);
+    std::transform(ids.begin(), ids.end(), ids.begin(), [E](uint16_t id) { return std::min(id, (uint16_t) E); });
+    const auto count = in.k == 1 ? count_kinds<1> : in.k == 2 ? count_kinds<2> : in.k == 4 ? count_kinds<4> : in.k == 6 ? count_kinds<6>
+        : in.k == 8 ? count_kinds<8> : in.k == 10 ? count_kinds<10> : count_kinds<0>;
     array<int32_t> out({ (py::ssize_t) in.n_draws, (py::ssize_t) n_kinds, (py::ssize_t) n_expert });
-    int32_t * counts = out.mutable_data();
-    parallel_for(in.n_draws, n_threads, [] { return 0; }, [&](size_t draw, int) {
-        int32_t * mine = counts + draw*size;
-        const int32_t * turned = in.turned + draw*in.n_rows;
-        std::fill(mine, mine + size, 0);
-        const size_t n_cells = in.n_cells, k = in.k;
-        const int32_t * kind = in.kind, * row = in.row;
-        const uint16_t * ids = in.ids;
-        for (size_t cell = 0; cell < n_cells; cell++) {
-            int32_t * __restrict of_kind = mine + (size_t) kind[cell]*E;
-            const uint16_t * __restrict chosen = ids + (size_t) turned[row[cell]]*k;
-            for (size_t j = 0; j < k; j++) {
-                if (chosen[j] < E) {
-                    of_kind[chosen[j]]++;
-                }
-            }
+    int32_t * to = out.mutable_data();
+    parallel_for(in.n_draws, n_threads, [&] { return std::vector<int32_t>(C*(E + 1)); }, [&](size_t draw, std::vector<int32_t> & counts) {
+        std::fill(counts.begin(), counts.end(), 0);
+        count(in, in.turned + draw*in.n_rows, ids.data(), E, counts.data());
+        for (size_t kind = 0; kind < C; kind++) {
+            std::copy_n(counts.data() + kind*(E + 1), E, to + (draw*C + kind)*E);
         }
     });
     return out;

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from moetrace._native import pair_draws
-from moetrace.analysis.counts.routed import RoutedText, rotation, standardised, usage, uses_expert
+from moetrace.analysis.counts.routed import RoutedText, standardised, turned, usage, uses_expert
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.information import entropy_bits, shares
 from moetrace.analysis.statistics.shapes import Floats, Ints
@@ -258,8 +258,8 @@ class _Edges:
         for i, pair in enumerate(pairs):
             seen, score = pair.seen()
             information[0, i] = pair.information()
-            order = np.array([rotation(pair.starts, rng) for _ in range(n_permutations)], dtype=np.int32)
-            count, null, information[1:, i] = pair.draws(score, order.reshape(n_permutations, pair.rows.size))
+            order = turned(pair.starts, rng.random((n_permutations, len(pair.starts) - 1)))
+            count, null, information[1:, i] = pair.draws(score, order)
             largest = np.maximum(largest, null)
             joint.append(seen)
             z.append(score)
@@ -422,14 +422,13 @@ def path_test(
         starts = np.concatenate(([0], np.cumsum(sizes[sizes > 0]))).astype(np.int64)
         nodes = sorted({node for i in mine for node in paths[i]})
         uses = {(a, e): uses_expert(text.experts[where, a], e) for a, e in nodes}
+        layers = sorted({layer for layer, _ in nodes})
         for draw in range(n_permutations + 1):
             moved = uses
             if draw:
-                turned = {
-                    layer: rotation(starts, np.random.default_rng((seed, draw, layer)))
-                    for layer in sorted({layer for layer, _ in nodes})
-                }
-                moved = {node: use[turned[node[0]]] for node, use in uses.items()}
+                by = [np.random.default_rng((seed, draw, layer)).random(len(starts) - 1) for layer in layers]
+                order = dict(zip(layers, turned(starts, np.stack(by)), strict=True))
+                moved = {node: use[order[node[0]]] for node, use in uses.items()}
             for i in mine:
                 counts[draw, i] = np.logical_and.reduce([moved[node] for node in paths[i]]).sum()
     expected = counts[1:].mean(axis=0)

@@ -207,10 +207,16 @@ def rotation(starts: Ints, rng: np.random.Generator) -> Ints:
 
     What has no fixed relation to the rows keeps its distribution, its order and its share in every request.
     """
-    sizes = np.diff(starts)
-    turn = np.floor(rng.random(sizes.size) * sizes).astype(np.int64)
-    moved = np.arange(int(starts[-1])) + np.repeat(turn, sizes)
-    moved -= np.where(moved >= np.repeat(starts[1:], sizes), np.repeat(sizes, sizes), 0)
+    return turned(starts, rng.random((1, len(starts) - 1)))[0].astype(np.int64)
+
+
+def turned(starts: Ints, by: Floats) -> npt.NDArray[np.int32]:
+    """Several rotations at once: by which share of their lengths, (n, P) in [0, 1) → row numbers (n, M)."""
+    sizes = np.diff(starts).astype(np.int32)
+    owner = np.repeat(np.arange(sizes.size), sizes)
+    moved = np.take((by * sizes).astype(np.int32), owner, axis=1)
+    moved += np.arange(owner.size, dtype=np.int32)
+    moved -= np.where(moved >= starts[1:].astype(np.int32)[owner], sizes[owner], np.int32(0))
     return moved
 
 

@@ -256,6 +256,11 @@ class _Rows:
         n = self.order.shape[1]
         return np.stack([np.bincount(one, minlength=n) for one in self.order]).astype(np.float32)
 
+    @cached_property
+    def each_once(self) -> bool:
+        """Whether every row is taken once in every rearrangement."""
+        return bool((self.times == 1).all())
+
     def cells(self, some: Ints) -> tuple[npt.NDArray[np.int32], ...]:
         """The memberships of some kinds (ascending): kind, numbered among these, row, and prompt."""
         number = np.full(self.n_kind.size, -1, dtype=np.int32)
@@ -271,7 +276,8 @@ _Score = Callable[[Ints], Floats]
 def _overall(at: _Rows, ids: npt.NDArray[np.uint16], n_expert: int) -> _Score:
     """How much more often than by their totals experts meet kinds."""
     m = len(ids)
-    b = (at.times @ membership(ids, n_expert)).astype(np.float64)[:, None, :]
+    used = membership(ids, n_expert)
+    b = (used.sum(axis=0)[None] if at.each_once else at.times @ used).astype(np.float64)[:, None, :]
     b_rest = b * (m - b) / (m * m * max(m - 1, 1))
 
     def score(some: Ints) -> Floats:

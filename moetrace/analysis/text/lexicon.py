@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -71,6 +72,7 @@ _WORD = re.compile(
 )
 
 
+@lru_cache(1 << 18)
 def token_type(word: str) -> str:
     """The published type of a word, or of a token's text: one of :data:`TYPES`, by the published rules in their
     order.
