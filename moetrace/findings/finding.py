@@ -190,7 +190,9 @@ class Figure:
 
         canvas = Canvas(figsize=self.size, layout="constrained")
         self.draw(canvas.add_subplot())
-        canvas.draw_without_rendering()
+        engine = canvas.get_layout_engine()
+        assert engine is not None
+        engine.execute(canvas)
         canvas.set_layout_engine("none")
         return canvas
 

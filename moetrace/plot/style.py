@@ -60,6 +60,8 @@ def style(theme: Theme = "light") -> AbstractContextManager[None]:
             "axes.spines.right": False,
             "axes.axisbelow": True,
             "axes.titlelocation": "left",
+            "figure.autolayout": False,
+            "figure.constrained_layout.use": False,
             "axes.titlesize": "medium",
             "font.size": 9.0,
             "legend.frameon": False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,13 +64,15 @@ def write_finding(
         for name, figure in figures_of(finding).items():
             with style():
                 canvas = figure.canvas()
+                canvas.set_layout_engine(None)  # with one that does nothing each form would be drawn twice
                 text = svg(canvas)
                 for form in forms:
                     files.append(folder / "figures" / f"{finding.name}-{name}.{form}")
                     if form == "svg":
                         files[-1].write_text(text, encoding="utf-8")
                     else:
-                        canvas.savefig(files[-1], dpi=150)
+                        with _fonts_of_laid_out_text() if form == "pdf" else nullcontext():
+                            canvas.savefig(files[-1], dpi=150)
                 if inline(name):
                     elements[name] = inline_svg(text, figure, f"{finding.name}-{name}-")
         for old in _of_name(folder, finding.name) - set(files):
@@ -78,6 +80,22 @@ def write_finding(
     except OSError as e:
         raise MoetraceError(f"{e.filename or folder} cannot be written", why=e.strerror or str(e)) from e
     return Written(tuple(files), elements)
+
+
+@contextmanager
+def _fonts_of_laid_out_text() -> Iterator[None]:
+    """Put fonts into PDFs without their tables of ligatures and kerning.
+
+    Text is placed glyph by glyph there, and reading these tables takes most of the time of a figure.
+    """
+    from fontTools.subset import Options
+
+    default = Options._drop_tables_default
+    Options._drop_tables_default = [*default, "GDEF", "GPOS", "GSUB"]
+    try:
+        yield
+    finally:
+        Options._drop_tables_default = default
 
 
 def _of_name(folder: Path, name: str) -> set[Path]:

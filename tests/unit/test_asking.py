@@ -17,6 +17,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import traces
+from matplotlib.backend_bases import RendererBase
+from matplotlib.figure import Figure as Canvas
 
 import moetrace
 from moetrace.__main__ import main
@@ -223,6 +225,27 @@ def test_what_an_earlier_answer_left_in_the_folder_and_this_one_has_not_goes(tmp
     )
     (now,) = write_finding(unanswered, out).files
     assert [now, *sorted(out.glob("*/*"))] == [out / "load-balance.json", *theirs]
+
+
+def test_each_form_of_a_figure_is_drawn_once_and_a_pdf_has_its_letters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = traces.small_trace(tmp_path / "t.moet")
+    with moetrace.open(path) as trace:
+        finding = question("load-balance")().answer(Subject([trace]))
+    drawn: list[str] = []
+    draw = Canvas.draw
+
+    def counted(self: Canvas, renderer: RendererBase) -> None:
+        drawn.append(type(renderer).__name__)
+        draw(self, renderer)
+
+    monkeypatch.setattr(Canvas, "draw", counted)
+    (pdf,) = (file for file in write_finding(finding, tmp_path / "out").files if file.suffix == ".pdf")
+    assert len(drawn) == 3
+    # text of TrueType outlines, which a reader can select, with the widths of its letters
+    assert pdf.read_bytes().count(b"/CIDFontType2") >= 1
+    assert pdf.read_bytes().count(b"/FontFile2") >= 1
 
 
 def test_a_report_leaves_with_1_if_a_question_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,7 +207,7 @@ def rotation(starts: Ints, rng: np.random.Generator) -> Ints:
 
     What has no fixed relation to the rows keeps its distribution, its order and its share in every request.
     """
-    return turned(starts, rng.random((1, len(starts) - 1)))[0].astype(np.int64)
+    return np.asarray(turned(starts, rng.random((1, len(starts) - 1)))[0], dtype=np.int64)
 
 
 def turned(starts: Ints, by: Floats) -> npt.NDArray[np.int32]:
