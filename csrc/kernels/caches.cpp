@@ -50,6 +50,15 @@ private:
     void enqueue(size_t item) {
         queued[item] = worth[item];
         least.emplace(worth[item], item);
+        if (least.size() > 4*worth.size() + 64) { // most entries do not hold any more
+            std::vector<entry> held;
+            for (size_t i = 0; i < worth.size(); i++) {
+                if ((queued[i] = worth[i]) >= 0) {
+                    held.emplace_back(worth[i], i);
+                }
+            }
+            least = decltype(least)(std::greater<entry>(), std::move(held));
+        }
     }
 
     std::vector<int64_t> worth, queued; // queued: of the item's lowest entry in the queue
