@@ -6,19 +6,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from answers import answers_of, untraced_answers
 from checks import DEFAULT, PLACEMENTS, WIDE
 from devices import run_host
-from identities import check_identity, prompts_of_mixed_length
+from identities import prompts_of_mixed_length
 from real import check_architecture
 from running import MOE
+from served import SERVER_PLACEMENTS, answers_of, check_overlap, check_served, untraced_answers
 
 import moetrace
 from moetrace.host.client import drive
 from moetrace.synthetic import ARCHITECTURES
-from moetrace.trace.record import State
 from moetrace.trace.verify import verify
 
 pytestmark = [
@@ -28,13 +26,6 @@ pytestmark = [
     pytest.mark.skipif(not os.environ.get("MOETRACE_TEST_GPU"), reason="MOETRACE_TEST_GPU is not set"),
 ]
 
-SERVER_PLACEMENTS = {
-    "all": ["-ngl", "99"],
-    "part": ["-ngl", "2"],
-    "cpu-moe": ["-ngl", "99", "--cpu-moe"],
-    "some-experts": ["-ngl", "99", "--n-cpu-moe", "2"],
-    "router": ["-ngl", "99", "-ot", r"ffn_gate_inp\.=CPU"],
-}
 SERVED = [
     pytest.param(name, placement, id=f"{name}-{placement}")
     for i, name in enumerate(name for name in MOE if not ARCHITECTURES[name].encoder)
@@ -67,13 +58,7 @@ def test_every_row_belongs_to_its_request(
     ) as server:
         answers = drive(server.client, prompts)
         server.label([answer.label_line() for answer in answers])
-    trace = moetrace.open(path)
-    check_identity(trace, answers)
-    assert verify(path).exit_code == 0
-    assert trace.loss.rows_lost == trace.loss.lost == 0
-    assert (np.asarray(trace.state)[:, :-1] == State.PRESENT).all()
-    step, sequence = trace.column("step"), trace.column("sequence")
-    assert max(len(set(sequence[step == s])) for s in np.unique(step)) > 1
+    check_overlap(check_served(path, answers))
 
 
 @pytest.mark.parametrize(("name", "placement"), SERVED)

@@ -9,31 +9,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from answers import answers_of, untraced_answers
 from checks import FUSIONS, check_numbers
 from devices import Setup
-from identities import check_identity, prompts_of_mixed_length
+from identities import prompts_of_mixed_length
 from running import MOE, ROUTER, ready_client
+from served import SERVER_PLACEMENTS, answers_of, check_overlap, check_served, untraced_answers
 
 import moetrace
 from moetrace.host.client import drive
 from moetrace.host.server import free_port
 from moetrace.synthetic import ARCHITECTURES
-from moetrace.trace.record import State
 from moetrace.trace.verify import verify
 
 pytestmark = [pytest.mark.runtime, pytest.mark.host("device")]
 
-PLACEMENTS = {
-    "all": ["-ngl", "99"],
-    "part": ["-ngl", "2"],
-    "cpu-moe": ["-ngl", "99", "--cpu-moe"],
-    "some-experts": ["-ngl", "99", "--n-cpu-moe", "2"],
-    "router": ["-ngl", "99", "-ot", r"ffn_gate_inp\.=CPU"],
-    "layers": ["-ngl", "99", "-sm", "layer", "-ts", "1,1"],
-}
+PLACEMENTS = {**SERVER_PLACEMENTS, "layers": ["-ngl", "99", "-sm", "layer", "-ts", "1,1"]}
 OPTIONS: dict[str, dict[str, Any]] = {
     "auto": {},
     "tap": {"collector": "tap"},
@@ -106,18 +97,8 @@ def test_every_row_belongs_to_its_request(
     counted = json.loads(counts.read_text())
     assert counted["graphs"] > 0, "nothing was computed on the device"
     assert (counted["moved"] > 0) == bool(setup.order)
-    trace = moetrace.open(path)
-    check_identity(trace, answers)
-    assert verify(path).exit_code == 0
-    loss = trace.loss
-    assert loss.rows_lost == loss.lost == 0
-    state = np.asarray(trace.state)
-    assert (state[:, :-1] == State.PRESENT).all()
-    left_out = state[:, -1] != State.PRESENT
-    if left_out.any():
-        np.testing.assert_array_equal(left_out, (np.asarray(trace.column("flags")) & 1) == 0)
-    step, sequence = trace.column("step"), trace.column("sequence")
-    assert max(len(set(sequence[step == s])) for s in np.unique(step)) > 1
+    trace = check_served(path, answers)
+    check_overlap(trace)
     if option.endswith("router"):
         check_numbers(trace, name, model_file(name))
 

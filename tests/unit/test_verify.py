@@ -108,24 +108,21 @@ def test_an_expert_chosen_twice(tmp_path: Path) -> None:
     assert any("twice" in f.what and "row 3" in f.what for f in verify(path).findings)
 
 
-def test_counts_that_do_not_add_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("counter", "what"),
+    [
+        ("rows_produced", "31 rows were computed, but 30 are here and 0 lost"),
+        ("rows_committed", "31 rows were written, but 30 are here and 0 overwritten"),
+    ],
+)
+def test_counts_that_do_not_add_up(counter: str, what: str, tmp_path: Path) -> None:
     path = small_trace(tmp_path / "t")
     facts = read_json(path / "ctx0" / "context.json")
-    facts["counters"]["rows_produced"] += 1
+    facts["counters"][counter] += 1
     write_json(path / "ctx0" / "context.json", facts)
     result = verify(path)
     assert result.exit_code == 4
-    assert "31 rows were computed, but 30 are here and 0 lost" in result.findings[0].what
-
-
-def test_rows_that_were_written_and_are_not_here(tmp_path: Path) -> None:
-    path = small_trace(tmp_path / "t")
-    facts = read_json(path / "ctx0" / "context.json")
-    facts["counters"]["rows_committed"] += 2
-    write_json(path / "ctx0" / "context.json", facts)
-    result = verify(path)
-    assert result.exit_code == 4
-    assert "32 rows were written, but 30 are here and 0 overwritten" in result.findings[0].what
+    assert what in result.findings[0].what
 
 
 def test_a_ledger_cut_short_is_noticed(tmp_path: Path) -> None:
