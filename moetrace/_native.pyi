@@ -14,15 +14,15 @@ def map_file(path: str, size: int) -> NDArray[np.uint8]: ...
 def intervention_check(file: bytes, routers: Sequence[tuple[int, int, int, int, int, bool]]) -> str: ...
 def cache_hits(
     items: NDArray[np.int32],
-    worth: NDArray[np.int64],
+    worth: NDArray[np.int32],
     slots: NDArray[np.int64],
     n_items: int,
     n_threads: int = 0,
 ) -> NDArray[np.bool_]: ...
 def budget_hits(
     items: NDArray[np.int32],
-    worth: NDArray[np.int64],
-    groups: NDArray[np.int64],
+    worth: NDArray[np.int32],
+    groups: NDArray[np.int32],
     sizes: NDArray[np.int64],
     budgets: NDArray[np.int64],
     n_threads: int = 0,

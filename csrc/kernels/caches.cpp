@@ -2,71 +2,140 @@
 
 #include "kernels.h"
 
-#include <queue>
-
 namespace moetrace {
 
 namespace {
 
-// What a cache holds, and what each item is worth: not negative, and different for different items.
-class held_items {
+// Whole numbers below a limit, of which the least is found at once: a bit each, and bits of which words have any, level above
+// level.
+class number_set {
 public:
-    explicit held_items(size_t n_items) : worth(n_items, -1), queued(n_items, -1) {}
+    explicit number_set(size_t limit) {
+        size_t size = 0;
+        do {
+            limit = (limit + 63)/64;
+            begin[n_levels++] = size;
+            size += limit;
+        } while (limit > 1);
+        words.resize(size);
+    }
 
-    bool has(size_t item) const { return worth[item] >= 0; }
-
-    void keep(size_t item, int64_t value) {
-        worth[item] = value;
-        if (queued[item] < 0 || value < queued[item]) { // a rise is seen to when the entry comes up
-            enqueue(item);
+    void add(size_t i) {
+        for (size_t level = 0; level < n_levels; level++, i /= 64) {
+            uint64_t & word = words[begin[level] + i/64];
+            const bool any = word != 0;
+            word |= (uint64_t) 1 << i%64;
+            if (any) {
+                return;
+            }
         }
     }
 
-    // Drops the item of least worth, and gives it.
-    size_t drop() {
-        for (;;) {
-            const auto [value, item] = least.top();
-            least.pop();
-            if (value != queued[item]) {
-                continue; // a later entry holds
+    // Takes the least away, and gives it. There is one.
+    size_t take_least() {
+        size_t i = 0;
+        for (size_t level = n_levels; level-- > 0;) {
+            i = i*64 + (size_t) __builtin_ctzll(words[begin[level] + i]);
+        }
+        size_t at = i;
+        for (size_t level = 0; level < n_levels; level++, at /= 64) {
+            uint64_t & word = words[begin[level] + at/64];
+            word &= word - 1;
+            if (word) {
+                break;
             }
-            if (value == worth[item]) {
+        }
+        return i;
+    }
+
+    void clear() { std::fill(words.begin(), words.end(), 0); }
+
+private:
+    size_t begin[11] = {}, n_levels = 0;
+    std::vector<uint64_t> words;
+};
+
+// What a cache holds, and what each item is worth: different for different items, and below a limit.
+class held_items {
+public:
+    held_items(size_t n_items, size_t limit) : worth(n_items, -1), queued(n_items, -1), waiting(limit) {}
+
+    bool has(size_t item) const { return worth[item] >= 0; }
+
+    // Whether an item is here; if so, it is worth `value` from now on.
+    bool use(size_t item, int32_t value) {
+        const bool here = has(item);
+        worth[item] = here ? value : -1;
+        if (here & (value < queued[item])) {
+            queue(item);
+        }
+        return here;
+    }
+
+    void keep(size_t item, int32_t value) {
+        worth[item] = value;
+        if (queued[item] < 0 || value < queued[item]) { // a rise is seen to when it comes up
+            queue(item);
+        }
+    }
+
+    // Drops the item of least worth, and gives it. `item_of` says whose a worth is; something is held.
+    size_t drop(const int32_t * item_of) {
+        for (;;) {
+            const int32_t value = (int32_t) waiting.take_least();
+            const size_t item = (size_t) item_of[value];
+            if (worth[item] == value) {
                 worth[item] = queued[item] = -1;
                 return item;
             }
-            enqueue(item);
+            if (has(item)) {
+                queue(item);
+            }
         }
     }
 
     void clear() {
         std::fill(worth.begin(), worth.end(), -1);
         std::fill(queued.begin(), queued.end(), -1);
-        least = {};
+        waiting.clear();
     }
 
 private:
-    using entry = std::pair<int64_t, size_t>;
-
-    void enqueue(size_t item) {
+    void queue(size_t item) {
         queued[item] = worth[item];
-        least.emplace(worth[item], item);
-        if (least.size() > 4*worth.size() + 64) { // most entries do not hold any more
-            std::vector<entry> held;
-            for (size_t i = 0; i < worth.size(); i++) {
-                if ((queued[i] = worth[i]) >= 0) {
-                    held.emplace_back(worth[i], i);
-                }
-            }
-            least = decltype(least)(std::greater<entry>(), std::move(held));
-        }
+        waiting.add((size_t) worth[item]);
     }
 
-    std::vector<int64_t> worth, queued; // queued: of the item's lowest entry in the queue
-    std::priority_queue<entry, std::vector<entry>, std::greater<entry>> least;
+    std::vector<int32_t> worth, queued; // queued: the least of the item's that waits
+    number_set waiting;
 };
 
+// Whose each worth below a limit is, in item_of. worth: (V, T) of the accesses' items (T,), below 0 no access.
+void name_worths(const int32_t * items, const int32_t * worth, size_t n, size_t n_worths, std::vector<int32_t> & item_of) {
+    std::fill(item_of.begin(), item_of.end(), -1);
+    for (size_t v = 0; v < n_worths; v++) {
+        for (size_t t = 0; t < n; t++) {
+            if (items[t] >= 0) {
+                int32_t & owner = item_of[(size_t) worth[v*n + t]];
+                need(owner < 0 || owner == items[t], "two items are worth the same");
+                owner = items[t];
+            }
+        }
+    }
+}
+
+// Above all worths, which are not negative.
+size_t limit_of(const int32_t * worth, size_t n) {
+    int32_t most = -1;
+    for (size_t t = 0; t < n; t++) {
+        need(worth[t] >= 0, "worth is not negative");
+        most = std::max(most, worth[t]);
+    }
+    return (size_t) most + 1;
+}
+
 // One cache: each access (worth: of keeping its item from now on) hits, or takes the slot of the item of least worth.
-void cache_run(const int32_t * items, const int64_t * worth, size_t n, size_t slots, held_items & held, uint8_t * hit) {
+void cache_run(const int32_t * items, const int32_t * worth, size_t n, size_t slots, const int32_t * item_of, held_items & held, uint8_t * hit) {
     held.clear();
     size_t n_held = 0;
     for (size_t t = 0; t < n; t++) {
@@ -76,7 +145,7 @@ void cache_run(const int32_t * items, const int64_t * worth, size_t n, size_t sl
             continue;
         }
         if (!hit[t] && n_held == slots) {
-            held.drop();
+            held.drop(item_of);
         } else {
             n_held += !hit[t];
         }
@@ -85,19 +154,23 @@ void cache_run(const int32_t * items, const int64_t * worth, size_t n, size_t sl
 }
 
 // (Z, S, T) whether accesses hit in caches of each of Z sizes: streams of items (S, T), below 0 no access, and worth (S, T).
-array<bool> cache_hits(const array<int32_t> & items, const array<int64_t> & worth, const array<int64_t> & slots, int64_t n_items, int n_threads) {
+array<bool> cache_hits(const array<int32_t> & items, const array<int32_t> & worth, const array<int64_t> & slots, int64_t n_items, int n_threads) {
     need(items.ndim() == 2 && worth.ndim() == 2 && items.shape(0) == worth.shape(0) && items.shape(1) == worth.shape(1), "worth is one per access");
     const size_t S = (size_t) items.shape(0), T = (size_t) items.shape(1), Z = (size_t) slots.size();
     const int32_t * item = items.data();
-    const int64_t * value = worth.data(), * size = slots.data();
+    const int32_t * value = worth.data();
+    const int64_t * size = slots.data();
     need(std::all_of(item, item + S*T, [&](int32_t i) { return i < n_items; }), "an item is not there");
-    need(std::all_of(value, value + S*T, [&](int64_t w) { return w >= 0; }), "worth is not negative");
     need(std::all_of(size, size + Z, [](int64_t s) { return s > 0; }), "a cache has a slot");
     array<bool> out({ (py::ssize_t) Z, (py::ssize_t) S, (py::ssize_t) T });
     uint8_t * hits = (uint8_t *) out.mutable_data();
-    parallel_for(Z*S, n_threads, [&] { return held_items((size_t) n_items); }, [&](size_t job, held_items & held) {
+    const size_t limit = limit_of(value, S*T);
+    struct scratch { held_items held; std::vector<int32_t> item_of; };
+    const auto make = [&] { return scratch { held_items((size_t) n_items, limit), std::vector<int32_t>(limit) }; };
+    parallel_for(Z*S, n_threads, make, [&](size_t job, scratch & s) {
         const size_t stream = job % S;
-        cache_run(item + stream*T, value + stream*T, T, (size_t) size[job/S], held, hits + job*T);
+        name_worths(item + stream*T, value + stream*T, T, 1, s.item_of);
+        cache_run(item + stream*T, value + stream*T, T, (size_t) size[job/S], s.item_of.data(), s.held, hits + job*T);
     });
     return out;
 }
@@ -105,38 +178,45 @@ array<bool> cache_hits(const array<int32_t> & items, const array<int64_t> & wort
 // (Z, T) whether accesses hit in caches of each of Z budgets that hold items of different sizes. What is needed together
 // (one group) is looked for first, and what is missing fetched then: a hit is never lost to what is fetched beside it.
 // worth: (2, T) of keeping an item that was there, and one that was fetched.
-array<bool> budget_hits(const array<int32_t> & items, const array<int64_t> & worth, const array<int64_t> & groups, const array<int64_t> & sizes,
+array<bool> budget_hits(const array<int32_t> & items, const array<int32_t> & worth, const array<int32_t> & groups, const array<int64_t> & sizes,
         const array<int64_t> & budgets, int n_threads) {
     need(items.ndim() == 1 && worth.ndim() == 2 && worth.shape(0) == 2 && worth.shape(1) == items.size() && groups.size() == items.size(),
         "worth and group are one per access");
     const size_t T = (size_t) items.size(), Z = (size_t) budgets.size(), M = (size_t) sizes.size();
     const int32_t * item = items.data();
-    const int64_t * value = worth.data(), * group = groups.data(), * size = sizes.data(), * budget = budgets.data();
+    const int32_t * value = worth.data(), * group = groups.data();
+    const int64_t * size = sizes.data(), * budget = budgets.data();
     need(std::all_of(item, item + T, [&](int32_t i) { return i >= 0 && (size_t) i < M; }), "an item is not there");
-    need(std::all_of(value, value + 2*T, [&](int64_t w) { return w >= 0; }), "worth is not negative");
     need(std::all_of(size, size + M, [](int64_t s) { return s > 0; }), "an item has a size");
     array<bool> out({ (py::ssize_t) Z, (py::ssize_t) T });
     uint8_t * hits = (uint8_t *) out.mutable_data();
-    parallel_for(Z, n_threads, [&] { return held_items(M); }, [&](size_t job, held_items & held) {
+    const size_t limit = limit_of(value, 2*T);
+    std::vector<int32_t> item_of(limit);
+    name_worths(item, value, T, 2, item_of);
+    size_t most = 0; // of a group
+    for (size_t begin = 0, t = 0; t < T; t++) {
+        begin = group[t] == group[begin] ? begin : t;
+        most  = std::max(most, t + 1 - begin);
+    }
+    parallel_for(Z, n_threads, [&] { return held_items(M, limit); }, [&](size_t job, held_items & held) {
         held.clear();
         uint8_t * hit = hits + job*T;
         int64_t free = budget[job];
+        std::vector<size_t> missing(most + 1);
         for (size_t begin = 0, end = 0; begin < T; begin = end) {
+            size_t n_missing = 0;
             while (end < T && group[end] == group[begin]) {
-                const size_t i = (size_t) item[end];
-                hit[end] = held.has(i);
-                if (hit[end]) {
-                    held.keep(i, value[end]);
-                }
-                end++;
+                hit[end] = held.use((size_t) item[end], value[end]);
+                missing[n_missing] = end;
+                n_missing += !hit[end++];
             }
-            for (size_t t = begin; t < end; t++) {
-                const size_t i = (size_t) item[t];
-                if (hit[t] || size[i] > budget[job]) {
+            for (size_t m = 0; m < n_missing; m++) {
+                const size_t t = missing[m], i = (size_t) item[t];
+                if (size[i] > budget[job]) {
                     continue;
                 }
                 while (free < size[i]) {
-                    free += size[held.drop()];
+                    free += size[held.drop(item_of.data())];
                 }
                 held.keep(i, value[T + t]);
                 free -= size[i];

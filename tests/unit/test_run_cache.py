@@ -80,6 +80,7 @@ def test_groups_of_one_and_equal_sizes_are_a_cache_of_slots(policy: str) -> None
     "wrong",
     [
         {"items": [9]}, {"items": [-1]}, {"worth": [[-1], [0]]}, {"worth": [[1, 2], [1, 2]]}, {"sizes": [0, 1]},
+        {"items": [0, 1], "worth": [[0, 0], [1, 1]], "groups": [0, 0]},
     ],
 )  # fmt: skip
 def test_the_kernel_refuses_what_makes_no_sense(wrong: dict[str, object]) -> None:

@@ -40,30 +40,36 @@ def cache_hits(
     x = np.asarray(streams).astype(np.int32)
     if x.ndim != 2 or (x.size and x.max() >= n_items):
         raise UsageError(f"streams are rows of items from 0 to {n_items - 1}")
-    worth = np.zeros(x.shape, dtype=np.int64)
+    worth = np.zeros(x.shape, dtype=np.int32)
     for mine, row in zip(worth, x, strict=True):
         there = row >= 0
-        mine[there] = worth_of(row[there].astype(np.int64), policy, n_items)
+        mine[there] = worth_of(row[there], policy, n_items)
     return _native.cache_hits(x, worth, np.asarray(slots, dtype=np.int64), n_items)
 
 
-def worth_of(stream: Ints, policy: Policy, n_items: int) -> Ints:
-    """(T,) how much it is worth to keep an item after each use; different for different items, and not negative."""
+def worth_of(stream: npt.NDArray[np.signedinteger], policy: Policy, n_items: int) -> npt.NDArray[np.int32]:
+    """(T,) how much it is worth to keep an item after each use: from 0 to T + M, different for different items."""
     n = stream.size
+    now = np.arange(n, dtype=np.int32)
     if policy == "lru":
-        return np.arange(n)
-    # numpy sorts short integers by their digits
-    short = stream.astype(np.uint16) if n_items <= 1 << 16 else stream
-    order = np.argsort(short, kind="stable")
-    first = np.append(True, stream[order[1:]] != stream[order[:-1]])[:n]
+        return now
+    order = np.argsort(short(stream, n_items), kind="stable").astype(np.int32)
+    first = np.append(True, np.diff(stream[order]) != 0)[:n]
     if policy == "oracle":
-        following = np.full(n, n, dtype=np.int64)
+        following = np.full(n, n, dtype=np.int32)
         following[order[:-1][~first[1:]]] = order[1:][~first[1:]]
-        return (n - following) * n_items + stream
-    rank = np.arange(n) - np.maximum.accumulate(np.where(first, np.arange(n), 0))
-    uses = np.empty(n, dtype=np.int64)
-    uses[order] = rank + 1
-    return uses * (n + 1) + np.arange(n)
+        return np.where(following < n, np.int32(n_items + n - 1) - following, stream.astype(np.int32))
+    begin = np.flatnonzero(first)
+    held = np.diff(np.append(begin, n))
+    uses, worth = np.empty((2, n), dtype=np.int32)
+    uses[order] = now - np.repeat(begin, held)
+    worth[np.argsort(short(uses, int(held.max(initial=0))), kind="stable")] = now
+    return worth
+
+
+def short(x: npt.NDArray[np.signedinteger], limit: int) -> npt.NDArray[np.integer]:
+    """Whole numbers from 0 to below a limit as the shortest that hold them: numpy sorts 16 bits by their digits."""
+    return x.astype(np.uint16) if limit <= 1 << 16 else x
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,16 @@ import pandas as pd
 
 from moetrace import _native
 from moetrace.analysis.counts.routed import RoutedText
-from moetrace.analysis.placement.cache import Policy, worth_of
-from moetrace.analysis.statistics.shapes import Ints
+from moetrace.analysis.placement.cache import Policy, short, worth_of
 from moetrace.errors import UsageError
+
+_Whole = npt.NDArray[np.signedinteger]
 
 #: policies that need no other prompts
 RUN_POLICIES: tuple[Policy, ...] = ("lru", "lfu", "oracle")
 
 
-def run_accesses(text: RoutedText, step: npt.ArrayLike) -> tuple[Ints, Ints, Ints]:
+def run_accesses(text: RoutedText, step: npt.ArrayLike) -> tuple[_Whole, _Whole, _Whole]:
     """Which experts a run needed, in order: of each ubatch layer by layer, an expert once for all of its tokens.
 
     Parameters
@@ -28,24 +29,27 @@ def run_accesses(text: RoutedText, step: npt.ArrayLike) -> tuple[Ints, Ints, Int
 
     Returns
     -------
-    (A,) int64 items (layer index · E + expert), groups (what is needed at one time: a ubatch's layer), and the ubatch's
-    index from 0.
+    (A,) items (layer index · E + expert), groups (what is needed at one time: a ubatch's layer), and the ubatch's index
+    from 0: int32, or int64 where that is too short.
     """
     number = np.asarray(step, dtype=np.int64)
     order = np.argsort(number, kind="stable")
-    _, ubatch = np.unique(number[order], return_inverse=True)
-    ids = text.experts[order].astype(np.int64)
-    n_layers, e = ids.shape[1], text.n_expert
-    layer = np.broadcast_to(np.arange(n_layers)[:, None], ids.shape[1:])
+    ubatch = np.cumsum(np.diff(number[order], prepend=number[order[:1]]) != 0)
+    n_layers, e = text.experts.shape[1], text.n_expert
+    fits = (len(text) + 1) * n_layers < 1 << 31 and n_layers * e < 1 << 31
+    ids: _Whole = text.experts[order].astype(np.int32 if fits else np.int64)
+    layer = np.arange(n_layers, dtype=ids.dtype)[:, None]
     there = ids < e
-    group = (ubatch[:, None, None] * n_layers + layer)[there]
+    group = np.broadcast_to((ubatch[:, None, None] * n_layers + layer).astype(ids.dtype), ids.shape)[there]
     item = (layer * e + ids)[there]
     # in the order of groups, and of first need within one
     by_group = np.argsort(group, kind="stable")
     group, item = group[by_group], item[by_group]
-    _, first = np.unique(group * (n_layers * e) + item, return_index=True)
-    first = np.sort(first)
-    return item[first], group[first], group[first] // n_layers
+    by_item = np.argsort(short(item, n_layers * e), kind="stable")
+    again = np.zeros(item.size, dtype=bool)
+    again[by_item[1:]] = (np.diff(item[by_item]) == 0) & (np.diff(group[by_item]) == 0)
+    item, group = item[~again], group[~again]
+    return item, group, group // n_layers
 
 
 def run_cache(
@@ -92,11 +96,16 @@ def run_cache(
         sorted(set(budgets) or {max(1, int(total * share)) for share in (0.02, 0.05, 0.1, 0.25, 0.5, 0.75)}),
         dtype=np.int64,
     )
-    single = np.bincount(np.unique(np.asarray(step), return_inverse=True)[1])[ubatch] == 1
+    single = np.unique(np.asarray(step), return_counts=True)[1][ubatch] == 1
+    n_single = np.count_nonzero(single)
     rows = []
     for policy in policies:
         hits = _native.budget_hits(
-            item.astype(np.int32), _worths(item, group, policy, sizes.size), group, sizes, wanted
+            item.astype(np.int32),
+            _worths(item, group, policy, sizes.size),
+            group.astype(np.int32),
+            sizes,
+            wanted,
         )
         for budget, hit in zip(wanted.tolist(), hits, strict=True):
             rows.append(
@@ -104,23 +113,24 @@ def run_cache(
                     "policy": policy,
                     "budget": budget,
                     "memory": budget / total,
-                    "hit_rate": hit.mean(),
+                    "hit_rate": np.count_nonzero(hit) / hit.size,
                     "needed": hit.size,
-                    "hit_rate_single": hit[single].mean() if single.any() else np.nan,
-                    "fetched": (~hit).sum() / tokens,
+                    "hit_rate_single": np.count_nonzero(hit & single) / n_single if n_single else np.nan,
+                    "fetched": np.count_nonzero(~hit) / tokens,
                     "fetched_bytes": sizes[item][~hit].sum() / tokens if expert_bytes is not None else np.nan,
                 }
             )
     return pd.DataFrame(rows)
 
 
-def _worths(item: Ints, group: Ints, policy: Policy, n_items: int) -> Ints:
+def _worths(item: _Whole, group: _Whole, policy: Policy, n_items: int) -> npt.NDArray[np.int32]:
     """(2, A) how much it is worth to keep what was there, and what was fetched; of a group that is used later."""
     if policy != "lru":
         return np.stack([worth_of(item, policy, n_items)] * 2)
-    _, first, inverse, size = np.unique(group, return_index=True, return_inverse=True, return_counts=True)
-    place = np.arange(item.size) + first[inverse]  # twice the group's beginning, and the place in it
-    return np.stack([place, place + size[inverse]])
+    first = np.flatnonzero(np.diff(group, prepend=-1))
+    size = np.diff(np.append(first, group.size))
+    place = np.arange(item.size) + np.repeat(first, size)  # twice the group's beginning, and the place in it
+    return np.stack([place, place + np.repeat(size, size)]).astype(np.int32)
 
 
 def hot_experts(text: RoutedText, share: float = 0.8, n: int | None = None) -> pd.DataFrame:
