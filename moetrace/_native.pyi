@@ -82,6 +82,12 @@ def top_hits(
     sizes: NDArray[np.int64],
     n_threads: int = 0,
 ) -> NDArray[np.int32]: ...
+def layer_hits(
+    scores: NDArray[np.float32],
+    picks: NDArray[np.uint16],
+    sizes: NDArray[np.int64],
+    n_threads: int = 0,
+) -> NDArray[np.int64]: ...
 def pick_sums(
     features: NDArray[np.float32],
     picks: NDArray[np.uint16],

@@ -149,10 +149,14 @@ def test_tops(seed: int, n: int, n_expert: int, single: bool) -> None:
     scores[rng.random(scores.shape) < 0.1] = np.nan
     order = np.argsort(-np.nan_to_num(scores, nan=-np.inf), axis=1, kind="stable")
     want = np.cumsum(np.take_along_axis(used, order, axis=1), axis=1)[:, sizes - 1]
-    np.testing.assert_array_equal(_native.top_hits(scores[:, None], picks[:, None], sizes)[:, 0], want)
-    layers = np.stack((scores, scores[:, ::-1]), axis=1)
-    both = _native.top_hits(layers, np.stack((picks, picks), axis=1), sizes)
-    np.testing.assert_array_equal(both[:, 0], want)
+    np.testing.assert_array_equal(_native.top_hits(scores, picks, sizes), want)
+    # each size as a layer, and scores of which few are equal beside them
+    apart = scores + rng.random(scores.shape).astype(scores.dtype) / 2
+    layers = np.stack([scores.T] * sizes.size + [apart.T] * sizes.size).astype(np.float32)
+    got = _native.layer_hits(layers, np.stack([picks] * len(layers)), np.tile(sizes, 2))
+    np.testing.assert_array_equal(got[: sizes.size], want.sum(axis=0))
+    few_equal = _native.top_hits(apart.astype(np.float32), picks, sizes).sum(axis=0)
+    np.testing.assert_array_equal(got[sizes.size :], few_equal)
 
 
 @settings(max_examples=60, deadline=None)
@@ -162,13 +166,13 @@ def test_tops(seed: int, n: int, n_expert: int, single: bool) -> None:
 def test_pick_sums(seed: int, n: int, n_expert: int, n_groups: int) -> None:
     rng = np.random.default_rng(seed)
     features = rng.integers(-4, 5, (n, 11)).astype(np.float32)
-    picks = rng.integers(0, n_expert + 2, (n, 3, 2)).astype(np.uint16)
+    picks = rng.integers(0, n_expert + 2, (3, n, 2)).astype(np.uint16)
     picks[:, :, 1] = np.where(picks[:, :, 1] == picks[:, :, 0], n_expert + 9, picks[:, :, 1])
     group = rng.integers(0, n_groups, n).astype(np.int32)
     got = _native.pick_sums(features, picks, group, n_groups, n_expert)
     for g in range(n_groups):
-        uses = membership(picks[group == g], n_expert)
-        np.testing.assert_array_equal(got[g], np.einsum("nle,nf->lef", uses, features[group == g]))
+        uses = membership(picks[:, group == g], n_expert)
+        np.testing.assert_array_equal(got[g], np.einsum("lne,nf->lef", uses, features[group == g]))
 
 
 i32 = np.int32
@@ -197,7 +201,9 @@ i32 = np.int32
             np.zeros((4, 4)),
             np.ones((4, 4), bool),
         ),
-        lambda: _native.top_hits(np.zeros((1, 1, 4)), np.zeros((2, 1, 1), "u2"), np.array([1])),
+        lambda: _native.top_hits(np.zeros((1, 4)), np.zeros((2, 1), "u2"), np.array([1])),
+        lambda: _native.layer_hits(np.zeros((1, 4, 3), "f4"), np.zeros((1, 4, 1), "u2"), np.array([1])),
+        lambda: _native.layer_hits(np.zeros((1, 4, 3), "f4"), np.zeros((1, 3, 1), "u2"), np.array([1, 1])),
         lambda: _native.pick_sums(np.zeros((1, 4), "f4"), np.zeros((1, 1, 1), "u2"), i32([2]), 2, 4),
         lambda: _native.cache_hits(i32([[4]]), np.zeros((1, 1), "i8"), np.array([1]), 4),
         lambda: _native.cache_hits(i32([[0]]), np.zeros((1, 1), "i8"), np.array([0]), 4),

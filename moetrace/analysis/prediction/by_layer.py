@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy import sparse
 from scipy.special import expit
 
 from moetrace.analysis.counts.attention import FEATURES, attention_features, attention_windows
@@ -141,10 +142,11 @@ def task_by_layer(
         hidden = columns.column("gate_input", part, probe)
         problems = (_problem(part, columns.index(layer), seed) for layer in together)
         tests = gain_tests(problems, early, n_permutations=n_permutations, seed=seed)
+        chosen = sparse.csr_array(early)  # few are not 0
         for layer, test in zip(together, tests, strict=True):
             problem = _problem(part, columns.index(layer), seed)
             gate = None if hidden is None or not routers else _routed(hidden, routers[layer])
-            found[layer] = task_prediction(problem, early, hidden, gate, seed=seed, test=test, **options)
+            found[layer] = task_prediction(problem, chosen, hidden, gate, seed=seed, test=test, **options)
             if progress is not None:
                 progress(len(found), len(wanted))
     if not found:

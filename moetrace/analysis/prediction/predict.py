@@ -12,7 +12,8 @@ Shapes: n tokens, E experts, k used, F features, P prompts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import chain, pairwise
@@ -23,8 +24,8 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import sparse
 
-from moetrace._native import pick_sums, top_hits
-from moetrace.analysis.counts.routed import membership
+from moetrace._native import layer_hits, pick_sums, top_hits
+from moetrace.analysis.counts.routed import membership, usage
 from moetrace.analysis.statistics import nulls
 from moetrace.analysis.statistics.shapes import Floats, Ints
 from moetrace.errors import UsageError
@@ -36,8 +37,10 @@ N_FOLDS = 5
 _PRIOR = 2.0
 # Prompts of similar length that are exchanged with each other in a permutation.
 _GROUP = 6
-# Room for the scores of many layers.
-_SCORE_BYTES = 32 << 20
+# Room for the scores of some layers: they stay in the processor's cache.
+_SCORE_BYTES = 2 << 20
+# Room for what each prompt's picks have in sum with the features of each prompt that it exchanges with.
+_PAIR_BYTES = 64 << 20
 # Components of the features that are tried again and again with other prompts'.
 _MAX_FEATURES = 64
 
@@ -130,6 +133,22 @@ class Problem:
             (np.flatnonzero(self.fold != f), np.flatnonzero(self.fold == f)) for f in np.unique(self.fold)
         ]
 
+    @cached_property
+    def rest_usage(self) -> Floats:
+        """(folds, E) mean usage of the rows that are fitted on."""
+        sizes = np.array([held.size for _, held in self.folds])
+        own = np.stack([self.used[held].sum(axis=0, dtype=np.float64) for _, held in self.folds])
+        return np.asarray((own.sum(axis=0) - own) / (sizes.sum() - sizes)[:, None])
+
+    @cached_property
+    def sparse_used(self) -> sparse.csr_array[np.float64]:
+        """``used``, of which few are not 0."""
+        there = self.picks < self.n_expert
+        ends = np.append(0, np.cumsum(there.sum(axis=1)))
+        return sparse.csr_array(
+            (np.ones(int(ends[-1])), self.picks[there].astype(np.int32), ends), shape=self.used.shape
+        )
+
 
 # -- predictors: scores (n, E), each token's from what was learnt without its fold ------------------------
 
@@ -137,8 +156,8 @@ class Problem:
 def popularity(p: Problem) -> Scores:
     """The experts that are used most, whatever the token."""
     out = np.empty(p.used.shape, dtype=np.float32)
-    for fit, held in p.folds:
-        out[held] = p.used[fit].mean(axis=0)
+    for (_, held), mean in zip(p.folds, p.rest_usage, strict=True):
+        out[held] = mean
     return out
 
 
@@ -154,46 +173,60 @@ def table(p: Problem, key: npt.ArrayLike, prior: float = _PRIOR) -> Scores:
     """Mean usage at each value of ``key`` (n,) (token id, position), drawn to the overall usage where it is rare."""
     code = np.unique(np.asarray(key), return_inverse=True)[1]
     out = np.empty(p.used.shape, dtype=np.float32)
-    for fit, held in p.folds:
-        means, mean = _means(code, p.used, fit)
-        out[held] = _shrunk(means, mean, prior)[code[held]]
+    for (_, held), (sums, counts), mean in zip(p.folds, _rest_sums(p, code), p.rest_usage, strict=True):
+        out[held] = ((sums + prior * mean) / (counts + prior)[:, None])[code[held]]
     return out
+
+
+def _rest_sums(p: Problem, code: Ints) -> Iterator[tuple[Ints, Ints]]:
+    """Of each fold: what is fitted on, by code (n,): usage (C, E) in sum, and how many rows (C,)."""
+    n = int(code.max()) + 1
+    sums, counts = usage(p.picks, code, n, p.n_expert), np.bincount(code, minlength=n)
+    for _, held in p.folds:
+        own = usage(p.picks[held], code[held], n, p.n_expert)
+        yield sums - own, counts - np.bincount(code[held], minlength=n)
+
+
+def _fold_by_fold(
+    p: Problem, features: npt.NDArray[Any] | sparse.csr_array
+) -> tuple[list[sparse.csr_array[np.float64]], Floats, Floats]:
+    """Features (n, F) of each fold's rows, their sums (folds, F), and their products with usage (folds, F, E)."""
+    x: sparse.csr_array[np.float64] = sparse.csr_array(features).astype(np.float64)
+    parts = [x[held] for _, held in p.folds]
+    sums: list[Floats] = [np.asarray(part.sum(axis=0)).reshape(-1) for part in parts]
+    products = [
+        (part.T @ p.sparse_used[held]).toarray() for part, (_, held) in zip(parts, p.folds, strict=True)
+    ]
+    return parts, np.stack(sums), np.stack(products)
 
 
 def transition(p: Problem, features: npt.NDArray[Any] | sparse.csr_array) -> Scores:
     """Mean of P(expert | an expert used elsewhere) over those used elsewhere (n, E'): a transition table."""
-    x: sparse.csr_array[np.float32] = sparse.csr_array(features).astype(np.float32)
+    parts, sums, products = _fold_by_fold(p, features)
     out = np.empty(p.used.shape, dtype=np.float32)
-    for fit, held in p.folds:
-        mean = p.used[fit].mean(axis=0)
-        share = (x[fit].T @ p.used[fit] + _PRIOR * mean) / (x[fit].sum(axis=0)[:, None] + _PRIOR)
-        out[held] = x[held] @ share
+    for i, (_, held) in enumerate(p.folds):
+        both, alone = products.sum(axis=0) - products[i], sums.sum(axis=0) - sums[i]
+        share = (both + _PRIOR * p.rest_usage[i]) / (alone[:, None] + _PRIOR)
+        out[held] = parts[i] @ share
     return out
 
 
 def pick_ridge(p: Problem, features: npt.NDArray[Any] | sparse.csr_array) -> Scores:
     """:func:`ridge` on features (n, F) of which few are not 0: which experts a token uses elsewhere."""
-    x: sparse.csr_array[np.float64] = sparse.csr_array(features).astype(np.float64)
-    used = sparse.csr_array(p.used.astype(np.float64))
-    mean: Floats = np.asarray(x.mean(axis=0)).reshape(-1)
-    square: Floats = np.asarray((x * x).mean(axis=0)).reshape(-1)
-    spread = np.sqrt(np.maximum(square - mean**2, 0.0))
+    parts, sums, products = _fold_by_fold(p, features)
+    n = len(p.used)
+    square = np.sum([np.asarray((x * x).sum(axis=0)).reshape(-1) for x in parts], axis=0) / n
+    spread = np.sqrt(np.maximum(square - (sums.sum(axis=0) / n) ** 2, 0.0))
     scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 1e-5)
-    folds = [held for _, held in p.folds]
-    grams = np.stack([(x[held].T @ x[held]).toarray() for held in folds])
-    crosses = np.stack([(x[held].T @ used[held]).toarray() for held in folds])
-    mx: Floats = np.stack([np.asarray(x[held].sum(axis=0)).reshape(-1) for held in folds])
-    my: Floats = np.stack([p.used[held].sum(axis=0, dtype=np.float64) for held in folds])
-    sizes = np.array([held.size for held in folds])
+    grams = np.stack([(x.T @ x).toarray() for x in parts])
     scores = np.empty(p.used.shape)
-    for i, held in enumerate(folds):
-        n = sizes.sum() - sizes[i]
-        a, b = (mx.sum(axis=0) - mx[i]) / n, (my.sum(axis=0) - my[i]) / n
-        gram = (grams.sum(axis=0) - grams[i] - n * np.outer(a, a)) * scale * scale[:, None]
-        gram[np.diag_indices_from(gram)] += max(x.shape[1], 1)
-        cross = (crosses.sum(axis=0) - crosses[i] - n * np.outer(a, b)) * scale[:, None]
+    for i, (fit, held) in enumerate(p.folds):
+        a, b = (sums.sum(axis=0) - sums[i]) / fit.size, p.rest_usage[i]
+        gram = (grams.sum(axis=0) - grams[i] - fit.size * np.outer(a, a)) * scale * scale[:, None]
+        gram[np.diag_indices_from(gram)] += max(a.size, 1)
+        cross = (products.sum(axis=0) - products[i] - fit.size * np.outer(a, b)) * scale[:, None]
         weight = np.linalg.solve(gram, cross) * scale[:, None]
-        scores[held] = x[held] @ weight + (b - a @ weight)
+        scores[held] = parts[i] @ weight + (b - a @ weight)
     return scores
 
 
@@ -235,15 +268,10 @@ def token_ridge(p: Problem, features: npt.NDArray[Any], nuisance: npt.NDArray[An
     """
     code = np.unique(p.token, return_inverse=True)[1]
     pair, own = np.unique(np.stack((p.prompt, code)), axis=1, return_inverse=True)
-    sums = _sums(own, p.used, pair.shape[1])
+    sums = usage(p.picks, own, pair.shape[1], p.n_expert)
     counts = np.bincount(own, minlength=pair.shape[1]).astype(np.float64)
     left = []
-    for fit, _ in p.folds:
-        total, n = (
-            _sums(code[fit], p.used[fit], int(code.max()) + 1),
-            np.bincount(code[fit], minlength=code.max() + 1),
-        )
-        mean = p.used[fit].mean(axis=0)
+    for (fit, _), (total, n), mean in zip(p.folds, _rest_sums(p, code), p.rest_usage, strict=True):
         fitted = np.zeros(code.size)
         fitted[fit] = 1.0
         rest = total[code] - sums[own] * fitted[:, None]
@@ -272,8 +300,7 @@ def hits(p: Problem, scores: Scores, sizes: Sequence[int]) -> Ints:
 
     Equal scores: the lower expert id first.
     """
-    found = top_hits(np.asarray(scores)[:, None], p.picks[:, None], np.asarray(sizes, dtype=np.int64))
-    return found[:, 0].astype(np.int64)
+    return top_hits(np.asarray(scores), p.picks, np.asarray(sizes, dtype=np.int64)).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -495,6 +522,9 @@ class _Exchange:
     ) -> None:
         lengths = np.concatenate([np.full(starts.size, length) for starts, length in groups])
         self._begin = np.cumsum(lengths) - lengths
+        sizes = np.array([starts.size for starts, _ in groups])
+        self._size = np.repeat(sizes, sizes)  # of each prompt's group
+        self._first = np.repeat(np.cumsum(sizes) - sizes, sizes)
         self._prompts = np.argsort(fold, kind="stable")
         self._lengths = lengths[self._prompts]
         self._place = np.arange(len(z)) - np.repeat(np.cumsum(self._lengths) - self._lengths, self._lengths)
@@ -504,18 +534,38 @@ class _Exchange:
         self._fold = np.unique(of_row, return_inverse=True)[1].astype(np.int32)
         ends = np.append(np.flatnonzero(np.diff(of_row)) + 1, of_row.size)
         self._folds = [slice(a, b) for a, b in pairwise([0, *ends.tolist()])]
-        self._k, self._of_k = np.unique([each.shape[1] for each in picks], return_inverse=True)
+        self._part = np.unique(fold, return_inverse=True)[1]
+        self._k = np.array([each.shape[1] for each in picks])
         self._n_expert = n_expert
-        self._picks = np.full((len(z), len(picks), int(self._k.max())), n_expert, dtype=np.uint16)
-        for i, each in enumerate(picks):
-            self._picks[:, i, : each.shape[1]] = each[rows]
-        self._n_used = (self._picks < self._n_expert).sum(axis=(0, 2))
+        self._picks = np.full((len(picks), len(z), int(self._k.max())), n_expert, dtype=np.uint16)
+        for mine, each in zip(self._picks, picks, strict=True):
+            mine[:, : each.shape[1]] = each[rows]
+        self._n_used = (self._picks < self._n_expert).sum(axis=(1, 2))
         self._penalty = np.concatenate((np.full(z.shape[1], 1e-3), np.full(x.shape[1], float(x.shape[1]))))
         self._penalty[0] = 1e-9  # the intercept's
 
     def _rows(self, owner: Ints) -> Ints:
         rows: Ints = np.repeat(self._begin[owner[self._prompts]], self._lengths) + self._place
         return rows
+
+    @cached_property
+    def _pair_sums(self) -> npt.NDArray[np.float32] | None:
+        """(S, P, L, E, Z + F) features of the prompt s further in its group, summed over rows that pick an expert.
+
+        Of any exchange they need only be added up. None if they are many: then they are summed for each exchange.
+        """
+        n_prompts = self._size.size
+        features = self._z.shape[1] + self._x.shape[1]
+        shape = (int(self._size.max()), n_prompts, len(self._picks), self._n_expert, features)
+        if 4 * math.prod(shape) > _PAIR_BYTES:
+            return None
+        of_row = np.repeat(self._prompts, self._lengths).astype(np.int32)
+        pairs = np.empty(shape, dtype=np.float32)
+        for further, mine in enumerate(pairs):
+            owner = self._first + (np.arange(n_prompts) - self._first + further) % self._size
+            single = np.hstack((self._z, self._x[self._rows(owner)])).astype(np.float32)
+            mine[:] = pick_sums(single, self._picks, of_row, n_prompts, self._n_expert, n_threads=1)
+        return pairs
 
     def recall(self, owner: Ints | None) -> Floats:
         """Recall@k of each problem on held-out prompts if prompt i has the features of prompt ``owner[i]``.
@@ -527,21 +577,26 @@ class _Exchange:
         gram = sum(grams) + np.diag(self._penalty[: a.shape[1]])
         solved = [np.linalg.inv(gram - own).astype(np.float32) for own in grams]
         single = a.astype(np.float32)
+        pairs = None if owner is None else self._pair_sums
         found = np.zeros(self._n_used.size)
         step = max(
             1, _SCORE_BYTES // (4 * self._n_expert * max(mine.stop - mine.start for mine in self._folds))
         )
         for begin in range(0, found.size, step):
             layers = slice(begin, begin + step)
-            picks = np.ascontiguousarray(self._picks[:, layers])
-            targets = pick_sums(single, picks, self._fold, len(grams), self._n_expert, n_threads=1)
+            picks = self._picks[layers]
+            if owner is None or pairs is None:
+                targets = pick_sums(single, picks, self._fold, len(grams), self._n_expert, n_threads=1)
+            else:
+                targets = np.zeros((len(grams), *pairs[0, 0, layers].shape), dtype=np.float32)
+                for i, part in enumerate(self._part.tolist()):
+                    targets[part] += pairs[(owner[i] - i) % self._size[i], i, layers]
             targets = targets.reshape(len(grams), -1, a.shape[1])
             total = targets.sum(axis=0)
             for i, mine in enumerate(self._folds):
-                scores = single[mine] @ (solved[i] @ (total - targets[i]).T)
-                scores = scores.reshape(scores.shape[0], -1, self._n_expert)
-                hits = top_hits(scores, picks[mine], self._k, n_threads=1).sum(axis=0)
-                found[layers] += hits[np.arange(hits.shape[0]), self._of_k[layers]]
+                scores = ((total - targets[i]) @ solved[i]) @ single[mine].T
+                scores = scores.reshape(len(picks), self._n_expert, -1)
+                found[layers] += layer_hits(scores, picks[:, mine], self._k[layers], n_threads=1)
         return np.asarray(found / self._n_used)
 
 
@@ -594,22 +649,3 @@ def _solve(
     # numpy's, as all else here: its threads and those of scipy's library would wait for each other
     weight = np.linalg.solve(gram, cross).astype(x.dtype)
     return weight, my - mx @ weight
-
-
-def _sums(code: npt.NDArray[Any], used: npt.NDArray[np.float32], n: int) -> Floats:
-    """Usage (m, E) summed by code: (n, E)."""
-    pick = sparse.csr_array((np.ones(code.size), (code, np.arange(code.size))), shape=(n, code.size))
-    return np.asarray(pick @ used.astype(np.float64))
-
-
-def _means(
-    code: npt.NDArray[Any], used: npt.NDArray[np.float32], fit: Ints
-) -> tuple[tuple[Floats, Floats], npt.NDArray[Any]]:
-    n = int(code.max()) + 1
-    sums = _sums(code[fit], used[fit], n)
-    return (sums, np.bincount(code[fit], minlength=n).astype(np.float64)), used[fit].mean(axis=0)
-
-
-def _shrunk(means: tuple[Floats, Floats], mean: npt.NDArray[Any], prior: float) -> Floats:
-    sums, counts = means
-    return np.asarray((sums + prior * mean) / (counts + prior)[:, None])

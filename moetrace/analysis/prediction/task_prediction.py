@@ -30,7 +30,7 @@ from moetrace.analysis.prediction.predict import (
 
 def task_prediction(
     p: Problem,
-    early: npt.NDArray[np.float32],
+    early: npt.NDArray[np.float32] | sparse.csr_array[np.float32],
     hidden: npt.NDArray[np.float32] | None = None,
     gate: Scores | None = None,
     *,
@@ -46,7 +46,7 @@ def task_prediction(
     ----------
     early
         (n, E) f4, 1 for the experts that the token uses in the early layer
-        (:func:`~moetrace.analysis.counts.routed.membership`).
+        (:func:`~moetrace.analysis.counts.routed.membership`); as they are, or sparse.
     hidden
         (n, D) f4: what the early layer's router read.
     gate
@@ -59,7 +59,7 @@ def task_prediction(
     those of the last predictor, ``hidden`` or else ``experts``, over the others; the test is whether the early
     experts tell more than popularity does.
     """
-    chosen = sparse.csr_array(early)  # few are not 0
+    chosen: sparse.csr_array[np.float32] = sparse.csr_array(early)
     scores = {
         "popularity": popularity(p),
         "previous": previous(p),
@@ -70,7 +70,7 @@ def task_prediction(
         **({} if hidden is None else {"hidden": ridge(p, hidden)}),
     }
     if test is None:
-        test = gain_test(p, early, n_permutations=n_permutations, seed=seed)
+        test = gain_test(p, chosen.toarray(), n_permutations=n_permutations, seed=seed)
     more: dict[str, Any] = {"n_boot": n_boot, "seed": seed}
     best = list(scores)[-1]
     gains = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -53,12 +53,13 @@ class Associations:
         places = np.stack(np.unravel_index(order[:n], score.shape), axis=1)
         rows: list[tuple[object, ...]] = [()] * n
         for layer in np.unique(places[:, 0]).tolist():
-            mine = _Layer(self.text, self.member, layer)
-            for i in np.flatnonzero(places[:, 0] == layer).tolist():
+            mine = np.flatnonzero(places[:, 0] == layer)
+            of_layer = _Layer(self.text, self.member, layer, np.unique(places[mine, 1]))
+            for i in mine.tolist():
                 kind, expert = places[i, 1:].tolist()
                 at = layer, kind, expert
                 rows[i] = (
-                    *mine.row(kind, expert, names[kind]), self.z[at], self.p_value[at], self.p_family[at]
+                    *of_layer.row(kind, expert, names[kind]), self.z[at], self.p_value[at], self.p_family[at]
                 )  # fmt: skip
         columns = [
             "layer",
@@ -75,66 +76,63 @@ class Associations:
 
 
 class _Layer:
-    """One layer's tokens by prompt: of experts, of kinds, and of both."""
+    """One layer's tokens of some kinds: how many use each expert, and in how many prompts."""
 
-    def __init__(self, text: RoutedText, member: sparse.csr_array, layer: int) -> None:
-        self._text, self._member, self._layer = text, member, layer
-        self._known = text.known(layer)
-        self._ids = text.experts[:, layer]
-        rows = np.flatnonzero(self._known)
-        self._total = self._by_prompt(rows)
-        of_expert = usage(self._ids[rows], text.owner[rows], text.n_requests, text.n_expert)
-        self._of_expert = of_expert.astype(np.float64)
-        self._of_kind: dict[int, tuple[Ints, Floats]] = {}
-        self._found: dict[int, tuple[float, float, Floats]] = {}
-
-    def _by_prompt(self, rows: Ints) -> Floats:
-        return np.bincount(self._text.owner[rows], minlength=self._text.n_requests).astype(np.float64)
-
-    def _kind(self, kind: int) -> tuple[Ints, Floats]:
-        if kind not in self._of_kind:
-            begin, end = self._member.indptr[kind : kind + 2].tolist()
-            rows = self._member.indices[begin:end].astype(np.int64)
-            rows = rows[self._known[rows]]
-            self._of_kind[kind] = rows, self._by_prompt(rows)
-        return self._of_kind[kind]
+    def __init__(self, text: RoutedText, member: sparse.csr_array, layer: int, kinds: Ints) -> None:
+        self._number = int(text.layers[layer])
+        self._place = {kind: i for i, kind in enumerate(kinds.tolist())}
+        known = text.known(layer)
+        n, e, rows = text.n_requests, text.n_expert, np.flatnonzero(known)
+        total = np.bincount(text.owner[rows], minlength=n)
+        of_expert = usage(text.experts[rows, layer], text.owner[rows], n, e)
+        self._total, self._of_expert = int(total.sum()), of_expert.sum(axis=0)
+        found = []
+        for some in parts(kinds, 4 * n * e):
+            cells = member[some].tocoo()
+            which, row = (x[known[cells.coords[1]]] for x in cells.coords)
+            code = which.astype(np.int64) * n + text.owner[row]
+            met = usage(text.experts[row, layer], code, some.size * n, e).reshape(-1, n, e).transpose(1, 0, 2)
+            here = np.bincount(code, minlength=some.size * n).reshape(-1, n).T
+            found.append(_lifts(met, of_expert, here, total))
+        self._of_kind = np.concatenate([of_kind for of_kind, _ in found])
+        self._each = np.concatenate([each for _, each in found], axis=1)
 
     def row(self, kind: int, expert: int, name: str) -> tuple[object, ...]:
         """What the table says of a kind and an expert, but for the test."""
-        of_kind, total, each = self._experts(kind)
-        both, of_expert, lift, low, high, prompts = each[:, expert].tolist()
+        place = self._place[kind]
+        both, lift, low, high, prompts = self._each[:, place, expert].tolist()
+        of_expert, of_kind = int(self._of_expert[expert]), int(self._of_kind[place])
         return (
-            int(self._text.layers[self._layer]),
+            self._number,
             expert,
             name,
             int(both),
-            int(of_expert),
-            int(of_kind),
+            of_expert,
+            of_kind,
             both / of_expert,
-            of_kind / total,
+            of_kind / self._total,
             lift,
             low,
             high,
             int(prompts),
         )
 
-    def _experts(self, kind: int) -> tuple[float, float, Floats]:
-        """Tokens of a kind, all tokens; for each expert (6, E): tokens of both, of it, lift, low, high, prompts."""
-        if kind not in self._found:
-            rows, here = self._kind(kind)
-            text = self._text
-            met = usage(self._ids[rows], text.owner[rows], text.n_requests, text.n_expert).astype(np.float64)
-            sums = [met, self._of_expert, here[:, None], self._total[:, None]]
-            both, of_expert, of_kind, total = (s.sum(axis=0) for s in sums)
-            rest = [s.sum(axis=0) - s for s in sums]
-            with np.errstate(invalid="ignore", divide="ignore"):
-                lift = both * total / (of_expert * of_kind)
-                without = np.nan_to_num(rest[0] * rest[3] / (rest[1] * rest[2]), nan=0.0, posinf=0.0)
-            interval = nulls.jackknife(lift, without[self._total > 0])
-            prompts = (met > 0).sum(axis=0)
-            each = [both, of_expert, lift, np.maximum(interval.low, 0.0), interval.high, prompts]
-            self._found[kind] = float(of_kind[0]), float(total[0]), np.stack(each)
-        return self._found[kind]
+
+def _lifts(met: Ints, of_expert: Ints, here: Ints, total: Ints) -> tuple[Ints, Floats]:
+    """Tokens of each kind (C,), and of kinds and experts (5, C, E): tokens of both, lift, low, high, prompts.
+
+    From tokens by prompt: of both (P, C, E), of experts (P, E), of kinds (P, C), all (P,).
+    """
+    sums = [met, of_expert[:, None], here[:, :, None], total[:, None, None]]
+    both, expert, kind, every = (s.sum(axis=0).astype(np.float64) for s in sums)
+    rest = [whole - s for whole, s in zip((both, expert, kind, every), sums, strict=True)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        lift = both * every / (expert * kind)
+        without = np.nan_to_num(rest[0] * rest[3] / (rest[1] * rest[2]), nan=0.0, posinf=0.0)
+    interval = nulls.jackknife(lift, without[total > 0])
+    prompts = (met > 0).sum(axis=0)
+    each = np.stack([both, lift, np.maximum(interval.low, 0.0), interval.high, prompts])
+    return here.sum(axis=0), each
 
 
 def associate(
@@ -188,11 +186,18 @@ def associate(
 
 
 def orders(rearrange: Rearrange, starts: Ints, n_permutations: int, seed: int) -> npt.NDArray[np.int32]:
-    """(1 + B, M) row numbers: as they are, and rearranged."""
-    out = np.empty((n_permutations + 1, int(starts[-1])), dtype=np.int32)
+    """(1 + B, M) row numbers: as they are, and rearranged; not to be written to."""
+    return _orders(rearrange, np.ascontiguousarray(starts, dtype=np.int64).tobytes(), n_permutations, seed)
+
+
+@lru_cache(maxsize=2)  # several tests rearrange the same texts
+def _orders(rearrange: Rearrange, starts: bytes, n_permutations: int, seed: int) -> npt.NDArray[np.int32]:
+    begins = np.frombuffer(starts, dtype=np.int64)
+    out = np.empty((n_permutations + 1, int(begins[-1])), dtype=np.int32)
     out[0] = np.arange(out.shape[1])
     for draw in range(n_permutations):
-        out[draw + 1] = rearrange(starts, np.random.default_rng((seed, draw)))
+        out[draw + 1] = rearrange(begins, np.random.default_rng((seed, draw)))
+    out.flags.writeable = False
     return out
 
 
@@ -276,8 +281,10 @@ _Score = Callable[[Ints], Floats]
 def _overall(at: _Rows, ids: npt.NDArray[np.uint16], n_expert: int) -> _Score:
     """How much more often than by their totals experts meet kinds."""
     m = len(ids)
-    used = membership(ids, n_expert)
-    b = (used.sum(axis=0)[None] if at.each_once else at.times @ used).astype(np.float64)[:, None, :]
+    if at.each_once:
+        b = np.bincount(ids[ids < n_expert], minlength=n_expert)[None, None].astype(np.float64)
+    else:
+        b = (at.times @ membership(ids, n_expert)).astype(np.float64)[:, None, :]
     b_rest = b * (m - b) / (m * m * max(m - 1, 1))
 
     def score(some: Ints) -> Floats:

@@ -179,10 +179,11 @@ def _with_words(
     for number, expert, name in table[["layer", "expert", "pattern"]].itertuples(index=False, name=None):
         rows = rows_of[name]
         mine = rows[uses_expert(text.experts[rows, layer_of[number]], expert)]
-        words, counts = np.unique(typed.word[mine], return_counts=True)
-        different.append(words.size)
-        top.append(typed.words[int(words[counts.argmax()])] if words.size else "")
-        share.append(counts.max() / counts.sum() if words.size else float("nan"))
+        counts = np.bincount(typed.word[mine], minlength=1)
+        most = int(counts.argmax())
+        different.append(np.count_nonzero(counts))
+        top.append(typed.words[most] if mine.size else "")
+        share.append(counts[most] / mine.size if mine.size else float("nan"))
     return table.assign(words=different, top_word=top, top_word_share=share)
 
 
