@@ -8,7 +8,8 @@ however few tokens there are; from 5 tokens nothing can be concluded, and nothin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -213,26 +214,6 @@ def _information(table: npt.ArrayLike) -> float:
 
 
 @dataclass
-class _Sides:
-    """Uses of the experts of two layers, each looked at once; ``code`` is which word each row has, if that is known."""
-
-    pair: _Pair
-    code: Ints | None
-    found: dict[tuple[str, int], tuple[Floats, Floats, Floats]] = field(default_factory=dict)
-
-    def uses(self, side: str, expert: int) -> tuple[Floats, Floats, Floats]:
-        """Where an expert is used, (n,) 0 or 1; how often by request, and by word."""
-        if (side, expert) not in self.found:
-            use = uses_expert(getattr(self.pair, side), expert).astype(np.float64)
-            of: Floats = np.add.reduceat(use, self.pair.starts[:-1], dtype=np.float64)
-            words: Floats = (
-                np.empty(0) if self.code is None else np.bincount(self.code, weights=use).astype(np.float64)
-            )
-            self.found[side, expert] = use, of, words
-        return self.found[side, expert]
-
-
-@dataclass
 class _Edges:
     text: RoutedText
     pairs: list[_Pair]
@@ -319,8 +300,6 @@ class _Edges:
         return table
 
     def edges_table(self, alpha: float, max_edges: int) -> pd.DataFrame:
-        columns = ["layer", "expert", "to_layer", "to_expert", "tokens", "expected", "lift", "within", "low"]
-        columns += ["high", "given_token", "z", "p_value", "p_family"]
         flat = [
             (z[a, b], i, a, b)
             for i, z in enumerate(self.z)
@@ -328,47 +307,58 @@ class _Edges:
         ]
         flat.sort(key=lambda edge: -edge[0])
         sure = sum(self.p_family[i][a, b] <= alpha for _, i, a, b in flat)
-        chosen = flat[: max(max_edges, int(sure))]
-        rows: list[tuple[object, ...]] = [()] * len(chosen)
-        for i, pair in enumerate(self.pairs):
-            sides = _Sides(pair, self._words(pair))
-            for at, (_, of, a, b) in enumerate(chosen):
-                if of == i:
-                    rows[at] = self._edge(i, a, b, sides)
-        return pd.DataFrame(rows, columns=columns)
+        chosen = np.array([edge[1:] for edge in flat[: max(max_edges, int(sure))]], dtype=np.int64)
+        chosen = chosen.reshape(-1, 3)
+        tables = [self._of_pair(i, *chosen[chosen[:, 0] == i, 1:].T) for i in np.unique([0, *chosen[:, 0]])]
+        order = np.argsort(np.argsort(chosen[:, 0], kind="stable"), kind="stable")
+        return pd.concat(tables, ignore_index=True).take(order).reset_index(drop=True)
 
-    def _words(self, pair: _Pair) -> Ints | None:
-        tokens = np.asarray(self.text.tokens)[pair.rows]
-        known = tokens.size and (tokens >= 0).all()
-        return np.unique(tokens, return_inverse=True)[1] if known else None
-
-    def _edge(self, i: int, a: int, b: int, sides: _Sides) -> tuple[object, ...]:
-        pair, n = self.pairs[i], self.pairs[i].rows.size
-        (use_a, of_a, a_x), (use_b, of_b, b_x) = sides.uses("in_a", a), sides.uses("in_b", b)
-        begin, sizes = pair.starts[:-1], np.diff(pair.starts)
-        together = np.add.reduceat(use_a * use_b, begin, dtype=np.float64)
+    def _of_pair(self, i: int, a: Ints, b: Ints) -> pd.DataFrame:
+        """What the table says of some edges of a pair of layers."""
+        pair, n_expert = self.pairs[i], self.text.n_expert
+        sizes = np.diff(pair.starts)
+        owner = np.repeat(np.arange(sizes.size), sizes)
+        of_a, of_b = (usage(x, owner, sizes.size, n_expert) for x in (pair.in_a, pair.in_b))
+        together = _together(pair, a, b)
         seen, expected = self.joint[i][a, b], pair.expected[a, b]
-        within = nulls.ratio_interval(together[:, None], (of_a * of_b / sizes)[:, None])
-        given = float("nan")
-        if sides.code is not None:
-            words = float((a_x * b_x / np.bincount(sides.code)).sum())
-            given = seen / words if words > 0 else float("nan")
-        return (
-            int(self.text.layers[pair.a]),
-            a,
-            int(self.text.layers[pair.b]),
-            b,
-            int(seen),
-            expected,
-            seen * n / (use_a.sum() * use_b.sum()),
-            seen / expected if expected > 0 else float("nan"),
-            float(np.maximum(within.low[0], 0.0)),
-            float(within.high[0]),
-            given,
-            self.z[i][a, b],
-            self.p_value[i][a, b],
-            self.p_family[i][a, b],
+        within = nulls.ratio_interval(together, of_a[:, a] * of_b[:, b] / sizes[:, None])
+        given = np.full(a.size, np.nan)
+        tokens = np.asarray(self.text.tokens)[pair.rows]
+        if tokens.size and (tokens >= 0).all():
+            code, words = np.unique(tokens, return_inverse=True, return_counts=True)[1:]
+            by_a, by_b = (usage(x, code, words.size, n_expert) for x in (pair.in_a, pair.in_b))
+            by_words = np.array([(by_a[:, x] * by_b[:, y] / words).sum() for x, y in zip(a, b, strict=True)])
+            np.divide(seen, by_words, out=given, where=by_words > 0)
+        return pd.DataFrame(
+            {
+                "layer": int(self.text.layers[pair.a]),
+                "expert": a,
+                "to_layer": int(self.text.layers[pair.b]),
+                "to_expert": b,
+                "tokens": seen.astype(np.int64),
+                "expected": expected,
+                "lift": seen * pair.rows.size / (of_a.sum(axis=0)[a] * of_b.sum(axis=0)[b]),
+                "within": np.divide(seen, expected, out=np.full(a.size, np.nan), where=expected > 0),
+                "low": np.maximum(within.low, 0.0),
+                "high": within.high,
+                "given_token": given,
+                "z": self.z[i][a, b],
+                "p_value": self.p_value[i][a, b],
+                "p_family": self.p_family[i][a, b],
+            }
         )
+
+
+def _together(pair: _Pair, a: Ints, b: Ints) -> Floats:
+    """(P, edges) tokens of each request that use both experts of an edge."""
+    uses = [
+        {e: uses_expert(ids, e) for e in set(experts.tolist())}
+        for ids, experts in ((pair.in_a, a), (pair.in_b, b))
+    ]
+    out = np.empty((a.size, len(pair.starts) - 1))
+    for mine, x, y in zip(out, a.tolist(), b.tolist(), strict=True):
+        mine[:] = np.add.reduceat(uses[0][x] & uses[1][y], pair.starts[:-1], dtype=np.int64)
+    return out.T
 
 
 def _strongest(z: Floats, family: Floats, alpha: float, at_most: int) -> list[tuple[int, int]]:
@@ -428,9 +418,9 @@ def path_test(
             if draw:
                 by = [np.random.default_rng((seed, draw, layer)).random(len(starts) - 1) for layer in layers]
                 order = dict(zip(layers, turned(starts, np.stack(by)), strict=True))
-                moved = {node: use[order[node[0]]] for node, use in uses.items()}
+                moved = {node: use.take(order[node[0]]) for node, use in uses.items()}
             for i in mine:
-                counts[draw, i] = np.logical_and.reduce([moved[node] for node in paths[i]]).sum()
+                counts[draw, i] = np.count_nonzero(reduce(np.logical_and, [moved[node] for node in paths[i]]))
     expected = counts[1:].mean(axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
         lift = counts[0] / expected
