@@ -99,9 +99,7 @@ def usage(
         values lie below it.
     """
     chosen = frequency if domain is None else frequency[frequency["domain"] == domain]
-    matrix = chosen.pivot_table(
-        index="layer", columns="expert", values=measure, aggfunc=lambda v: v.mean(), dropna=False
-    )
+    matrix = chosen.groupby(["layer", "expert"])[measure].mean().unstack("expert")
     labels = {
         "percent_of_tokens": "% of tokens that use the expert",
         "percent": "% of the layer's picks",

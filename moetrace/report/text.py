@@ -64,7 +64,7 @@ def _text(finding: Finding, form: str, max_rows: int | None, width: int) -> str:
 def table_text(table: pd.DataFrame, style: str = "simple", max_rows: int | None = None) -> str:
     """One table in a style of the tabulate package; NaN and None as an empty cell."""
     shown = table if max_rows is None else table.head(max_rows)
-    rows = [[printable(_cell(value)) for value in row] for row in shown.itertuples(index=False)]
+    rows = [[printable(_cell(value)) for value in row] for row in shown.to_numpy(dtype=object)]
     if style == "github":
         rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     numeric = [pd.api.types.is_numeric_dtype(dtype) for dtype in table.dtypes]

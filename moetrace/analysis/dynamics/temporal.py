@@ -126,7 +126,7 @@ def shuffle_test(
     mixed = np.empty((n_permutations + 1, m), dtype=np.int32)
     mixed[0] = np.arange(m)
     for b in range(n_permutations):
-        mixed[b + 1] = np.lexsort(np.stack((rng.random(m), owner)))
+        mixed[b + 1] = np.argsort(owner + rng.random(m))
     words = np.stack(member_words(ids, n_expert)).astype(np.uint64)
     first = np.ascontiguousarray(ids[:, :, 0].T.astype(np.uint16))
     top1, overlap = np.full((2, n_permutations + 1, n_layers, max_lag), np.nan)
