@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pandas as pd
 
 from moetrace.analysis import expert_frequency, expert_usage
@@ -157,15 +158,22 @@ def _notebook(a: published.Activations) -> dict[str, pd.DataFrame]:
             found = published.frequency(a, layer, component)
         except UsageError:  # no activation in this layer
             continue
-        counts = found.counts.stack()
+        counts = found.counts
         percent.append(
-            pd.DataFrame({"layer_id": layer, "count": counts, "percent": found.percent.stack()}).reset_index()
+            pd.DataFrame(
+                {
+                    "layer_id": layer,
+                    "domain": np.repeat(counts.index, counts.shape[1]),
+                    "expert_id": np.tile(counts.columns, counts.shape[0]),
+                    "count": counts.to_numpy().reshape(-1),
+                    "percent": found.percent.to_numpy().reshape(-1),
+                }
+            )
         )
         best_five = found.top.rename_axis("domain").reset_index()
         top.append(best_five.assign(layer_id=layer))
-    order = ["layer_id", "domain", "expert_id", "count", "percent"]
     return {
-        "as_published_percent": pd.concat(percent, ignore_index=True)[order],
+        "as_published_percent": pd.concat(percent, ignore_index=True),
         "as_published_top5": pd.concat(top, ignore_index=True)[["layer_id", "domain", "experts", "percent"]],
     }
 

@@ -97,12 +97,11 @@ def matched_separation(
             raw = info.shares(by_domain)
             jsd[layer] = info.jsd_bits(raw)
             middle = raw.mean(axis=0)
-            matched[layer] = effects.separation(y, middle)
+            matched[layer] = _apart(effects.means(y), middle)
             knife[:, layer] = effects.jackknife(y, middle)
             white = y / spread[:, None]
-            matched_null[layer] = np.mean(
-                [effects.separation(white[o] * spread[:, None], middle) for o in order[1:101]]
-            )
+            mixed = np.stack([effects.means(white[o] * spread[:, None]) for o in order[1:101]])
+            matched_null[layer] = _apart(mixed, middle).mean()
     if nulls.feasibility(domains).reason:
         null[:] = matched_null[:] = knife[:] = np.nan
     p, family = nulls.permutation_p(null), nulls.max_t(null)
@@ -224,26 +223,29 @@ class _PromptEffects:
         """(M − 1, D) which domain is whose, in the eigenbasis."""
         return np.asarray(self.vectors.T @ self.design)
 
-    def separation(self, y: Floats, middle: Floats) -> Floats:
-        """JSD of the distributions ``middle`` (E) + mean effect of each domain's prompts, in bits."""
-        mean = (self.domains.T @ y) / self.design.sum(axis=0)[:, None]
-        return _apart(mean, middle)
+    def means(self, y: Floats) -> Floats:
+        """(D, E) mean effect of each domain's prompts."""
+        return np.asarray((self.domains.T @ y) / self.design.sum(axis=0)[:, None])
 
     def jackknife(self, y: Floats, middle: Floats) -> tuple[Floats, Floats, Floats]:
-        """:meth:`separation` freed of its bias, and its 95 % interval, each prompt's effect left out in turn."""
+        """:func:`_apart` of the means, freed of its bias, and its 95 % interval: each prompt is left out in turn."""
         each, sizes = self.vectors @ y, self.design.sum(axis=0)
         sums = self.design.T @ each
         of = self.design.argmax(axis=1)
         without = np.empty(len(each))
+        step = max(1, _ORDER_BYTES // (8 * sums.size))
         with np.errstate(invalid="ignore", divide="ignore"):
-            for i, domain in enumerate(of.tolist()):
-                mean = sums / sizes[:, None]
-                mean[domain] = (sums[domain] - each[i]) / (sizes[domain] - 1)
-                without[i] = _apart(mean, middle)
-            knife = nulls.jackknife(_apart(sums / sizes[:, None], middle), without, of)
+            mean = sums / sizes[:, None]
+            left = (sums[of] - each) / (sizes[of] - 1)[:, None]
+            for begin in range(0, len(each), step):
+                some = np.arange(begin, min(begin + step, len(each)))
+                means = np.repeat(mean[None], some.size, axis=0)
+                means[some - begin, of[some]] = left[some]
+                without[some] = _apart(means, middle)
+            knife = nulls.jackknife(_apart(mean, middle), without, of)
         return np.maximum(knife.estimate, 0.0), np.maximum(knife.low, 0.0), np.maximum(knife.high, 0.0)
 
 
 def _apart(mean: Floats, middle: Floats) -> Floats:
-    """JSD of ``middle`` (E) + ``mean`` (D, E), the effects' own mean taken out, in bits."""
-    return info.jsd_bits(info.shares(np.maximum(middle + mean - mean.mean(axis=0), 0.0)))
+    """JSD of ``middle`` (E) + ``mean`` (..., D, E), the effects' own mean taken out, in bits (...)."""
+    return info.jsd_bits(info.shares(np.maximum(middle + mean - mean.mean(axis=-2, keepdims=True), 0.0)))
