@@ -36,12 +36,15 @@ inline void need(bool condition, const char * what) {
     }
 }
 
-// Runs body(i) for i in [0, n) on several threads (0: as many as there are cores); make() gives each thread its scratch.
+// How many threads loops take that are not told: 0 for as many as there are cores.
+inline std::atomic<int> default_threads { 0 };
+
+// Runs body(i) for i in [0, n) on several threads (0: the default); make() gives each thread its scratch.
 template <typename Make, typename Body>
 void parallel_for(size_t n, int n_threads, Make && make, Body && body) {
     const py::gil_scoped_release unlocked;
-    const unsigned cores = std::max(1u, std::thread::hardware_concurrency());
-    const size_t wanted  = std::min<size_t>(n, n_threads > 0 ? (size_t) n_threads : cores);
+    const size_t told   = (size_t) std::max(n_threads > 0 ? n_threads : default_threads.load(), 0);
+    const size_t wanted = std::min<size_t>(n, told ? told : std::max(1u, std::thread::hardware_concurrency()));
     std::atomic<size_t> next { 0 };
     std::exception_ptr  failed;
     std::mutex          failing;

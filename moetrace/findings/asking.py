@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from threadpoolctl import threadpool_limits
 
+from moetrace._native import set_default_threads
 from moetrace.errors import MoetraceError
 from moetrace.findings.finding import OUT_OF_MEMORY, Finding, Question
 
@@ -94,8 +95,9 @@ def _apart(tasks: _Tasks, subject: Subject, then: Then | None, n: int, progress:
     waiting = list(tasks)
     running: dict[Connection, tuple[int, BaseProcess]] = {}
     done = 0
-    # Processes have one core each. Said here: in a fork, saying so would first start a thread for every core.
+    # Processes share the cores. Linear algebra is told here: in a fork that would first start a thread for every core.
     limited = threadpool_limits(1)
+    set_default_threads(max(1, (os.cpu_count() or 1) // n))
     try:
         while waiting or running:
             while waiting and len(running) < n:
@@ -127,6 +129,7 @@ def _apart(tasks: _Tasks, subject: Subject, then: Then | None, n: int, progress:
                 yield i, *answer
     finally:
         limited.restore_original_limits()
+        set_default_threads(0)
         for _, left_over in running.values():
             left_over.terminate()
             left_over.join()
