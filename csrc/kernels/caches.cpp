@@ -186,7 +186,7 @@ array<bool> budget_hits(const array<int32_t> & items, const array<int32_t> & wor
     const int32_t * item = items.data();
     const int32_t * value = worth.data(), * group = groups.data();
     const int64_t * size = sizes.data(), * budget = budgets.data();
-    need(std::all_of(item, item + T, [&](int32_t i) { return i >= 0 && (size_t) i < M; }), "an item is not there");
+    need(all_below(item, T, (int64_t) M), "an item is not there");
     need(std::all_of(size, size + M, [](int64_t s) { return s > 0; }), "an item has a size");
     array<bool> out({ (py::ssize_t) Z, (py::ssize_t) T });
     uint8_t * hits = (uint8_t *) out.mutable_data();

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <limits>
 #include <mutex>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -34,6 +35,17 @@ inline void need(bool condition, const char * what) {
     if (!condition) {
         throw py::value_error(what);
     }
+}
+
+// Whether all are from 0 to below `end`. All are looked at: that takes fewer steps than to stop at the first that is not.
+template <typename T>
+bool all_below(const T * values, size_t n, int64_t end) {
+    const T last = (T) std::min<int64_t>(end - 1, std::numeric_limits<T>::max());
+    T out = 0;
+    for (size_t i = 0; i < n; i++) {
+        out |= (T) (values[i] < 0) | (T) (values[i] > last);
+    }
+    return out == 0;
 }
 
 // How many threads loops take that are not told: 0 for as many as there are cores.

@@ -26,11 +26,8 @@ struct rearranged {
         k       = (size_t) experts.shape(1);
         turned  = order.data();
         n_draws = (size_t) order.shape(0);
-        const auto below = [](const int32_t * values, size_t n, int64_t end) {
-            return std::all_of(values, values + n, [end](int32_t v) { return v >= 0 && v < end; });
-        };
-        need(below(kind, n_cells, n_kinds) && below(row, n_cells, (int64_t) n_rows), "a kind or a row is not there");
-        need(below(turned, n_draws*n_rows, (int64_t) n_rows), "a rearrangement names a row that is not there");
+        need(all_below(kind, n_cells, n_kinds) && all_below(row, n_cells, (int64_t) n_rows), "a kind or a row is not there");
+        need(all_below(turned, n_draws*n_rows, (int64_t) n_rows), "a rearrangement names a row that is not there");
     }
 };
 
@@ -126,7 +123,7 @@ array<double> group_sums(const array<int32_t> & groups, const array<double> & va
     need(groups.ndim() == 2 && values.ndim() == 2 && groups.shape(1) == values.shape(0), "groups are (B, W), values (W, E)");
     const size_t B = (size_t) groups.shape(0), W = (size_t) groups.shape(1), E = (size_t) values.shape(1), size = (size_t) n_groups*E;
     const int32_t * of = groups.data();
-    need(std::all_of(of, of + B*W, [&](int32_t g) { return g >= 0 && g < n_groups; }), "a group is not there");
+    need(all_below(of, B*W, n_groups), "a group is not there");
     array<double> out({ (py::ssize_t) B, (py::ssize_t) n_groups, (py::ssize_t) E });
     double * sums = out.mutable_data();
     const double * value = values.data();

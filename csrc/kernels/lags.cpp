@@ -44,7 +44,7 @@ py::tuple lag_agreement(const array<uint64_t> & words, const array<uint16_t> & f
     need((size_t) first.shape(0) == L && (size_t) first.shape(1) == M && (size_t) together.shape(1) == M && (size_t) order.shape(1) == M &&
         (size_t) together.shape(0) == G, "rows are not as many everywhere");
     const int32_t * rows = order.data();
-    need(std::all_of(rows, rows + B*M, [M](int32_t r) { return r >= 0 && (size_t) r < M; }), "an order names a row that is not there");
+    need(all_below(rows, B*M, (int64_t) M), "an order names a row that is not there");
     const int64_t * lag = lags.data();
     need(std::all_of(lag, lag + G, [M](int64_t g) { return g > 0 && (size_t) g < M; }), "a lag is longer than the rows");
     const std::vector<py::ssize_t> shape { (py::ssize_t) B, (py::ssize_t) L, (py::ssize_t) G };

@@ -146,9 +146,9 @@ py::tuple pair_draws(const array<uint16_t> & a, const array<uint16_t> & b, const
         }
     }
     const int32_t * turned = order.data();
-    need(std::all_of(turned, turned + B*in.n, [&](int32_t r) { return r >= 0 && (size_t) r < in.n; }), "a rearrangement names a row that is not there");
+    need(all_below(turned, B*in.n, (int64_t) in.n), "a rearrangement names a row that is not there");
     for (const int64_t * first : { in.first_a, in.first_b }) {
-        need(std::all_of(first, first + in.n, [&](int64_t e) { return e >= 0 && (size_t) e < in.E; }), "a first expert is not there");
+        need(all_below(first, in.n, (int64_t) in.E), "a first expert is not there");
     }
     array<double> largest((py::ssize_t) B), entropy((py::ssize_t) B);
     array<int32_t> reached({ (py::ssize_t) in.E, (py::ssize_t) in.E });

@@ -18,7 +18,7 @@ array<double> split_divergence(const array<uint16_t> & experts, const array<int3
     const uint16_t * ids = experts.data();
     const int32_t * rows = order.data();
     const int64_t * at = begin.data();
-    need(std::all_of(rows, rows + B*M, [N](int32_t r) { return r >= 0 && (size_t) r < N; }), "an order names a row that is not there");
+    need(all_below(rows, B*M, (int64_t) N), "an order names a row that is not there");
     need(std::is_sorted(at, at + width + 1) && at[0] == 0 && (size_t) at[width] == M, "steps do not hold the rows");
     // c*log2(c) as whole numbers of 2^-shift: sums of them are exact, and a step is one addition
     const double most = (double) (M*k + 1)*std::log2((double) (M*k + 1));

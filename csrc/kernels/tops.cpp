@@ -165,7 +165,7 @@ array<float> pick_sums(const array<float> & features, const array<uint16_t> & pi
     const size_t L = (size_t) picks.shape(0), n = (size_t) picks.shape(1), k = (size_t) picks.shape(2), F = (size_t) features.shape(1),
         E = (size_t) n_expert;
     const int32_t * of = group.data();
-    need(n_groups >= 0 && n_expert >= 0 && std::all_of(of, of + n, [n_groups](int32_t g) { return g >= 0 && g < n_groups; }),
+    need(n_groups >= 0 && n_expert >= 0 && all_below(of, n, n_groups),
         "a group is not there");
     const float * x = features.data();
     const uint16_t * pick = picks.data();
