@@ -132,7 +132,8 @@ static py::array_t<uint8_t> map_file(const std::string & path, size_t size) {
 }
 
 PYBIND11_MODULE(_native, m) {
-    m.def("set_default_threads", [](int n) { default_threads = n; }, py::arg("n"));
+    default_threads(); // before anything is forked
+    m.def("set_default_threads", [](int n) { return default_threads().exchange(n); }, py::arg("n"));
     bind_caches(m);
     bind_kinds(m);
     bind_lags(m);

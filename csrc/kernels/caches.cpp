@@ -212,7 +212,7 @@ array<bool> budget_hits(const array<int32_t> & items, const array<int32_t> & wor
             }
             for (size_t m = 0; m < n_missing; m++) {
                 const size_t t = missing[m], i = (size_t) item[t];
-                if (size[i] > budget[job]) {
+                if (size[i] > budget[job] || held.has(i)) {
                     continue;
                 }
                 while (free < size[i]) {

@@ -10,9 +10,11 @@
 #include <exception>
 #include <limits>
 #include <mutex>
+#include <new>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <string>
+#include <sys/mman.h>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -48,14 +50,20 @@ bool all_below(const T * values, size_t n, int64_t end) {
     return out == 0;
 }
 
-// How many threads loops take that are not told: 0 for as many as there are cores.
-inline std::atomic<int> default_threads { 0 };
+// How many threads loops take that are not told: 0 for as many as there are cores. Processes that are forked off share it.
+inline std::atomic<int> & default_threads() {
+    static std::atomic<int> & shared = *[] {
+        void * page = mmap(nullptr, sizeof(std::atomic<int>), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+        return page == MAP_FAILED ? new std::atomic<int>(0) : new (page) std::atomic<int>(0);
+    }();
+    return shared;
+}
 
 // Runs body(i) for i in [0, n) on several threads (0: the default); make() gives each thread its scratch.
 template <typename Make, typename Body>
 void parallel_for(size_t n, int n_threads, Make && make, Body && body) {
     const py::gil_scoped_release unlocked;
-    const size_t told   = (size_t) std::max(n_threads > 0 ? n_threads : default_threads.load(), 0);
+    const size_t told   = (size_t) std::max(n_threads > 0 ? n_threads : default_threads().load(), 0);
     const size_t wanted = std::min<size_t>(n, told ? told : std::max(1u, std::thread::hardware_concurrency()));
     std::atomic<size_t> next { 0 };
     std::exception_ptr  failed;

@@ -97,7 +97,7 @@ def _apart(tasks: _Tasks, subject: Subject, then: Then | None, n: int, progress:
     done = 0
     # Processes share the cores. Linear algebra is told here: in a fork that would first start a thread for every core.
     limited = threadpool_limits(1)
-    set_default_threads(max(1, (os.cpu_count() or 1) // n))
+    cores = os.cpu_count() or 1
     try:
         while waiting or running:
             while waiting and len(running) < n:
@@ -112,6 +112,7 @@ def _apart(tasks: _Tasks, subject: Subject, then: Then | None, n: int, progress:
                     process.start()
                 theirs.close()
                 running[ours] = i, process
+            set_default_threads(max(1, cores // len(running)))  # of all that run
             progress(", ".join(tasks[i].name for i, _ in running.values()), done, len(tasks))
             ready = wait(list(running))
             for ours in [each for each in running if each in ready]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -221,3 +223,17 @@ def test_what_does_not_fit_is_refused(call: Callable[[], Any]) -> None:
     """Rather than read or written beyond the end of an array."""
     with pytest.raises(ValueError, match=r"."):
         call()
+
+
+def test_forked_processes_share_how_many_threads_loops_take() -> None:
+    """So the last of many questions gets the cores that the others have left."""
+    before = _native.set_default_threads(1)
+    try:
+        process = multiprocessing.get_context("fork").Process(target=_native.set_default_threads, args=(3,))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process.start()
+        process.join()
+        assert _native.set_default_threads(before) == 3
+    finally:
+        _native.set_default_threads(before)
