@@ -25,6 +25,8 @@ def indicator(code: Ints, n: int) -> sparse.csr_array:
 
 #: room for the statistics of all rearrangements of some kinds
 _NULL_BYTES = 128 << 20
+#: rearrangements that are larger are not kept
+_KEPT_BYTES = 32 << 20
 
 Rearrange = Callable[[Ints, np.random.Generator], Ints]
 
@@ -187,7 +189,9 @@ def associate(
 
 def orders(rearrange: Rearrange, starts: Ints, n_permutations: int, seed: int) -> npt.NDArray[np.int32]:
     """(1 + B, M) row numbers: as they are, and rearranged; not to be written to."""
-    return _orders(rearrange, np.ascontiguousarray(starts, dtype=np.int64).tobytes(), n_permutations, seed)
+    few = 4 * (n_permutations + 1) * int(starts[-1]) <= _KEPT_BYTES
+    make = _orders if few else _orders.__wrapped__
+    return make(rearrange, np.ascontiguousarray(starts, dtype=np.int64).tobytes(), n_permutations, seed)
 
 
 @lru_cache(maxsize=2)  # several tests rearrange the same texts
