@@ -62,16 +62,6 @@ public:
 
     bool has(size_t item) const { return worth[item] >= 0; }
 
-    // Whether an item is here; if so, it is worth `value` from now on.
-    bool use(size_t item, int32_t value) {
-        const bool here = has(item);
-        worth[item] = here ? value : -1;
-        if (here & (value < queued[item])) {
-            queue(item);
-        }
-        return here;
-    }
-
     void keep(size_t item, int32_t value) {
         worth[item] = value;
         if (queued[item] < 0 || value < queued[item]) { // a rise is seen to when it comes up
@@ -193,26 +183,22 @@ array<bool> budget_hits(const array<int32_t> & items, const array<int32_t> & wor
     const size_t limit = limit_of(value, 2*T);
     std::vector<int32_t> item_of(limit);
     name_worths(item, value, T, 2, item_of);
-    size_t most = 0; // of a group
-    for (size_t begin = 0, t = 0; t < T; t++) {
-        begin = group[t] == group[begin] ? begin : t;
-        most  = std::max(most, t + 1 - begin);
-    }
     parallel_for(Z, n_threads, [&] { return held_items(M, limit); }, [&](size_t job, held_items & held) {
         held.clear();
         uint8_t * hit = hits + job*T;
         int64_t free = budget[job];
-        std::vector<size_t> missing(most + 1);
         for (size_t begin = 0, end = 0; begin < T; begin = end) {
-            size_t n_missing = 0;
             while (end < T && group[end] == group[begin]) {
-                hit[end] = held.use((size_t) item[end], value[end]);
-                missing[n_missing] = end;
-                n_missing += !hit[end++];
+                const size_t i = (size_t) item[end];
+                hit[end] = held.has(i);
+                if (hit[end]) {
+                    held.keep(i, value[end]);
+                }
+                end++;
             }
-            for (size_t m = 0; m < n_missing; m++) {
-                const size_t t = missing[m], i = (size_t) item[t];
-                if (size[i] > budget[job] || held.has(i)) {
+            for (size_t t = begin; t < end; t++) {
+                const size_t i = (size_t) item[t];
+                if (hit[t] || held.has(i) || size[i] > budget[job]) {
                     continue;
                 }
                 while (free < size[i]) {

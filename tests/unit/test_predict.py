@@ -186,3 +186,14 @@ def test_attention_that_decides_is_found_and_words_that_decide_are_told_apart() 
 def test_membership_counts_no_absent_expert() -> None:
     used = membership(np.array([[0, 2], [3, 255]]), 4)
     assert used.tolist() == [[1, 0, 1, 0], [0, 0, 0, 1]]
+
+
+def test_sums_of_pairs_of_prompts_are_those_of_each_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = random_problem(2, n_prompts=13)
+    features = np.eye(12)[p.token] + np.random.default_rng(0).random((p.token.size, 12))
+    of_pairs = predict.gain_test(p, features, n_permutations=30)
+    monkeypatch.setattr(predict, "_PAIR_BYTES", 0)
+    of_each = predict.gain_test(p, features, n_permutations=30)
+    assert of_pairs.gain == pytest.approx(of_each.gain, abs=0.01)
+    assert of_pairs.null_mean == pytest.approx(of_each.null_mean, abs=0.002)
+    assert of_pairs.null_mean != 0

@@ -530,11 +530,10 @@ class _Exchange:
         self._place = np.arange(len(z)) - np.repeat(np.cumsum(self._lengths) - self._lengths, self._lengths)
         rows = self._rows(np.arange(fold.size))
         self._z, self._x = z[rows], x
-        of_row = np.repeat(fold[self._prompts], self._lengths)
-        self._fold = np.unique(of_row, return_inverse=True)[1].astype(np.int32)
-        ends = np.append(np.flatnonzero(np.diff(of_row)) + 1, of_row.size)
-        self._folds = [slice(a, b) for a, b in pairwise([0, *ends.tolist()])]
         self._part = np.unique(fold, return_inverse=True)[1]
+        self._fold = np.repeat(self._part[self._prompts], self._lengths).astype(np.int32)
+        ends = np.append(np.flatnonzero(np.diff(self._fold)) + 1, self._fold.size)
+        self._folds = [slice(a, b) for a, b in pairwise([0, *ends.tolist()])]
         self._k = np.array([each.shape[1] for each in picks])
         self._n_expert = n_expert
         self._picks = np.full((len(picks), len(z), int(self._k.max())), n_expert, dtype=np.uint16)
